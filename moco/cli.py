@@ -1,0 +1,219 @@
+"""The command line of every script: parse quickly, teach plainly, exit with a meaning.
+
+The parser is made from the dataclasses of `moco.config` (jsonargparse, without torch, so that help and errors take
+under a second). A recipe is a YAML of differences from the defaults; `--config` may be repeated, later ones win.
+Exit codes: 0 done, 2 wrong input (one line on standard error), 130 and 143 stopped by SIGINT and SIGTERM.
+Standard output carries one JSON object on its last line; everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from moco.config import UserError
+
+
+def build_parser(description: str, config: type, extras: dict[str, dict[str, Any]]) -> Any:
+    """Build a parser whose options are the fields of `config`, a dataclass of dataclasses, and `extras`.
+
+    Args:
+        extras: Option name to the keyword arguments of `add_argument`, for what belongs to the command alone.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    usage = "%(prog)s --config RECIPE.yaml [--GROUP.FIELD VALUE ...]"
+    parser = ArgumentParser(
+        description=description, usage=usage, exit_on_error=False, default_env=False
+    )
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML recipe; may be repeated, later ones win"
+    )
+    for name, options in extras.items():
+        parser.add_argument(f"--{name}", **options)
+    for group, kind in get_type_hints(config).items():
+        section = parser.add_argument_group(f"{group}: {(kind.__doc__ or '').splitlines()[0]}")
+        hints = get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            default = (
+                item.default_factory() if item.default is dataclasses.MISSING else item.default
+            )
+            section.add_argument(
+                f"--{group}.{item.name}",
+                type=hints[item.name],
+                default=default,
+                help=_help(item.metadata),
+            )
+    return parser
+
+
+def _help(metadata: Any) -> str:
+    limits = [
+        text
+        for key, text in (
+            ("above", "above {}"),
+            ("at_least", "at least {}"),
+            ("at_most", "at most {}"),
+        )
+        if key in metadata
+        for text in [text.format(metadata[key])]
+    ]
+    return metadata["meaning"].replace("%", "%%") + (f" [{', '.join(limits)}]" if limits else "")
+
+
+def parse(parser: Any, config: type, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Parse `argv` to the config dataclass and the extra options.
+
+    Raises:
+        UserError: Unknown, misspelt, duplicate or mistyped settings; a recipe that does not exist.
+    """
+    from argparse import ArgumentError
+
+    names = _names(parser)
+    _check_arguments(argv, names)
+    for path in _config_paths(argv):
+        _check_yaml(path, names)
+    try:
+        values = parser.parse_args(list(argv))
+    except (ArgumentError, ValueError) as error:
+        raise UserError(_one_line(error)) from None
+    hints = get_type_hints(config)
+    groups = {group: kind(**vars(getattr(values, group))) for group, kind in hints.items()}
+    extra = {k: v for k, v in vars(values).items() if k not in groups and k != "config"}
+    return config(**groups), extra
+
+
+def _names(parser: Any) -> list[str]:
+    """List every option's dotted name."""
+    return [o[2:] for a in parser._actions for o in a.option_strings if o.startswith("--")]
+
+
+def _check_arguments(argv: Sequence[str], names: list[str]) -> None:
+    for word in argv:
+        name = word[2:].split("=", 1)[0]
+        if word.startswith("--") and name not in names:
+            raise UserError(f"unknown option --{name}{_nearest(name, names)}")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """Suggest the right spelling; a field without its group counts as misspelt too."""
+    leaves: dict[str, str] = {}
+    for full in names:
+        leaves.setdefault(full.rsplit(".", 1)[-1], full)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if not near:
+        near = [
+            leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
+        ]
+    return f": did you mean --{near[0]}?" if near else ": see --help"
+
+
+def _config_paths(argv: Sequence[str]) -> list[Path]:
+    paths = [Path(b) for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
+    paths += [Path(a.split("=", 1)[1]) for a in argv if a.startswith("--config=")]
+    for path in paths:
+        if not path.is_file():
+            folder = path.parent if path.parent.is_dir() else Path("configs")
+            recipes = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+            near = difflib.get_close_matches(path.stem, recipes, n=1)
+            hint = (
+                f"did you mean {recipes[near[0]]}?" if near else f"there are {', '.join(recipes)}"
+            )
+            raise UserError(f"--config {path} does not exist: {hint}")
+    return paths
+
+
+def _check_yaml(path: Path, names: list[str]) -> None:
+    """Refuse what YAML would pass over: duplicate keys, unknown keys, a list or a bare word as the whole file."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"--config {path}: {_one_line(error)}") from None
+    if content is None:
+        return
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config {path} holds no settings: write GROUP:, then FIELD: VALUE below it"
+        )
+    groups = {name.split(".")[0] for name in names if "." in name}
+    for group, fields in content.items():
+        nested = fields if isinstance(fields, dict) and group in groups else None
+        if group in groups and nested is None:
+            raise UserError(
+                f"--config {path}: {group} is a group: write its fields below it, indented"
+            )
+        for name in [str(group)] if nested is None else [f"{group}.{field}" for field in nested]:
+            if name not in names or name in ("config", "help", "print_config"):
+                raise UserError(f"--config {path}: unknown setting {name}{_nearest(name, names)}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if not isinstance(key, str | int | float | bool | None):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {key!r} is no setting's name")
+        if keys.count(key) > 1:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {key} is given twice")
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _one_line(error: BaseException) -> str:
+    """Fold an error to one line without the usage text that jsonargparse adds."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    text = " ".join(line for line in lines if not line.startswith(("usage:", "tip:")))[:500]
+    mistyped = re.search(r'[Kk]ey "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
+    if not mistyped:
+        return text
+    name, kind, value = mistyped.groups()
+    for pattern, plain in _PLAIN_TYPES:
+        kind = re.sub(pattern, plain, kind)
+    return f"{name} is {value!r}: give {kind}"
+
+
+_PLAIN_TYPES = (
+    (r"<class 'int'>", "a whole number"),
+    (r"<class 'float'>", "a number"),
+    (r"<class 'bool'>", "true or false"),
+    (r"<class 'str'>", "a text"),
+    (r"<class 'list'>", "a list such as [1,2]"),
+    (r"typing\.Literal\[(.*)\]", r"one of \1"),
+)
+
+
+def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
+    """Run a script's main: print its result as one JSON line, or the error as one line with exit code 2."""
+    try:
+        result = main(sys.argv[1:])
+    except UserError as error:
+        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+            print(f"error: {_fold(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    if result is not None:
+        print(json.dumps(result), flush=True)
+
+
+def _fold(error: UserError) -> str:
+    """Keep the message on one line and printable, whatever a file name holds."""
+    text = " ".join(str(error).split())
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,325 @@
+"""Every setting of pretraining: its meaning, unit, range, default and source.
+
+One room to read, and the only place where settings are declared: the command line, the help, the checks and what a
+checkpoint stores are all derived from these dataclasses. Fields are flat primitives, so that a checkpoint loads with
+``weights_only=True``. This room imports nothing heavy; `moco.cli` turns a command line into a `TrainConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class UserError(ValueError):
+    """Wrong input. The message says what is wrong, where, and how to mend it; scripts print it and exit with 2."""
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Declare a field: its default, its meaning, and the range that `check` enforces."""
+    limits = {"above": above, "at_least": at_least, "at_most": at_most}
+    metadata = {"meaning": meaning, **{k: v for k, v in limits.items() if v is not None}}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """Encoders, queue and loss (1911.05722, section 3; 2003.04297)."""
+
+    backbone: str = setting("resnet50", "Any torchvision ResNet or timm model by name")
+    stem: Literal["imagenet", "cifar"] = setting(
+        "imagenet",
+        "First layers of a ResNet: 7x7 stride 2 and max-pool, or 3x3 stride 1 without (images of 32 px)",
+    )
+    width: float = setting(
+        1.0, "Channel multiplier of a ResNet; 1 is the published network", above=0, at_most=8
+    )
+    head: Literal["linear", "mlp"] = setting(
+        "mlp", "Projection head: linear (v1) or MLP with one hidden layer (v2)"
+    )
+    head_hidden_dim: int = setting(
+        0, "Hidden width of the MLP head; 0 takes the backbone's feature width", at_least=0
+    )
+    embedding_dim: int = setting(128, "Width of the embedding, C", at_least=2)
+    queue_size: int = setting(
+        65536, "Number of negative keys, K; any size from one global batch up", at_least=1
+    )
+    temperature: float = setting(0.2, "Softmax temperature: 0.07 in v1, 0.2 in v2", above=0)
+    symmetric: Literal["none", "mean", "sum"] = setting(
+        "none",
+        "Loss on one view pair (v1, v2), or on both and their mean (v2+) or sum (the official CIFAR demo)",
+    )
+    key_momentum: float = setting(
+        0.999, "Share that the key encoder keeps at each step, m", at_least=0, at_most=1
+    )
+    key_momentum_end: float = setting(
+        1.0, "Where a cosine key momentum ends", at_least=0, at_most=1
+    )
+    key_momentum_schedule: Literal["constant", "cosine"] = setting(
+        "constant", "Keep key_momentum, or move it to key_momentum_end along half a cosine"
+    )
+    key_bn: Literal["auto", "shuffle", "split", "sync", "plain"] = setting(
+        "auto",
+        "BatchNorm of the keys: shuffled across devices, split into groups on one device, over all devices, or plain; "
+        "auto takes shuffle on several devices and split on one",
+    )
+    query_bn: Literal["plain", "split", "sync"] = setting(
+        "plain",
+        "BatchNorm of the queries; split imitates several devices on one, as the official CIFAR demo does",
+    )
+    bn_splits: int = setting(8, "Number of BatchNorm groups of a split", at_least=2)
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and schedule. `lr` is what the optimiser gets; nothing is rescaled."""
+
+    name: Literal["sgd", "adamw"] = setting("sgd", "torch.optim.SGD or torch.optim.AdamW")
+    lr: float = setting(
+        0.03, "Learning rate at its highest, for the global batch as it is", above=0
+    )
+    sgd_momentum: float = setting(0.9, "Momentum of SGD", at_least=0, at_most=1)
+    dampening: float = setting(0.0, "Dampening of SGD's momentum", at_least=0, at_most=1)
+    nesterov: bool = setting(False, "Nesterov momentum; needs sgd_momentum above 0 and dampening 0")
+    adam_beta1: float = setting(0.9, "Decay of AdamW's mean", at_least=0, at_most=0.9999)
+    adam_beta2: float = setting(0.999, "Decay of AdamW's variance", at_least=0, at_most=0.99999)
+    weight_decay: float = setting(
+        1e-4, "Weight decay of every parameter, BatchNorm and biases included", at_least=0
+    )
+    schedule: Literal["cosine", "step", "plateau", "constant"] = setting(
+        "cosine", "How the rate falls"
+    )
+    schedule_per: Literal["epoch", "step"] = setting(
+        "epoch", "Recompute the rate once per epoch (v1, v2) or per step"
+    )
+    milestones: list[int] = setting(
+        [120, 160], "Epochs at which `step` multiplies the rate by gamma"
+    )
+    gamma: float = setting(0.1, "Factor of `step` and `plateau`", above=0, at_most=1)
+    warmup_epochs: float = setting(
+        0.0, "Epochs of linear warm-up from 0, per step, before any schedule", at_least=0
+    )
+    plateau_metric: Literal["train/loss", "val/knn_top1"] = setting(
+        "train/loss", "What `plateau` watches"
+    )
+    plateau_patience: int = setting(
+        10, "Readings without progress that `plateau` waits for", at_least=0
+    )
+
+
+@dataclass
+class DataConfig:
+    """Images, views and batches."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder", "imagenet"] = setting(
+        "folder",
+        "Where images come from; `folder` takes any tree of images, `digits` needs no files",
+    )
+    root: str = setting("", "Directory of the data set; not needed for digits")
+    download: bool = setting(
+        False, "Fetch cifar10, cifar100 or stl10 into root when missing (uses the network)"
+    )
+    channels: int = setting(
+        3,
+        "Channels that images are brought to: 1 grey, 3 RGB, 4 RGBA, other: as stored",
+        at_least=1,
+    )
+    max_value: int = setting(
+        65535, "Value in 16-bit images that becomes white", at_least=1, at_most=65535
+    )
+    image_size: int = setting(224, "Side of a view in pixels", at_least=4)
+    batch_size: int = setting(256, "Images per step over all devices", at_least=2)
+    views: Literal["v1", "v2", "cifar"] = setting(
+        "v2", "Augmentation: 1911.05722, 2003.04297 or the CIFAR demo"
+    )
+    crop_min: float | None = setting(
+        None,
+        "Smallest share of the area that a crop keeps; null: as in `views`",
+        above=0,
+        at_most=1,
+    )
+    flip: float | None = setting(
+        None, "Probability of a horizontal flip; null: as in `views`", at_least=0, at_most=1
+    )
+    jitter: float | None = setting(
+        None, "Probability of colour jitter; null: as in `views`", at_least=0, at_most=1
+    )
+    grey: float | None = setting(
+        None, "Probability of greyscale; null: as in `views`", at_least=0, at_most=1
+    )
+    blur: float | None = setting(
+        None, "Probability of Gaussian blur; null: as in `views`", at_least=0, at_most=1
+    )
+    mean: list[float] = setting(
+        [], "Mean per channel on a 0-1 scale; empty: ImageNet's for RGB, else 0.5"
+    )
+    std: list[float] = setting(
+        [], "Standard deviation per channel; empty: ImageNet's for RGB, else 0.25"
+    )
+    resident: Literal["auto", "device", "memory", "off"] = setting(
+        "auto",
+        "Hold all images decoded on the device or in memory, or stream them through workers; auto: what fits",
+    )
+    resident_budget: float = setting(4.0, "GiB that auto may fill with decoded images", at_least=0)
+    num_workers: int = setting(
+        -1, "Processes that decode streamed images; -1: one per core left", at_least=-1
+    )
+    max_bad_fraction: float = setting(
+        0.0, "Share of unreadable images that is skipped, not an error", at_least=0, at_most=1
+    )
+
+
+@dataclass
+class TrainerConfig:
+    """The fields of Lightning's Trainer that matter here, under its names."""
+
+    max_epochs: int = setting(200, "Passes over the images", at_least=1)
+    max_steps: int = setting(
+        -1, "Stop after so many optimiser steps; -1: after max_epochs", at_least=-1
+    )
+    accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "Hardware to run on")
+    devices: int = setting(0, "Devices per machine; 0: all GPUs, or one CPU process", at_least=0)
+    num_nodes: int = setting(1, "Machines", at_least=1)
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
+        "auto", "Arithmetic of the encoders; auto: bf16-mixed where the hardware is fast at it"
+    )
+    accumulate_grad_batches: int = setting(1, "Batches per optimiser step", at_least=1)
+    log_every_n_steps: int = setting(50, "Steps between two rows of metrics.csv", at_least=1)
+    deterministic: bool = setting(False, "Only deterministic kernels; slower on a GPU")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives, what it records and when it saves."""
+
+    dir: str = setting("", "Run directory; empty: runs/RECIPE-DATE-TIME")
+    seed: int = setting(0, "Seed of weights, order and augmentation", at_least=0)
+    checkpoint_every: int = setting(0, "Steps between checkpoints; 0: once an epoch", at_least=0)
+    checkpoint_minutes: float = setting(
+        0.0, "Minutes between checkpoints besides; 0: none", at_least=0
+    )
+    keep_checkpoints: int = setting(2, "Newest checkpoints that are kept", at_least=1)
+    knn_every: int = setting(
+        10, "Epochs between kNN readings, besides the first and the last; 0: none", at_least=0
+    )
+    knn_k: int = setting(200, "Neighbours that vote", at_least=1)
+    knn_temperature: float = setting(
+        0.1, "Each neighbour votes exp(similarity / temperature)", above=0
+    )
+    tensorboard: bool = setting(False, "Also write TensorBoard events to the run directory")
+    wandb: bool = setting(False, "Also log to Weights & Biases; without a key it stays offline")
+    wandb_project: str = setting("moco", "Weights & Biases project")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `train.py` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, dict[str, Any]]) -> TrainConfig:
+        """Rebuild from `dataclasses.asdict`, as a checkpoint stores it; unknown fields raise TypeError."""
+        hints = get_type_hints(cls)
+        return cls(**{name: hints[name](**group) for name, group in values.items()})
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raise UserError for the first field outside its declared range or choices."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        else:
+            _check_value(name, value, item.metadata, hints[item.name])
+
+
+def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise UserError(f"{name} is {value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
+    if value is None or not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"{name} is {value}: give a finite number")
+    if "above" in limits and not value > limits["above"]:
+        raise UserError(
+            f"{name} is {value}: it must be above {limits['above']} ({limits['meaning']})"
+        )
+    if "at_least" in limits and value < limits["at_least"]:
+        raise UserError(
+            f"{name} is {value}: it must be at least {limits['at_least']} ({limits['meaning']})"
+        )
+    if "at_most" in limits and value > limits["at_most"]:
+        raise UserError(
+            f"{name} is {value}: it must be at most {limits['at_most']} ({limits['meaning']})"
+        )
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError for values out of range and for settings that contradict each other."""
+    check_ranges(config)
+    model, optim, data = config.model, config.optim, config.data
+    if optim.nesterov and (optim.sgd_momentum == 0 or optim.dampening != 0):
+        raise UserError(
+            "optim.nesterov is true: it needs optim.sgd_momentum above 0 and optim.dampening 0"
+        )
+    if optim.warmup_epochs > config.trainer.max_epochs:
+        raise UserError(
+            f"optim.warmup_epochs {optim.warmup_epochs} is above trainer.max_epochs {config.trainer.max_epochs}: "
+            "lower it, or train longer"
+        )
+    if optim.milestones != sorted(optim.milestones):
+        raise UserError(f"optim.milestones is {optim.milestones}: list the epochs in rising order")
+    if (
+        optim.plateau_metric == "val/knn_top1"
+        and optim.schedule == "plateau"
+        and config.run.knn_every == 0
+    ):
+        raise UserError(
+            "optim.plateau_metric is val/knn_top1 but run.knn_every is 0: set run.knn_every to 1"
+        )
+    keys_per_step = data.batch_size * (1 if model.symmetric == "none" else 2)
+    if keys_per_step > model.queue_size:
+        raise UserError(
+            f"model.queue_size {model.queue_size} is below the {keys_per_step} keys of one step "
+            f"(data.batch_size {data.batch_size}, model.symmetric {model.symmetric}): raise it, or lower data.batch_size"
+        )
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        if values and len(values) != data.channels:
+            raise UserError(
+                f"data.{name} has {len(values)} values for data.channels {data.channels}: give one each"
+            )
+    if any(value <= 0 for value in data.std):
+        raise UserError(f"data.std is {data.std}: give positive values")
+    if data.dataset != "digits" and not data.root:
+        raise UserError(
+            f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
+        )
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalisation(data: DataConfig) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, on a 0-1 scale."""
+    rgb = data.channels == 3
+    mean = data.mean or (list(IMAGENET_MEAN) if rgb else [0.5] * data.channels)
+    std = data.std or (list(IMAGENET_STD) if rgb else [0.25] * data.channels)
+    return mean, std

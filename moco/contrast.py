@@ -1,0 +1,92 @@
+"""Contrast: InfoNCE and the queue of negative keys (1911.05722, section 3.1-3.2). Tensors only.
+
+The loss is a pure function; the queue is the only state, and its buffers are persistent, so every checkpoint holds
+them. Shapes: N queries on this device, B keys over all devices, C embedding, K queue.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def info_nce(
+    query: Tensor, key: Tensor, negatives: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Score each query against its own key and the queued keys.
+
+    The own key is class 0 of a (1+K)-way softmax; equal logits cost log(1+K).
+
+    Args:
+        query: N x C unit vectors; the only input that needs a gradient.
+        key: N x C unit vectors; row i comes from the same image as query i.
+        negatives: K x C unit vectors; must not contain this batch's keys.
+        temperature: Positive; 0.07 in v1, 0.2 in v2.
+
+    Returns:
+        Mean loss in nats, and N x (1+K) logits already divided by the temperature.
+
+    Source: arXiv:1911.05722, eq. 1 and Algorithm 1.
+    """
+    # In fp32 also under autocast: bf16 logits of size 1/temperature carry errors of several percent.
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, negatives = query.float(), key.float(), negatives.float()
+        positive = (query * key).sum(1, keepdim=True)  # N 1
+        logits = torch.cat([positive, query @ negatives.T], dim=1) / temperature  # N 1+K
+        labels = logits.new_zeros(len(logits), dtype=torch.long)
+        return functional.cross_entropy(logits, labels), logits
+
+
+@torch.no_grad()
+def contrast_accuracy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shares of queries whose own key ranks first, and among the first five.
+
+    Args:
+        logits: N x (1+K), own key first. A tie counts as found, as argmax would.
+    """
+    rank = (logits[:, 1:] > logits[:, :1]).sum(1)
+    return (rank < 1).float().mean(), (rank < 5).float().mean()
+
+
+class KeyQueue(nn.Module):
+    """Ring buffer of the last K keys, first in first out (1911.05722, section 3.2).
+
+    Attributes:
+        keys: K x C unit vectors, random at the start.
+        num_enqueued: int64 scalar, keys written since the start; the next one goes to `num_enqueued % K`.
+    """
+
+    keys: Tensor
+    num_enqueued: Tensor
+
+    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        keys = functional.normalize(torch.randn(size, dim, generator=generator), dim=1)
+        self.register_buffer("keys", keys)
+        self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.long))
+
+    def snapshot(self) -> Tensor:
+        """Return a copy of the keys, K x C: the queue may move on before the backward pass reads it."""
+        return self.keys.clone()
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Replace the oldest keys.
+
+        Args:
+            keys: B x C unit vectors of all ranks, in rank order, any B up to K.
+
+        Raises:
+            ValueError: B is above K.
+        """
+        size, count = len(self.keys), len(keys)
+        if count > size:
+            raise ValueError(f"enqueue of {count} keys into a queue of {size}: raise queue_size")
+        rows = (self.num_enqueued + torch.arange(count, device=keys.device)) % size
+        self.keys.index_copy_(0, rows, keys.to(self.keys.dtype))
+        self.num_enqueued += count
+
+    def fill(self) -> Tensor:
+        """Return the share of the queue that holds real keys, 0 to 1."""
+        return (self.num_enqueued / len(self.keys)).clamp(max=1.0)

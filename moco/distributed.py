@@ -1,0 +1,104 @@
+"""Several processes: gathering keys and the block shuffle of shuffle-BN (1911.05722, section 3.3).
+
+Every function is the identity, or does without communication, on one process; none needs Lightning. Where each key
+is encoded is a pure function of (seed, step), so no rank has to be told.
+Shapes: N images per device, W devices, B = N*W rows in rank order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+from moco.random import permutation
+
+
+def world_size() -> int:
+    """Return the number of processes, W."""
+    return distributed.get_world_size() if _active() else 1
+
+
+def rank() -> int:
+    """Return this process's number, 0 to W-1."""
+    return distributed.get_rank() if _active() else 0
+
+
+def _active() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+@torch.no_grad()
+def all_gather(rows: Tensor) -> Tensor:
+    """Stack the N x ... rows of all ranks to B x ..., in rank order; carries no gradient."""
+    if world_size() == 1:
+        return rows
+    gathered = rows.new_empty(len(rows) * world_size(), *rows.shape[1:])
+    distributed.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+def local_rows(rows: Tensor, count: int) -> Tensor:
+    """Return this rank's `count` rows of B x ... rows in rank order."""
+    return rows[rank() * count : (rank() + 1) * count]
+
+
+def key_order(seed: int, step: int, count: int, world: int) -> Tensor:
+    """Say which key stands where after the shuffle.
+
+    Each rank permutes its rows and deals one block of count/world to every rank, so that each BatchNorm group of keys
+    holds an equal share of every rank's queries. A ring shift would keep whole groups together, and with them the leak.
+    On one device this is a permutation, which matters where the batch is split into several groups.
+
+    Args:
+        seed: The run's seed.
+        step: Number of the batch since the start of the run.
+        count: N; a multiple of `world`.
+        world: W.
+
+    Returns:
+        B int64 on the CPU: place p (on rank p // N) gets the key of row `order[p]`.
+    """
+    if count % world:
+        raise ValueError(f"{count} images per device do not split into {world} equal blocks")
+    blocks = []
+    for sender in range(world):
+        local = permutation(seed, "shuffle", step * world + sender, count)
+        blocks.append((local + sender * count).view(world, count // world))
+    return torch.stack(blocks, dim=1).flatten()  # receiver, sender, row
+
+
+def exchange(rows: Tensor, order: Tensor) -> Tensor:
+    """Send each row to the place that `order` gives it; every rank receives N rows.
+
+    Args:
+        rows: N x ... of this rank, any type; uint8 moves the fewest bytes.
+        order: B int64, from `key_order`.
+    """
+    count, world = len(rows), world_size()
+    if world == 1:
+        return rows[order.to(rows.device)]
+    mine = order[(order // count) == rank()] % count  # in the order of the receivers
+    sent = rows[mine.to(rows.device)].contiguous()
+    received = torch.empty_like(sent)
+    distributed.all_to_all_single(received, sent)
+    return received
+
+
+def restore(keys: Tensor, order: Tensor | None) -> Tensor:
+    """Gather the encoded keys of all ranks and put them back in the order of the queries.
+
+    One gather serves both the unshuffle and the queue.
+
+    Args:
+        keys: N x C of this rank, in shuffled places.
+        order: What `key_order` gave, or None if the keys were not shuffled.
+
+    Returns:
+        B x C in rank order: row i belongs to query i of the global batch.
+    """
+    gathered = all_gather(keys)
+    if order is None:
+        return gathered
+    restored = torch.empty_like(gathered)
+    restored[order.to(keys.device)] = gathered
+    return restored

@@ -1,0 +1,192 @@
+"""Encoders: backbone + projection head, first layers for small images, and kinds of BatchNorm.
+
+Every backbone comes from timm, whose ResNets carry torchvision's names, keys and arithmetic, without weights: nothing
+is downloaded. Shapes: N images per device, D feature, C embedding, H W pixels, G BatchNorm groups.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moco.config import ModelConfig, UserError
+
+TORCHVISION_RESNETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+
+
+class Encoder(nn.Module):
+    """Backbone and head: N x channels x H x W images to N x C embeddings, not yet normalised.
+
+    Attributes:
+        backbone: Images to N x D features, the part that is kept after pretraining.
+        head: Features to embeddings (1911.05722: linear; 2003.04297: one hidden layer).
+        feature_dim: D.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.feature_dim = feature_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encoder:
+    """Build an encoder with fresh weights.
+
+    Args:
+        config: Names the backbone, its stem and width, and the head.
+        channels: Of the images, any number.
+        image_size: Side of the views in pixels.
+
+    Raises:
+        UserError: Unknown backbone, or a stem or width that it cannot take.
+    """
+    backbone, feature_dim = build_backbone(config, channels, image_size)
+    hidden = config.head_hidden_dim or feature_dim
+    if config.head == "linear":
+        head: nn.Module = nn.Linear(feature_dim, config.embedding_dim)
+    else:
+        head = nn.Sequential(
+            nn.Linear(feature_dim, hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, config.embedding_dim),
+        )
+    return Encoder(backbone, head, feature_dim)
+
+
+def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    """Build the feature extractor alone, and tell its feature width D."""
+    import timm  # 2 s: only where a network is built
+
+    if not timm.is_model(config.backbone):
+        near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "see timm.list_models() for the names"
+        raise UserError(
+            f"model.backbone {config.backbone!r} is not a torchvision ResNet or timm model: {hint}"
+        )
+    is_resnet = timm.models.is_model_in_modules(config.backbone, ["resnet"])
+    if not is_resnet and (config.stem == "cifar" or config.width != 1):
+        raise UserError(
+            f"model.stem {config.stem} and model.width {config.width} need a ResNet, and model.backbone "
+            f"{config.backbone!r} is none: take model.stem imagenet and model.width 1"
+        )
+    backbone = timm.create_model(
+        config.backbone,
+        pretrained=False,
+        num_classes=0,
+        in_chans=channels,
+        **_arguments(config, is_resnet, image_size),
+    )
+    if is_resnet:
+        _set_stem(backbone, config, channels)
+    return backbone, backbone.num_features
+
+
+def _arguments(config: ModelConfig, is_resnet: bool, image_size: int) -> dict[str, Any]:
+    """Choose what timm's constructor is told beyond the name."""
+    from timm.models import get_pretrained_cfg
+
+    if is_resnet:
+        # torchvision and the papers do not zero the last BatchNorm of a block; timm would.
+        arguments: dict[str, Any] = {"zero_init_last": False}
+        if config.width != 1:
+            arguments["channels"] = tuple(
+                max(8, int(c * config.width)) for c in (64, 128, 256, 512)
+            )
+            # A deep stem is the only way to tell timm the width of the first stage's input.
+            arguments |= {"stem_type": "deep", "stem_width": max(4, int(32 * config.width))}
+        return arguments
+    default = get_pretrained_cfg(config.backbone)
+    fixed = default is not None and default.fixed_input_size
+    return {"img_size": image_size} if fixed else {}
+
+
+def _set_stem(backbone: nn.Module, config: ModelConfig, channels: int) -> None:
+    """Replace the first convolution where the stem or the width asks for it."""
+    if config.stem == "imagenet" and config.width == 1:
+        return
+    cifar = config.stem == "cifar"
+    size, stride, padding = (3, 1, 1) if cifar else (7, 2, 3)
+    width = backbone.bn1.num_features
+    backbone.conv1 = nn.Conv2d(channels, width, size, stride, padding, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if cifar:
+        backbone.maxpool = nn.Identity()
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over G groups of the batch, as if on G devices; in eval mode plain BatchNorm.
+
+    On one device a permutation inside the only group would hide nothing: the keys need groups other than the
+    queries'. Works on any memory format. The running statistics are the mean over the groups, moved once a step.
+    """
+
+    num_splits: int
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(images)
+        groups = self.num_splits
+        assert len(images) % groups == 0, f"{len(images)} images in {groups} groups"
+        running = [
+            None if buffer is None else buffer.repeat(groups, 1)
+            for buffer in (self.running_mean, self.running_var)
+        ]
+        parts = [
+            functional.batch_norm(
+                part,
+                *(None if rows is None else rows[i] for rows in running),
+                self.weight,
+                self.bias,
+                training=True,
+                momentum=self.momentum,
+                eps=self.eps,
+            )
+            for i, part in enumerate(images.chunk(groups))
+        ]
+        with torch.no_grad():
+            if self.running_mean is not None:
+                self.running_mean.copy_(running[0].mean(0))
+                self.running_var.copy_(running[1].mean(0))
+                self.num_batches_tracked += 1
+        return torch.cat(parts)
+
+
+def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
+    """Make every BatchNorm of an encoder `plain`, `split` or `sync`, in place; weights and keys stay.
+
+    Returns:
+        The module, which for `sync` may be another object.
+    """
+    if kind == "sync":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if kind == "split":
+        for child in module.modules():
+            # timm's BatchNormAct2d and the like carry their activation along and are left to `_check_split`.
+            if type(child) is nn.BatchNorm2d:
+                child.__class__ = SplitBatchNorm
+                child.num_splits = num_splits
+    return module
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Tell whether any layer normalises over the batch; without one nothing leaks and no shuffle is needed."""
+    return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())

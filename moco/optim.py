@@ -1,0 +1,107 @@
+"""Optimisers and schedules. The rate is a pure function of the step: there is nothing to save or restore.
+
+Sources: 1911.05722, section 4 (steps), 2003.04297 (cosine), 2104.02057 (warm-up, momentum on a cosine).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from moco.config import ModelConfig, OptimConfig
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig
+) -> torch.optim.Optimizer:
+    """Build torch's SGD or AdamW over all parameters, decay on every one, fused where the device has it."""
+    parameters = [p for p in parameters if p.requires_grad]
+    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
+    if config.name == "adamw":
+        betas = (config.adam_beta1, config.adam_beta2)
+        return torch.optim.AdamW(
+            parameters, config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused
+        )
+    return torch.optim.SGD(
+        parameters,
+        config.lr,
+        momentum=config.sgd_momentum,
+        dampening=config.dampening,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Return the rate of optimiser step `step`, counted from 0.
+
+    Warm-up rises linearly from 0 by step. After it, cosine falls to 0 over the rest of the run as
+    0.5 * (1 + cos(pi * e / E)); with `schedule_per: epoch` e is the whole epoch, as in v1 and v2.
+    `plateau` is constant here: `Plateau` scales it.
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr * step / warmup
+    if config.schedule == "cosine":
+        if config.schedule_per == "epoch":
+            step = max(step // steps_per_epoch * steps_per_epoch, math.ceil(warmup))
+        progress = (step - warmup) / max(total_steps - warmup, 1)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if config.schedule == "step":
+        passed = bisect_right(config.milestones, step // steps_per_epoch)
+        return config.lr * config.gamma**passed
+    return config.lr
+
+
+def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
+    """Return m at optimiser step `step`: constant, or m0 -> m_end along half a cosine (2104.02057)."""
+    start, end = config.key_momentum, config.key_momentum_end
+    if config.key_momentum_schedule == "constant":
+        return start
+    return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(step / total_steps, 1.0)))
+
+
+class Plateau:
+    """Lower the rate when a metric stops improving: torch's ReduceLROnPlateau over a bare factor.
+
+    The factor multiplies `learning_rate`, so warm-up still holds. Higher is better unless the metric is a loss.
+    """
+
+    def __init__(self, config: OptimConfig) -> None:
+        # The scheduler wants an optimiser to scale; this one owns nothing but the factor.
+        self._factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+        self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self._factor,
+            mode="min" if config.plateau_metric.endswith("loss") else "max",
+            factor=config.gamma,
+            patience=config.plateau_patience,
+        )
+
+    @property
+    def factor(self) -> float:
+        """What the rate is multiplied with, 1 at the start."""
+        return float(self._factor.param_groups[0]["lr"])
+
+    def read(self, metric: float) -> None:
+        """Take a reading of the watched metric."""
+        self._scheduler.step(metric)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the state as plain numbers."""
+        state = self._scheduler.state_dict()
+        return {
+            "factor": self.factor,
+            "best": float(state["best"]),
+            "bad": int(state["num_bad_epochs"]),
+        }
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from `state_dict`."""
+        self._factor.param_groups[0]["lr"] = state["factor"]
+        self._scheduler.best = state["best"]
+        self._scheduler.num_bad_epochs = int(state["bad"])

@@ -1,0 +1,69 @@
+"""Random numbers without state: pure functions of (seed, purpose, counters).
+
+Order, crops, colours and shuffles are drawn here, from what they belong to (the epoch, the image, the view) and not
+from a generator that drifts. So a resumed run, another number of workers or of ranks, and a worker process or the
+device all see the same numbers, and nothing about them needs saving. Each number is a hash of its counter
+(splitmix64's finaliser, Steele et al. 2014), computed in int64 tensor operations: no synchronisation, and it compiles.
+
+Shapes: N counters, D draws for each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_MASK_53 = (1 << 53) - 1
+
+
+def uniform(seed: int, purpose: str, counters: Tensor, draws: int) -> Tensor:
+    """Draw `draws` independent numbers in [0, 1) for each counter.
+
+    Args:
+        seed: The run's seed.
+        purpose: What the numbers are for; other purposes get independent numbers.
+        counters: N int64; what they belong to, for example image indices.
+        draws: D.
+
+    Returns:
+        N x D float32 on the device of `counters`.
+    """
+    columns = torch.arange(draws, dtype=torch.int64, device=counters.device)
+    mixed = _finalise(_finalise(counters + _key(seed, purpose))[:, None] + (columns + 1) * _GOLDEN)
+    # 24 of the 53 bits: float32 holds no more below 1.
+    return ((mixed & _MASK_53) >> 29).float() * (1.0 / (1 << 24))
+
+
+def permutation(seed: int, purpose: str, counter: int, size: int) -> Tensor:
+    """Return a permutation of 0..size-1 (int64, on the CPU) that belongs to `counter`."""
+    columns = torch.arange(size, dtype=torch.int64)
+    start = torch.tensor(counter, dtype=torch.int64) + _key(seed, purpose)
+    return torch.argsort(_finalise(_finalise(start) + (columns + 1) * _GOLDEN), stable=True)
+
+
+def combine(high: int, low: Tensor) -> Tensor:
+    """Make one counter of two, such as (epoch, image index); `low` stays below 2**40."""
+    return low + (high << 40)
+
+
+def _key(seed: int, purpose: str) -> int:
+    """Hash (seed, purpose) to a signed 64-bit integer, the same in every process."""
+    value = seed & ((1 << 64) - 1)
+    for byte in purpose.encode():
+        value = ((value ^ byte) * 0x100000001B3 + 0x9E3779B97F4A7C15) % (1 << 64)
+        value ^= value >> 29
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _finalise(x: Tensor) -> Tensor:
+    """Apply splitmix64's finaliser; int64 products wrap, and the shifts are logical."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

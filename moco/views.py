@@ -1,0 +1,298 @@
+"""Two views of every image, made batched on the device, each sample with parameters of its own.
+
+A view is a pure function of (seed, epoch, image index, view number): see `moco.random`. The steps are those of the
+papers' chains: random resized crop, flip, colour jitter in random order, greyscale, blur, normalisation; each equals
+torchvision's at equal parameters. Crop, flip and blur are products with per-sample matrices. On a GPU every shape is
+static and nothing synchronises, so that the whole chain compiles to one graph; on a CPU the costly steps touch only
+the samples that need them.
+
+Shapes: N images, C channels (here of the image), H W their pixels, S the side of a view.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moco.config import DataConfig, UserError
+from moco.random import combine, uniform
+
+_ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back
+_MAX_RATIO = 4 / 3
+_BLUR_RADIUS = 6  # pixels; three times the largest sigma
+_BLUR_SIGMA = (0.1, 2.0)
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """Probabilities and strengths of one augmentation chain."""
+
+    crop_min: float
+    flip: float
+    jitter: float
+    strengths: tuple[float, float, float, float]  # brightness, contrast, saturation, hue
+    grey: float
+    blur: float
+    grey_first: bool = False
+
+
+RECIPES = {
+    "v1": ViewRecipe(0.2, 0.5, 1.0, (0.4, 0.4, 0.4, 0.4), 0.2, 0.0, grey_first=True),  # 1911.05722
+    "v2": ViewRecipe(0.2, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.5),  # 2003.04297
+    "cifar": ViewRecipe(0.08, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.0),  # the official demo
+}
+
+
+@dataclass
+class Crops:
+    """Boxes in pixels, and whether to mirror them; each N."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+
+
+@dataclass
+class Colours:
+    """What happens to the colours of each sample.
+
+    Attributes:
+        order: N x 4, which operation stands in each of the four places of the jitter.
+        factors: N x 4, of brightness, contrast, saturation, and the hue's shift in turns.
+        jitter, grey, blur: N bool, whether the step applies.
+        sigma: N, of the blur, in pixels.
+    """
+
+    order: Tensor
+    factors: Tensor
+    jitter: Tensor
+    grey: Tensor
+    blur: Tensor
+    sigma: Tensor
+
+
+def view_recipe(data: DataConfig) -> ViewRecipe:
+    """Take the named recipe with the user's own probabilities put in.
+
+    Raises:
+        UserError: Greyscale asked for on images that are not RGB.
+    """
+    names = ("crop_min", "flip", "jitter", "grey", "blur")
+    own = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
+    if own.get("grey") and data.channels != 3:
+        raise UserError(
+            f"data.grey is {data.grey} but data.channels is {data.channels}: greyscale needs RGB, leave it out"
+        )
+    return replace(RECIPES[data.views], **own)
+
+
+def draw_crops(
+    recipe: ViewRecipe, seed: int, epoch: int, index: Tensor, view: int, height: int, width: int
+) -> Crops:
+    """Draw the boxes of torchvision's RandomResizedCrop, ratio 3/4 to 4/3, for images of one size.
+
+    Args:
+        index: N int64, the images' places in the data set.
+        view: 0 or 1.
+        height, width: Of the images in pixels.
+    """
+    u = uniform(seed, f"crop-{view}", combine(epoch, index), 2 * _ATTEMPTS + 3)
+    area = height * width * (recipe.crop_min + (1 - recipe.crop_min) * u[:, :_ATTEMPTS])
+    ratio = torch.exp(math.log(_MAX_RATIO) * (2 * u[:, _ATTEMPTS : 2 * _ATTEMPTS] - 1))
+    widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    # No attempt fitted: the largest centred box whose ratio is in range.
+    fallback_w = min(width, round(height * _MAX_RATIO))
+    fallback_h = min(height, round(width * _MAX_RATIO))
+    none = ~fits.any(1)
+    w = torch.where(none, fallback_w, widths.gather(1, first)[:, 0]).long()
+    h = torch.where(none, fallback_h, heights.gather(1, first)[:, 0]).long()
+    left = torch.where(none, (width - w) // 2, (u[:, -3] * (width - w + 1)).long())
+    top = torch.where(none, (height - h) // 2, (u[:, -2] * (height - h + 1)).long())
+    return Crops(top, left, h, w, u[:, -1] < recipe.flip)
+
+
+def centre_crops(count: int, height: int, width: int, size: int, device: torch.device) -> Crops:
+    """Make the evaluation box: 7/8 of the short side, centred; images no larger than S whole."""
+    # differs: the official chain resizes to 256 and then cuts 224; cutting first differs by under a pixel.
+    small = max(height, width) <= size
+    side = min(height, width) if small else max(1, round(min(height, width) * 0.875))
+    h, w = (height, width) if small else (side, side)
+
+    def fill(value: int) -> Tensor:
+        return torch.full((count,), value, device=device)
+
+    no_flip = torch.zeros(count, dtype=torch.bool, device=device)
+    return Crops(fill((height - h) // 2), fill((width - w) // 2), fill(h), fill(w), no_flip)
+
+
+def draw_colours(recipe: ViewRecipe, seed: int, epoch: int, index: Tensor, view: int) -> Colours:
+    """Draw jitter, greyscale and blur for each sample; arguments as in `draw_crops`."""
+    u = uniform(seed, f"colour-{view}", combine(epoch, index), 12)
+    strengths = torch.tensor(recipe.strengths, device=u.device)
+    centre = torch.tensor((1.0, 1.0, 1.0, 0.0), device=u.device)
+    low, high = _BLUR_SIGMA
+    return Colours(
+        order=u[:, :4].argsort(1),
+        factors=centre + strengths * (2 * u[:, 4:8] - 1),
+        jitter=u[:, 8] < recipe.jitter,
+        grey=u[:, 9] < recipe.grey,
+        blur=u[:, 10] < recipe.blur,
+        sigma=low + (high - low) * u[:, 11],
+    )
+
+
+def crop_and_resize(images: Tensor, crops: Crops, size: int) -> Tensor:
+    """Cut, resize (bilinear, antialiased) and mirror.
+
+    Args:
+        images: N x C x H x W uint8, or float on the same scale.
+        size: S.
+
+    Returns:
+        N x C x S x S float on a 0-1 scale.
+    """
+    rows = _resize_matrix(crops.top, crops.height, images.shape[2], size) / 255
+    columns = _resize_matrix(crops.left, crops.width, images.shape[3], size)
+    columns = torch.where(crops.flip[:, None, None], columns.flip(1), columns)
+    return _separable(images.float(), rows, columns)
+
+
+def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """Build the N x S x pixels weights that resize [start, start+length) to S, as PIL and torchvision do."""
+    length, start = length.float()[:, None, None], start.float()[:, None, None]
+    scale = length / size
+    out = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
+    pixel = torch.arange(pixels, device=start.device, dtype=torch.float32)[None, None, :]
+    centre = start + (out + 0.5) * scale
+    weights = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel >= start) & (pixel < start + length))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply N x S x H weights to the rows and N x S' x W weights to the columns of N x C x H x W."""
+    return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].transpose(2, 3))
+
+
+def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tensor:
+    """Apply jitter, greyscale and blur.
+
+    Args:
+        images: N x C x S x S float, 0-1. Hue, saturation and greyscale act on RGB only.
+    """
+    rgb = images.shape[1] == 3
+    to_grey = rgb and recipe.grey > 0
+    if to_grey and recipe.grey_first:
+        images = _on_rows(colours.grey, images, _grey_like)
+    if recipe.jitter > 0:
+        images = _jitter(images, colours)
+    if to_grey and not recipe.grey_first:
+        images = _on_rows(colours.grey, images, _grey_like)
+    if recipe.blur > 0:
+        images = _on_rows(colours.blur, images, _blur, colours.sigma)
+    return images
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Subtract the mean and divide by the deviation; C each, for images on a 0-1 scale."""
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
+def _on_rows(mask: Tensor, images: Tensor, step, *parameters: Tensor) -> Tensor:
+    """Apply `step` to the samples in `mask`: to all and select on a GPU, to those only on a CPU."""
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(mask[:, None, None, None], step(images, *parameters), images)
+    rows = mask.nonzero()[:, 0]
+    if len(rows) == 0:
+        return images
+    changed = step(images[rows], *(p[rows] for p in parameters))
+    return images.index_copy(0, rows, changed)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Return the brightness, N x 1 x S x S: weighted for RGB, else the mean of the bands."""
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    red, green, blue = images.unbind(1)
+    weights = _GREY_WEIGHTS
+    return (weights[0] * red + weights[1] * green + weights[2] * blue)[:, None]
+
+
+def _grey_like(images: Tensor) -> Tensor:
+    return _grey(images).expand_as(images)
+
+
+def _jitter(images: Tensor, colours: Colours) -> Tensor:
+    """Apply the four operations in each sample's own order.
+
+    Brightness, contrast and saturation all blend with another image (black, the mean grey, the grey image), so one
+    blend with a chosen partner serves the three; the hue is apart.
+    """
+    rgb = images.shape[1] == 3
+    for place in range(4):
+        operation = colours.order[:, place]
+        factor = colours.factors.gather(1, operation[:, None])[:, 0]
+        # Blending with factor 1 changes nothing: so for the hue's turn and for samples without jitter.
+        blends = colours.jitter & ((operation < _SATURATION) | (rgb & (operation == _SATURATION)))
+        factor_b = torch.where(blends, factor, 1.0)[:, None, None, None]
+        grey = _grey(images)
+        partner = torch.where(
+            (operation == _SATURATION)[:, None, None, None],
+            grey,
+            (grey.mean((1, 2, 3)) * (operation == _CONTRAST))[:, None, None, None],
+        )
+        images = (images * factor_b + partner * (1 - factor_b)).clamp(0, 1)
+        if rgb:
+            images = _on_rows(colours.jitter & (operation == _HUE), images, _shift_hue, factor)
+    return images
+
+
+def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns (N), through HSV in closed form."""
+    red, green, blue = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    divisor = torch.where(chroma > 0, chroma, 1.0)
+    sixths = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sixths = sixths + 6 * shift[:, None, None]
+    channels = []
+    for start in (5, 3, 1):  # red, green, blue
+        k = torch.remainder(start + sixths, 6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur with a Gaussian of `sigma` pixels (N), 13 taps, reflected at the edges as torchvision does."""
+    matrix = _blur_matrix(sigma, images.shape[-1])
+    return _separable(images, matrix, matrix)
+
+
+def _blur_matrix(sigma: Tensor, size: int) -> Tensor:
+    """Build the N x S x S matrix of a reflected Gaussian."""
+    radius = min(_BLUR_RADIUS, size - 1)
+    taps = torch.arange(radius + 1, device=sigma.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # N radius+1
+    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])
+    kernel = functional.pad(kernel, (0, 1))  # the last column: no weight
+    out = torch.arange(size, device=sigma.device)[:, None]
+    pixel = torch.arange(size, device=sigma.device)[None, :]
+    matrix = kernel[:, (pixel - out).abs().clamp(max=radius + 1)]
+    left = (pixel + out).clamp(max=radius + 1)  # the tap at -pixel
+    right = (2 * (size - 1) - pixel - out).clamp(max=radius + 1)
+    matrix = matrix + kernel[:, left] * (pixel >= 1) + kernel[:, right] * (pixel <= size - 2)
+    return matrix
