@@ -117,9 +117,24 @@ def _nearest(name: str, names: list[str]) -> str:
     return f": did you mean --{near[0]}?" if near else ": see --help"
 
 
+def option_values(argv: Sequence[str], option: str) -> list[str]:
+    """List the values that an option is given on the command line, in order."""
+    words = list(argv)
+    values = [
+        (place, following)
+        for place, (word, following) in enumerate(zip(words, words[1:], strict=False))
+        if word == option
+    ]
+    values += [
+        (place, word.split("=", 1)[1])
+        for place, word in enumerate(words)
+        if word.startswith(f"{option}=")
+    ]
+    return [value for _, value in sorted(values)]
+
+
 def _config_paths(argv: Sequence[str]) -> list[Path]:
-    paths = [Path(b) for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
-    paths += [Path(a.split("=", 1)[1]) for a in argv if a.startswith("--config=")]
+    paths = [Path(value) for value in option_values(argv, "--config")]
     for path in paths:
         if not path.is_file():
             folder = path.parent if path.parent.is_dir() else Path("configs")
@@ -209,8 +224,11 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
-    if result is not None:
+    signal_number = result.pop("stopped_by", 0) if result else 0
+    if result:
         print(json.dumps(result), flush=True)
+    if signal_number:
+        sys.exit(128 + signal_number)
 
 
 def _fold(error: UserError) -> str:

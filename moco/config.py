@@ -138,6 +138,9 @@ class DataConfig:
         65535, "Value in 16-bit images that becomes white", at_least=1, at_most=65535
     )
     image_size: int = setting(224, "Side of a view in pixels", at_least=4)
+    upscale: float = setting(
+        1.0, "How many times larger than the images a view may be; 1 refuses to enlarge", at_least=1
+    )
     batch_size: int = setting(256, "Images per step over all devices", at_least=2)
     views: Literal["v1", "v2", "cifar"] = setting(
         "v2", "Augmentation: 1911.05722, 2003.04297 or the CIFAR demo"

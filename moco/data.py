@@ -1,0 +1,388 @@
+"""Data: batches of view pairs that can stop and go on mid-epoch, and images for evaluation.
+
+What fits is resident: decoded once, one uint8 tensor, no workers. What does not is streamed: workers decode and cut
+each image twice, to uint8. Colours are always made batched on the device. Order and views are functions of
+(seed, epoch, index): nothing about them is saved.
+Shapes: M images in the set, N images per device, W devices, B = N*W, C channels, S side of a view.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset
+
+from moco import distributed, sources, views
+from moco.config import DataConfig, UserError, normalisation
+from moco.random import permutation
+from moco.sources import ImageSource
+
+log = logging.getLogger("moco")
+
+
+@dataclass
+class Indices:
+    """What a loader yields: which images, and for streamed sets their cuts.
+
+    Attributes:
+        epoch, step: Of the run; the batch number counts from the run's start.
+        index: B int64, the global batch in rank order.
+        crops: N x 2 x C x S x S uint8 of this rank, two cuts of each image; None for resident sets.
+    """
+
+    epoch: int
+    step: int
+    index: Tensor
+    crops: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """View pairs, ready for the encoders.
+
+    Attributes:
+        query_views: One view, or two if symmetric; each N x C x S x S float, normalised.
+        key_views: The matching other views, in shuffled places.
+        key_order: B, where the keys went; None if they were not shuffled.
+    """
+
+    query_views: list[Tensor]
+    key_views: list[Tensor]
+    key_order: Tensor | None
+
+
+class PretrainData(pl.LightningDataModule):
+    """Unlabelled images as batches of view pairs.
+
+    Args:
+        config: Data settings.
+        seed: Of order and views.
+        shuffle: Whether keys change places (shuffle-BN, or split groups on one device).
+        symmetric: Whether both views are queries and keys.
+        source: The images; opened from `config` unless given.
+
+    Attributes:
+        wait_seconds: Time that training has waited for the loader.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        shuffle: bool,
+        symmetric: bool,
+        source: ImageSource | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
+        self.recipe = views.view_recipe(config)
+        self.source = source or sources.open_source(config, "train")
+        self.images: Tensor | None = self.source.images
+        self.resident = "memory"
+        self.wait_seconds = 0.0
+        self.bad: list[tuple[int, str]] = []
+        check_batch(config, len(self.source))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in the set; what is left over waits for another epoch's order."""
+        return len(self.source) // self.config.batch_size
+
+    def prepare(self, device: torch.device, report_path: str | None = None) -> None:
+        """Decode what is to be resident, drop what cannot be read, and say what was decided."""
+        self.source, self.images, self.resident = make_resident(
+            self.source, self.config, device, report_path
+        )
+        check_batch(self.config, len(self.source))
+        self._mean, self._std = (torch.tensor(v, device=device) for v in normalisation(self.config))
+
+    def train_dataloader(self) -> StepLoader:
+        """Build the loader; it finds its place from Lightning's batch counter, mid-epoch too."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return StepLoader(self, position=lambda: progress.total.ready)
+
+    def on_after_batch_transfer(self, batch: Indices, dataloader_idx: int) -> Batch:
+        """Make the views on the device."""
+        world = distributed.world_size()
+        count = len(batch.index) // world
+        order = None
+        if self.shuffle:
+            order = distributed.key_order(self.seed, batch.step, count, world).to(batch.index.device)
+        index = distributed.local_rows(batch.index, count)
+        numbers = (0, 1) if self.symmetric else (0,)
+        if batch.crops is None:
+            place = index if order is None else distributed.local_rows(batch.index[order], count)
+            return self._pairs(batch, index, place, order, numbers, None, None)
+        moved = batch.crops if order is None else distributed.exchange(batch.crops, order)
+        place = index if order is None else distributed.local_rows(batch.index[order], count)
+        return self._pairs(batch, index, place, order, numbers, batch.crops, moved)
+
+    def _pairs(
+        self,
+        batch: Indices,
+        index: Tensor,
+        key_index: Tensor,
+        order: Tensor | None,
+        numbers: tuple[int, ...],
+        crops: Tensor | None,
+        key_crops: Tensor | None,
+    ) -> Batch:
+        """Make views `numbers` of the queries and the opposite ones of the keys."""
+        queries = [self._view(batch.epoch, index, n, crops) for n in numbers]
+        if self.symmetric and distributed.world_size() == 1:
+            # The keys are these same views in other places.
+            keys = [queries[1 - n] if order is None else queries[1 - n][order] for n in numbers]
+        else:
+            keys = [self._view(batch.epoch, key_index, 1 - n, key_crops) for n in numbers]
+        return Batch(queries, keys, order)
+
+    def _view(self, epoch: int, index: Tensor, number: int, crops: Tensor | None) -> Tensor:
+        """Make one view of the given images, N x C x S x S."""
+        recipe, size = self.recipe, self.config.image_size
+        if crops is not None:
+            cut = crops[:, number].float() / 255
+        else:
+            images = self.images[index.to(self.images.device)].to(index.device)
+            boxes = views.draw_crops(recipe, self.seed, epoch, index, number, *images.shape[2:])
+            cut = views.crop_and_resize(images, boxes, size)
+        colours = views.draw_colours(recipe, self.seed, epoch, index, number)
+        image = views.adjust_colours(cut, colours, recipe)
+        return views.normalise(image, self._mean, self._std)
+
+
+class StepLoader:
+    """An epoch's batches from wherever the run stands.
+
+    Args:
+        data: The images and settings.
+        position: Tells how many batches the run has taken so far; asked whenever an iteration starts, so that a
+            resumed epoch begins where it was left.
+    """
+
+    def __init__(self, data: PretrainData, position: Callable[[], int]) -> None:
+        self.data, self.position = data, position
+        self._workers: DataLoader | None = None
+        self._order: list[tuple[int, int, Tensor]] = []
+
+    def __len__(self) -> int:
+        return self.data.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Indices]:
+        batches = self._batches(*divmod(self.position(), len(self)))
+        if self.data.images is None:
+            batches = self._streamed(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.data.wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Indices]:
+        """Slice the epoch's permutation into global batches."""
+        data, size = self.data, self.data.config.batch_size
+        order = permutation(data.seed, "order", epoch, len(data.source))
+        for number in range(start, len(self)):
+            index = order[number * size : (number + 1) * size]
+            yield Indices(epoch, epoch * len(self) + number, index)
+
+    def _streamed(self, batches: Iterator[Indices]) -> Iterator[Indices]:
+        """Have workers cut this rank's share of each batch."""
+        planned = list(batches)
+        if self._workers is None:
+            self._workers = self._start_workers()
+        self._workers.batch_sampler.planned = planned
+        for plan, crops in zip(planned, self._workers, strict=True):
+            yield replace(plan, crops=crops)
+
+    def _start_workers(self) -> DataLoader:
+        data = self.data
+        count = worker_count(data.config)
+        return DataLoader(
+            _Cuts(data),
+            batch_sampler=_Planned(),
+            num_workers=count,
+            persistent_workers=count > 0,
+            prefetch_factor=4 if count else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class _Planned:
+    """Batch sampler that hands out this rank's rows of the planned batches."""
+
+    def __init__(self) -> None:
+        self.planned: list[Indices] = []
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for plan in self.planned:
+            rows = distributed.local_rows(plan.index, len(plan.index) // distributed.world_size())
+            yield [(plan.epoch, index) for index in rows.tolist()]
+
+
+class _Cuts(Dataset):
+    """Two cuts of an image, 2 x C x S x S uint8, drawn from (seed, epoch, index); runs in workers."""
+
+    def __init__(self, data: PretrainData) -> None:
+        self.source, self.recipe = data.source, data.recipe
+        self.seed, self.size = data.seed, data.config.image_size
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        epoch, index = key
+        image = self.source.read(index)
+        height, width = image.shape[1:]
+        cuts = []
+        for view in (0, 1):
+            place = torch.tensor([index])
+            box = views.draw_crops(self.recipe, self.seed, epoch, place, view, height, width)
+            cuts.append(cut(image, box, self.size))
+        return torch.stack(cuts)
+
+
+def cut(image: Tensor, box: views.Crops, size: int) -> Tensor:
+    """Cut one box out of a C x H x W uint8 image and resize it to C x S x S uint8, antialiased."""
+    top, left = int(box.top[0]), int(box.left[0])
+    part = image[:, top : top + int(box.height[0]), left : left + int(box.width[0])]
+    part = interpolate(part[None], (size, size), mode="bilinear", antialias=True)[0]
+    return part.flip(2) if box.flip[0] else part
+
+
+def worker_count(config: DataConfig) -> int:
+    """Decide how many worker processes each rank starts."""
+    if config.num_workers >= 0:
+        return config.num_workers
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    return max(1, (os.cpu_count() or 1) // local)
+
+
+def check_batch(config: DataConfig, count: int) -> None:
+    """Raise UserError when the set does not fill one batch."""
+    if count < config.batch_size:
+        raise UserError(
+            f"data.batch_size {config.batch_size} is above the {count} images of {config.dataset} "
+            f"{config.root}: lower it to {max(2, count)} or less"
+        )
+
+
+def make_resident(
+    source: ImageSource, config: DataConfig, device: torch.device, report_path: str | None
+) -> tuple[ImageSource, Tensor | None, str]:
+    """Decide between device, memory and streaming, and decode.
+
+    Returns:
+        The source without unreadable files, its images M x C x H x W uint8 or None if streamed, and where they are.
+    """
+    needed, size = sources.estimate_bytes(source)
+    budget = config.resident_budget * 2**30
+    wanted = config.resident
+    check_view_size(config, size)
+    if source.images is None:
+        if wanted == "off" or (wanted == "auto" and (size is None or needed > budget)):
+            return source, None, "streamed"
+        try:
+            images, bad = sources.load_all(source)
+        except sources.MixedSizes as error:
+            if wanted != "auto":
+                raise UserError(
+                    f"data.resident is {wanted} but the images differ in size ({error}): set data.resident off"
+                ) from None
+            return source, None, "streamed"
+        source = sources.check_files(source, bad, config.max_bad_fraction, report_path)
+    else:
+        images = source.images
+    if wanted == "device" or (wanted == "auto" and device.type == "cuda"):
+        return source, images.to(device), "device"
+    return source, images, "memory"
+
+
+def check_view_size(config: DataConfig, size: tuple[int, int] | None) -> None:
+    """Raise UserError when views would be larger than the images they are cut from."""
+    if size is not None and min(size) * config.upscale < config.image_size:
+        raise UserError(
+            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set it to {min(size)}, "
+            f"or allow enlarging with data.upscale {config.image_size / min(size):.3g}"
+        )
+
+
+class LabelledData:
+    """Images for evaluation: a labelled bank and labelled queries, resized and centre-cropped.
+
+    Args:
+        config: Data settings of the run that made the encoder.
+        bank, queries: Sources with labels.
+        bank_images, query_images: Their decoded images if resident already.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        bank: ImageSource,
+        queries: ImageSource,
+        bank_images: Tensor | None = None,
+        query_images: Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.bank, self.queries = bank, queries
+        self.bank_images, self.query_images = bank_images, query_images
+        self.num_classes = len(bank.classes)
+
+    def batches(
+        self, split: str, device: torch.device, batch_size: int = 256
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's share of `bank` or `queries`: every W-th image, none twice, none left out.
+
+        Yields:
+            Images N x C x S x S, normalised, and labels N int64, on `device`.
+        """
+        source = self.bank if split == "bank" else self.queries
+        images = self.bank_images if split == "bank" else self.query_images
+        mine = torch.arange(distributed.rank(), len(source), distributed.world_size())
+        mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
+        for index, part in _read(source, images, mine, self.config, batch_size):
+            size = self.config.image_size
+            part = part.to(device, non_blocking=True)
+            if part.shape[2:] != (size, size):
+                boxes = views.centre_crops(len(part), *part.shape[2:], size, device)
+                part = views.crop_and_resize(part, boxes, size)
+            else:
+                part = part.float() / 255
+            yield views.normalise(part, mean, std), source.labels[index].to(device)
+
+
+def _read(
+    source: ImageSource, images: Tensor | None, mine: Tensor, config: DataConfig, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield indices and uint8 images, from memory or through workers, which cut to size."""
+    if images is not None:
+        for index in mine.split(batch_size):
+            yield index, images[index.to(images.device)]
+        return
+    dataset = _CentreCuts(source, config.image_size)
+    loader = DataLoader(
+        dataset, batch_size, sampler=mine.tolist(), num_workers=worker_count(config)
+    )
+    yield from zip(mine.split(batch_size), loader, strict=True)
+
+
+class _CentreCuts(Dataset):
+    """Evaluation cuts of streamed images, C x S x S uint8."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.source.read(index)
+        box = views.centre_crops(1, *image.shape[1:], self.size, torch.device("cpu"))
+        return cut(image, box, self.size)

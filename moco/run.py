@@ -1,0 +1,332 @@
+"""A run: from settings to a trained encoder, in a directory that holds everything about it (`moco.rundir`).
+
+`pretrain` is what `train.py` calls. It decides what `auto` means, refuses what cannot work before the first step, says
+on standard error what it decided, and hands the parts to Lightning's Trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+
+from moco import sources
+from moco.config import TrainConfig, UserError, check
+from moco.data import LabelledData, PretrainData, make_resident
+from moco.monitor import KNNMonitor, Progress, Readings
+from moco.pretrain import MoCo
+from moco.rundir import check_same, find_run, new_run, write_config
+from moco.saving import AtomicCheckpointIO, Checkpoints
+from moco.tracking import loggers
+
+log = logging.getLogger("moco")
+
+
+def pretrain(config: TrainConfig, resume: str = "", recipe: str = "") -> dict[str, Any]:
+    """Train as `config` says and return the results.
+
+    Args:
+        config: Settings; `auto` values are decided here.
+        resume: Empty, a run directory, a checkpoint, or "auto" for the latest run.
+        recipe: Name for a new run's directory.
+
+    Returns:
+        Final kNN, loss, images per second, steps and paths, as plain values; `stopped_by` is the signal, if any.
+
+    Raises:
+        UserError: Anything that the user can mend, before the first step wherever possible.
+    """
+    _set_up_logging()
+    check(config)
+    asked = asdict(config)
+    source = sources.open_source(config.data, "train")
+    check_queue(config, len(source))
+    devices = choose_devices(config)
+    world = devices * config.trainer.num_nodes
+    _set_threads(config, devices)
+    config.model.key_bn, reason = choose_key_bn(config.model.key_bn, world)
+    check_shares(config, world)
+    found = find_run(resume, config.run.dir) if resume else None
+    run_dir, checkpoint = found or (new_run(config, recipe), None)
+    stored = read_stored(checkpoint, asked, config) if checkpoint else None
+    pl.seed_everything(config.run.seed, verbose=False)
+    data = PretrainData(
+        config.data,
+        config.run.seed,
+        shuffle=config.model.key_bn in ("shuffle", "split"),
+        symmetric=config.model.symmetric != "none",
+        source=source,
+    )
+    module = MoCo(
+        config.model, config.optim, config.data.channels, config.data.image_size, config.run.seed
+    )
+    if stored and stored["global_step"] >= _total_steps(config, data.steps_per_epoch):
+        log.info("%s is finished after %d steps: nothing to do", run_dir, stored["global_step"])
+        return {"run_dir": str(run_dir), "checkpoint": str(checkpoint), "steps": stored["global_step"]}
+    run = _Run(config, data, module, run_dir, devices)
+    run.say_what_was_decided(reason)
+    return run.fit(checkpoint, stored["global_step"] if stored else 0, asked)
+
+
+class _Run:
+    """The parts of one run: data on its device, module, callbacks and Trainer."""
+
+    def __init__(
+        self, config: TrainConfig, data: PretrainData, module: MoCo, run_dir: Path, devices: int
+    ) -> None:
+        self.config, self.data, self.module, self.run_dir = config, data, module, run_dir
+        self.devices = devices
+        self.device = _device(config)
+        data.prepare(self.device, str(run_dir / "bad_files.txt"))
+        module.accumulate = config.trainer.accumulate_grad_batches
+        module.steps_per_epoch = -(-data.steps_per_epoch // module.accumulate)
+        module.total_steps = _total_steps(config, data.steps_per_epoch)
+
+    def fit(self, checkpoint: Path | None, start_step: int, asked: dict[str, Any]) -> dict[str, Any]:
+        """Train to the end, or to a signal."""
+        config = self.config
+        readings = Readings(self.data, config.trainer.log_every_n_steps)
+        monitor = KNNMonitor(self.labelled(), config.run, readings)
+        saver = Checkpoints(
+            self.run_dir / "checkpoints",
+            config.run.checkpoint_every,
+            config.run.checkpoint_minutes,
+            config.run.keep_checkpoints,
+            asked,
+        )
+        trainer = self.trainer([readings, monitor, saver, Progress(readings)], start_step)
+        if trainer.is_global_zero:
+            write_config(TrainConfig.from_dict(asked), self.run_dir)
+        start = time.perf_counter()
+        trainer.fit(
+            self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True
+        )
+        result = {
+            "knn_top1": _rounded(monitor.last),
+            "knn_top1_untrained": _rounded(monitor.first),
+            **{name: _rounded(value) for name, value in monitor.few_shot.items()},
+            "loss": _rounded(readings.latest.get("train/loss"), 4),
+            "images_per_second": _rounded(readings.rate(), 1),
+            "seconds": _rounded(time.perf_counter() - start, 1),
+            "steps": trainer.global_step,
+            "run_dir": str(self.run_dir),
+            "checkpoint": str(self.run_dir / "checkpoints" / "last.ckpt"),
+        }
+        if saver.stop_signal:
+            log.info(
+                "stopped by signal %d after step %d: go on with --resume %s",
+                saver.stop_signal, trainer.global_step, self.run_dir,
+            )
+            result["stopped_by"] = saver.stop_signal
+        return result if trainer.is_global_zero else {}
+
+    def trainer(self, callbacks: list[pl.Callback], start_step: int) -> pl.Trainer:
+        """Build Lightning's Trainer without what this project does itself."""
+        config = self.config.trainer
+        several = self.devices * config.num_nodes > 1
+        # The queue and the key encoder are equal on all ranks by construction: no buffer is broadcast.
+        ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        return pl.Trainer(
+            accelerator=_accelerator(self.config),
+            devices=self.devices,
+            num_nodes=config.num_nodes,
+            strategy=ddp if several else "auto",
+            precision=choose_precision(self.config),
+            max_epochs=config.max_epochs,
+            max_steps=config.max_steps,
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            deterministic=config.deterministic,
+            benchmark=not config.deterministic,
+            logger=loggers(self.config.run, self.run_dir, start_step),
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
+
+    def labelled(self) -> LabelledData | None:
+        """Open what kNN needs, sharing the decoded training images; None without labels."""
+        if self.config.run.knn_every == 0:
+            return None
+        pair = sources.open_labelled(self.config.data)
+        if pair is None:
+            log.info("no labelled train and test splits: kNN is not read")
+            return None
+        bank, queries = pair
+        queries, query_images, _ = make_resident(queries, self.config.data, self.device, None)
+        if len(bank) == len(self.data.source) and bank.name == self.data.source.name:
+            return LabelledData(self.config.data, bank, queries, self.data.images, query_images)
+        bank, bank_images, _ = make_resident(bank, self.config.data, self.device, None)
+        return LabelledData(self.config.data, bank, queries, bank_images, query_images)
+
+    def say_what_was_decided(self, reason: str) -> None:
+        """Log what the run is, in the first lines, on rank 0."""
+        config, data = self.config, self.data
+        model, world = config.model, self.devices * config.trainer.num_nodes
+        millions = sum(p.numel() for p in self.module.query_encoder.parameters()) / 1e6
+        where = "streamed by workers" if data.images is None else f"resident ({data.resident})"
+        log.info(
+            "%s: %d images, %s; views %s at %d px, %d steps per epoch",
+            data.source.name, len(data.source), where, config.data.views, config.data.image_size,
+            self.module.steps_per_epoch,
+        )
+        log.info(
+            "%s, %.2f M parameters; head %s, %d keys queued, temperature %g, key momentum %g",
+            model.backbone, millions, model.head, model.queue_size, model.temperature,
+            model.key_momentum,
+        )
+        log.info(
+            "%d %s device(s), %s; global batch %d, per device %d; lr %g as given",
+            world, self.device.type, choose_precision(config), config.data.batch_size,
+            config.data.batch_size // world, config.optim.lr,
+        )
+        log.info("key BatchNorm: %s (%s)", model.key_bn, reason)
+        log.info("run directory: %s", self.run_dir)
+
+
+def choose_devices(config: TrainConfig) -> int:
+    """Decide how many processes each machine runs, from the settings or from torchrun's and SLURM's environment.
+
+    Raises:
+        UserError: Devices that do not exist.
+    """
+    trainer = config.trainer
+    gpus = torch.cuda.device_count()
+    on_gpu = _accelerator(config) == "cuda"
+    if trainer.accelerator == "gpu" and not gpus:
+        raise UserError("trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver")
+    available = gpus if on_gpu else (os.cpu_count() or 1)
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "0")))
+    if launched and trainer.devices not in (0, launched):
+        raise UserError(
+            f"trainer.devices is {trainer.devices} but {launched} processes were launched: leave it out"
+        )
+    if launched and "WORLD_SIZE" in os.environ:
+        trainer.num_nodes = max(1, int(os.environ["WORLD_SIZE"]) // launched)
+    devices = trainer.devices or launched or (gpus if on_gpu else 1)
+    if devices > available:
+        kind = "GPUs" if on_gpu else "CPU cores"
+        raise UserError(f"trainer.devices is {devices} but there are {available} {kind}: lower it")
+    return devices
+
+
+def check_shares(config: TrainConfig, world: int) -> None:
+    """Raise UserError when the batch does not divide as the devices and groups need it."""
+    batch, model = config.data.batch_size, config.model
+    parts, why = world, f"{world} devices"
+    if model.key_bn == "shuffle":
+        parts, why = world * world, f"{world} devices, {world} equal blocks on each to shuffle keys"
+    if "split" in (model.key_bn, model.query_bn):
+        parts, why = world * model.bn_splits, f"{world} devices x {model.bn_splits} BatchNorm groups"
+    if batch % parts:
+        near = max(parts, batch // parts * parts)
+        raise UserError(f"data.batch_size {batch} does not divide by {parts} ({why}): take {near}")
+    smallest = batch // (parts if parts != world * world else world)
+    if smallest < 2:
+        raise UserError(
+            f"data.batch_size {batch} leaves {smallest} image in a BatchNorm group ({why}): take {2 * parts}"
+        )
+
+
+def check_queue(config: TrainConfig, count: int) -> None:
+    """Raise UserError when the queue would hold an image's keys of the same epoch twice."""
+    if config.model.queue_size > count:
+        batch = config.data.batch_size
+        most = max(count // batch * batch, batch)
+        raise UserError(
+            f"model.queue_size {config.model.queue_size} is above the {count} images of the data set, so that "
+            f"images would meet their own older keys as negatives: take {most} or less"
+        )
+
+
+def choose_key_bn(key_bn: str, world: int) -> tuple[str, str]:
+    """Decide what `auto` means, and say why."""
+    if key_bn != "auto":
+        return key_bn, "as set"
+    if world > 1:
+        return "shuffle", f"auto: {world} devices, each normalises keys of all"
+    return "split", "auto: one device, so its batch is split into groups for the keys"
+
+
+def choose_precision(config: TrainConfig) -> str:
+    """Decide what `auto` means: bf16 where the hardware multiplies it natively.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    precision, on_gpu = config.trainer.precision, _accelerator(config) == "cuda"
+    if precision == "16-mixed" and not on_gpu:
+        raise UserError("trainer.precision is 16-mixed on a CPU, which has no fp16: use bf16-mixed or 32-true")
+    if precision != "auto":
+        return precision
+    native = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def _accelerator(config: TrainConfig) -> str:
+    gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return "cuda" if gpu else "cpu"
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """Return this process's device before Lightning has set up."""
+    if _accelerator(config) == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
+    trainer = config.trainer
+    steps = trainer.max_epochs * -(-batches_per_epoch // trainer.accumulate_grad_batches)
+    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+
+def read_stored(checkpoint: Path, asked: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """Read a checkpoint's step and check that it belongs to these settings.
+
+    Raises:
+        UserError: Not one of our checkpoints, or of another recipe.
+    """
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    if "config" not in stored or "global_step" not in stored:
+        raise UserError(f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from")
+    check_same(TrainConfig.from_dict(asked), stored["config"], checkpoint)
+    return {"global_step": stored["global_step"]}
+
+
+def _set_threads(config: TrainConfig, devices: int) -> None:
+    """Share the cores between the processes; two processes with all cores each would crawl."""
+    if _accelerator(config) == "cpu" and devices > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
+
+
+def _set_up_logging() -> None:
+    """Say our own lines plainly on standard error, on rank 0; keep libraries to warnings that matter."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _rounded(value: float | None, digits: int = 2) -> float | None:
+    return None if value is None else round(value, digits)

@@ -1,0 +1,122 @@
+"""Run directories: their names, what they hold, and which checkpoint a run goes on from. No torch here.
+
+    RUN_DIR/config.yaml      every setting, as it was used
+    RUN_DIR/metrics.csv      one row per reading
+    RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from moco.config import TrainConfig, UserError
+
+RUNS = Path("runs")
+
+# What may differ when a run goes on: where and how it runs, not what it computes.
+_MAY_DIFFER = {
+    "data.root",
+    "data.download",
+    "data.resident",
+    "data.resident_budget",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.log_every_n_steps",
+    "model.key_bn",  # auto is decided anew
+}
+
+
+def new_run(config: TrainConfig, recipe: str) -> Path:
+    """Choose the directory of a new run, without making it.
+
+    Raises:
+        UserError: `run.dir` holds a run already, or is a file.
+    """
+    if not config.run.dir:
+        return RUNS / f"{recipe or config.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(config.run.dir)
+    if path.is_file():
+        raise UserError(f"run.dir {path} is a file: name a directory")
+    if (path / "checkpoints").is_dir():
+        raise UserError(
+            f"run.dir {path} holds a run already: go on with --resume {path}, or name another directory"
+        )
+    return path
+
+
+def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
+    """Find the run and the checkpoint that `--resume` means.
+
+    Args:
+        resume: A run directory, a checkpoint, or "auto": the latest run with a whole checkpoint.
+        run_dir: `run.dir`, where "auto" looks if given.
+
+    Returns:
+        Run directory and checkpoint, or None if "auto" finds nothing to go on from.
+
+    Raises:
+        UserError: No such run, or no checkpoint in it is whole.
+    """
+    if resume == "auto":
+        candidates = [Path(run_dir)] if run_dir else sorted(RUNS.glob("*/"), key=_age)
+        found = [(path, last) for path in candidates if (last := last_whole(path))]
+        return found[-1] if found else None
+    path = Path(resume)
+    if path.is_file():
+        if not is_whole(path):
+            raise UserError(f"--resume {path} is torn or no checkpoint: name the run directory to use the one before")
+        return path.parent.parent, path
+    if not path.is_dir():
+        raise UserError(f"--resume {path} does not exist: name a run directory, a checkpoint, or auto")
+    last = last_whole(path)
+    if last is None:
+        raise UserError(f"--resume {path} holds no whole checkpoint in {path / 'checkpoints'}: start a new run")
+    return path, last
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def last_whole(run_dir: Path) -> Path | None:
+    """Return last.ckpt, or if it is torn the newest whole checkpoint by step."""
+    folder = run_dir / "checkpoints"
+    by_step = sorted(folder.glob("step_*.ckpt"), reverse=True)
+    return next((p for p in [folder / "last.ckpt", *by_step] if is_whole(p)), None)
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a checkpoint was written to its end: its archive's directory stands there."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError):
+        return False
+
+
+def write_config(config: TrainConfig, run_dir: Path) -> None:
+    """Write config.yaml, whole or not at all."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    target, temporary = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, target)
+
+
+def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:
+    """Raise UserError when a run would go on with another recipe; name the first difference."""
+    for group, fields in asdict(config).items():
+        for field, value in fields.items():
+            name, before = f"{group}.{field}", stored.get(group, {}).get(field)
+            if value == before or name in _MAY_DIFFER or (group == "run" and field != "seed"):
+                continue
+            raise UserError(
+                f"--resume {where}: {name} is {value!r} but the run has {before!r}: leave it out, or start a new run"
+            )

@@ -1,0 +1,123 @@
+"""Where readings go: metrics.csv always, TensorBoard and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import csv
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from moco.config import RunConfig, UserError
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "train/loss",
+    "train/chance_loss",
+    "train/contrast_top1",
+    "train/contrast_top5",
+    "train/queue_fill",
+    "train/spread",
+    "train/lr",
+    "train/key_momentum",
+    "train/images_per_second",
+    "train/wait_share",
+    "val/knn_top1",
+)
+
+
+class MetricsFile(Logger):
+    """metrics.csv: one row per reading, written at once, continued on resume.
+
+    Args:
+        path: The file.
+        resume_step: Rows of later steps are dropped, since the run repeats them; 0 starts afresh.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        super().__init__()
+        self.path, self._resume_step, self._ready = path, resume_step, False
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Leave them to config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row."""
+        if not self._ready:
+            self._start()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow({"step": step, **metrics})
+
+    def _start(self) -> None:
+        """Write the header, or keep what a resumed run has behind it."""
+        rows: list[dict[str, str]] = []
+        if self._resume_step and self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if _step(row) <= self._resume_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+        self._ready = True
+
+
+def _step(row: dict[str, str]) -> float:
+    """Read a row's step; a row torn by a kill counts as later than everything."""
+    try:
+        return int(row["step"])
+    except (TypeError, ValueError):
+        return float("inf")
+
+
+def loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
+    """Make the loggers that the settings ask for.
+
+    Raises:
+        UserError: TensorBoard asked for but not installed.
+    """
+    found: list[Logger] = [MetricsFile(run_dir / "metrics.csv", resume_step)]
+    if config.tensorboard:
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        try:
+            found.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+        except ModuleNotFoundError:
+            raise UserError("run.tensorboard is true but it is not installed: pip install tensorboard") from None
+    if config.wandb:
+        from pytorch_lightning.loggers import WandbLogger
+
+        # Decided here, before wandb is asked: it would open a login prompt or fail without a key.
+        offline = not _has_wandb_key() or os.environ.get("WANDB_MODE") == "offline"
+        found.append(
+            WandbLogger(
+                project=config.wandb_project, name=run_dir.name, save_dir=run_dir, offline=offline
+            )
+        )
+    return found
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)

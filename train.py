@@ -1,0 +1,38 @@
+"""Pretrain an encoder without labels:  python train.py --config configs/quickstart.yaml"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moco import cli
+from moco.config import TrainConfig
+from moco.rundir import find_run
+
+EXTRAS = {
+    "resume": {
+        "type": str,
+        "default": "",
+        "help": "Go on exactly with a run directory or checkpoint, or `auto`: the latest run",
+    },
+}
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line, train, and return the results."""
+    parser = cli.build_parser("Pretrain an encoder with MoCo.", TrainConfig, EXTRAS)
+    config, extra = cli.parse(parser, TrainConfig, argv)
+    recipe = next((Path(p).stem for p in cli.option_values(argv, "--config")), "")
+    if found := find_run(extra["resume"], config.run.dir) if extra["resume"] else None:
+        # A resumed run starts from its own settings; the command line has the last word, and is checked.
+        stored = found[0] / "config.yaml"
+        if stored.is_file():
+            config, extra = cli.parse(parser, TrainConfig, ["--config", str(stored), *argv])
+    from moco.run import pretrain  # brings torch: only once the settings stand
+
+    return pretrain(config, extra["resume"], recipe)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
