@@ -300,6 +300,10 @@ def make_resident(
                 ) from None
             return source, None, "streamed"
         source = sources.check_files(source, bad, config.max_bad_fraction, report_path)
+        if bad:
+            whole = torch.ones(len(images), dtype=torch.bool)
+            whole[[index for index, _ in bad]] = False
+            images = images[whole]
     else:
         images = source.images
     if wanted == "device" or (wanted == "auto" and device.type == "cuda"):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moco.config import ModelConfig, UserError
 
@@ -132,41 +131,30 @@ def _set_stem(backbone: nn.Module, config: ModelConfig, channels: int) -> None:
         backbone.maxpool = nn.Identity()
 
 
-class SplitBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over G groups of the batch, as if on G devices; in eval mode plain BatchNorm.
+class SplitBatchNorm:
+    """BatchNorm over G groups of the batch, as if on G devices; in eval mode what it was before.
 
-    On one device a permutation inside the only group would hide nothing: the keys need groups other than the
-    queries'. Works on any memory format. The running statistics are the mean over the groups, moved once a step.
+    On one device a permutation inside the only group would hide nothing: the keys need groups other
+    than the queries'. Mixed into the class of an existing layer, so it serves timm's BatchNorm with
+    activation too, on any memory format. The running statistics are the mean over the groups.
     """
 
     num_splits: int
 
     def forward(self, images: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or not self.track_running_stats:
             return super().forward(images)
-        groups = self.num_splits
+        groups, mean, var = self.num_splits, self.running_mean, self.running_var
         assert len(images) % groups == 0, f"{len(images)} images in {groups} groups"
-        running = [
-            None if buffer is None else buffer.repeat(groups, 1)
-            for buffer in (self.running_mean, self.running_var)
-        ]
-        parts = [
-            functional.batch_norm(
-                part,
-                *(None if rows is None else rows[i] for rows in running),
-                self.weight,
-                self.bias,
-                training=True,
-                momentum=self.momentum,
-                eps=self.eps,
-            )
-            for i, part in enumerate(images.chunk(groups))
-        ]
+        means, variances = mean.repeat(groups, 1), var.repeat(groups, 1)
+        parts = []
+        for group, part in enumerate(images.chunk(groups)):
+            self.running_mean, self.running_var = means[group], variances[group]
+            parts.append(super().forward(part))
+        self.running_mean, self.running_var = mean, var
         with torch.no_grad():
-            if self.running_mean is not None:
-                self.running_mean.copy_(running[0].mean(0))
-                self.running_var.copy_(running[1].mean(0))
-                self.num_batches_tracked += 1
+            mean.copy_(means.mean(0))
+            var.copy_(variances.mean(0))
         return torch.cat(parts)
 
 
@@ -180,13 +168,8 @@ def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if kind == "split":
         for child in module.modules():
-            # timm's BatchNormAct2d and the like carry their activation along and are left to `_check_split`.
-            if type(child) is nn.BatchNorm2d:
-                child.__class__ = SplitBatchNorm
+            if isinstance(child, nn.BatchNorm2d):
+                kind_of = type(child)
+                child.__class__ = type(f"Split{kind_of.__name__}", (SplitBatchNorm, kind_of), {})
                 child.num_splits = num_splits
     return module
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Tell whether any layer normalises over the batch; without one nothing leaks and no shuffle is needed."""
-    return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())

@@ -161,13 +161,13 @@ class _Run:
         """Open what kNN needs, sharing the decoded training images; None without labels."""
         if self.config.run.knn_every == 0:
             return None
-        pair = sources.open_labelled(self.config.data)
+        pair = sources.open_labelled(self.config.data, self.data.source)
         if pair is None:
             log.info("no labelled train and test splits: kNN is not read")
             return None
         bank, queries = pair
         queries, query_images, _ = make_resident(queries, self.config.data, self.device, None)
-        if len(bank) == len(self.data.source) and bank.name == self.data.source.name:
+        if bank is self.data.source:
             return LabelledData(self.config.data, bank, queries, self.data.images, query_images)
         bank, bank_images, _ = make_resident(bank, self.config.data, self.device, None)
         return LabelledData(self.config.data, bank, queries, bank_images, query_images)

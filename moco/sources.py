@@ -10,44 +10,24 @@ Shapes: N images, C channels, H W pixels.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
+from moco.decode import BadImage, decode, image_size, one_line, shown, to_uint8
+from moco.folders import EXTENSIONS, check_root, expanded, is_dir, visible, walk
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".webp", ".ppm", ".pgm", ".pbm", ".npy"),
-)
-# Only these decoders run, whatever a file claims to be: Pillow's EPS reader starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-MAX_PIXELS = 178_956_970  # where Pillow refuses too: 0.5 GB as RGB, above it a decompression bomb
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 FILES_PER_TASK = 256
 LOGGER = logging.getLogger("moco")
-
-
-class BadImage(ValueError):
-    """A file that does not become an image of the wanted channels; has `path` and `reason`."""
-
-    def __init__(self, path: str, reason: str = "") -> None:
-        super().__init__(path, reason)  # both, so that it survives pickling between processes
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{shown(self.path)}: {self.reason}"
 
 
 class MixedSizes(ValueError):
@@ -139,45 +119,6 @@ def open_labelled(
     return None if queries is None or queries.labels is None else (bank, queries)
 
 
-def decode(path: str, channels: int, max_value: int) -> Tensor:
-    """Decode one file to C H W uint8. The only door to a decoder: another one goes in here.
-
-    Args:
-        path: An image, or an array in .npy: H W, H W C or C H W of uint8, other integers of
-            0..max_value, or floats of 0..1.
-        channels: 1 grey, 3 RGB without alpha, 4 RGBA; any other number must be what the file has.
-        max_value: Value in files of more than 8 bits that becomes 255; above it is clipped.
-
-    Raises:
-        BadImage: Truncated, empty, no image, too large, unreadable, or of other bands.
-    """
-    with _naming(path):
-        if _extension(path) == ".npy":
-            pixels = _decode_npy(path, channels, max_value)
-        elif _needs_tifffile(path, channels, max_value):
-            pixels = _decode_tiff(path, channels, max_value)
-        else:
-            pixels = _decode_pillow(path, channels, max_value)
-        return torch.from_numpy(np.array(pixels, order="C"))  # the one copy: a writable C H W
-
-
-def image_size(path: str, channels: int = 3) -> tuple[int, int]:
-    """Return (height, width) from the header alone; `channels` tells C H W from H W C in arrays.
-
-    Raises:
-        BadImage: As `decode`, as far as the header shows it.
-    """
-    with _naming(path):
-        if _extension(path) == ".npy":
-            return _bands_first(path, _npy_header(path), channels).shape[1:]
-        tiff = _tiff_header(path)
-        if tiff:
-            return tiff.height, tiff.width
-        with Image.open(path, formats=FORMATS) as image:
-            _check_pixels(path, image.height, image.width)
-            return image.height, image.width
-
-
 def load_all(
     source: ImageSource, report: Callable[[int, int], None] | None = None
 ) -> tuple[Tensor | None, list[tuple[int, str]]]:
@@ -206,7 +147,8 @@ def load_all(
     else:
         return None, bad
     images, bad = torch.empty(total, *shape, dtype=torch.uint8), []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the GIL
+    # Pillow decodes outside the GIL; small files are half Python, and more threads only contend.
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         starts = range(0, total, FILES_PER_TASK)
         for start, more in zip(
             starts, pool.map(partial(_load, source, images), starts), strict=True
@@ -274,7 +216,7 @@ def check_files(
         return source
     if report_path:
         with open(report_path, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{_one_line(source.paths[i])}\t{reason}\n" for i, reason in bad)
+            file.writelines(f"{one_line(source.paths[i])}\t{reason}\n" for i, reason in bad)
     index, reason = bad[0]
     share = len(bad) / len(source)
     if share > max_bad_fraction or share == 1:
@@ -290,18 +232,6 @@ def check_files(
     return replace(source, paths=[source.paths[index] for index in kept], labels=labels)
 
 
-def shown(path: str) -> str:
-    """Return a path as one printable line, whatever bytes its name holds."""
-    return _one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in text)
-
-
-# Data sets held as arrays
-
-
 def _open_digits(data: DataConfig, split: str) -> ImageSource:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -312,7 +242,7 @@ def _open_digits(data: DataConfig, split: str) -> ImageSource:
     rows = train_test_split(
         np.arange(len(digits.target)), test_size=0.3, stratify=digits.target, random_state=0
     )[split == "test"]
-    images = torch.from_numpy(_to_uint8(digits.images[rows], 16))[:, None]  # N 1 8 8
+    images = torch.from_numpy(to_uint8(digits.images[rows], 16))[:, None]  # N 1 8 8
     return _array_source(
         data, split, images.repeat(1, data.channels, 1, 1), digits.target[rows], "0123456789"
     )
@@ -350,14 +280,14 @@ def _open_torchvision(kind: Any, data: DataConfig, **split: Any) -> Any:
     """Open a set of torchvision, which checks the MD5 of every file before it reads one."""
     if data.channels != 3:
         raise UserError(f"data.channels is {data.channels}: {data.dataset} is RGB, set it to 3")
-    root = _expanded(data.root)
+    root = expanded(data.root)
     try:
         return kind(root, download=data.download, **split)
     except (OSError, RuntimeError) as error:
         if data.download:
             raise UserError(
                 f"data.root {data.root!r}: {data.dataset} cannot be fetched "
-                f"({_one_line(str(error))}): mend that, or extract {kind.filename} there yourself"
+                f"({one_line(str(error))}): mend that, or extract {kind.filename} there yourself"
             ) from error
         first = os.path.join(root, kind.base_folder, kind.train_list[0][0])
         raise UserError(
@@ -367,13 +297,10 @@ def _open_torchvision(kind: Any, data: DataConfig, **split: Any) -> Any:
         ) from error
 
 
-# Folders
-
-
 def _split_folders(data: DataConfig) -> tuple[str, str | None]:
     """Return the directories of the train and the held-out split, by their names below the root."""
-    root = _check_root(data.root)
-    names = [entry.name for entry in os.scandir(root) if _visible(entry.name) and _is_dir(entry)]
+    root = check_root(data.root)
+    names = [entry.name for entry in os.scandir(root) if visible(entry.name) and is_dir(entry)]
     by_name = {name.lower(): os.path.join(root, name) for name in sorted(names)}
     train = by_name.get("train")
     if data.dataset == "imagenet":
@@ -384,7 +311,7 @@ def _split_folders(data: DataConfig) -> tuple[str, str | None]:
             )
         return train, by_name["val"]
     test = by_name.get("test") or by_name.get("val") or by_name.get("validation")
-    # Among others `train` may be a class (railways); a split has a held-out one beside it, or nothing.
+    # Beside other folders `train` may be a class (railways), unless one is a held-out split.
     if train and (test or len(names) == 1):
         return train, test
     return root, None
@@ -420,279 +347,16 @@ def _open_folder(data: DataConfig, top: str, classes: list[str] | None = None) -
 
 
 def _list_images(data: DataConfig, top: str) -> list[str]:
-    paths, unread = _walk(top)
+    paths, unread = walk(top)
     if unread:
         LOGGER.warning(
             "%d folders cannot be read and are skipped, first %s", len(unread), unread[0]
         )
     if not paths:
-        where = f"{data.root!r}" if top == _expanded(data.root) else f"{data.root!r}: {shown(top)}"
+        where = f"{data.root!r}" if top == expanded(data.root) else f"{data.root!r}: {shown(top)}"
         skipped = f"; {len(unread)} of them cannot be read" if unread else ""
         raise UserError(
             f"data.root {where} holds no images (looked for {' '.join(EXTENSIONS)} in all "
             f"subfolders{skipped}): give the folder that holds them"
         )
     return paths
-
-
-def _walk(top: str) -> tuple[list[str], list[str]]:
-    """Return the sorted images below `top`, each once though links go round, and what failed."""
-    paths, links, unread = [], [], []
-    listed, waiting = set(), [top]
-    while waiting:
-        folder = waiting.pop()
-        real = os.path.realpath(folder)
-        if real in listed:
-            continue
-        try:
-            with os.scandir(folder) as entries:
-                found = sorted((e for e in entries if _visible(e.name)), key=lambda e: e.name)
-        except OSError as error:
-            unread.append(f"{shown(folder)}: {error.strerror}")
-            continue
-        listed.add(real)
-        waiting += [entry.path for entry in reversed(found) if _is_dir(entry)]
-        files = [entry for entry in found if _extension(entry.name) in EXTENSIONS]
-        paths += [entry.path for entry in files if entry.is_file(follow_symlinks=False)]
-        links += [entry.path for entry in files if entry.is_symlink() and _maybe_file(entry.path)]
-    return sorted(paths + _new_links(links, listed)), unread
-
-
-def _new_links(links: list[str], listed: set[str]) -> list[str]:
-    """Keep the links to files not listed already, and dangling ones: those get named as bad."""
-    new: dict[str, str] = {}
-    for path in sorted(links):
-        real = os.path.realpath(path)
-        folder, name = os.path.split(real)
-        image = _visible(name) and _extension(name) in EXTENSIONS
-        if not (image and folder in listed and os.path.exists(real)):
-            new.setdefault(real, path)
-    return list(new.values())
-
-
-def _check_root(root: str) -> str:
-    """Return the root as an absolute path if it is a directory that can be listed."""
-    path = _expanded(root)
-    parent, name = os.path.split(path)
-    try:
-        with os.scandir(path):
-            return path
-    except NotADirectoryError:
-        problem = "is a file: give a folder of images, extracted if it is an archive"
-    except FileNotFoundError:
-        near = []
-        with contextlib.suppress(OSError):
-            near = difflib.get_close_matches(name, os.listdir(parent), n=1)
-        hint = (
-            f": did you mean {os.path.join(parent, near[0])!r}?"
-            if near
-            else ": give a folder of images"
-        )
-        problem = f"does not exist{hint}"
-    except (OSError, ValueError) as error:
-        problem = f"cannot be read ({getattr(error, 'strerror', None) or error}): make it readable"
-    raise UserError(f"data.root {root!r} {problem}")
-
-
-def _maybe_file(link: str) -> bool:
-    return os.path.isfile(link) or not os.path.exists(link)  # but no folder, nor a pipe
-
-
-def _expanded(root: str) -> str:
-    return os.path.abspath(os.path.expanduser(root))
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _is_dir(entry: os.DirEntry) -> bool:
-    # entry.is_dir() raises on a link to itself, os.path.isdir does not.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-
-# Decoding
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into BadImage; on broken files that is not only OSError."""
-    try:
-        yield
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            if os.path.getsize(path) == 0:
-                raise BadImage(path, "is empty") from None
-        if isinstance(error, UnidentifiedImageError):
-            raise BadImage(path, "is no image of a known format") from None
-        reason = f"cannot be decoded: {_one_line(str(error)) or type(error).__name__}"
-        raise BadImage(path, getattr(error, "strerror", None) or reason) from error
-
-
-def _decode_pillow(path: str, channels: int, max_value: int) -> np.ndarray:
-    """Decode with Pillow to C H W uint8; of an animation, the first frame.
-
-    EXIF orientation is not applied: torchvision's ImageFolder, on which published numbers stand,
-    ignores it too.
-    """
-    with Image.open(path, formats=FORMATS) as image:
-        _check_pixels(path, image.height, image.width)
-        if max_value != 65535:
-            if len(image.getbands()) > 1 and ";16" in str(image.tile):
-                raise BadImage(
-                    path,
-                    f"has 16 bits a band, which Pillow cuts to 8: max_value {max_value} needs .npy",
-                )
-            if image.tile and image.tile[0][0] == "ppm":
-                max_value = 65535  # the file names its own maximum, and Pillow has applied it
-        if image.mode == "F" or image.mode.startswith("I"):
-            image = Image.fromarray(_to_uint8(np.asarray(image), max_value))
-        if channels not in (1, 3, 4) and len(image.getbands()) != channels:
-            raise _other_bands(path, len(image.getbands()))
-        if image.mode != MODES[channels]:
-            image.load()
-            if channels != 4:
-                image.info.pop("transparency", None)  # else Pillow warns that it is lost
-            image = image.convert(MODES[channels])
-        pixels = np.asarray(image)
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _decode_npy(path: str, channels: int, max_value: int) -> np.ndarray:
-    _npy_header(path)
-    values = np.load(path, allow_pickle=False)
-    if values.dtype.kind == "f":
-        if (values > 1.5).any():
-            raise BadImage(path, "holds floats above 1: scale them to 0..1, or store uint8")
-        max_value = 1
-    return _fit_bands(path, _to_uint8(_bands_first(path, values, channels), max_value), channels)
-
-
-def _npy_header(path: str) -> np.ndarray:
-    """Map an array without reading it; raises when the file is shorter than its header says."""
-    return np.lib.format.open_memmap(path, mode="r")
-
-
-def _decode_tiff(path: str, channels: int, max_value: int) -> np.ndarray:
-    try:
-        import tifffile
-    except ImportError:
-        tiff = _tiff_header(path)
-        raise BadImage(
-            path, f"has {tiff.bands} bands of {tiff.bits} bits, to read them: pip install tifffile"
-        ) from None
-    with tifffile.TiffFile(path) as file:
-        values = file.series[0]
-        _bands_first(path, np.broadcast_to(np.uint8(0), values.shape), channels)
-        values = values.asarray()
-    return _fit_bands(path, _to_uint8(_bands_first(path, values, channels), max_value), channels)
-
-
-def _needs_tifffile(path: str, channels: int, max_value: int) -> bool:
-    """Whether a file is a TIFF that Pillow does not read, or reads with a loss of bands or bits."""
-    tiff = _tiff_header(path)
-    if tiff is None:
-        return False
-    if tiff.bands > 1 and tiff.bands != channels and (tiff.bands > 4 or channels not in (1, 3, 4)):
-        raise _other_bands(path, tiff.bands)
-    several_deep = tiff.bands > 1 and tiff.bits > 8
-    if tiff.bands > 4 or channels not in (1, 3, 4) or (several_deep and max_value != 65535):
-        return True
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return (
-                tiff.bands == channels != len(image.getbands())
-            )  # RGB and a band that is no alpha
-    except UnidentifiedImageError:
-        if tiff.bands > 1:
-            return True
-        raise
-
-
-class _TiffHeader(NamedTuple):
-    height: int
-    width: int
-    bands: int
-    bits: int
-
-
-def _tiff_header(path: str) -> _TiffHeader | None:
-    """Read the first directory of a TIFF or BigTIFF; None for any other file."""
-    if _extension(path) not in (".tif", ".tiff"):
-        return None
-    with open(path, "rb") as file:
-        start = file.read(16)
-        if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return None
-        order, big = "<" if start[:1] == b"I" else ">", b"+" in start[2:4]
-        offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xI", "H", "HHI4s")
-        file.seek(struct.unpack_from(order + offset, start)[0])
-        (num_tags,) = struct.unpack(order + count, file.read(struct.calcsize(order + count)))
-        rows = file.read(min(num_tags, 4096) * struct.calcsize(order + entry))
-        tags = {277: 1, 258: 1}
-        for tag, kind, number, value in struct.iter_unpack(order + entry, rows):
-            form = {3: "H", 4: "I", 16: "Q"}.get(kind)
-            if tag not in (256, 257, 258, 277) or form is None:
-                continue
-            if number * struct.calcsize(order + form) > len(
-                value
-            ):  # then it is where the values are
-                file.seek(struct.unpack(order + ("Q" if big else "I"), value)[0])
-                value = file.read(8)
-            tags[tag] = struct.unpack_from(order + form, value)[0]
-    _check_pixels(path, tags[257], tags[256])
-    return _TiffHeader(tags[257], tags[256], tags[277], tags[258])
-
-
-def _bands_first(path: str, array: np.ndarray, channels: int) -> np.ndarray:
-    """View H W, H W C or C H W as C H W; C is the axis of `channels`, else the shorter one."""
-    if array.ndim == 2:
-        array = array[None]
-    elif array.ndim == 3:
-        first, last = array.shape[0], array.shape[2]
-        if last == channels or (first != channels and last <= first):
-            array = array.transpose(2, 0, 1)
-    else:
-        raise BadImage(path, f"has the shape {array.shape}: give H W, H W C or C H W")
-    _check_pixels(path, *array.shape[1:])
-    return array
-
-
-def _fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Bring C H W uint8 to `channels`: grey is repeated for RGB, RGB weighted for grey."""
-    if len(pixels) == channels:
-        return pixels
-    if len(pixels) == 1 and channels == 3:
-        return np.repeat(pixels, 3, axis=0)
-    if len(pixels) == 3 and channels == 1:
-        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-        return np.asarray(image.convert("L"))[None]
-    raise _other_bands(path, len(pixels))
-
-
-def _other_bands(path: str, bands: int) -> BadImage:
-    return BadImage(path, f"has {bands} band{'s'[: bands != 1]}: set --data.channels {bands}")
-
-
-def _check_pixels(path: str, height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(path, f"has {width} x {height} pixels, above the limit of {MAX_PIXELS}")
-    if height * width == 0:
-        raise BadImage(path, "has no pixels")
-
-
-def _to_uint8(values: np.ndarray, max_value: int) -> np.ndarray:
-    """Scale 0..max_value to 0..255, rounded and clipped; NaN, a usual mark of no data, gives 0."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind not in "buif":
-        raise ValueError(f"holds values of type {values.dtype}")
-    top = 1 if values.dtype.kind == "b" else max_value
-    values = np.nan_to_num(values.astype(np.float64))
-    return np.rint(np.clip(values, 0, top) * (255 / top)).astype(np.uint8)

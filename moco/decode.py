@@ -1,0 +1,266 @@
+"""Decoding: one file, any of a dozen formats, to C H W uint8. The only room that meets a decoder.
+
+What cannot be decoded raises `BadImage`, whatever the decoder raised. Nothing is unpickled.
+Shapes: C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+# Only these decoders run, whatever a file claims to be: Pillow's EPS reader starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+MAX_PIXELS = 178_956_970  # where Pillow refuses too: 0.5 GB as RGB, above it a decompression bomb
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+class BadImage(ValueError):
+    """A file that does not become an image of the wanted channels; has `path` and `reason`."""
+
+    def __init__(self, path: str, reason: str = "") -> None:
+        super().__init__(path, reason)  # both, so that it survives pickling between processes
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)}: {self.reason}"
+
+
+def decode(path: str, channels: int, max_value: int) -> Tensor:
+    """Decode one file to C H W uint8. The only door to a decoder: another one goes in here.
+
+    Args:
+        path: An image, or an array in .npy: H W, H W C or C H W of uint8, other integers of
+            0..max_value, or floats of 0..1.
+        channels: 1 grey, 3 RGB without alpha, 4 RGBA; any other number must be what the file has.
+        max_value: Value in files of more than 8 bits that becomes 255; above it is clipped.
+
+    Raises:
+        BadImage: Truncated, empty, no image, too large, unreadable, or of other bands.
+    """
+    with _naming(path):
+        if extension(path) == ".npy":
+            pixels = _decode_npy(path, channels, max_value)
+        elif _needs_tifffile(path, channels, max_value):
+            pixels = _decode_tiff(path, channels, max_value)
+        else:
+            pixels = _decode_pillow(path, channels, max_value)
+        return torch.from_numpy(np.array(pixels, order="C"))  # the one copy: a writable C H W
+
+
+def image_size(path: str, channels: int = 3) -> tuple[int, int]:
+    """Return (height, width) from the header alone; `channels` tells C H W from H W C in arrays.
+
+    Raises:
+        BadImage: As `decode`, as far as the header shows it.
+    """
+    with _naming(path):
+        if extension(path) == ".npy":
+            return _bands_first(path, _npy_header(path), channels).shape[1:]
+        tiff = _tiff_header(path)
+        if tiff:
+            return tiff.height, tiff.width
+        with Image.open(path, formats=FORMATS) as image:
+            _check_pixels(path, image.height, image.width)
+            return image.height, image.width
+
+
+def shown(path: str) -> str:
+    """Return a path as one printable line, whatever bytes its name holds."""
+    return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def one_line(text: str) -> str:
+    return "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in text)
+
+
+def extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into BadImage; on broken files that is not only OSError."""
+    try:
+        yield
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            if os.path.getsize(path) == 0:
+                raise BadImage(path, "is empty") from None
+        if isinstance(error, UnidentifiedImageError):
+            raise BadImage(path, "is no image of a known format") from None
+        reason = f"cannot be decoded: {one_line(str(error)) or type(error).__name__}"
+        raise BadImage(path, getattr(error, "strerror", None) or reason) from error
+
+
+def _decode_pillow(path: str, channels: int, max_value: int) -> np.ndarray:
+    """Decode with Pillow to C H W uint8; of an animation, the first frame.
+
+    EXIF orientation is not applied: torchvision's ImageFolder, on which published numbers stand,
+    ignores it too.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        _check_pixels(path, image.height, image.width)
+        if max_value != 65535:
+            if len(image.getbands()) > 1 and ";16" in str(image.tile):
+                raise BadImage(
+                    path,
+                    f"has 16 bits a band, which Pillow cuts to 8: max_value {max_value} needs .npy",
+                )
+            if image.tile and image.tile[0][0] == "ppm":
+                max_value = 65535  # the file names its own maximum, and Pillow has applied it
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(to_uint8(np.asarray(image), max_value))
+        if channels not in (1, 3, 4) and len(image.getbands()) != channels:
+            raise _other_bands(path, len(image.getbands()))
+        if image.mode != MODES[channels]:
+            image.load()
+            if channels != 4:
+                image.info.pop("transparency", None)  # else Pillow warns that it is lost
+            image = image.convert(MODES[channels])
+        pixels = np.asarray(image)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _decode_npy(path: str, channels: int, max_value: int) -> np.ndarray:
+    _npy_header(path)
+    values = np.load(path, allow_pickle=False)
+    if values.dtype.kind == "f":
+        if (values > 1.5).any():
+            raise BadImage(path, "holds floats above 1: scale them to 0..1, or store uint8")
+        max_value = 1
+    return _fit_bands(path, to_uint8(_bands_first(path, values, channels), max_value), channels)
+
+
+def _npy_header(path: str) -> np.ndarray:
+    """Map an array without reading it; raises when the file is shorter than its header says."""
+    return np.lib.format.open_memmap(path, mode="r")
+
+
+def _decode_tiff(path: str, channels: int, max_value: int) -> np.ndarray:
+    try:
+        import tifffile
+    except ImportError:
+        tiff = _tiff_header(path)
+        raise BadImage(
+            path, f"has {tiff.bands} bands of {tiff.bits} bits, to read them: pip install tifffile"
+        ) from None
+    with tifffile.TiffFile(path) as file:
+        values = file.series[0]
+        _bands_first(path, np.broadcast_to(np.uint8(0), values.shape), channels)
+        values = values.asarray()
+    return _fit_bands(path, to_uint8(_bands_first(path, values, channels), max_value), channels)
+
+
+def _needs_tifffile(path: str, channels: int, max_value: int) -> bool:
+    """Whether a file is a TIFF that Pillow does not read, or reads with a loss of bands or bits."""
+    tiff = _tiff_header(path)
+    if tiff is None:
+        return False
+    if tiff.bands > 1 and tiff.bands != channels and (tiff.bands > 4 or channels not in (1, 3, 4)):
+        raise _other_bands(path, tiff.bands)
+    several_deep = tiff.bands > 1 and tiff.bits > 8
+    if tiff.bands > 4 or channels not in (1, 3, 4) or (several_deep and max_value != 65535):
+        return True
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return (
+                tiff.bands == channels != len(image.getbands())
+            )  # RGB and a band that is no alpha
+    except UnidentifiedImageError:
+        if tiff.bands > 1:
+            return True
+        raise
+
+
+class _TiffHeader(NamedTuple):
+    height: int
+    width: int
+    bands: int
+    bits: int
+
+
+def _tiff_header(path: str) -> _TiffHeader | None:
+    """Read the first directory of a TIFF or BigTIFF; None for any other file."""
+    if extension(path) not in (".tif", ".tiff"):
+        return None
+    with open(path, "rb") as file:
+        start = file.read(16)
+        if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return None
+        order, big = "<" if start[:1] == b"I" else ">", b"+" in start[2:4]
+        offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xI", "H", "HHI4s")
+        file.seek(struct.unpack_from(order + offset, start)[0])
+        (num_tags,) = struct.unpack(order + count, file.read(struct.calcsize(order + count)))
+        rows = file.read(min(num_tags, 4096) * struct.calcsize(order + entry))
+        tags = {277: 1, 258: 1}
+        for tag, kind, number, value in struct.iter_unpack(order + entry, rows):
+            form = {3: "H", 4: "I", 16: "Q"}.get(kind)
+            if tag not in (256, 257, 258, 277) or form is None:
+                continue
+            if number * struct.calcsize(order + form) > len(
+                value
+            ):  # then it is where the values are
+                file.seek(struct.unpack(order + ("Q" if big else "I"), value)[0])
+                value = file.read(8)
+            tags[tag] = struct.unpack_from(order + form, value)[0]
+    _check_pixels(path, tags[257], tags[256])
+    return _TiffHeader(tags[257], tags[256], tags[277], tags[258])
+
+
+def _bands_first(path: str, array: np.ndarray, channels: int) -> np.ndarray:
+    """View H W, H W C or C H W as C H W; C is the axis of `channels`, else the shorter one."""
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3:
+        first, last = array.shape[0], array.shape[2]
+        if last == channels or (first != channels and last <= first):
+            array = array.transpose(2, 0, 1)
+    else:
+        raise BadImage(path, f"has the shape {array.shape}: give H W, H W C or C H W")
+    _check_pixels(path, *array.shape[1:])
+    return array
+
+
+def _fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Bring C H W uint8 to `channels`: grey is repeated for RGB, RGB weighted for grey."""
+    if len(pixels) == channels:
+        return pixels
+    if len(pixels) == 1 and channels == 3:
+        return np.repeat(pixels, 3, axis=0)
+    if len(pixels) == 3 and channels == 1:
+        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        return np.asarray(image.convert("L"))[None]
+    raise _other_bands(path, len(pixels))
+
+
+def _other_bands(path: str, bands: int) -> BadImage:
+    return BadImage(path, f"has {bands} band{'s'[: bands != 1]}: set --data.channels {bands}")
+
+
+def _check_pixels(path: str, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(path, f"has {width} x {height} pixels, above the limit of {MAX_PIXELS}")
+    if height * width == 0:
+        raise BadImage(path, "has no pixels")
+
+
+def to_uint8(values: np.ndarray, max_value: int) -> np.ndarray:
+    """Scale 0..max_value to 0..255, rounded and clipped; NaN, a usual mark of no data, gives 0."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"holds values of type {values.dtype}")
+    top = 1 if values.dtype.kind == "b" else max_value
+    values = np.nan_to_num(values.astype(np.float64))
+    return np.rint(np.clip(values, 0, top) * (255 / top)).astype(np.uint8)
