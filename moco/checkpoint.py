@@ -473,8 +473,8 @@ def _data(source: dict[str, Any], channels: Any, image_size: Any) -> dict[str, A
 
 # What a file may not say to timm's constructor: where weights come from, and what we decide.
 _NOT_SHAPE = re.compile(
-    "pretrained|checkpoint|cache|scriptable|exportable|no_jit|features|device|dtype"
-    "|num_classes|in_chans|img_size|zero_init_last"
+    ".*(pretrained|checkpoint|cache|features_only|scriptable|exportable|no_jit).*"
+    "|device|dtype|num_classes|in_chans|img_size|zero_init_last"
 )
 
 
@@ -482,7 +482,7 @@ def _safe(arguments: dict[str, Any]) -> dict[str, Any]:
     """Keep the plain arguments of a model's constructor that are about its shape."""
     plain = (bool, int, float, str, list)
     pairs = ((k, v) for k, v in arguments.items() if isinstance(v, plain))
-    return {name: value for name, value in pairs if not _NOT_SHAPE.search(name)}
+    return {name: value for name, value in pairs if not _NOT_SHAPE.fullmatch(name)}
 
 
 # Blocks per stage, of what kind, and where not 1 and 64, groups and their width at 64 planes.

@@ -226,6 +226,8 @@ def choose_devices(config: TrainConfig) -> int:
 def check_shares(config: TrainConfig, world: int) -> None:
     """Raise UserError when the batch does not divide as the devices and groups need it."""
     batch, model = config.data.batch_size, config.model
+    if "sync" in (model.key_bn, model.query_bn) and world > 1 and _accelerator(config) == "cpu":
+        raise UserError("model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle")
     parts, why = world, f"{world} devices"
     if model.key_bn == "shuffle":
         parts, why = world * world, f"{world} devices, {world} equal blocks on each to shuffle keys"

@@ -1,0 +1,78 @@
+"""The block shuffle and the gathers, on one process and on two real gloo ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moco import distributed
+from moco.knn import gather_ragged
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_key_order_deals_equal_blocks_of_every_rank_to_every_rank(world):
+    count = 8
+    order = distributed.key_order(3, 17, count, world)
+    assert sorted(order.tolist()) == list(range(count * world))
+    for receiver in order.view(world, count):
+        senders = torch.bincount(receiver // count, minlength=world)
+        assert senders.tolist() == [count // world] * world
+
+
+def test_key_order_belongs_to_the_seed_and_the_step():
+    orders = [distributed.key_order(s, t, 16, 2) for s, t in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert orders[0].equal(orders[3])
+    assert not orders[0].equal(orders[1])
+    assert not orders[0].equal(orders[2])
+
+
+def test_key_order_refuses_unequal_blocks():
+    with pytest.raises(ValueError, match="9 images per device"):
+        distributed.key_order(0, 0, 9, 2)
+
+
+def test_one_process_shuffle_is_undone():
+    rows = torch.arange(24).view(8, 3)
+    order = distributed.key_order(0, 5, 8, 1)
+    shuffled = distributed.exchange(rows, order)
+    assert not shuffled.equal(rows)
+    assert distributed.restore(shuffled, order).equal(rows)
+
+
+def _shuffle_on_ranks(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    count = 6
+    rank = distributed.rank()
+    rows = (torch.arange(count * 2).view(count, 2) + 100 * rank).to(dtype)
+    order = distributed.key_order(1, 9, count, 2)
+    shuffled = distributed.exchange(rows, order)
+    return rows, shuffled, distributed.restore(shuffled, order)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
+def test_two_ranks_shuffle_is_undone_and_mixes_the_groups(two_ranks, dtype):
+    results = two_ranks.run(_shuffle_on_ranks, dtype)
+    everything = torch.cat([rows for rows, _, _ in results])
+    for rank, (rows, shuffled, restored) in enumerate(results):
+        assert restored.equal(everything)
+        own = {tuple(row) for row in rows.tolist()}
+        here = {tuple(row) for row in shuffled.tolist()}
+        assert len(own & here) == 3, f"rank {rank} holds half of its own keys and half of the other's"
+
+
+def _gather_on_ranks() -> tuple[torch.Tensor, torch.Tensor]:
+    rank = distributed.rank()
+    leaf = torch.full((2, 3), float(rank), requires_grad=True)
+    gathered = distributed.all_gather(leaf * 2)
+    assert not gathered.requires_grad
+    return gathered, gather_ragged(torch.full((rank + 1, 2), rank))
+
+
+def test_gather_keeps_rank_order_without_gradient(two_ranks):
+    for gathered, ragged in two_ranks.run(_gather_on_ranks):
+        assert gathered[:, 0].tolist() == [0, 0, 2, 2]
+        assert ragged[:, 0].tolist() == [0, 1, 1]
+
+
+def test_local_rows_and_world_size_are_plain_on_one_process():
+    assert (distributed.world_size(), distributed.rank()) == (1, 0)
+    assert distributed.local_rows(torch.arange(4), 4).tolist() == [0, 1, 2, 3]
