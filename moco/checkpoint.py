@@ -171,7 +171,7 @@ def _restore_heads_and_queue(contents: Contents, state: State) -> str:
     queue = contents.take("queue.")
     fit = _fit(_take(state, "queue."), queue)
     if fit.faults or not fit.matched:
-        return f"heads; the queue stays fresh, the file's: {_some(fit.faults)}"
+        return f"heads; the queue stays fresh, the file's: {fit.text()}"
     state |= {f"queue.{name}": value.clone() for name, value in fit.matched.items()}
     return f"heads; queue of {_shape(queue['keys'])}"
 

@@ -76,7 +76,8 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
     import timm  # 2 s: only where a network is built
 
     if not timm.is_model(config.backbone):
-        near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
+        names = [*TORCHVISION_RESNETS, *timm.list_models()]
+        near = difflib.get_close_matches(config.backbone, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "see timm.list_models() for the names"
         raise UserError(
             f"model.backbone {config.backbone!r} is not a torchvision ResNet or timm model: {hint}"

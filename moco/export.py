@@ -77,9 +77,11 @@ def export(
         fitting = ", ".join(name for name in FORMATS if not _obstacle(loaded, name))
         raise UserError(f"--format {form} cannot hold {obstacle}: take one of {fitting}")
     write, read, tolerance = FORMATS[form]
-    files = write(loaded, Path(checkpoint), licence)
+    with _one_line(f"{loaded.model.backbone} cannot be written as {form}"):
+        files = write(loaded, Path(checkpoint), licence)
     with _place(output, files, overwrite) as written:
-        difference = _difference(read(written, loaded), loaded)
+        with _one_line(f"{loaded.model.backbone} as {form} does not load again"):
+            difference = _difference(read(written, loaded), loaded)
         if not difference <= tolerance:  # also where it is no number
             raise UserError(
                 f"--format {form}: features differ by {difference:.1e} of their size after reading "
@@ -94,6 +96,17 @@ def export(
         **loaded.data,
         "files": [str(output / name) if name else str(output) for name in files],
     }
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn what exporters and loaders raise, which can be anything, into one line."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _check_request(
@@ -235,6 +248,8 @@ def _difference(features: Features, loaded: Loaded) -> float:
     worst = 0.0
     for batch in (images, images[:1]):
         wanted, found = loaded.backbone(batch), features(batch)
+        if not wanted.isfinite().all():
+            raise UserError("the checkpoint's features are not finite: take one from before that")
         if found.shape != wanted.shape:
             return float("inf")
         scale = wanted.abs().max().clamp(min=1e-30)
@@ -506,7 +521,8 @@ def _model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
     settings |= {n: v for n, v in config.get("data", {}).items() if n in _DATA_ON_CARD}
     rows = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())
     lines = [
-        f"---\ntags:\n{tags}library_name: timm\npipeline_tag: image-feature-extraction\nlicense: {licence or 'unknown'}\n---",
+        f"---\ntags:\n{tags}library_name: timm\npipeline_tag: image-feature-extraction\n"
+        f"license: {licence or 'unknown'}\n---",
         f"# {model.backbone}, pretrained by Momentum Contrast",
         f"Self-supervised (MoCo, arXiv:1911.05722 and 2003.04297): the {loaded.encoder}"
         f"{'' if loaded.encoder == 'backbone' else ' encoder'} without its projection head, "

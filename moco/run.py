@@ -21,7 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from moco import sources
 from moco.config import TrainConfig, UserError, check
-from moco.data import LabelledData, PretrainData, make_resident
+from moco.data import LabelledData, PretrainData, check_batch, make_resident
 from moco.monitor import KNNMonitor, Progress, Readings
 from moco.pretrain import MoCo
 from moco.rundir import check_same, find_run, new_run, write_config
@@ -49,6 +49,7 @@ def pretrain(config: TrainConfig, resume: str = "", recipe: str = "") -> dict[st
     check(config)
     asked = asdict(config)
     source = sources.open_source(config.data, "train")
+    check_batch(config.data, len(source))
     check_queue(config, len(source))
     devices = choose_devices(config)
     world = devices * config.trainer.num_nodes

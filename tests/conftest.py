@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ranks
 
 torch.set_num_threads(1)
 
@@ -27,3 +28,11 @@ def real_images() -> Path:
     if not Path(path).is_dir():
         pytest.fail(f"MOCO_TEST_IMAGES is {path}, which is no folder")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two processes in one gloo group, started once."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()

@@ -56,7 +56,9 @@ def test_two_ranks_shuffle_is_undone_and_mixes_the_groups(two_ranks, dtype):
         assert restored.equal(everything)
         own = {tuple(row) for row in rows.tolist()}
         here = {tuple(row) for row in shuffled.tolist()}
-        assert len(own & here) == 3, f"rank {rank} holds half of its own keys and half of the other's"
+        assert len(own & here) == 3, (
+            f"rank {rank} holds half of its own keys and half of the other's"
+        )
 
 
 def _gather_on_ranks() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,235 @@
+"""Settings: every field explains itself, every range holds, contradictions are named."""
+
+import dataclasses
+import re
+import typing
+
+import pytest
+import torch
+
+from moco.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    TrainerConfig,
+    UserError,
+    check,
+    check_ranges,
+    normalisation,
+)
+
+FIELDS = [
+    (group, item, typing.get_type_hints(kind)[item.name])
+    for group, kind in typing.get_type_hints(TrainConfig).items()
+    for item in dataclasses.fields(kind)
+]
+NAMES = [f"{group}.{item.name}" for group, item, _ in FIELDS]
+LIMITS = [
+    (name, item.metadata, kind, limit)
+    for name, (_, item, kind) in zip(NAMES, FIELDS, strict=True)
+    for limit in ("above", "at_least", "at_most")
+    if limit in item.metadata
+]
+
+
+def valid(**groups: dict) -> TrainConfig:
+    """Defaults that pass `check`, with changes such as model={"temperature": 1}."""
+    config = TrainConfig(data=DataConfig(dataset="digits"))
+    for group, values in groups.items():
+        for name, value in values.items():
+            assert hasattr(getattr(config, group), name)
+            setattr(getattr(config, group), name, value)
+    return config
+
+
+def set_field(name: str, value: object) -> TrainConfig:
+    group, field = name.split(".")
+    return valid(**{group: {field: value}})
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=NAMES)
+def test_a_field_has_a_meaning_and_a_plain_default(field):
+    group, item, kind = field
+    meaning = item.metadata["meaning"]
+    assert len(meaning) > 4 and meaning[0] == meaning[0].upper() or meaning.startswith("torch.")
+    value = getattr(getattr(TrainConfig(), group), item.name)
+    options = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+    if options:
+        assert value in options and all(isinstance(option, str) for option in options)
+    elif typing.get_origin(kind) is list:
+        assert isinstance(value, list)
+    else:
+        assert type(value) in (typing.get_args(kind) or (kind,))
+
+
+def test_groups_say_what_they_hold():
+    for kind in typing.get_type_hints(TrainConfig).values():
+        assert kind.__doc__ and not kind.__doc__.startswith(kind.__name__)
+
+
+def test_defaults_are_in_range_and_lists_are_not_shared():
+    check(valid())
+    one, other = TrainConfig(), TrainConfig()
+    one.optim.milestones.append(300)
+    assert other.optim.milestones == [120, 160]
+
+
+@pytest.mark.parametrize(
+    "name, limits, kind, limit", LIMITS, ids=[f"{n[0]}-{n[3]}" for n in LIMITS]
+)
+def test_ranges_are_enforced(name, limits, kind, limit):
+    edge, small = limits[limit], 1 if kind is int else 1e-3
+    outside = {"above": edge, "at_least": edge - small, "at_most": edge + small}[limit]
+    with pytest.raises(UserError, match=rf"^{re.escape(name)} is {re.escape(str(outside))}: "):
+        check_ranges(set_field(name, outside))
+    check_ranges(set_field(name, {"above": edge + small}.get(limit, edge)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.temperature", "optim.weight_decay", "data.crop_min"])
+def test_numbers_are_finite(name, value):
+    with pytest.raises(UserError, match=f"{name} is"):
+        check_ranges(set_field(name, value))
+
+
+@pytest.mark.parametrize("name", ["data.mean", "data.std"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_in_lists_are_finite(name, value):
+    with pytest.raises(UserError, match=name):
+        check(set_field(name, [0.5, value, 0.5]))
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        (name, kind)
+        for name, (_, _, kind) in zip(NAMES, FIELDS, strict=True)
+        if typing.get_origin(kind) is typing.Literal
+    ],
+)
+def test_choices_are_enforced(name, kind):
+    with pytest.raises(
+        UserError, match=rf"{name} is 'x': choose one of .*{typing.get_args(kind)[0]}"
+    ):
+        check_ranges(set_field(name, "x"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, (_, _, kind) in zip(NAMES, FIELDS, strict=True)
+        if type(None) not in typing.get_args(kind)
+    ],
+)
+def test_null_is_refused_where_it_means_nothing(name):
+    """A recipe can hold null anywhere."""
+    with pytest.raises(UserError, match=re.escape(name)):
+        check(set_field(name, None))
+
+
+CONTRADICTIONS = {
+    "nesterov without momentum": (
+        {"optim": {"nesterov": True, "sgd_momentum": 0.0}},
+        "optim.nesterov",
+        "optim.sgd_momentum",
+    ),
+    "nesterov with dampening": (
+        {"optim": {"nesterov": True, "dampening": 0.1}},
+        "optim.nesterov",
+        "optim.dampening",
+    ),
+    "warm-up above the run": (
+        {"optim": {"warmup_epochs": 300.0}},
+        "optim.warmup_epochs 300.0",
+        "trainer.max_epochs 200",
+    ),
+    "milestones out of order": ({"optim": {"milestones": [160, 120]}}, "optim.milestones", "order"),
+    "plateau of no kNN": (
+        {
+            "optim": {"schedule": "plateau", "plateau_metric": "val/knn_top1"},
+            "run": {"knn_every": 0},
+        },
+        "optim.plateau_metric",
+        "run.knn_every",
+    ),
+    "queue below the batch": (
+        {"model": {"queue_size": 255}},
+        "model.queue_size 255",
+        "data.batch_size 256",
+    ),
+    "queue below both views' keys": (
+        {"model": {"queue_size": 511, "symmetric": "mean"}},
+        "model.queue_size 511",
+        "512",
+    ),
+    "mean of other channels": ({"data": {"mean": [0.5]}}, "data.mean", "data.channels 3"),
+    "std of other channels": (
+        {"data": {"std": [0.5, 0.5, 0.5], "channels": 1}},
+        "data.std",
+        "data.channels 1",
+    ),
+    "std of nothing": ({"data": {"std": [0.5, 0.0, 0.5]}}, "data.std", "positive"),
+    "folder without a root": ({"data": {"dataset": "folder"}}, "data.root", "--data.root"),
+    "a seed that no generator takes": ({"run": {"seed": 2**64}}, "run.seed", "at most"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_named(name):
+    groups, *parts = CONTRADICTIONS[name]
+    with pytest.raises(UserError) as caught:
+        check(valid(**groups))
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"model": {"queue_size": 256}},
+        {"model": {"queue_size": 512, "symmetric": "sum"}},
+        {"optim": {"nesterov": True}},
+        {"optim": {"warmup_epochs": 200.0}},
+        {"data": {"mean": [0.5] * 5, "std": [0.1] * 5, "channels": 5}},
+        {"optim": {"milestones": []}},
+    ],
+)
+def test_what_just_fits_is_taken(groups):
+    check(valid(**groups))
+
+
+def test_settings_survive_a_checkpoint(tmp_path):
+    config = valid(data={"mean": [0.1, 0.2, 0.3], "crop_min": 0.08}, optim={"milestones": [3]})
+    torch.save(dataclasses.asdict(config), tmp_path / "settings")
+    stored = torch.load(tmp_path / "settings", weights_only=True)
+    assert TrainConfig.from_dict(stored) == config
+    stored["model"]["no_such_field"] = 1
+    with pytest.raises(TypeError):
+        TrainConfig.from_dict(stored)
+
+
+def test_normalisation():
+    imagenet = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    assert normalisation(DataConfig()) == imagenet
+    assert normalisation(DataConfig(channels=1)) == ([0.5], [0.25])
+    own = DataConfig(channels=2, mean=[0.1, 0.2], std=[0.3, 0.4])
+    assert normalisation(own) == ([0.1, 0.2], [0.3, 0.4])
+
+
+def test_published_defaults():
+    """2003.04297 on ImageNet: the defaults are a recipe, not an accident."""
+    model, optim, data = ModelConfig(), OptimConfig(), DataConfig()
+    assert (model.backbone, model.head, model.embedding_dim) == ("resnet50", "mlp", 128)
+    assert (model.queue_size, model.key_momentum, model.temperature) == (65536, 0.999, 0.2)
+    assert (optim.lr, optim.sgd_momentum, optim.weight_decay) == (0.03, 0.9, 1e-4)
+    assert (optim.schedule, optim.schedule_per, optim.warmup_epochs) == ("cosine", "epoch", 0)
+    assert (data.batch_size, data.views, data.image_size) == (256, "v2", 224)
+    assert (TrainerConfig().max_epochs, RunConfig().knn_k, RunConfig().knn_temperature) == (
+        200,
+        200,
+        0.1,
+    )

@@ -1,0 +1,228 @@
+"""Whole runs: every recipe, exact resume from every step, stopping, and wrong input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from moco.config import UserError
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.precision", "32-true"),
+    *("--model.width", "0.125", "--model.queue_size", "500", "--data.batch_size", "400"),
+    *("--model.key_bn", "split", "--trainer.log_every_n_steps", "1", "--run.knn_every", "1"),
+    *("--trainer.max_epochs", "2", "--optim.warmup_epochs", "0"),
+]
+TIMED = {"train/images_per_second", "train/wait_share"}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """48 colour images of 40 pixels in two classes for training, 8 for testing, as val/."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 4)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+                small.resize((40, 40)).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def run_small(run_dir, *arguments: str) -> dict:
+    return train.main([*SMALL, "--run.dir", str(run_dir), *arguments])
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b, path="") -> list[str]:
+    """List the places where two nested states differ by a bit."""
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{path}: keys"]
+        return [d for k in a for d in same(a[k], b[k], f"{path}.{k}")]
+    if isinstance(a, torch.Tensor):
+        return [] if a.equal(b) else [path]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in same(x, y, f"{path}[{i}]")]
+    return [] if a == b else [path]
+
+
+def rows(run_dir) -> list[dict]:
+    with (Path(run_dir) / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+def test_every_recipe_runs_on_generated_data(recipe, images):
+    arguments = ["--config", str(ROOT / f"configs/{recipe}.yaml"), "--run.dir", "run"]
+    arguments += ["--trainer.max_steps", "2", "--data.num_workers", "0", "--run.knn_k", "5"]
+    if recipe != "quickstart":
+        arguments += ["--data.root", str(images), "--data.image_size", "32"]
+        arguments += ["--data.batch_size", "16", "--model.queue_size", "32"]
+    if recipe.startswith("cifar10"):
+        arguments += ["--data.dataset", "folder"]
+    result = train.main(arguments)
+    assert result["steps"] == 2
+    assert 0 <= result["knn_top1"] <= 100
+    assert np.isfinite(result["loss"])
+    assert Path(result["checkpoint"]).is_file()
+    assert rows("run")[0]["val/knn_top1"] != ""
+
+
+@pytest.mark.parametrize("resident", ["memory", "off"])
+def test_resume_from_every_step_ends_in_the_same_bits(images, resident):
+    arguments = [
+        *("--data.dataset", "folder", "--data.root", str(images), "--data.channels", "3"),
+        *("--data.image_size", "16", "--data.batch_size", "16", "--model.queue_size", "40"),
+        *("--data.resident", resident, "--data.num_workers", "0", "--run.knn_k", "5"),
+        *("--run.checkpoint_every", "1", "--run.keep_checkpoints", "99", "--optim.lr", "0.01"),
+        *("--optim.schedule", "plateau", "--optim.plateau_patience", "0"),
+    ]
+    run_small("whole", *arguments)
+    end, expected = load("whole/checkpoints/last.ckpt"), rows("whole")
+    assert end["global_step"] == 6
+    for step in range(1, 6):
+        shutil.copytree("whole", f"from{step}")
+        for later in range(step + 1, 7):
+            Path(f"from{step}/checkpoints/step_{later:09d}.ckpt").unlink()
+        result = train.main(["--resume", f"from{step}/checkpoints/step_{step:09d}.ckpt"])
+        assert result["steps"] == 6
+        again = load(f"from{step}/checkpoints/last.ckpt")
+        for part in ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step"):
+            assert not same(end[part], again[part], part), f"resumed after step {step}"
+        assert rows(f"from{step}") == expected
+
+
+def test_dropping_a_piece_of_state_changes_the_result(images):
+    """Negative control: the comparison above can fail."""
+    run_small("whole", "--run.checkpoint_every", "1", "--run.keep_checkpoints", "9")
+    end = load("whole/checkpoints/last.ckpt")
+    for name in ("queue.keys", "momentum_buffer"):
+        shutil.copytree("whole", f"without-{name}")
+        path = Path(f"without-{name}/checkpoints/step_000000003.ckpt")
+        state = load(path)
+        if name == "queue.keys":
+            state["state_dict"][name] = state["state_dict"][name].roll(1, 0)
+        else:
+            for slot in state["optimizer_states"][0]["state"].values():
+                slot[name].zero_()
+        torch.save(state, path)
+        train.main(["--resume", str(path)])
+        again = load(f"without-{name}/checkpoints/last.ckpt")
+        assert same(end["state_dict"], again["state_dict"]), name
+
+
+def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused():
+    run_small("run")
+    before = Path("run/checkpoints/last.ckpt").stat().st_mtime_ns
+    assert train.main(["--resume", "run"])["steps"] == 6
+    assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"model\.temperature is 0\.5 but the run has 0\.2"):
+        train.main(["--resume", "run", "--model.temperature", "0.5"])
+    with pytest.raises(UserError, match="holds a run already"):
+        run_small("run")
+
+
+def test_resume_auto_starts_anew_and_then_goes_on():
+    first = run_small("run", "--resume", "auto", "--trainer.max_epochs", "1")
+    assert first["steps"] == 3
+    os.truncate("run/checkpoints/last.ckpt", 1000)  # also the newest step_N: one file, two names
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        train.main(["--resume", "run"])
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(number, code):
+    process = start(*SMALL, "--run.dir", "run", "--trainer.max_epochs", "500")
+    try:
+        deadline = time.monotonic() + 60
+        while not Path("run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    stopped = json.loads(out.strip().splitlines()[-1])
+    assert "go on with --resume run" in err
+    assert load("run/checkpoints/last.ckpt")["global_step"] == stopped["steps"]
+
+
+def test_two_devices_train_the_quickstart():
+    process = start(
+        *SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--model.key_bn", "auto",
+        "--trainer.accelerator", "cpu", "--trainer.devices", "2",
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=110)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
+    assert "key BatchNorm: shuffle (auto: 2 devices" in err
+    assert "global batch 400, per device 200" in err
+
+
+WRONG = {
+    "unknown key": (["--model.temprature", "1"], "did you mean --model.temperature"),
+    "misspelt recipe": (["--config", str(ROOT / "configs/quikstart.yaml")], "did you mean"),
+    "missing folder": (["--data.dataset", "folder", "--data.root", "nowhere"], "data.root"),
+    "empty folder": (["--data.dataset", "folder", "--data.root", "."], "data.root"),
+    "no root": (["--data.dataset", "folder"], "data.root is empty"),
+    "long queue": (["--model.queue_size", "4096"], "model.queue_size 4096 is above the 1257 images"),
+    "short queue": (["--model.queue_size", "100"], "model.queue_size 100 is below the 400 keys"),
+    "large batch": (["--data.batch_size", "2000", "--model.queue_size", "2000"], "take 1257"),
+    "odd batch": (["--data.batch_size", "300", "--model.bn_splits", "7"], "data.batch_size 300"),
+    "large view": (["--data.image_size", "32"], "data.image_size 32 is above the images' 8"),
+    "unknown backbone": (["--model.backbone", "resnet5O"], "did you mean 'resnet50'"),
+    "negative temperature": (["--model.temperature", "-1"], "model.temperature is -1.0"),
+    "no such devices": (["--trainer.devices", "99"], "trainer.devices is 99"),
+    "no gpu": (["--trainer.accelerator", "gpu"], "trainer.accelerator is gpu"),
+    "fp16": (["--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed"),
+    "grey": (["--data.grey", "0.5"], "data.grey is 0.5"),
+    "no such run": (["--resume", "nowhere"], "--resume nowhere does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_names_field_value_and_remedy(case, monkeypatch):
+    arguments, expected = WRONG[case]
+    if case == "no gpu":
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError) as error:
+        train.main([*SMALL, "--run.dir", "run", *arguments])
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("run").exists()

@@ -1,0 +1,204 @@
+"""Run directories: which run and checkpoint `--resume` means, and which recipes may go on."""
+
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moco import rundir
+from moco.config import DataConfig, TrainConfig, UserError
+from moco.rundir import check_same, find_run, is_whole, last_whole, new_run, write_config
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def checkpoint(path: Path, torn: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": 1, "weights": torch.zeros(2000)}, path)
+    if torn:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 2 // 3])
+    return path
+
+
+def run(name: str, age: float = 0, **torn: bool) -> Path:
+    """Make a run with checkpoints such as last=False (whole) or step_000000020=True (torn)."""
+    folder = Path("runs") / name
+    for stem, cut in (torn or {"last": False}).items():
+        checkpoint(folder / "checkpoints" / f"{stem}.ckpt", cut)
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (1e9 - age, 1e9 - age))
+    return folder
+
+
+# New runs
+
+
+def test_a_new_run_is_named_after_its_recipe_or_data():
+    assert new_run(TrainConfig(), "quickstart").parent == Path("runs")
+    assert new_run(TrainConfig(), "quickstart").name.startswith("quickstart-20")
+    config = TrainConfig(data=DataConfig(dataset="digits"))
+    assert new_run(config, "").name.startswith("digits-20")
+    assert not Path("runs").exists()
+
+
+def test_a_chosen_directory_is_taken_unless_it_holds_a_run():
+    config = TrainConfig()
+    config.run.dir = "mine"
+    assert new_run(config, "x") == Path("mine")
+    Path("mine").mkdir()
+    assert new_run(config, "x") == Path("mine")
+    checkpoint(Path("mine/checkpoints/last.ckpt"))
+    with pytest.raises(UserError, match=r"run\.dir mine holds a run.*--resume mine"):
+        new_run(config, "x")
+    config.run.dir = "file"
+    Path("file").write_text("x")
+    with pytest.raises(UserError, match=r"run\.dir file is a file"):
+        new_run(config, "x")
+
+
+# Which run goes on
+
+
+def test_auto_takes_the_latest_run():
+    run("b-old", age=200)
+    latest = run("a-latest", age=100)
+    run("c-oldest", age=300)
+    assert find_run("auto", "") == (latest, latest / "checkpoints" / "last.ckpt")
+
+
+def test_auto_passes_over_runs_without_a_whole_checkpoint():
+    whole = run("whole", age=100)
+    run("torn", age=50, last=True)
+    (Path("runs") / "empty").mkdir()
+    assert find_run("auto", "")[0] == whole
+
+
+def test_auto_finds_nothing_where_there_is_nothing():
+    assert find_run("auto", "") is None
+    run("torn", last=True)
+    assert find_run("auto", "") is None
+
+
+def test_auto_with_a_directory_looks_there_alone():
+    run("other")
+    assert find_run("auto", "mine") is None
+    checkpoint(Path("mine/checkpoints/last.ckpt"))
+    assert find_run("auto", "mine")[0] == Path("mine")
+
+
+def test_a_named_run_and_a_named_checkpoint():
+    folder = run("one", step_000000010=False, step_000000020=False, last=False)
+    assert find_run(str(folder), "") == (folder, folder / "checkpoints" / "last.ckpt")
+    chosen = folder / "checkpoints" / "step_000000010.ckpt"
+    assert find_run(str(chosen), "") == (folder, chosen)
+
+
+@pytest.mark.parametrize("last", [True, None])
+def test_a_torn_or_missing_checkpoint_falls_back_to_the_one_before(last):
+    torn = {"step_000000009": False, "step_000000010": False, "step_000000020": True}
+    folder = run("one", **torn, **({} if last is None else {"last": last}))
+    expected = folder / "checkpoints" / "step_000000010.ckpt"
+    assert last_whole(folder) == expected
+    assert find_run(str(folder), "") == (folder, expected)
+
+
+def test_what_cannot_be_resumed_is_refused_with_a_remedy():
+    with pytest.raises(UserError, match=r"--resume nowhere does not exist"):
+        find_run("nowhere", "")
+    folder = run("torn", last=True)
+    with pytest.raises(UserError, match=r"--resume runs/torn holds no whole checkpoint"):
+        find_run(str(folder), "")
+    with pytest.raises(UserError, match=r"last\.ckpt is torn.*run directory"):
+        find_run(str(folder / "checkpoints" / "last.ckpt"), "")
+
+
+def test_is_whole():
+    whole = checkpoint(Path("a.ckpt"))
+    assert is_whole(whole)
+    content = whole.read_bytes()
+    for cut in (0, 1, 100, len(content) // 2, len(content) - 1):
+        Path("cut.ckpt").write_bytes(content[:cut])
+        assert not is_whole(Path("cut.ckpt")), cut
+    Path("text.ckpt").write_text("no archive")
+    assert not is_whole(Path("text.ckpt"))
+    assert not is_whole(Path("missing.ckpt")) and not is_whole(Path("."))
+    Path("dead-link.ckpt").symlink_to("gone")
+    assert not is_whole(Path("dead-link.ckpt"))
+
+
+# What is kept of the settings
+
+
+def test_config_is_written_whole_and_reads_back():
+    config = TrainConfig(data=DataConfig(root="a: b # c", mean=[0.1, 0.2, 0.3], crop_min=0.08))
+    write_config(config, Path("runs/new"))
+    write_config(config, Path("runs/new"))
+    assert [p.name for p in Path("runs/new").iterdir()] == ["config.yaml"]
+    stored = yaml.safe_load(Path("runs/new/config.yaml").read_text(encoding="utf-8"))
+    assert TrainConfig.from_dict(stored) == config
+    assert stored == asdict(config)
+
+
+def test_the_same_recipe_may_go_on():
+    check_same(TrainConfig(), asdict(TrainConfig()), Path("runs/x"))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model.temperature", 0.07),
+        ("model.queue_size", 4096),
+        ("optim.lr", 0.06),
+        ("optim.milestones", [60]),
+        ("data.batch_size", 128),
+        ("data.crop_min", 0.08),
+        ("data.mean", [0.5, 0.5, 0.5]),
+        ("trainer.max_epochs", 100),
+        ("trainer.precision", "32-true"),
+        ("run.seed", 1),
+    ],
+)
+def test_another_recipe_is_refused_by_name(name, value):
+    config, stored = TrainConfig(), asdict(TrainConfig())
+    group, field = name.split(".")
+    setattr(getattr(config, group), field, value)
+    with pytest.raises(UserError) as caught:
+        check_same(config, stored, Path("runs/x"))
+    for part in ("runs/x", name, repr(value), repr(stored[group][field])):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("data.root", "elsewhere"),
+        ("data.num_workers", 3),
+        ("data.resident", "off"),
+        ("trainer.devices", 2),
+        ("trainer.accelerator", "cpu"),
+        ("run.dir", "elsewhere"),
+        ("run.checkpoint_every", 5),
+        ("run.wandb", True),
+    ],
+)
+def test_where_and_how_a_run_runs_may_differ(name, value):
+    config = TrainConfig()
+    group, field = name.split(".")
+    setattr(getattr(config, group), field, value)
+    check_same(config, asdict(TrainConfig()), Path("runs/x"))
+
+
+def test_what_may_differ_names_real_settings():
+    real = {
+        f"{group.name}.{item.name}"
+        for group in fields(TrainConfig)
+        for item in fields(getattr(TrainConfig(), group.name))
+    }
+    assert real >= rundir._MAY_DIFFER
