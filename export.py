@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "license": {"type": str, "default": "", "help": "For the model card: mit, cc-by-4.0, other"},
     "allow_partial": {"action": "store_true", "help": "Take a file that fits only in part"},
     "backbone": {"type": str, "default": "", "help": "timm name, where the file does not tell it"},
+    "image_size": {"type": int, "default": 0, "help": "Side in pixels; 0: as in the checkpoint"},
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moco import cli
-from moco.config import TrainConfig
+from moco.config import TrainConfig, check
 from moco.rundir import find_run
 
 EXTRAS = {
@@ -25,10 +25,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     config, extra = cli.parse(parser, TrainConfig, argv)
     recipe = next((Path(p).stem for p in cli.option_values(argv, "--config")), "")
     if found := find_run(extra["resume"], config.run.dir) if extra["resume"] else None:
-        # A resumed run starts from its own settings; the command line has the last word, and is checked.
+        # A resumed run starts from its own settings; the command line has the last word, and is
+        # checked.
         stored = found[0] / "config.yaml"
         if stored.is_file():
             config, extra = cli.parse(parser, TrainConfig, ["--config", str(stored), *argv])
+    check(config)
     from moco.run import pretrain  # brings torch: only once the settings stand
 
     return pretrain(config, extra["resume"], recipe)

@@ -93,6 +93,8 @@ def load_encoder(
     contents = read_contents(path)
     part = contents.backbone(encoder)
     model, data, variant = _identify(contents, part, backbone)
+    if image_size < 0:
+        raise UserError(f"image_size is {image_size}: give pixels, or 0 for the file's own")
     data["image_size"] = image_size or data["image_size"]
     head_state = contents.take(f"{encoder}_encoder.head.")
     with torch.random.fork_rng(devices=[]):
@@ -219,7 +221,7 @@ def _torch_load(path: Path, start: bytes) -> Any:
     except Exception as error:  # foreign bytes can raise anything
         text = str(error)
     code = re.search(r"GLOBAL ([\w.]+)", text)
-    if code or "TorchScript" in text or "Unsupported operand" in text:
+    if code or "TorchScript" in text or ("Unsupported operand" in text and start[:1] == b"\x80"):
         what = code.group(1) if code else "a pickle or TorchScript program"
         raise UserError(
             f"{path} is refused, reading it would run code ({what}): where you trust it, store its "
@@ -430,9 +432,11 @@ def _identify(
             "give its timm name with --backbone"
         )
     channels = said.get("channels") or _channels(model.backbone, part)
-    image_size = _vit_image_size(part) or (32 if model.stem == "cifar" else 224)
     mean, std = normalisation(DataConfig(channels=channels))
-    data = {"channels": channels, "image_size": image_size, "mean": mean, "std": std} | said
+    data = {"channels": channels, "mean": mean, "std": std} | said
+    # Positions tell the size better than timm's config, which may keep that of the first training.
+    size = _vit_image_size(part) or said.get("image_size") or (32 if model.stem == "cifar" else 224)
+    data["image_size"] = size
     return model, data, contents.variant() | variant
 
 

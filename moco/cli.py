@@ -1,9 +1,11 @@
 """The command line of every script: parse quickly, teach plainly, exit with a meaning.
 
-The parser is made from the dataclasses of `moco.config` (jsonargparse, without torch, so that help and errors take
-under a second). A recipe is a YAML of differences from the defaults; `--config` may be repeated, later ones win.
-Exit codes: 0 done, 2 wrong input (one line on standard error), 130 and 143 stopped by SIGINT and SIGTERM.
-Standard output carries one JSON object on its last line; everything else goes to standard error.
+The parser is made from the dataclasses of `moco.config` (jsonargparse, without torch, so that help
+and errors take under a second). A recipe is a YAML of differences from the defaults; `--config` may
+be repeated, later ones win.
+Exit codes: 0 done, 2 wrong input (one line on standard error), 130 and 143 stopped by SIGINT and
+SIGTERM. Standard output carries one JSON object on its last line; everything else goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from moco.config import UserError
 
 
 def build_parser(description: str, config: type, extras: dict[str, dict[str, Any]]) -> Any:
-    """Build a parser whose options are the fields of `config`, a dataclass of dataclasses, and `extras`.
+    """Build a parser whose options are the fields of `config`, a dataclass of dataclasses, and
+    `extras`.
 
-    Args:
-        extras: Option name to the keyword arguments of `add_argument`, for what belongs to the command alone.
+    Args: extras: Option name to the keyword arguments of `add_argument`, for what belongs to the
+        command alone.
     """
     from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -80,10 +83,9 @@ def parse(parser: Any, config: type, argv: Sequence[str]) -> tuple[Any, dict[str
 
     names = _names(parser)
     _check_arguments(argv, names)
-    for path in _config_paths(argv):
-        _check_yaml(path, names)
+    empty = [str(path) for path in _config_paths(argv) if not _check_yaml(path, names)]
     try:
-        values = parser.parse_args(list(argv))
+        values = parser.parse_args(_without_configs(argv, empty))
     except (ArgumentError, ValueError) as error:
         raise UserError(_one_line(error)) from None
     hints = get_type_hints(config)
@@ -137,24 +139,43 @@ def _config_paths(argv: Sequence[str]) -> list[Path]:
     paths = [Path(value) for value in option_values(argv, "--config")]
     for path in paths:
         if not path.is_file():
-            folder = path.parent if path.parent.is_dir() else Path("configs")
-            recipes = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+            folders = (Path("configs"), path.parent)
+            recipes = {p.stem: p for f in folders for p in sorted(f.glob("*.yaml"))}
             near = difflib.get_close_matches(path.stem, recipes, n=1)
-            hint = (
-                f"did you mean {recipes[near[0]]}?" if near else f"there are {', '.join(recipes)}"
+            listed = (
+                f"there are {', '.join(recipes)}" if recipes else "give the path of a YAML file"
             )
+            hint = f"did you mean {recipes[near[0]]}?" if near else listed
             raise UserError(f"--config {path} does not exist: {hint}")
     return paths
 
 
-def _check_yaml(path: Path, names: list[str]) -> None:
-    """Refuse what YAML would pass over: duplicate keys, unknown keys, a list or a bare word as the whole file."""
+def _without_configs(argv: Sequence[str], empty: list[str]) -> list[str]:
+    """Leave out recipes of comments alone, which the parser would take for an error."""
+    words = list(argv)
+    for path in empty:
+        place = words.index("--config", 0) if f"--config={path}" not in words else None
+        if place is None:
+            words.remove(f"--config={path}")
+            continue
+        while words[place + 1] != path:
+            place = words.index("--config", place + 1)
+        del words[place : place + 2]
+    return words
+
+
+def _check_yaml(path: Path, names: list[str]) -> bool:
+    """Refuse what YAML would pass over: duplicate and unknown keys, a file that is no mapping.
+
+    Returns:
+        Whether the file holds any setting.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"--config {path}: {_one_line(error)}") from None
     if content is None:
-        return
+        return False
     if not isinstance(content, dict):
         raise UserError(
             f"--config {path} holds no settings: write GROUP:, then FIELD: VALUE below it"
@@ -169,6 +190,7 @@ def _check_yaml(path: Path, names: list[str]) -> None:
         for name in [str(group)] if nested is None else [f"{group}.{field}" for field in nested]:
             if name not in names or name in ("config", "help", "print_config"):
                 raise UserError(f"--config {path}: unknown setting {name}{_nearest(name, names)}")
+    return True
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -192,10 +214,13 @@ def _one_line(error: BaseException) -> str:
     """Fold an error to one line without the usage text that jsonargparse adds."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("usage:", "tip:")))[:500]
-    mistyped = re.search(r'[Kk]ey "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
+    mistyped = re.search(
+        r'[Kk]ey "([^"]+)":.*?Expected an? (.+?)\.? (?:Got value:|Expected) ?(.*)', text
+    )
     if not mistyped:
         return text
     name, kind, value = mistyped.groups()
+    value = value.rsplit("Given value: ", 1)[-1]
     for pattern, plain in _PLAIN_TYPES:
         kind = re.sub(pattern, plain, kind)
     return f"{name} is {value!r}: give {kind}"
@@ -212,7 +237,9 @@ _PLAIN_TYPES = (
 
 
 def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
-    """Run a script's main: print its result as one JSON line, or the error as one line with exit code 2."""
+    """Run a script's main: print its result as one JSON line, or the error as one line with exit
+    code 2.
+    """
     try:
         result = main(sys.argv[1:])
     except UserError as error:

@@ -1,19 +1,23 @@
 """Every setting of pretraining: its meaning, unit, range, default and source.
 
-One room to read, and the only place where settings are declared: the command line, the help, the checks and what a
-checkpoint stores are all derived from these dataclasses. Fields are flat primitives, so that a checkpoint loads with
-``weights_only=True``. This room imports nothing heavy; `moco.cli` turns a command line into a `TrainConfig`.
+One room to read, and the only place where settings are declared: the command line, the help, the
+checks and what a checkpoint stores are all derived from these dataclasses. Fields are flat
+primitives, so that a checkpoint loads with ``weights_only=True``. This room imports nothing heavy;
+`moco.cli` turns a command line into a `TrainConfig`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
-    """Wrong input. The message says what is wrong, where, and how to mend it; scripts print it and exit with 2."""
+    """Wrong input. The message says what is wrong, where, and how to mend it; scripts print it and
+    exit with 2.
+    """
 
 
 def setting(
@@ -39,7 +43,8 @@ class ModelConfig:
     backbone: str = setting("resnet50", "Any torchvision ResNet or timm model by name")
     stem: Literal["imagenet", "cifar"] = setting(
         "imagenet",
-        "First layers of a ResNet: 7x7 stride 2 and max-pool, or 3x3 stride 1 without (images of 32 px)",
+        "First layers of a ResNet: 7x7 stride 2 and max-pool, or 3x3 stride 1 without (images "
+        "of 32 px)",
     )
     width: float = setting(
         1.0, "Channel multiplier of a ResNet; 1 is the published network", above=0, at_most=8
@@ -57,7 +62,8 @@ class ModelConfig:
     temperature: float = setting(0.2, "Softmax temperature: 0.07 in v1, 0.2 in v2", above=0)
     symmetric: Literal["none", "mean", "sum"] = setting(
         "none",
-        "Loss on one view pair (v1, v2), or on both and their mean (v2+) or sum (the official CIFAR demo)",
+        "Loss on one view pair (v1, v2), or on both and their mean (v2+) or sum (the official "
+        "CIFAR demo)",
     )
     key_momentum: float = setting(
         0.999, "Share that the key encoder keeps at each step, m", at_least=0, at_most=1
@@ -70,12 +76,14 @@ class ModelConfig:
     )
     key_bn: Literal["auto", "shuffle", "split", "sync", "plain"] = setting(
         "auto",
-        "BatchNorm of the keys: shuffled across devices, split into groups on one device, over all devices, or plain; "
+        "BatchNorm of the keys: shuffled across devices, split into groups on one device, over "
+        "all devices, or plain; "
         "auto takes shuffle on several devices and split on one",
     )
     query_bn: Literal["plain", "split", "sync"] = setting(
         "plain",
-        "BatchNorm of the queries; split imitates several devices on one, as the official CIFAR demo does",
+        "BatchNorm of the queries; split imitates several devices on one, as the official CIFAR "
+        "demo does",
     )
     bn_splits: int = setting(8, "Number of BatchNorm groups of a split", at_least=2)
 
@@ -171,7 +179,8 @@ class DataConfig:
     )
     resident: Literal["auto", "device", "memory", "off"] = setting(
         "auto",
-        "Hold all images decoded on the device or in memory, or stream them through workers; auto: what fits",
+        "Hold all images decoded on the device or in memory, or stream them through workers; "
+        "auto: what fits",
     )
     resident_budget: float = setting(4.0, "GiB that auto may fill with decoded images", at_least=0)
     num_workers: int = setting(
@@ -206,7 +215,7 @@ class RunConfig:
     """Where a run lives, what it records and when it saves."""
 
     dir: str = setting("", "Run directory; empty: runs/RECIPE-DATE-TIME")
-    seed: int = setting(0, "Seed of weights, order and augmentation", at_least=0)
+    seed: int = setting(0, "Seed of weights, order and views", at_least=0, at_most=2**32 - 1)
     checkpoint_every: int = setting(0, "Steps between checkpoints; 0: once an epoch", at_least=0)
     checkpoint_minutes: float = setting(
         0.0, "Minutes between checkpoints besides; 0: none", at_least=0
@@ -236,7 +245,9 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, dict[str, Any]]) -> TrainConfig:
-        """Rebuild from `dataclasses.asdict`, as a checkpoint stores it; unknown fields raise TypeError."""
+        """Rebuild from `dataclasses.asdict`, as a checkpoint stores it; unknown fields raise
+        TypeError.
+        """
         hints = get_type_hints(cls)
         return cls(**{name: hints[name](**group) for name, group in values.items()})
 
@@ -253,12 +264,15 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
+    if value is None and type(None) not in get_args(kind):
+        raise UserError(f"{name} is null: give a value, or leave the line out for the default")
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise UserError(f"{name} is {value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
-    if value is None or not isinstance(value, (int, float)) or isinstance(value, bool):
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise UserError(f"{name} is {value}: give finite numbers")
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
-        raise UserError(f"{name} is {value}: give a finite number")
     if "above" in limits and not value > limits["above"]:
         raise UserError(
             f"{name} is {value}: it must be above {limits['above']} ({limits['meaning']})"
@@ -283,7 +297,8 @@ def check(config: TrainConfig) -> None:
         )
     if optim.warmup_epochs > config.trainer.max_epochs:
         raise UserError(
-            f"optim.warmup_epochs {optim.warmup_epochs} is above trainer.max_epochs {config.trainer.max_epochs}: "
+            f"optim.warmup_epochs {optim.warmup_epochs} is above trainer.max_epochs "
+            f"{config.trainer.max_epochs}: "
             "lower it, or train longer"
         )
     if optim.milestones != sorted(optim.milestones):
@@ -300,13 +315,15 @@ def check(config: TrainConfig) -> None:
     if keys_per_step > model.queue_size:
         raise UserError(
             f"model.queue_size {model.queue_size} is below the {keys_per_step} keys of one step "
-            f"(data.batch_size {data.batch_size}, model.symmetric {model.symmetric}): raise it, or lower data.batch_size"
+            f"(data.batch_size {data.batch_size}, model.symmetric {model.symmetric}): raise it, "
+            "or lower data.batch_size"
         )
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values and len(values) != data.channels:
             raise UserError(
-                f"data.{name} has {len(values)} values for data.channels {data.channels}: give one each"
+                f"data.{name} has {len(values)} values for data.channels {data.channels}: give "
+                "one each"
             )
     if any(value <= 0 for value in data.std):
         raise UserError(f"data.std is {data.std}: give positive values")

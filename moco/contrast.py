@@ -1,7 +1,8 @@
 """Contrast: InfoNCE and the queue of negative keys (1911.05722, section 3.1-3.2). Tensors only.
 
-The loss is a pure function; the queue is the only state, and its buffers are persistent, so every checkpoint holds
-them. Shapes: N queries on this device, B keys over all devices, C embedding, K queue.
+The loss is a pure function; the queue is the only state, and its buffers are persistent, so every
+checkpoint holds them. Shapes: N queries on this device, B keys over all devices, C embedding, K
+queue.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def info_nce(
 
     Source: arXiv:1911.05722, eq. 1 and Algorithm 1.
     """
-    # In fp32 also under autocast: bf16 logits of size 1/temperature carry errors of several percent.
+    # In fp32 also under autocast: bf16 logits of size 1/temperature carry errors of several
+    # percent.
     with torch.autocast(query.device.type, enabled=False):
         query, key, negatives = query.float(), key.float(), negatives.float()
         positive = (query * key).sum(1, keepdim=True)  # N 1
@@ -52,9 +54,8 @@ def contrast_accuracy(logits: Tensor) -> tuple[Tensor, Tensor]:
 class KeyQueue(nn.Module):
     """Ring buffer of the last K keys, first in first out (1911.05722, section 3.2).
 
-    Attributes:
-        keys: K x C unit vectors, random at the start.
-        num_enqueued: int64 scalar, keys written since the start; the next one goes to `num_enqueued % K`.
+    Attributes: keys: K x C unit vectors, random at the start. num_enqueued: int64 scalar, keys
+        written since the start; the next one goes to `num_enqueued % K`.
     """
 
     keys: Tensor
@@ -67,7 +68,9 @@ class KeyQueue(nn.Module):
         self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.long))
 
     def snapshot(self) -> Tensor:
-        """Return a copy of the keys, K x C: the queue may move on before the backward pass reads it."""
+        """Return a copy of the keys, K x C: the queue may move on before the backward pass reads
+        it.
+        """
         return self.keys.clone()
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Data: batches of view pairs that can stop and go on mid-epoch, and images for evaluation.
 
-What fits is resident: decoded once, one uint8 tensor, no workers. What does not is streamed: workers decode and cut
-each image twice, to uint8. Colours are always made batched on the device. Order and views are functions of
-(seed, epoch, index): nothing about them is saved.
+What fits is resident: decoded once, one uint8 tensor, no workers. What does not is streamed:
+workers decode and cut each image twice, to uint8. Colours are always made batched on the device.
+Order and views are functions of (seed, epoch, index): nothing about them is saved.
 Shapes: M images in the set, N images per device, W devices, B = N*W, C channels, S side of a view.
 """
 
@@ -115,7 +115,9 @@ class PretrainData(pl.LightningDataModule):
         count = len(batch.index) // world
         order = None
         if self.shuffle:
-            order = distributed.key_order(self.seed, batch.step, count, world).to(batch.index.device)
+            order = distributed.key_order(self.seed, batch.step, count, world).to(
+                batch.index.device
+            )
         index = distributed.local_rows(batch.index, count)
         numbers = (0, 1) if self.symmetric else (0,)
         if batch.crops is None:
@@ -161,10 +163,8 @@ class PretrainData(pl.LightningDataModule):
 class StepLoader:
     """An epoch's batches from wherever the run stands.
 
-    Args:
-        data: The images and settings.
-        position: Tells how many batches the run has taken so far; asked whenever an iteration starts, so that a
-            resumed epoch begins where it was left.
+    Args: data: The images and settings. position: Tells how many batches the run has taken so far;
+        asked whenever an iteration starts, so that a resumed epoch begins where it was left.
     """
 
     def __init__(self, data: PretrainData, position: Callable[[], int]) -> None:
@@ -233,7 +233,7 @@ class _Planned:
 
 
 class _Cuts(Dataset):
-    """Two cuts of an image, 2 x C x S x S uint8, drawn from (seed, epoch, index); runs in workers."""
+    """Two cuts of an image, 2 x C x S x S uint8, a function of (seed, epoch, index)."""
 
     def __init__(self, data: PretrainData) -> None:
         self.source, self.recipe = data.source, data.recipe
@@ -281,8 +281,8 @@ def make_resident(
 ) -> tuple[ImageSource, Tensor | None, str]:
     """Decide between device, memory and streaming, and decode.
 
-    Returns:
-        The source without unreadable files, its images M x C x H x W uint8 or None if streamed, and where they are.
+    Returns: The source without unreadable files, its images M x C x H x W uint8 or None if
+        streamed, and where they are.
     """
     needed, size = sources.estimate_bytes(source)
     budget = config.resident_budget * 2**30
@@ -296,7 +296,8 @@ def make_resident(
         except sources.MixedSizes as error:
             if wanted != "auto":
                 raise UserError(
-                    f"data.resident is {wanted} but the images differ in size ({error}): set data.resident off"
+                    f"data.resident is {wanted} but the images differ in size ({error}): set "
+                    "data.resident off"
                 ) from None
             return source, None, "streamed"
         source = sources.check_files(source, bad, config.max_bad_fraction, report_path)
@@ -315,7 +316,8 @@ def check_view_size(config: DataConfig, size: tuple[int, int] | None) -> None:
     """Raise UserError when views would be larger than the images they are cut from."""
     if size is not None and min(size) * config.upscale < config.image_size:
         raise UserError(
-            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set it to {min(size)}, "
+            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set "
+            f"it to {min(size)}, "
             f"or allow enlarging with data.upscale {config.image_size / min(size):.3g}"
         )
 
@@ -345,7 +347,8 @@ class LabelledData:
     def batches(
         self, split: str, device: torch.device, batch_size: int = 256
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's share of `bank` or `queries`: every W-th image, none twice, none left out.
+        """Yield this rank's share of `bank` or `queries`: every W-th image, none twice, none left
+        out.
 
         Yields:
             Images N x C x S x S, normalised, and labels N int64, on `device`.

@@ -79,10 +79,12 @@ def shown(path: str) -> str:
 
 
 def one_line(text: str) -> str:
+    """Escape control characters, so that a message stays on one line."""
     return "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in text)
 
 
 def extension(name: str) -> str:
+    """Return a file name's extension in lower case, dot included."""
     return os.path.splitext(name)[1].lower()
 
 

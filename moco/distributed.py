@@ -1,7 +1,7 @@
 """Several processes: gathering keys and the block shuffle of shuffle-BN (1911.05722, section 3.3).
 
-Every function is the identity, or does without communication, on one process; none needs Lightning. Where each key
-is encoded is a pure function of (seed, step), so no rank has to be told.
+Every function is the identity, or does without communication, on one process; none needs Lightning.
+Where each key is encoded is a pure function of (seed, step), so no rank has to be told.
 Shapes: N images per device, W devices, B = N*W rows in rank order.
 """
 
@@ -45,9 +45,10 @@ def local_rows(rows: Tensor, count: int) -> Tensor:
 def key_order(seed: int, step: int, count: int, world: int) -> Tensor:
     """Say which key stands where after the shuffle.
 
-    Each rank permutes its rows and deals one block of count/world to every rank, so that each BatchNorm group of keys
-    holds an equal share of every rank's queries. A ring shift would keep whole groups together, and with them the leak.
-    On one device this is a permutation, which matters where the batch is split into several groups.
+    Each rank permutes its rows and deals one block of count/world to every rank, so that each
+    BatchNorm group of keys holds an equal share of every rank's queries. A ring shift would keep
+    whole groups together, and with them the leak. On one device this is a permutation, which
+    matters where the batch is split into several groups.
 
     Args:
         seed: The run's seed.

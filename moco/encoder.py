@@ -1,7 +1,8 @@
 """Encoders: backbone + projection head, first layers for small images, and kinds of BatchNorm.
 
-Every backbone comes from timm, whose ResNets carry torchvision's names, keys and arithmetic, without weights: nothing
-is downloaded. Shapes: N images per device, D feature, C embedding, H W pixels, G BatchNorm groups.
+Every backbone comes from timm, whose ResNets carry torchvision's names, keys and arithmetic,
+without weights: nothing is downloaded. Shapes: N images per device, D feature, C embedding, H W
+pixels, G BatchNorm groups.
 """
 
 from __future__ import annotations
@@ -85,19 +86,30 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
     is_resnet = timm.models.is_model_in_modules(config.backbone, ["resnet"])
     if not is_resnet and (config.stem == "cifar" or config.width != 1):
         raise UserError(
-            f"model.stem {config.stem} and model.width {config.width} need a ResNet, and model.backbone "
+            f"model.stem {config.stem} and model.width {config.width} need a ResNet, and "
+            "model.backbone "
             f"{config.backbone!r} is none: take model.stem imagenet and model.width 1"
         )
-    backbone = timm.create_model(
-        config.backbone,
-        pretrained=False,
-        num_classes=0,
-        in_chans=channels,
-        **_arguments(config, is_resnet, image_size),
-    )
-    if is_resnet:
-        _set_stem(backbone, config, channels)
-    return backbone, backbone.num_features
+    try:
+        backbone = timm.create_model(
+            config.backbone,
+            pretrained=False,
+            num_classes=0,
+            in_chans=channels,
+            **_arguments(config, is_resnet, image_size),
+        )
+        if is_resnet:
+            _set_stem(backbone, config, channels)
+        if any(p.numel() == 0 for p in backbone.parameters()):
+            raise ValueError("a layer has no channels left")
+        # After pooling some networks widen: this is what comes out.
+        return backbone, getattr(backbone, "head_hidden_size", backbone.num_features)
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.backbone {config.backbone!r} cannot be built with model.stem {config.stem}, "
+            f"model.width {config.width:g} and data.image_size {image_size} ({reason}): change one"
+        ) from error
 
 
 def _arguments(config: ModelConfig, is_resnet: bool, image_size: int) -> dict[str, Any]:
@@ -125,7 +137,8 @@ def _set_stem(backbone: nn.Module, config: ModelConfig, channels: int) -> None:
         return
     cifar = config.stem == "cifar"
     size, stride, padding = (3, 1, 1) if cifar else (7, 2, 3)
-    width = backbone.bn1.num_features
+    last = [m for m in backbone.conv1.modules() if isinstance(m, nn.Conv2d)][-1]
+    width = last.out_channels
     backbone.conv1 = nn.Conv2d(channels, width, size, stride, padding, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     if cifar:
@@ -143,16 +156,20 @@ class SplitBatchNorm:
     num_splits: int
 
     def forward(self, images: Tensor) -> Tensor:
-        if not self.training or not self.track_running_stats:
+        if not self.training:
             return super().forward(images)
         groups, mean, var = self.num_splits, self.running_mean, self.running_var
         assert len(images) % groups == 0, f"{len(images)} images in {groups} groups"
+        if mean is None:  # no running statistics are kept
+            return torch.cat([super(SplitBatchNorm, self).forward(p) for p in images.chunk(groups)])
         means, variances = mean.repeat(groups, 1), var.repeat(groups, 1)
+        batches = self.num_batches_tracked + 1
         parts = []
         for group, part in enumerate(images.chunk(groups)):
             self.running_mean, self.running_var = means[group], variances[group]
             parts.append(super().forward(part))
         self.running_mean, self.running_var = mean, var
+        self.num_batches_tracked.copy_(batches)
         with torch.no_grad():
             mean.copy_(means.mean(0))
             var.copy_(variances.mean(0))
@@ -160,7 +177,8 @@ class SplitBatchNorm:
 
 
 def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
-    """Make every BatchNorm of an encoder `plain`, `split` or `sync`, in place; weights and keys stay.
+    """Make every BatchNorm of an encoder `plain`, `split` or `sync`, in place; weights and keys
+    stay.
 
     Returns:
         The module, which for `sync` may be another object.

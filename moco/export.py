@@ -50,11 +50,12 @@ def export(
     licence: str = "",
     allow_partial: bool = False,
     backbone: str = "",
+    image_size: int = 0,
 ) -> dict[str, Any]:
     """Write a checkpoint's backbone to `output` and compare what was written with the source.
 
     Args:
-        checkpoint: Of any layout, see `moco.checkpoint.load_encoder`, as are the last two.
+        checkpoint: Of any layout; it and the last three as of `moco.checkpoint.load_encoder`.
         form: One of `FORMATS`.
         output: A file; a directory for timm. Appears whole or not at all.
         encoder: query or key.
@@ -70,7 +71,7 @@ def export(
     """
     output = Path(output)
     _check_request(Path(checkpoint), form, output, overwrite, licence)
-    loaded = load_encoder(checkpoint, encoder, allow_partial, backbone)
+    loaded = load_encoder(checkpoint, encoder, allow_partial, backbone, image_size)
     print(loaded.report, file=sys.stderr)
     obstacle = _obstacle(loaded, form)
     if obstacle:
@@ -560,6 +561,6 @@ def _scores(checkpoint: Path) -> dict[str, float]:
         scores |= {
             f"{path.stem}: {name}": value
             for name, value in pairs
-            if isinstance(value, int | float) and _SCORE.search(name)
+            if type(value) in (int, float) and _SCORE.search(name)
         }
     return scores

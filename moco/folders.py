@@ -79,13 +79,16 @@ def _maybe_file(link: str) -> bool:
 
 
 def visible(name: str) -> bool:
+    """Tell whether a name is neither hidden nor left over from an archive."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
 def is_dir(entry: os.DirEntry) -> bool:
+    """Tell whether an entry is a directory or a link to one."""
     # entry.is_dir() raises on a link to itself, os.path.isdir does not.
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def expanded(root: str) -> str:
+    """Return the absolute path, `~` replaced."""
     return os.path.abspath(os.path.expanduser(root))

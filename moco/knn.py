@@ -228,7 +228,9 @@ def few_shot_accuracy(
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for _ in range(draws):
-        picks = [m[torch.randperm(len(m), generator=generator)[:shots].to(m.device)] for m in members]
+        picks = [
+            m[torch.randperm(len(m), generator=generator)[:shots].to(m.device)] for m in members
+        ]
         means = normalize(torch.stack([bank[p].mean(0) for p in picks]), dim=1)
         scores.append(((queries @ means.T).argmax(1) == targets).float().mean())
     scores = 100 * torch.stack(scores)
@@ -285,7 +287,7 @@ def _search_product(queries: Tensor, bank: Tensor, k: int, budget: int) -> tuple
 
 def _search_bf16(queries: Tensor, bank: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor]:
     """Choose candidates by bf16 products, decide by float32 products, prove each answer or redo it."""
-    kept = min(k + max(64, k // 2), len(bank))
+    kept = min(2 * k + 64, len(bank))
     rounded = _Rounded(bank)
     score, index = _scan(
         queries,
@@ -349,7 +351,7 @@ class _Rounded:
         """
         query = unit.bfloat16().float()
         slack = (unit - query).norm(dim=1) * self.length + query.norm(dim=1) * self.error
-        slack += cut.abs() * 2**-7 + 1e-6  # the product is rounded to bf16 too
+        slack += cut.abs() * 1.01 * 2**-8 + 1e-6  # the product is rounded to bf16 too
         return last - unit @ self.centre >= cut + slack
 
 

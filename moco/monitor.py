@@ -1,6 +1,7 @@
 """Sight during training: readings, kNN and the progress bar, as Lightning callbacks.
 
-Nothing here changes what is computed. Readings are taken on the device and fetched once every few steps.
+Nothing here changes what is computed. Readings are taken on the device and fetched once every few
+steps.
 """
 
 from __future__ import annotations
@@ -106,9 +107,8 @@ class KNNMonitor(pl.Callback):
         config: k, temperature and how often.
         readings: Where results go.
 
-    Attributes:
-        first, last: Top-1 in percent at the start and now.
-        few_shot: Name to percent, read after the last step: ten labels per class, for features and raw pixels.
+    Attributes: first, last: Top-1 in percent at the start and now. few_shot: Name to percent, read
+        after the last step: ten labels per class, for features and raw pixels.
     """
 
     def __init__(self, data: LabelledData | None, config: RunConfig, readings: Readings) -> None:
@@ -161,7 +161,9 @@ class KNNMonitor(pl.Callback):
         self.readings.publish(trainer, module, {"val/knn_top1": self.last})
 
     def _few_shot(self, bank, labels, queries, targets, device) -> dict[str, float]:
-        """Compare ten labels per class on features and on raw pixels; empty where classes are too small."""
+        """Compare ten labels per class on features and on raw pixels; empty where classes are too
+        small.
+        """
         if int(torch.bincount(labels).min()) < _SHOTS:
             return {}
         scores = {"ten_shot": few_shot_accuracy(bank, labels, queries, targets, _SHOTS)[0]}
@@ -186,7 +188,7 @@ class KNNMonitor(pl.Callback):
 
 
 class Progress(pl.Callback):
-    """One bar over the whole run on a terminal; elsewhere a line now and then, on standard error."""
+    """One bar over the whole run on a terminal; elsewhere a line now and then."""
 
     def __init__(self, readings: Readings) -> None:
         self.readings = readings

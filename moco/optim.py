@@ -1,6 +1,8 @@
-"""Optimisers and schedules. The rate is a pure function of the step: there is nothing to save or restore.
+"""Optimisers and schedules. The rate is a pure function of the step: there is nothing to save or
+restore.
 
-Sources: 1911.05722, section 4 (steps), 2003.04297 (cosine), 2104.02057 (warm-up, momentum on a cosine).
+Sources: 1911.05722, section 4 (steps), 2003.04297 (cosine), 2104.02057 (warm-up, momentum on a
+cosine).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from moco.config import ModelConfig, OptimConfig
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig
 ) -> torch.optim.Optimizer:
-    """Build torch's SGD or AdamW over all parameters, decay on every one, fused where the device has it."""
+    """Build torch's SGD or AdamW over all parameters, decay on every one, fused where the device
+    has it.
+    """
     parameters = [p for p in parameters if p.requires_grad]
     fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
     if config.name == "adamw":
@@ -59,7 +63,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_st
 
 
 def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
-    """Return m at optimiser step `step`: constant, or m0 -> m_end along half a cosine (2104.02057)."""
+    """Return m at a step: constant, or from m0 to m_end along half a cosine (2104.02057)."""
     start, end = config.key_momentum, config.key_momentum_end
     if config.key_momentum_schedule == "constant":
         return start
@@ -69,7 +73,8 @@ def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
 class Plateau:
     """Lower the rate when a metric stops improving: torch's ReduceLROnPlateau over a bare factor.
 
-    The factor multiplies `learning_rate`, so warm-up still holds. Higher is better unless the metric is a loss.
+    The factor multiplies `learning_rate`, so warm-up still holds. Higher is better unless the
+    metric is a loss.
     """
 
     def __init__(self, config: OptimConfig) -> None:

@@ -1,7 +1,7 @@
 """MoCo: the algorithm on one page (1911.05722, Algorithm 1; v2 2003.04297).
 
-What varies between v1, v2 and v2+ are orthogonal settings (`moco.config.ModelConfig`), not versions. How images become
-views is `moco.data`'s business, how a run lives is `moco.run`'s.
+What varies between v1, v2 and v2+ are orthogonal settings (`moco.config.ModelConfig`), not
+versions. How images become views is `moco.data`'s business, how a run lives is `moco.run`'s.
 Shapes: N images per device, W devices, B = N*W, C embedding, K queue, S side of a view.
 """
 
@@ -34,11 +34,10 @@ class MoCo(pl.LightningModule):
         image_size: Side of the views in pixels.
         seed: Of the queue's first, random keys.
 
-    Attributes:
-        query_encoder, key_encoder: Equal at the start, head included; the key encoder takes no gradient.
-        queue: K x C keys, in every checkpoint.
-        total_steps, steps_per_epoch: Set before training; the schedules need them.
-        metrics: The last step's readings on the device, filled only where `wants_metrics` is set.
+    Attributes: query_encoder, key_encoder: Equal at the start, head included; the key encoder takes
+        no gradient. queue: K x C keys, in every checkpoint. total_steps, steps_per_epoch: Set
+        before training; the schedules need them. metrics: The last step's readings on the device,
+        filled only where `wants_metrics` is set.
     """
 
     def __init__(
@@ -99,11 +98,12 @@ class MoCo(pl.LightningModule):
 
     @torch.no_grad()
     def encode_keys(self, key_view: Tensor, key_order: Tensor | None) -> Tensor:
-        """Encode this device's share of the shuffled keys and gather all of them in the queries' order.
+        """Encode this device's share of the shuffled keys and gather all of them in the queries'
+        order.
 
-        Args:
-            key_view: N x C x S x S, images that `key_order` put here, so normalised in other groups than the queries.
-            key_order: B, see `moco.distributed.key_order`; None where the keys were not shuffled.
+        Args: key_view: N x C x S x S, images that `key_order` put here, so normalised in other
+            groups than the queries. key_order: B, see `moco.distributed.key_order`; None where the
+            keys were not shuffled.
 
         Returns:
             B x C unit vectors in rank order, without gradient.
@@ -112,7 +112,7 @@ class MoCo(pl.LightningModule):
 
     @torch.no_grad()
     def take_note(self, loss: Tensor, logits: Tensor, query: Tensor) -> None:
-        """Read what tells a healthy run from a sick one; tensors on the device, no synchronisation."""
+        """Read what tells a healthy run from a sick one, on the device, without synchronising."""
         self.loss_sum += loss
         self.loss_count += 1
         if not self.wants_metrics:
@@ -130,7 +130,9 @@ class MoCo(pl.LightningModule):
         }
 
     def read_plateau(self, knn_top1: float | None) -> None:
-        """Give the plateau schedule its reading at the end of an epoch: the epoch's mean loss, or kNN."""
+        """Give the plateau schedule its reading at the end of an epoch: the epoch's mean loss, or
+        kNN.
+        """
         mean = all_gather((self.loss_sum / self.loss_count)[None]).mean().item()
         metric = mean if self.optim.plateau_metric == "train/loss" else knn_top1
         if self.optim.schedule == "plateau" and metric is not None:

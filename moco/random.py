@@ -1,9 +1,10 @@
 """Random numbers without state: pure functions of (seed, purpose, counters).
 
-Order, crops, colours and shuffles are drawn here, from what they belong to (the epoch, the image, the view) and not
-from a generator that drifts. So a resumed run, another number of workers or of ranks, and a worker process or the
-device all see the same numbers, and nothing about them needs saving. Each number is a hash of its counter
-(splitmix64's finaliser, Steele et al. 2014), computed in int64 tensor operations: no synchronisation, and it compiles.
+Order, crops, colours and shuffles are drawn here, from what they belong to (the epoch, the image,
+the view) and not from a generator that drifts. So a resumed run, another number of workers or of
+ranks, and a worker process or the device all see the same numbers, and nothing about them needs
+saving. Each number is a hash of its counter (splitmix64's finaliser, Steele et al. 2014), computed
+in int64 tensor operations: no synchronisation, and it compiles.
 
 Shapes: N counters, D draws for each.
 """

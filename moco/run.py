@@ -1,7 +1,8 @@
-"""A run: from settings to a trained encoder, in a directory that holds everything about it (`moco.rundir`).
+"""A run: from settings to a trained encoder, in a directory that holds everything about it
+(`moco.rundir`).
 
-`pretrain` is what `train.py` calls. It decides what `auto` means, refuses what cannot work before the first step, says
-on standard error what it decided, and hands the parts to Lightning's Trainer.
+`pretrain` is what `train.py` calls. It decides what `auto` means, refuses what cannot work before
+the first step, says on standard error what it decided, and hands the parts to Lightning's Trainer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 
 from moco import sources
-from moco.config import TrainConfig, UserError, check
+from moco.config import TrainConfig, UserError
 from moco.data import LabelledData, PretrainData, check_batch, make_resident
 from moco.monitor import KNNMonitor, Progress, Readings
 from moco.pretrain import MoCo
@@ -35,18 +36,17 @@ def pretrain(config: TrainConfig, resume: str = "", recipe: str = "") -> dict[st
     """Train as `config` says and return the results.
 
     Args:
-        config: Settings; `auto` values are decided here.
+        config: Settings, passed by `moco.config.check`; `auto` values are decided here.
         resume: Empty, a run directory, a checkpoint, or "auto" for the latest run.
         recipe: Name for a new run's directory.
 
-    Returns:
-        Final kNN, loss, images per second, steps and paths, as plain values; `stopped_by` is the signal, if any.
+    Returns: Final kNN, loss, images per second, steps and paths, as plain values; `stopped_by` is
+        the signal, if any.
 
     Raises:
         UserError: Anything that the user can mend, before the first step wherever possible.
     """
     _set_up_logging()
-    check(config)
     asked = asdict(config)
     source = sources.open_source(config.data, "train")
     check_batch(config.data, len(source))
@@ -72,7 +72,11 @@ def pretrain(config: TrainConfig, resume: str = "", recipe: str = "") -> dict[st
     )
     if stored and stored["global_step"] >= _total_steps(config, data.steps_per_epoch):
         log.info("%s is finished after %d steps: nothing to do", run_dir, stored["global_step"])
-        return {"run_dir": str(run_dir), "checkpoint": str(checkpoint), "steps": stored["global_step"]}
+        return {
+            "run_dir": str(run_dir),
+            "checkpoint": str(checkpoint),
+            "steps": stored["global_step"],
+        }
     run = _Run(config, data, module, run_dir, devices)
     run.say_what_was_decided(reason)
     return run.fit(checkpoint, stored["global_step"] if stored else 0, asked)
@@ -92,7 +96,9 @@ class _Run:
         module.steps_per_epoch = -(-data.steps_per_epoch // module.accumulate)
         module.total_steps = _total_steps(config, data.steps_per_epoch)
 
-    def fit(self, checkpoint: Path | None, start_step: int, asked: dict[str, Any]) -> dict[str, Any]:
+    def fit(
+        self, checkpoint: Path | None, start_step: int, asked: dict[str, Any]
+    ) -> dict[str, Any]:
         """Train to the end, or to a signal."""
         config = self.config
         readings = Readings(self.data, config.trainer.log_every_n_steps)
@@ -108,9 +114,7 @@ class _Run:
         if trainer.is_global_zero:
             write_config(TrainConfig.from_dict(asked), self.run_dir)
         start = time.perf_counter()
-        trainer.fit(
-            self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True
-        )
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         result = {
             "knn_top1": _rounded(monitor.last),
             "knn_top1_untrained": _rounded(monitor.first),
@@ -125,7 +129,9 @@ class _Run:
         if saver.stop_signal:
             log.info(
                 "stopped by signal %d after step %d: go on with --resume %s",
-                saver.stop_signal, trainer.global_step, self.run_dir,
+                saver.stop_signal,
+                trainer.global_step,
+                self.run_dir,
             )
             result["stopped_by"] = saver.stop_signal
         return result if trainer.is_global_zero else {}
@@ -134,7 +140,8 @@ class _Run:
         """Build Lightning's Trainer without what this project does itself."""
         config = self.config.trainer
         several = self.devices * config.num_nodes > 1
-        # The queue and the key encoder are equal on all ranks by construction: no buffer is broadcast.
+        # The queue and the key encoder are equal on all ranks by construction: no buffer is
+        # broadcast.
         ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
         return pl.Trainer(
             accelerator=_accelerator(self.config),
@@ -181,25 +188,38 @@ class _Run:
         where = "streamed by workers" if data.images is None else f"resident ({data.resident})"
         log.info(
             "%s: %d images, %s; views %s at %d px, %d steps per epoch",
-            data.source.name, len(data.source), where, config.data.views, config.data.image_size,
+            data.source.name,
+            len(data.source),
+            where,
+            config.data.views,
+            config.data.image_size,
             self.module.steps_per_epoch,
         )
         log.info(
             "%s, %.2f M parameters; head %s, %d keys queued, temperature %g, key momentum %g",
-            model.backbone, millions, model.head, model.queue_size, model.temperature,
+            model.backbone,
+            millions,
+            model.head,
+            model.queue_size,
+            model.temperature,
             model.key_momentum,
         )
         log.info(
             "%d %s device(s), %s; global batch %d, per device %d; lr %g as given",
-            world, self.device.type, choose_precision(config), config.data.batch_size,
-            config.data.batch_size // world, config.optim.lr,
+            world,
+            self.device.type,
+            choose_precision(config),
+            config.data.batch_size,
+            config.data.batch_size // world,
+            config.optim.lr,
         )
         log.info("key BatchNorm: %s (%s)", model.key_bn, reason)
         log.info("run directory: %s", self.run_dir)
 
 
 def choose_devices(config: TrainConfig) -> int:
-    """Decide how many processes each machine runs, from the settings or from torchrun's and SLURM's environment.
+    """Decide how many processes each machine runs, from the settings or from torchrun's and SLURM's
+    environment.
 
     Raises:
         UserError: Devices that do not exist.
@@ -208,12 +228,15 @@ def choose_devices(config: TrainConfig) -> int:
     gpus = torch.cuda.device_count()
     on_gpu = _accelerator(config) == "cuda"
     if trainer.accelerator == "gpu" and not gpus:
-        raise UserError("trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver")
+        raise UserError(
+            "trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver"
+        )
     available = gpus if on_gpu else (os.cpu_count() or 1)
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "0")))
     if launched and trainer.devices not in (0, launched):
         raise UserError(
-            f"trainer.devices is {trainer.devices} but {launched} processes were launched: leave it out"
+            f"trainer.devices is {trainer.devices} but {launched} processes were launched: "
+            "leave it out"
         )
     if launched and "WORLD_SIZE" in os.environ:
         trainer.num_nodes = max(1, int(os.environ["WORLD_SIZE"]) // launched)
@@ -228,19 +251,25 @@ def check_shares(config: TrainConfig, world: int) -> None:
     """Raise UserError when the batch does not divide as the devices and groups need it."""
     batch, model = config.data.batch_size, config.model
     if "sync" in (model.key_bn, model.query_bn) and world > 1 and _accelerator(config) == "cpu":
-        raise UserError("model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle")
+        raise UserError(
+            "model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle"
+        )
     parts, why = world, f"{world} devices"
     if model.key_bn == "shuffle":
         parts, why = world * world, f"{world} devices, {world} equal blocks on each to shuffle keys"
     if "split" in (model.key_bn, model.query_bn):
-        parts, why = world * model.bn_splits, f"{world} devices x {model.bn_splits} BatchNorm groups"
+        parts, why = (
+            world * model.bn_splits,
+            f"{world} devices x {model.bn_splits} BatchNorm groups",
+        )
     if batch % parts:
         near = max(parts, batch // parts * parts)
         raise UserError(f"data.batch_size {batch} does not divide by {parts} ({why}): take {near}")
     smallest = batch // (parts if parts != world * world else world)
     if smallest < 2:
         raise UserError(
-            f"data.batch_size {batch} leaves {smallest} image in a BatchNorm group ({why}): take {2 * parts}"
+            f"data.batch_size {batch} leaves {smallest} image in a BatchNorm group ({why}): "
+            f"take {2 * parts}"
         )
 
 
@@ -250,7 +279,8 @@ def check_queue(config: TrainConfig, count: int) -> None:
         batch = config.data.batch_size
         most = max(count // batch * batch, batch)
         raise UserError(
-            f"model.queue_size {config.model.queue_size} is above the {count} images of the data set, so that "
+            f"model.queue_size {config.model.queue_size} is above the {count} images of the "
+            "data set, so that "
             f"images would meet their own older keys as negatives: take {most} or less"
         )
 
@@ -272,7 +302,9 @@ def choose_precision(config: TrainConfig) -> str:
     """
     precision, on_gpu = config.trainer.precision, _accelerator(config) == "cuda"
     if precision == "16-mixed" and not on_gpu:
-        raise UserError("trainer.precision is 16-mixed on a CPU, which has no fp16: use bf16-mixed or 32-true")
+        raise UserError(
+            "trainer.precision is 16-mixed on a CPU, which has no fp16: use bf16-mixed or 32-true"
+        )
     if precision != "auto":
         return precision
     native = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
@@ -305,7 +337,9 @@ def read_stored(checkpoint: Path, asked: dict[str, Any], config: TrainConfig) ->
     """
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     if "config" not in stored or "global_step" not in stored:
-        raise UserError(f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from")
+        raise UserError(
+            f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
+        )
     check_same(TrainConfig.from_dict(asked), stored["config"], checkpoint)
     return {"global_step": stored["global_step"]}
 
@@ -317,8 +351,12 @@ def _set_threads(config: TrainConfig, devices: int) -> None:
 
 
 def _set_up_logging() -> None:
-    """Say our own lines plainly on standard error, on rank 0; keep libraries to warnings that matter."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
+    """Say our own lines plainly on standard error, on rank 0; keep libraries to warnings that
+    matter.
+    """
+    rank = int(
+        os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
+    )
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))

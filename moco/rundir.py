@@ -1,8 +1,9 @@
-"""Run directories: their names, what they hold, and which checkpoint a run goes on from. No torch here.
+"""Run directories: their names, what they hold, and which checkpoint a run goes on from. No torch
+here.
 
-    RUN_DIR/config.yaml      every setting, as it was used
-    RUN_DIR/metrics.csv      one row per reading
-    RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
+RUN_DIR/config.yaml      every setting, as it was used
+RUN_DIR/metrics.csv      one row per reading
+RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
         raise UserError(f"run.dir {path} is a file: name a directory")
     if (path / "checkpoints").is_dir():
         raise UserError(
-            f"run.dir {path} holds a run already: go on with --resume {path}, or name another directory"
+            f"run.dir {path} holds a run already: go on with --resume {path}, or name another "
+            "directory"
         )
     return path
 
@@ -72,13 +74,20 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
     path = Path(resume)
     if path.is_file():
         if not is_whole(path):
-            raise UserError(f"--resume {path} is torn or no checkpoint: name the run directory to use the one before")
+            raise UserError(
+                f"--resume {path} is torn or no checkpoint: name the run directory to use the "
+                "one before"
+            )
         return path.parent.parent, path
     if not path.is_dir():
-        raise UserError(f"--resume {path} does not exist: name a run directory, a checkpoint, or auto")
+        raise UserError(
+            f"--resume {path} does not exist: name a run directory, a checkpoint, or auto"
+        )
     last = last_whole(path)
     if last is None:
-        raise UserError(f"--resume {path} holds no whole checkpoint in {path / 'checkpoints'}: start a new run")
+        raise UserError(
+            f"--resume {path} holds no whole checkpoint in {path / 'checkpoints'}: start a new run"
+        )
     return path, last
 
 
@@ -118,5 +127,6 @@ def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where:
             if value == before or name in _MAY_DIFFER or (group == "run" and field != "seed"):
                 continue
             raise UserError(
-                f"--resume {where}: {name} is {value!r} but the run has {before!r}: leave it out, or start a new run"
+                f"--resume {where}: {name} is {value!r} but the run has {before!r}: leave it "
+                "out, or start a new run"
             )

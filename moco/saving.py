@@ -1,7 +1,7 @@
 """Saving: checkpoints that are whole or absent, when they are written, and stopping on a signal.
 
-A checkpoint is written beside its place and moved there, so a kill or a full disk leaves the one before. It holds
-plain types only and loads with ``weights_only=True``.
+A checkpoint is written beside its place and moved there, so a kill or a full disk leaves the one
+before. It holds plain types only and loads with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ log = logging.getLogger("moco")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write next to the target, flush to disk, then replace; on failure keep the old file and go on."""
+    """Write next to the target, flush to disk, then replace; on failure keep the old file and go
+    on.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write `checkpoint` to `path`; a failure is logged and not raised: other ranks wait at a barrier."""
+        """Write `checkpoint` to `path`; a failure is logged and not raised: other ranks wait at a
+        barrier.
+        """
         target = Path(path)
         temporary = target.with_name(f".{target.name}.tmp")
         try:
@@ -42,7 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             reason = " ".join(str(error).split())[:200]
             log.warning("checkpoint %s was not written, the one before stays: %s", target, reason)
 
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True) -> Any:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: Any = True
+    ) -> Any:
         """Read without unpickling code, whatever the caller or the environment says."""
         return torch.load(path, map_location=map_location, weights_only=True)
 

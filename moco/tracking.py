@@ -66,8 +66,11 @@ class MetricsFile(Logger):
         """Write the header, or keep what a resumed run has behind it."""
         rows: list[dict[str, str]] = []
         if self._resume_step and self.path.is_file():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if _step(row) <= self._resume_step]
+            # What follows the last line's end was torn by a kill; so were zeros left by a power
+            # cut.
+            text = self.path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+            whole = text[: text.rfind("\n") + 1].splitlines()
+            rows = [row for row in csv.DictReader(whole) if _step(row) <= self._resume_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -99,16 +102,17 @@ def loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
         try:
             found.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
         except ModuleNotFoundError:
-            raise UserError("run.tensorboard is true but it is not installed: pip install tensorboard") from None
+            raise UserError(
+                "run.tensorboard is true but it is not installed: pip install tensorboard"
+            ) from None
     if config.wandb:
         from pytorch_lightning.loggers import WandbLogger
 
         # Decided here, before wandb is asked: it would open a login prompt or fail without a key.
-        offline = not _has_wandb_key() or os.environ.get("WANDB_MODE") == "offline"
+        mode = os.environ.get("WANDB_MODE")
+        offline = mode == "offline" or (not mode and not _has_wandb_key())
         found.append(
-            WandbLogger(
-                project=config.wandb_project, name=run_dir.name, save_dir=run_dir, offline=offline
-            )
+            WandbLogger(run_dir.name, run_dir, project=config.wandb_project, offline=offline)
         )
     return found
 

@@ -1,10 +1,11 @@
 """Two views of every image, made batched on the device, each sample with parameters of its own.
 
-A view is a pure function of (seed, epoch, image index, view number): see `moco.random`. The steps are those of the
-papers' chains: random resized crop, flip, colour jitter in random order, greyscale, blur, normalisation; each equals
-torchvision's at equal parameters. Crop, flip and blur are products with per-sample matrices. On a GPU every shape is
-static and nothing synchronises, so that the whole chain compiles to one graph; on a CPU the costly steps touch only
-the samples that need them.
+A view is a pure function of (seed, epoch, image index, view number): see `moco.random`. The steps
+are those of the papers' chains: random resized crop, flip, colour jitter in random order,
+greyscale, blur, normalisation; each equals torchvision's at equal parameters. Crop, flip and blur
+are products with per-sample matrices. On a GPU every shape is static and nothing synchronises, so
+that the whole chain compiles to one graph; on a CPU the costly steps touch only the samples that
+need them.
 
 Shapes: N images, C channels (here of the image), H W their pixels, S the side of a view.
 """
@@ -89,7 +90,8 @@ def view_recipe(data: DataConfig) -> ViewRecipe:
     own = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
     if own.get("grey") and data.channels != 3:
         raise UserError(
-            f"data.grey is {data.grey} but data.channels is {data.channels}: greyscale needs RGB, leave it out"
+            f"data.grey is {data.grey} but data.channels is {data.channels}: greyscale needs "
+            "RGB, leave it out"
         )
     return replace(RECIPES[data.views], **own)
 
@@ -123,7 +125,8 @@ def draw_crops(
 
 def centre_crops(count: int, height: int, width: int, size: int, device: torch.device) -> Crops:
     """Make the evaluation box: 7/8 of the short side, centred; images no larger than S whole."""
-    # differs: the official chain resizes to 256 and then cuts 224; cutting first differs by under a pixel.
+    # differs: the official chain resizes to 256 and then cuts 224; cutting first differs by under a
+    # pixel.
     small = max(height, width) <= size
     side = min(height, width) if small else max(1, round(min(height, width) * 0.875))
     h, w = (height, width) if small else (side, side)
@@ -168,7 +171,7 @@ def crop_and_resize(images: Tensor, crops: Crops, size: int) -> Tensor:
 
 
 def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """Build the N x S x pixels weights that resize [start, start+length) to S, as PIL and torchvision do."""
+    """Build the N x S x pixels weights that resize [start, start+length) to S, as PIL does."""
     length, start = length.float()[:, None, None], start.float()[:, None, None]
     scale = length / size
     out = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
@@ -180,7 +183,7 @@ def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Ten
 
 
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply N x S x H weights to the rows and N x S' x W weights to the columns of N x C x H x W."""
+    """Apply N x S x H weights to the rows and N x S x W to the columns of N x C x H x W."""
     return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].transpose(2, 3))
 
 
@@ -235,14 +238,15 @@ def _grey_like(images: Tensor) -> Tensor:
 def _jitter(images: Tensor, colours: Colours) -> Tensor:
     """Apply the four operations in each sample's own order.
 
-    Brightness, contrast and saturation all blend with another image (black, the mean grey, the grey image), so one
-    blend with a chosen partner serves the three; the hue is apart.
+    Brightness, contrast and saturation all blend with another image (black, the mean grey, the grey
+    image), so one blend with a chosen partner serves the three; the hue is apart.
     """
     rgb = images.shape[1] == 3
     for place in range(4):
         operation = colours.order[:, place]
         factor = colours.factors.gather(1, operation[:, None])[:, 0]
-        # Blending with factor 1 changes nothing: so for the hue's turn and for samples without jitter.
+        # Blending with factor 1 changes nothing: so for the hue's turn and for samples without
+        # jitter.
         blends = colours.jitter & ((operation < _SATURATION) | (rgb & (operation == _SATURATION)))
         factor_b = torch.where(blends, factor, 1.0)[:, None, None, None]
         grey = _grey(images)
@@ -277,7 +281,7 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur with a Gaussian of `sigma` pixels (N), 13 taps, reflected at the edges as torchvision does."""
+    """Blur with a Gaussian of `sigma` pixels (N), 13 taps, reflected at the edges."""
     matrix = _blur_matrix(sigma, images.shape[-1])
     return _separable(images, matrix, matrix)
 

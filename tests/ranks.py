@@ -1,4 +1,6 @@
-"""Two real gloo ranks for tests: a pool of processes that run a function each and send its result back."""
+"""Two real gloo ranks for tests: a pool of processes that run a function each and send its result
+back.
+"""
 
 from __future__ import annotations
 

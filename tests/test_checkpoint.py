@@ -378,6 +378,7 @@ def broken_files(folder) -> dict[str, str]:
         (folder / f"cut-{name}").write_bytes(content[: len(content) // 2])
     (folder / "empty.pth").write_bytes(b"")
     (folder / "text.pth").write_text("this is no checkpoint\n" * 9)
+    (folder / "page.pth").write_text("<!DOCTYPE html><title>404</title>")
     (folder / "pk.pth").write_bytes(b"PK\x03\x04 and no zip behind it")
     with zipfile.ZipFile(folder / "other.zip", "w") as archive:
         archive.writestr("a.txt", "a")
@@ -395,6 +396,7 @@ def broken_files(folder) -> dict[str, str]:
         "cut-good.safetensors": "damaged safetensors",
         "empty.pth": "is empty",
         "text.pth": "is no checkpoint",
+        "page.pth": "is no checkpoint",
         "pk.pth": "damaged or cut short",
         "other.zip": "damaged or cut short",
         "list.pth": "holds a list",

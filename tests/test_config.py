@@ -53,7 +53,7 @@ def set_field(name: str, value: object) -> TrainConfig:
 def test_a_field_has_a_meaning_and_a_plain_default(field):
     group, item, kind = field
     meaning = item.metadata["meaning"]
-    assert len(meaning) > 4 and meaning[0] == meaning[0].upper() or meaning.startswith("torch.")
+    assert len(meaning) > 4 and (meaning[0].isupper() or meaning.startswith("torch."))
     value = getattr(getattr(TrainConfig(), group), item.name)
     options = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
     if options:
@@ -94,11 +94,10 @@ def test_numbers_are_finite(name, value):
         check_ranges(set_field(name, value))
 
 
-@pytest.mark.parametrize("name", ["data.mean", "data.std"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_in_lists_are_finite(name, value):
-    with pytest.raises(UserError, match=name):
-        check(set_field(name, [0.5, value, 0.5]))
+def test_numbers_in_lists_are_finite():
+    for name in ("data.mean", "data.std"):
+        for value in (float("nan"), float("inf")):
+            assert refused(set_field(name, [0.5, value, 0.5]), name), f"{name} of {value}"
 
 
 @pytest.mark.parametrize(
@@ -116,18 +115,24 @@ def test_choices_are_enforced(name, kind):
         check_ranges(set_field(name, "x"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def refused(config: TrainConfig, name: str) -> bool:
+    """Whether `check` refuses the settings and names the field."""
+    try:
+        check(config)
+    except UserError as error:
+        return name in str(error)
+    return False
+
+
+def test_null_is_refused_where_it_means_nothing():
+    """A recipe can hold null anywhere; it must not end in a traceback later."""
+    strict = [
         name
         for name, (_, _, kind) in zip(NAMES, FIELDS, strict=True)
         if type(None) not in typing.get_args(kind)
-    ],
-)
-def test_null_is_refused_where_it_means_nothing(name):
-    """A recipe can hold null anywhere."""
-    with pytest.raises(UserError, match=re.escape(name)):
-        check(set_field(name, None))
+    ]
+    assert len(strict) > 40
+    assert [name for name in strict if not refused(set_field(name, None), name)] == []
 
 
 CONTRADICTIONS = {

@@ -1,4 +1,6 @@
-"""Loaders: order, shards, mid-epoch starts; resident and streamed; the key shuffle; evaluation batches."""
+"""Loaders: order, shards, mid-epoch starts; resident and streamed; the key shuffle; evaluation
+batches.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training step against a plain transcription of the papers' pseudocode, and MoCo's invariants."""
+"""The training step against a transcription of the pseudocode, and MoCo's invariants."""
 
 from __future__ import annotations
 

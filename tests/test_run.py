@@ -66,7 +66,9 @@ def same(a, b, path="") -> list[str]:
     if isinstance(a, torch.Tensor):
         return [] if a.equal(b) else [path]
     if isinstance(a, list | tuple):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in same(x, y, f"{path}[{i}]")]
+        return [
+            d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in same(x, y, f"{path}[{i}]")
+        ]
     return [] if a == b else [path]
 
 
@@ -200,9 +202,15 @@ WRONG = {
     "missing folder": (["--data.dataset", "folder", "--data.root", "nowhere"], "data.root"),
     "empty folder": (["--data.dataset", "folder", "--data.root", "."], "data.root"),
     "no root": (["--data.dataset", "folder"], "data.root is empty"),
-    "long queue": (["--model.queue_size", "4096"], "model.queue_size 4096 is above the 1257 images"),
+    "long queue": (
+        ["--model.queue_size", "4096"],
+        "model.queue_size 4096 is above the 1257 images",
+    ),
     "short queue": (["--model.queue_size", "100"], "model.queue_size 100 is below the 400 keys"),
-    "large batch": (["--data.batch_size", "2000", "--model.queue_size", "2000"], "take 1257"),
+    "large batch": (
+        ["--data.batch_size", "2000", "--model.queue_size", "2000"],
+        "lower it to 1257",
+    ),
     "odd batch": (["--data.batch_size", "300", "--model.bn_splits", "7"], "data.batch_size 300"),
     "large view": (["--data.image_size", "32"], "data.image_size 32 is above the images' 8"),
     "unknown backbone": (["--model.backbone", "resnet5O"], "did you mean 'resnet50'"),

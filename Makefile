@@ -1,0 +1,33 @@
+# make train   set up and run the main job: digits, about a minute, no download
+# make test    set up and run all tests
+# make lint    style
+# make clean   remove the environment and what runs left
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test lint clean
+
+# The stamp holds only when every step went through, so an interrupted set-up is repeated.
+$(VENV)/.train: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.test: requirements.txt requirements-dev.txt requirements-extra.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $(VENV)/.train $@
+
+train: $(VENV)/.train
+	$(BIN)/python train.py --config configs/quickstart.yaml
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache
