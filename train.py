@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moco import cli
-from moco.config import TrainConfig, check
+from moco.config import TrainConfig, UserError, check
 from moco.rundir import find_run
 
 EXTRAS = {
@@ -15,6 +15,11 @@ EXTRAS = {
         "type": str,
         "default": "",
         "help": "Go on exactly with a run directory or checkpoint, or `auto`: the latest run",
+    },
+    "init_from": {
+        "type": str,
+        "default": "",
+        "help": "Start a new run from the weights of a checkpoint in any layout",
     },
 }
 
@@ -31,9 +36,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         if stored.is_file():
             config, extra = cli.parse(parser, TrainConfig, ["--config", str(stored), *argv])
     check(config)
+    if extra["resume"] and extra["init_from"]:
+        raise UserError(
+            "--resume and --init_from exclude each other: a resumed run has its weights"
+        )
     from moco.run import pretrain  # brings torch: only once the settings stand
 
-    return pretrain(config, extra["resume"], recipe)
+    return pretrain(config, extra["resume"], recipe, extra["init_from"])
 
 
 if __name__ == "__main__":

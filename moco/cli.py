@@ -138,6 +138,8 @@ def option_values(argv: Sequence[str], option: str) -> list[str]:
 def _config_paths(argv: Sequence[str]) -> list[Path]:
     paths = [Path(value) for value in option_values(argv, "--config")]
     for path in paths:
+        if path.is_dir():
+            raise UserError(f"--config {path} is a directory: name a YAML file in it")
         if not path.is_file():
             folders = (Path("configs"), path.parent)
             recipes = {p.stem: p for f in folders for p in sorted(f.glob("*.yaml"))}

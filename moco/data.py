@@ -110,54 +110,54 @@ class PretrainData(pl.LightningDataModule):
         return StepLoader(self, position=lambda: progress.total.ready)
 
     def on_after_batch_transfer(self, batch: Indices, dataloader_idx: int) -> Batch:
-        """Make the views on the device."""
+        """Make the views on the device.
+
+        The keys of this rank are those of other images, so that they meet other neighbours in
+        BatchNorm than their queries did. Resident images are simply looked up; of streamed ones the uint8 cuts
+        change ranks.
+        """
         world = distributed.world_size()
         count = len(batch.index) // world
-        order = None
+        queries = _Images(batch.epoch, distributed.local_rows(batch.index, count), batch.crops)
+        order, keys = None, queries
         if self.shuffle:
             order = distributed.key_order(self.seed, batch.step, count, world).to(
                 batch.index.device
             )
-        index = distributed.local_rows(batch.index, count)
+            crops = None if batch.crops is None else distributed.exchange(batch.crops, order)
+            index = distributed.local_rows(batch.index[order], count)
+            keys = _Images(batch.epoch, index, crops)
         numbers = (0, 1) if self.symmetric else (0,)
-        if batch.crops is None:
-            place = index if order is None else distributed.local_rows(batch.index[order], count)
-            return self._pairs(batch, index, place, order, numbers, None, None)
-        moved = batch.crops if order is None else distributed.exchange(batch.crops, order)
-        place = index if order is None else distributed.local_rows(batch.index[order], count)
-        return self._pairs(batch, index, place, order, numbers, batch.crops, moved)
-
-    def _pairs(
-        self,
-        batch: Indices,
-        index: Tensor,
-        key_index: Tensor,
-        order: Tensor | None,
-        numbers: tuple[int, ...],
-        crops: Tensor | None,
-        key_crops: Tensor | None,
-    ) -> Batch:
-        """Make views `numbers` of the queries and the opposite ones of the keys."""
-        queries = [self._view(batch.epoch, index, n, crops) for n in numbers]
-        if self.symmetric and distributed.world_size() == 1:
-            # The keys are these same views in other places.
-            keys = [queries[1 - n] if order is None else queries[1 - n][order] for n in numbers]
+        query_views = [self._view(queries, n) for n in numbers]
+        if self.symmetric and world == 1:  # the keys are these same views in other places
+            key_views = [
+                query_views[1 - n] if order is None else query_views[1 - n][order] for n in numbers
+            ]
         else:
-            keys = [self._view(batch.epoch, key_index, 1 - n, key_crops) for n in numbers]
-        return Batch(queries, keys, order)
+            key_views = [self._view(keys, 1 - n) for n in numbers]
+        return Batch(query_views, key_views, order)
 
-    def _view(self, epoch: int, index: Tensor, number: int, crops: Tensor | None) -> Tensor:
-        """Make one view of the given images, N x C x S x S."""
-        recipe, size = self.recipe, self.config.image_size
-        if crops is not None:
-            cut = crops[:, number].float() / 255
+    def _view(self, chosen: _Images, number: int) -> Tensor:
+        """Make one view of the chosen images, N x C x S x S."""
+        recipe, epoch, index = self.recipe, chosen.epoch, chosen.index
+        if chosen.crops is not None:
+            cut = chosen.crops[:, number].float() / 255
         else:
             images = self.images[index.to(self.images.device)].to(index.device)
             boxes = views.draw_crops(recipe, self.seed, epoch, index, number, *images.shape[2:])
-            cut = views.crop_and_resize(images, boxes, size)
+            cut = views.crop_and_resize(images, boxes, self.config.image_size)
         colours = views.draw_colours(recipe, self.seed, epoch, index, number)
         image = views.adjust_colours(cut, colours, recipe)
         return views.normalise(image, self._mean, self._std)
+
+
+@dataclass
+class _Images:
+    """N images of the set, with their cuts if they are streamed."""
+
+    epoch: int
+    index: Tensor
+    crops: Tensor | None
 
 
 class StepLoader:

@@ -21,6 +21,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 
 from moco import sources
+from moco.checkpoint import restore_pretraining
 from moco.config import TrainConfig, UserError
 from moco.data import LabelledData, PretrainData, check_batch, make_resident
 from moco.monitor import KNNMonitor, Progress, Readings
@@ -32,13 +33,16 @@ from moco.tracking import loggers
 log = logging.getLogger("moco")
 
 
-def pretrain(config: TrainConfig, resume: str = "", recipe: str = "") -> dict[str, Any]:
+def pretrain(
+    config: TrainConfig, resume: str = "", recipe: str = "", init_from: str = ""
+) -> dict[str, Any]:
     """Train as `config` says and return the results.
 
     Args:
         config: Settings, passed by `moco.config.check`; `auto` values are decided here.
         resume: Empty, a run directory, a checkpoint, or "auto" for the latest run.
         recipe: Name for a new run's directory.
+        init_from: A checkpoint in any layout whose weights a new run starts from.
 
     Returns: Final kNN, loss, images per second, steps and paths, as plain values; `stopped_by` is
         the signal, if any.
@@ -70,6 +74,10 @@ def pretrain(config: TrainConfig, resume: str = "", recipe: str = "") -> dict[st
     module = MoCo(
         config.model, config.optim, config.data.channels, config.data.image_size, config.run.seed
     )
+    if init_from:
+        state, report = restore_pretraining(init_from, module.state_dict())
+        module.load_state_dict(state)
+        log.info("starts from %s: %s", init_from, report)
     if stored and stored["global_step"] >= _total_steps(config, data.steps_per_epoch):
         log.info("%s is finished after %d steps: nothing to do", run_dir, stored["global_step"])
         return {

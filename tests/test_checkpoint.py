@@ -236,6 +236,14 @@ def test_foreign_layouts_give_their_networks_features(tmp_path):
     assert seen == {"official", "official-v3", "lightly", "solo-learn", "torchvision"}
 
 
+def test_a_child_that_no_resnet_has_is_not_taken_for_a_classifier(tmp_path):
+    content = prefixed("backbone.", numbered(torchvision_resnet(), TORCHVISION_CHILDREN))
+    content["backbone.8.weight"] = torch.ones(32, 512, 1, 1)
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"unknown: 8\.weight"):
+        load_encoder(tmp_path / "a.ckpt")
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [("linear", lambda: nn.Linear(512, 16)), ("mlp", mlp)],

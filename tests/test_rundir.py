@@ -1,6 +1,7 @@
 """Run directories: which run and checkpoint `--resume` means, and which recipes may go on."""
 
 import os
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -126,6 +127,9 @@ def test_is_whole():
     for cut in (0, 1, 100, len(content) // 2, len(content) - 1):
         Path("cut.ckpt").write_bytes(content[:cut])
         assert not is_whole(Path("cut.ckpt")), cut
+    with zipfile.ZipFile("other.ckpt", "w") as archive:
+        archive.writestr("notes.txt", "an archive, but no checkpoint")
+    assert not is_whole(Path("other.ckpt"))
     Path("text.ckpt").write_text("no archive")
     assert not is_whole(Path("text.ckpt"))
     assert not is_whole(Path("missing.ckpt")) and not is_whole(Path("."))

@@ -425,6 +425,21 @@ def test_other_seeds_epochs_and_views_look_different(change):
     assert torch.equal(one, make(batch, index, RECIPES["v2"], 24))
 
 
+DRAWS = {
+    "crops": lambda **k: draw_crops(RECIPES["v2"], height=32, width=32, **k).left,
+    "colours": lambda **k: draw_colours(RECIPES["v2"], **k).factors[:, 0],
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"view": 1}, {"index": 1}])
+def test_parameters_of_other_seeds_epochs_views_and_images_are_independent(draw, change):
+    place = {"seed": 0, "epoch": 0, "index": torch.arange(5000), "view": 0}
+    other = {name: place[name] + step for name, step in change.items()}
+    one, two = DRAWS[draw](**place).float(), DRAWS[draw](**{**place, **other}).float()
+    assert abs(stats.pearsonr(one.numpy(), two.numpy()).statistic) < 4 / 5000**0.5
+
+
 def test_neighbours_in_the_data_set_look_different():
     batch = images(1, 3, 32, 32).expand(16, 3, 32, 32)
     views = make(batch, torch.arange(16), RECIPES["v2"], 24)
