@@ -343,3 +343,74 @@ def normalisation(data: DataConfig) -> tuple[list[float], list[float]]:
     mean = data.mean or (list(IMAGENET_MEAN) if rgb else [0.5] * data.channels)
     std = data.std or (list(IMAGENET_STD) if rgb else [0.25] * data.channels)
     return mean, std
+
+
+@dataclass
+class JudgeConfig:
+    """What `eval_linear.py` and `eval_knn.py` share: which encoder, where, and where the results go."""
+
+    checkpoint: str = setting("", "Checkpoint of ours, official, torchvision, timm, safetensors")
+    encoder: Literal["query", "key"] = setting("query", "Which of two encoders")
+    backbone: str = setting("", "timm name, where the file leaves its architecture open")
+    allow_partial: bool = setting(False, "Take a file that fits its architecture only in part")
+    layer: Literal["backbone", "head"] = setting(
+        "backbone", "Features of the backbone, or embeddings of the projection head"
+    )
+    baselines: bool = setting(
+        True, "Also judge raw pixels and the untrained network under the same protocol"
+    )
+    seed: int = setting(0, "Seed of splits, order, crops and the untrained network", at_least=0)
+    accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "Hardware to run on")
+    devices: int = setting(1, "Processes to start, one per device; 1 under torchrun", at_least=1)
+    precision: Literal["32-true", "bf16-mixed"] = setting(
+        "32-true", "Arithmetic of the encoder; published protocols use 32"
+    )
+    output: str = setting("", "Directory of the results; empty: beside the checkpoint")
+
+
+@dataclass
+class LinearConfig(JudgeConfig):
+    """What `eval_linear.py` takes; 0 and [] mean the protocol's own value."""
+
+    protocol: Literal["cached", "paper", "views", "finetune"] = setting(
+        "cached",
+        "Features once; 1911.05722's probe on random crops; features of several crops; the whole network",
+    )
+    label_fraction: float = setting(1.0, "Share of every class's labels used", above=0, at_most=1)
+    learning_rates: list[float] = setting(
+        [], "Rates to try; several: the best on a held-out part of the training images"
+    )
+    epochs: int = setting(0, "Passes over the training images", at_least=0)
+    milestones: list[int] = setting([60, 80], "Epochs at which `paper` divides the rate by 10")
+    batch_size: int = setting(0, "Images per step over all devices", at_least=0)
+    num_views: int = setting(4, "Crops of each image in `views`", at_least=1)
+    held_out: float = setting(
+        0.1, "Share of every class that chooses among rates", above=0, at_most=0.5
+    )
+    crop_min: float = setting(
+        0.08, "Smallest share of the area that a training crop keeps", above=0, at_most=1
+    )
+
+
+@dataclass
+class KNNConfig(JudgeConfig):
+    """What `eval_knn.py` takes."""
+
+    k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote")
+    temperature: float = setting(
+        0.1, "Each neighbour votes exp(similarity / temperature)", above=0
+    )
+    backend: Literal["auto", "faiss", "matmul", "bf16"] = setting(
+        "auto", "Exact search; the answers do not depend on it"
+    )
+    budget: float = setting(1.0, "GiB that the search may take beside the features", above=0)
+    shots: list[int] = setting([1, 5, 10], "Labelled images per class of the few-shot scores")
+    draws: int = setting(20, "Random choices of these images", at_least=2)
+    gallery: bool = setting(True, "Draw test images beside their nearest neighbours")
+
+
+@dataclass
+class EvalDataConfig:
+    """Group of image settings that evaluation takes; the checkpoint's own are the defaults."""
+
+    data: DataConfig = field(default_factory=DataConfig)

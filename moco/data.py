@@ -130,9 +130,8 @@ class PretrainData(pl.LightningDataModule):
         numbers = (0, 1) if self.symmetric else (0,)
         query_views = [self._view(queries, n) for n in numbers]
         if self.symmetric and world == 1:  # the keys are these same views in other places
-            key_views = [
-                query_views[1 - n] if order is None else query_views[1 - n][order] for n in numbers
-            ]
+            swapped = query_views[::-1]
+            key_views = swapped if order is None else [view[order] for view in swapped]
         else:
             key_views = [self._view(keys, 1 - n) for n in numbers]
         return Batch(query_views, key_views, order)
