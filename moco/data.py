@@ -113,8 +113,8 @@ class PretrainData(pl.LightningDataModule):
         """Make the views on the device.
 
         The keys of this rank are those of other images, so that they meet other neighbours in
-        BatchNorm than their queries did. Resident images are simply looked up; of streamed ones the uint8 cuts
-        change ranks.
+        BatchNorm than their queries did. Resident images are simply looked up; of streamed ones the
+        uint8 cuts change ranks.
         """
         world = distributed.world_size()
         count = len(batch.index) // world
