@@ -23,7 +23,7 @@ train: $(VENV)/.train
 	$(BIN)/python train.py --config configs/quickstart.yaml
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
