@@ -8,7 +8,7 @@ from typing import Any
 
 from moco import cli
 from moco.config import TrainConfig, UserError, check
-from moco.rundir import find_run
+from moco.rundir import find_run, read_config
 
 EXTRAS = {
     "resume": {
@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if found := find_run(extra["resume"], config.run.dir) if extra["resume"] else None:
         # A resumed run starts from its own settings; the command line has the last word, and is
         # checked.
-        stored = found[0] / "config.yaml"
-        if stored.is_file():
+        stored = read_config(found[0], parsed=bool(recipe))
+        if stored:
             config, extra = cli.parse(parser, TrainConfig, ["--config", str(stored), *argv])
     check(config)
     if extra["resume"] and extra["init_from"]:

@@ -17,6 +17,9 @@ _HOME = {
     "PretrainData": "moco.data",
     "LabelledData": "moco.data",
     "load_backbone": "moco.checkpoint",
+    "extract_features": "moco.knn",
+    "knn_predict": "moco.knn",
+    "LinearProbe": "moco.probe",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

@@ -3,9 +3,9 @@
 The parser is made from the dataclasses of `moco.config` (jsonargparse, without torch, so that help
 and errors take under a second). A recipe is a YAML of differences from the defaults; `--config` may
 be repeated, later ones win.
-Exit codes: 0 done, 2 wrong input (one line on standard error), 130 and 143 stopped by SIGINT and
-SIGTERM. Standard output carries one JSON object on its last line; everything else goes to standard
-error.
+Exit codes: 0 done, 2 wrong input, 1 a run that could not go on (each one line on standard error),
+130 and 143 stopped by SIGINT and SIGTERM, 138 by SIGUSR1. Standard output carries one JSON object
+on its last line; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from moco.config import UserError
+from moco.config import RunError, UserError
 
 
 def build_parser(description: str, config: type, extras: dict[str, dict[str, Any]]) -> Any:
@@ -248,6 +248,11 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
             print(f"error: {_fold(error)}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+        if rank == 0 or error.local:
+            print(f"error: {'' if rank == 0 else f'rank {rank}: '}{_fold(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -260,7 +265,7 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         sys.exit(128 + signal_number)
 
 
-def _fold(error: UserError) -> str:
+def _fold(error: Exception) -> str:
     """Keep the message on one line and printable, whatever a file name holds."""
     text = " ".join(str(error).split())
     return text.encode("utf-8", "backslashreplace").decode()

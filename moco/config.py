@@ -20,6 +20,18 @@ class UserError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """What stops a run although its input is right: a dead worker, memory, numbers that blew up.
+
+    The message says what happened and how to go on; scripts print it and exit with 1. Rank 0
+    speaks for all, unless it is `local` to the rank that raised it.
+    """
+
+    def __init__(self, message: str, local: bool = False) -> None:
+        super().__init__(message)
+        self.local = local
+
+
 def setting(
     default: Any,
     meaning: str,
@@ -189,6 +201,9 @@ class DataConfig:
     max_bad_fraction: float = setting(
         0.0, "Share of unreadable images that is skipped, not an error", at_least=0, at_most=1
     )
+    worker_timeout: float = setting(
+        300.0, "Seconds to wait for a worker's batch before the run stops; 0: for ever", at_least=0
+    )
 
 
 @dataclass
@@ -221,6 +236,9 @@ class RunConfig:
         0.0, "Minutes between checkpoints besides; 0: none", at_least=0
     )
     keep_checkpoints: int = setting(2, "Newest checkpoints that are kept", at_least=1)
+    skip_nonfinite: int = setting(
+        0, "Steps with a loss or gradient not finite that are left out, not an error", at_least=0
+    )
     knn_every: int = setting(
         10, "Epochs between kNN readings, besides the first and the last; 0: none", at_least=0
     )
@@ -301,6 +319,8 @@ def check(config: TrainConfig) -> None:
             f"{config.trainer.max_epochs}: "
             "lower it, or train longer"
         )
+    if config.trainer.max_steps == 0:
+        raise UserError("trainer.max_steps is 0: give a number of steps, or -1 to train max_epochs")
     if optim.milestones != sorted(optim.milestones):
         raise UserError(f"optim.milestones is {optim.milestones}: list the epochs in rising order")
     if (
@@ -347,7 +367,7 @@ def normalisation(data: DataConfig) -> tuple[list[float], list[float]]:
 
 @dataclass
 class JudgeConfig:
-    """What `eval_linear.py` and `eval_knn.py` share: which encoder, where, and where the results go."""
+    """What `eval_linear.py` and `eval_knn.py` share: which encoder, and where results go."""
 
     checkpoint: str = setting("", "Checkpoint of ours, official, torchvision, timm, safetensors")
     encoder: Literal["query", "key"] = setting("query", "Which of two encoders")
@@ -369,12 +389,12 @@ class JudgeConfig:
 
 
 @dataclass
-class LinearConfig(JudgeConfig):
-    """What `eval_linear.py` takes; 0 and [] mean the protocol's own value."""
+class LinearConfig:
+    """What `eval_linear.py` takes besides; 0 and [] mean the protocol's own value."""
 
     protocol: Literal["cached", "paper", "views", "finetune"] = setting(
         "cached",
-        "Features once; 1911.05722's probe on random crops; features of several crops; the whole network",
+        "Features once; 1911.05722's probe on random crops; features of crops; the whole network",
     )
     label_fraction: float = setting(1.0, "Share of every class's labels used", above=0, at_most=1)
     learning_rates: list[float] = setting(
@@ -393,8 +413,8 @@ class LinearConfig(JudgeConfig):
 
 
 @dataclass
-class KNNConfig(JudgeConfig):
-    """What `eval_knn.py` takes."""
+class KNNConfig:
+    """What `eval_knn.py` takes besides."""
 
     k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote")
     temperature: float = setting(

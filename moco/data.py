@@ -8,7 +8,6 @@ Shapes: M images in the set, N images per device, W devices, B = N*W, C channels
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,16 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from moco import distributed, sources, views
 from moco.config import DataConfig, UserError, normalisation
-from moco.random import permutation
+from moco.decode import BadImage
+from moco.faults import PREFETCH, BadFiles, end_workers, fetched, fitting_workers, ignore_signals
+from moco.random import combine, permutation, uniform
 from moco.sources import ImageSource
 
-log = logging.getLogger("moco")
+_ATTEMPTS = 64  # other images that are tried in the place of one that cannot be read
 
 
 @dataclass
@@ -71,6 +72,7 @@ class PretrainData(pl.LightningDataModule):
 
     Attributes:
         wait_seconds: Time that training has waited for the loader.
+        bad: Streamed files that could not be read, met by this rank.
     """
 
     def __init__(
@@ -88,7 +90,8 @@ class PretrainData(pl.LightningDataModule):
         self.images: Tensor | None = self.source.images
         self.resident = "memory"
         self.wait_seconds = 0.0
-        self.bad: list[tuple[int, str]] = []
+        self.bad = BadFiles(self.source, config.max_bad_fraction, None)
+        self.loader: StepLoader | None = None
         check_batch(config, len(self.source))
 
     @property
@@ -102,12 +105,19 @@ class PretrainData(pl.LightningDataModule):
             self.source, self.config, device, report_path
         )
         check_batch(self.config, len(self.source))
+        self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path)
         self._mean, self._std = (torch.tensor(v, device=device) for v in normalisation(self.config))
 
     def train_dataloader(self) -> StepLoader:
         """Build the loader; it finds its place from Lightning's batch counter, mid-epoch too."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return StepLoader(self, position=lambda: progress.total.ready)
+        self.loader = StepLoader(self, position=lambda: progress.total.ready)
+        return self.loader
+
+    def close(self) -> None:
+        """End the workers."""
+        if self.loader is not None:
+            self.loader.close()
 
     def on_after_batch_transfer(self, batch: Indices, dataloader_idx: int) -> Batch:
         """Make the views on the device.
@@ -200,7 +210,9 @@ class StepLoader:
         if self._workers is None:
             self._workers = self._start_workers()
         self._workers.batch_sampler.planned = planned
-        for plan, crops in zip(planned, self._workers, strict=True):
+        batches = fetched(self._workers, self.data.config.worker_timeout)
+        for plan, (crops, bad) in zip(planned, batches, strict=True):
+            self.data.bad.note(bad)
             yield replace(plan, crops=crops)
 
     def _start_workers(self) -> DataLoader:
@@ -211,9 +223,15 @@ class StepLoader:
             batch_sampler=_Planned(),
             num_workers=count,
             persistent_workers=count > 0,
-            prefetch_factor=4 if count else None,
+            prefetch_factor=PREFETCH if count else None,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=_collate_cuts,
+            worker_init_fn=ignore_signals,
         )
+
+    def close(self) -> None:
+        """End the workers."""
+        end_workers(self._workers)
 
 
 class _Planned:
@@ -232,22 +250,46 @@ class _Planned:
 
 
 class _Cuts(Dataset):
-    """Two cuts of an image, 2 x C x S x S uint8, a function of (seed, epoch, index)."""
+    """Two cuts of an image, 2 x C x S x S uint8, a function of (seed, epoch, index).
+
+    In the place of an image that cannot be read stands another, by the same function; what could
+    not be read comes along as (index, reason).
+    """
 
     def __init__(self, data: PretrainData) -> None:
         self.source, self.recipe = data.source, data.recipe
         self.seed, self.size = data.seed, data.config.image_size
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[tuple[int, str]]]:
         epoch, index = key
-        image = self.source.read(index)
+        image, bad = self._read(epoch, index)
         height, width = image.shape[1:]
         cuts = []
         for view in (0, 1):
             place = torch.tensor([index])
             box = views.draw_crops(self.recipe, self.seed, epoch, place, view, height, width)
             cuts.append(cut(image, box, self.size))
-        return torch.stack(cuts)
+        return torch.stack(cuts), bad
+
+    def _read(self, epoch: int, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
+        try:
+            return self.source.read(index), []
+        except BadImage as error:
+            bad = [(index, error.reason)]
+        place = combine(epoch, torch.tensor([index]))
+        for other in uniform(self.seed, "substitute", place, _ATTEMPTS)[0].tolist():
+            chosen = int(other * len(self.source))
+            try:
+                return self.source.read(chosen), bad
+            except BadImage as error:
+                bad.append((chosen, error.reason))
+        # Then most of the set is gone, as with storage that went away: grey keeps all ranks in
+        # step until they have agreed to stop.
+        return torch.full((self.source.channels, self.size, self.size), 128, dtype=torch.uint8), bad
+
+
+def _collate_cuts(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list[tuple[int, str]]]:
+    return default_collate([cuts for cuts, _ in items]), [b for _, bad in items for b in bad]
 
 
 def cut(image: Tensor, box: views.Crops, size: int) -> Tensor:
@@ -259,11 +301,13 @@ def cut(image: Tensor, box: views.Crops, size: int) -> Tensor:
 
 
 def worker_count(config: DataConfig) -> int:
-    """Decide how many worker processes each rank starts."""
-    if config.num_workers >= 0:
-        return config.num_workers
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
-    return max(1, (os.cpu_count() or 1) // local)
+    """Decide how many worker processes each rank starts: what fits into shared memory."""
+    world = distributed.world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    count = config.num_workers
+    if count < 0:
+        count = max(1, (os.cpu_count() or 1) // local)
+    return fitting_workers(config, count, local, world)
 
 
 def check_batch(config: DataConfig, count: int) -> None:
@@ -356,7 +400,7 @@ class LabelledData:
         images = self.bank_images if split == "bank" else self.query_images
         mine = torch.arange(distributed.rank(), len(source), distributed.world_size())
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
-        for index, part in _read(source, images, mine, self.config, batch_size):
+        for index, part in self._read(source, images, mine, batch_size):
             size = self.config.image_size
             part = part.to(device, non_blocking=True)
             if part.shape[2:] != (size, size):
@@ -366,29 +410,47 @@ class LabelledData:
                 part = part.float() / 255
             yield views.normalise(part, mean, std), source.labels[index].to(device)
 
+    def _read(
+        self, source: ImageSource, images: Tensor | None, mine: Tensor, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield indices and uint8 images, from memory or through workers, which cut to size.
 
-def _read(
-    source: ImageSource, images: Tensor | None, mine: Tensor, config: DataConfig, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield indices and uint8 images, from memory or through workers, which cut to size."""
-    if images is not None:
-        for index in mine.split(batch_size):
-            yield index, images[index.to(images.device)]
-        return
-    dataset = _CentreCuts(source, config.image_size)
-    loader = DataLoader(
-        dataset, batch_size, sampler=mine.tolist(), num_workers=worker_count(config)
-    )
-    yield from zip(mine.split(batch_size), loader, strict=True)
+        Streamed files that cannot be read are left out and named in the log.
+        """
+        if images is not None:
+            for index in mine.split(batch_size):
+                yield index, images[index.to(images.device)]
+            return
+        loader = DataLoader(
+            _CentreCuts(source, self.config.image_size),
+            batch_size,
+            sampler=mine.tolist(),
+            num_workers=worker_count(self.config),
+            collate_fn=_collate_whole,
+            worker_init_fn=ignore_signals,
+        )
+        bad = BadFiles(source, 1.0, None)
+        for part in fetched(loader, self.config.worker_timeout):
+            bad.note([(index, reason) for index, _, reason in part if reason])
+            good = [(index, image) for index, image, reason in part if not reason]
+            if good:
+                yield torch.tensor([i for i, _ in good]), torch.stack([x for _, x in good])
 
 
 class _CentreCuts(Dataset):
-    """Evaluation cuts of streamed images, C x S x S uint8."""
+    """Evaluation cuts of streamed images: index, C x S x S uint8, and why it could not be read."""
 
     def __init__(self, source: ImageSource, size: int) -> None:
         self.source, self.size = source, size
 
-    def __getitem__(self, index: int) -> Tensor:
-        image = self.source.read(index)
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+        try:
+            image = self.source.read(index)
+        except BadImage as error:
+            return index, None, error.reason
         box = views.centre_crops(1, *image.shape[1:], self.size, torch.device("cpu"))
-        return cut(image, box, self.size)
+        return index, cut(image, box, self.size), ""
+
+
+def _collate_whole(items: list) -> list:
+    return items

@@ -226,7 +226,7 @@ class Progress(pl.Callback):
     def _text(self, trainer: pl.Trainer, module: Any) -> str:
         latest, step = self.readings.latest, trainer.global_step
         epochs = module.total_steps / module.steps_per_epoch
-        parts = [f"epoch {step / module.steps_per_epoch:.1f}/{epochs:g}"]
+        parts = [f"epoch {step / module.steps_per_epoch:.1f}/{epochs:.3g}"]
         for name, label in (
             ("train/loss", "loss {:.3f}"),
             ("train/contrast_top1", "contrast {:.0%}"),

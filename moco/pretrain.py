@@ -61,8 +61,8 @@ class MoCo(pl.LightningModule):
         self.accumulate = 1
         self.wants_metrics = True
         self.metrics: dict[str, Tensor] = {}
-        self.register_buffer("loss_sum", torch.zeros(()), persistent=False)
-        self.loss_count = 0
+        for name in ("loss_sum", "loss_count", "bad_losses"):  # finite ones, and the others
+            self.register_buffer(name, torch.zeros(()), persistent=False)
         self.to(memory_format=torch.channels_last)  # faster on every device and in every precision
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -113,8 +113,10 @@ class MoCo(pl.LightningModule):
     @torch.no_grad()
     def take_note(self, loss: Tensor, logits: Tensor, query: Tensor) -> None:
         """Read what tells a healthy run from a sick one, on the device, without synchronising."""
-        self.loss_sum += loss
-        self.loss_count += 1
+        finite = loss.isfinite()
+        self.loss_sum += torch.where(finite, loss, 0)
+        self.loss_count += finite
+        self.bad_losses += ~finite
         if not self.wants_metrics:
             return
         top1, top5 = contrast_accuracy(logits)
@@ -133,12 +135,12 @@ class MoCo(pl.LightningModule):
         """Give the plateau schedule its reading at the end of an epoch: the epoch's mean loss, or
         kNN.
         """
-        mean = all_gather((self.loss_sum / self.loss_count)[None]).mean().item()
+        mean = all_gather((self.loss_sum / self.loss_count.clamp(min=1))[None]).mean().item()
         metric = mean if self.optim.plateau_metric == "train/loss" else knn_top1
         if self.optim.schedule == "plateau" and metric is not None:
             self.plateau.read(metric)
         self.loss_sum.zero_()
-        self.loss_count = 0
+        self.loss_count.zero_()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimiser over the query encoder alone."""
@@ -160,10 +162,11 @@ class MoCo(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the state dict does not hold, as plain numbers."""
         checkpoint["plateau"] = self.plateau.state_dict()
-        checkpoint["epoch_loss"] = [self.loss_sum.item(), self.loss_count]
+        checkpoint["epoch_loss"] = [self.loss_sum.item(), int(self.loss_count)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back."""
         self.plateau.load_state_dict(checkpoint["plateau"])
-        total, self.loss_count = checkpoint["epoch_loss"]
+        total, count = checkpoint["epoch_loss"]
         self.loss_sum.fill_(total)
+        self.loss_count.fill_(count)

@@ -1,9 +1,11 @@
 """Linear probe: what a linear classifier finds in features that stay as they are.
 
-Features are taken once; then one classifier per learning rate is trained, all together as one stacked matrix. The
-rate is chosen on a held-out part of the training images, never on the test images, and the classifier of that rate is
-trained again on all of them. `moco.finetune` trains on images that change from epoch to epoch.
-Shapes: M training images, N rows of a batch, D feature, L classes, R learning rates, V views of each image.
+Features are taken once; then one classifier per learning rate is trained, all together as one
+stacked matrix. The rate is chosen on a held-out part of the training images, never on the test
+images, and the classifier of that rate is trained again on all of them. `moco.finetune` trains on
+images that change from epoch to epoch.
+Shapes: M training images, N rows of a batch, D feature, L classes, R learning rates, V views of
+each image.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor
 
 from moco.config import UserError
-from moco.knn import check_finite
 from moco.random import permutation
+from moco.search import check_finite
 
 # Half decades, on standardised features.
 SWEEP = tuple(round(10 ** (exponent / 2), 7 - exponent // 2) for exponent in range(-8, 5))
@@ -45,7 +47,8 @@ class Reading:
 class LinearProbe:
     """A linear classifier on frozen features, with its learning rate chosen by itself.
 
-    Standardised features, zero weights at first, SGD with momentum, a cosine per step, no weight decay.
+    Standardised features, zero weights at first, SGD with momentum, a cosine per step, no weight
+    decay.
 
     Args:
         learning_rates: R rates to try; one rate is taken as it is.
@@ -87,6 +90,7 @@ class LinearProbe:
         features: Tensor,
         labels: Tensor,
         num_classes: int | None = None,
+        judged: Tensor | None = None,
         track: Track = lambda epochs, label: epochs,
     ) -> LinearProbe:
         """Choose the rate and train the classifier.
@@ -95,11 +99,13 @@ class LinearProbe:
             features: M x D, or V x M x D: epoch e takes view e modulo V of every image.
             labels: M int64.
             num_classes: L; the largest label and one unless given.
+            judged: M x D features on which the held-out part is scored; the first view unless
+                given.
             track: Wraps the epochs of each training, for a progress bar.
 
         Raises:
-            UserError: A feature is not finite, all labels are one class, no part can be held out, or
-                every rate diverged.
+            UserError: A feature is not finite, all labels are one class, no part can be held out,
+                or every rate diverged.
         """
         views = features if features.ndim == 3 else features[None]
         check_labels(labels)
@@ -110,7 +116,7 @@ class LinearProbe:
         if len(rates) > 1:
             held = hold_out(labels, self.held_out, self.seed)
             stack, losses = self._train(views, labels, ~held, rates, count, track)
-            logits = stack.logits(views[0][held])
+            logits = stack.logits((views[0] if judged is None else judged)[held])
             top1 = 100 * (logits.argmax(2) == labels[held, None]).double().mean(0)
             self.readings = read_rates(rates, losses, top1, count)
             chosen = choose(self.readings)
@@ -141,14 +147,16 @@ class LinearProbe:
         num_classes: int,
         track: Track,
     ) -> tuple[Stack, Tensor]:
-        """Train one classifier per rate on the chosen rows; return them and the last epoch's losses."""
+        """Train one classifier per rate on the chosen rows; also return the last losses."""
         rows = chosen.nonzero()[:, 0]
         mean, std = _moments(views, rows)
         views = (views[:, rows] - mean).div_(std)
         labels = labels[rows]
         stack = Stack(views.shape[2], num_classes, rates, self.sgd_momentum, views.device)
         steps = math.ceil(len(rows) / self.batch_size)
-        buffer = views.new_empty(self.batch_size, views.shape[2])  # spares 2 ms a step of fresh pages
+        buffer = views.new_empty(
+            self.batch_size, views.shape[2]
+        )  # spares 2 ms a step of fresh pages
         losses = torch.zeros(len(rates), device=views.device)
         for epoch in track(range(self.epochs), f"{len(rates)} rates"):
             view = views[epoch % len(views)]
@@ -165,8 +173,10 @@ class LinearProbe:
 class Stack:
     """R linear classifiers that see the same features, each with its own learning rate.
 
-    Their weights stand above each other in one R*L x D matrix, so that a step is two matrix products. The gradient
-    is written out: softmax less one-hot, times features. SGD is torch's: v <- mu v + g, w <- w - lr v.
+    Their weights stand above each other in one R*L x D matrix, so that a step is two matrix
+    products. The gradient
+    is written out: softmax less one-hot, times features. SGD is torch's: v <- mu v + g, w <- w - lr
+    v.
 
     Args:
         learning_rates: R.
@@ -196,7 +206,7 @@ class Stack:
     def _scores(self, features: Tensor) -> Tensor:
         """Score N x D features: R x L x N, the order in which a softmax over L is fast."""
         scores = torch.addmm(self.bias, self.weight, features.T)
-        return scores.view(-1, self.num_classes, len(features))
+        return scores.view(len(self.rates), self.num_classes, len(features))
 
     def logits(self, features: Tensor) -> Tensor:
         """Return N x R x L scores."""
@@ -246,7 +256,7 @@ def cosine(share: float) -> float:
 
 
 def _moments(views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each feature over the views of the given rows; a constant feature keeps its scale."""
+    """Mean and deviation of each feature over views and rows; a constant keeps its scale."""
     mean = torch.stack([view[rows].mean(0) for view in views]).mean(0)
     variance = torch.stack([(view[rows] - mean).square().mean(0) for view in views]).mean(0)
     std = variance.sqrt()
@@ -258,7 +268,8 @@ def check_labels(labels: Tensor) -> None:
     found = labels.unique()
     if len(found) < 2:
         raise UserError(
-            f"all {len(labels)} training labels are one class: nothing to tell apart, give two or more"
+            f"all {len(labels)} training labels are one class: nothing to tell apart, "
+            "give two or more"
         )
 
 
@@ -312,9 +323,10 @@ def choose(readings: list[Reading]) -> int:
     """Return the place of the best rate that did not diverge; the smaller of equals.
 
     Raises:
-        UserError: All diverged.
+        UserError: All diverged; one rate alone may end above log(L), as long as it is finite.
     """
-    places = [n for n, reading in enumerate(readings) if not reading.diverged]
+    alone = len(readings) == 1 and math.isfinite(readings[0].loss)
+    places = [n for n, reading in enumerate(readings) if alone or not reading.diverged]
     if not places:
         rates = ", ".join(f"{reading.rate:g}" for reading in readings)
         raise UserError(f"every learning rate diverged ({rates}): give smaller --learning_rates")

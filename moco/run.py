@@ -8,7 +8,9 @@ the first step, says on standard error what it decided, and hands the parts to L
 from __future__ import annotations
 
 import logging
+import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -18,16 +20,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from moco import sources
 from moco.checkpoint import restore_pretraining
-from moco.config import TrainConfig, UserError
+from moco.config import RunError, TrainConfig, UserError
 from moco.data import LabelledData, PretrainData, check_batch, make_resident
+from moco.faults import NonFiniteGuard, RankLauncher, Watch, explain, free_port
 from moco.monitor import KNNMonitor, Progress, Readings
 from moco.pretrain import MoCo
-from moco.rundir import check_same, find_run, new_run, write_config
-from moco.saving import AtomicCheckpointIO, Checkpoints
+from moco.rundir import check_images, check_same, find_run, new_run, write_config
+from moco.saving import AtomicCheckpointIO, Checkpoints, requeue
 from moco.tracking import loggers
 
 log = logging.getLogger("moco")
@@ -51,6 +55,7 @@ def pretrain(
         UserError: Anything that the user can mend, before the first step wherever possible.
     """
     _set_up_logging()
+    signal.signal(signal.SIGUSR1, _stop_before_training)
     asked = asdict(config)
     source = sources.open_source(config.data, "train")
     check_batch(config.data, len(source))
@@ -62,7 +67,8 @@ def pretrain(
     check_shares(config, world)
     found = find_run(resume, config.run.dir) if resume else None
     run_dir, checkpoint = found or (new_run(config, recipe), None)
-    stored = read_stored(checkpoint, asked, config) if checkpoint else None
+    images = sources.identify(source, config.data.root)
+    stored = read_stored(checkpoint, asked, images) if checkpoint else None
     pl.seed_everything(config.run.seed, verbose=False)
     data = PretrainData(
         config.data,
@@ -87,7 +93,8 @@ def pretrain(
         }
     run = _Run(config, data, module, run_dir, devices)
     run.say_what_was_decided(reason)
-    return run.fit(checkpoint, stored["global_step"] if stored else 0, asked)
+    extras = {"config": asked, "images": images}
+    return run.fit(checkpoint, stored["global_step"] if stored else 0, extras)
 
 
 class _Run:
@@ -105,10 +112,11 @@ class _Run:
         module.total_steps = _total_steps(config, data.steps_per_epoch)
 
     def fit(
-        self, checkpoint: Path | None, start_step: int, asked: dict[str, Any]
+        self, checkpoint: Path | None, start_step: int, extras: dict[str, Any]
     ) -> dict[str, Any]:
         """Train to the end, or to a signal."""
         config = self.config
+        guard = NonFiniteGuard(config.run.skip_nonfinite, self.run_dir)
         readings = Readings(self.data, config.trainer.log_every_n_steps)
         monitor = KNNMonitor(self.labelled(), config.run, readings)
         saver = Checkpoints(
@@ -116,13 +124,19 @@ class _Run:
             config.run.checkpoint_every,
             config.run.checkpoint_minutes,
             config.run.keep_checkpoints,
-            asked,
+            extras,
         )
-        trainer = self.trainer([readings, monitor, saver, Progress(readings)], start_step)
+        callbacks = [guard, readings, monitor, saver, Watch(self.data.bad), Progress(readings)]
+        trainer = self.trainer(callbacks, start_step)
         if trainer.is_global_zero:
-            write_config(TrainConfig.from_dict(asked), self.run_dir)
+            write_config(TrainConfig.from_dict(extras["config"]), self.run_dir)
         start = time.perf_counter()
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        self._train(trainer, checkpoint)
+        if saver.saved_step < trainer.global_step:
+            raise RunError(
+                f"the last checkpoint could not be written: make room in {self.run_dir} and go on "
+                f"with --resume {self.run_dir}"
+            )
         result = {
             "knn_top1": _rounded(monitor.last),
             "knn_top1_untrained": _rounded(monitor.first),
@@ -142,7 +156,22 @@ class _Run:
                 self.run_dir,
             )
             result["stopped_by"] = saver.stop_signal
+            if saver.stop_signal == signal.SIGUSR1 and trainer.is_global_zero:
+                requeue()
         return result if trainer.is_global_zero else {}
+
+    def _train(self, trainer: pl.Trainer, checkpoint: Path | None) -> None:
+        """Run Lightning's loop; what ends it before its time comes out in one line."""
+        try:
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        except (UserError, RunError):
+            raise
+        except SystemExit:  # Lightning's answer to KeyboardInterrupt
+            raise KeyboardInterrupt from None
+        except Exception as error:
+            raise explain(error, trainer, self.module, self.config.data) from error
+        finally:
+            self.data.close()
 
     def trainer(self, callbacks: list[pl.Callback], start_step: int) -> pl.Trainer:
         """Build Lightning's Trainer without what this project does itself."""
@@ -151,7 +180,11 @@ class _Run:
         # The queue and the key encoder are equal on all ranks by construction: no buffer is
         # broadcast.
         ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-        return pl.Trainer(
+        plugins: list[Any] = [AtomicCheckpointIO()]
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # `Checkpoints` does it
+        free_port()
+        trainer = pl.Trainer(
             accelerator=_accelerator(self.config),
             devices=self.devices,
             num_nodes=config.num_nodes,
@@ -164,7 +197,7 @@ class _Run:
             benchmark=not config.deterministic,
             logger=loggers(self.config.run, self.run_dir, start_step),
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=plugins,
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -172,6 +205,8 @@ class _Run:
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )
+        RankLauncher.replace(trainer.strategy)
+        return trainer
 
     def labelled(self) -> LabelledData | None:
         """Open what kNN needs, sharing the decoded training images; None without labels."""
@@ -337,11 +372,11 @@ def _total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
-def read_stored(checkpoint: Path, asked: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """Read a checkpoint's step and check that it belongs to these settings.
+def read_stored(checkpoint: Path, asked: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
+    """Read a checkpoint's step and check that it belongs to these settings and images.
 
     Raises:
-        UserError: Not one of our checkpoints, or of another recipe.
+        UserError: Not one of our checkpoints, or of another recipe or data set.
     """
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     if "config" not in stored or "global_step" not in stored:
@@ -349,7 +384,14 @@ def read_stored(checkpoint: Path, asked: dict[str, Any], config: TrainConfig) ->
             f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
         )
     check_same(TrainConfig.from_dict(asked), stored["config"], checkpoint)
+    check_images(images, stored.get("images"), checkpoint)
     return {"global_step": stored["global_step"]}
+
+
+def _stop_before_training(number: int, frame: Any) -> None:
+    """Answer SLURM's warning while the images are still read: there is nothing to save."""
+    requeue()
+    os._exit(128 + number)
 
 
 def _set_threads(config: TrainConfig, devices: int) -> None:
@@ -378,4 +420,4 @@ def _set_up_logging() -> None:
 
 
 def _rounded(value: float | None, digits: int = 2) -> float | None:
-    return None if value is None else round(value, digits)
+    return None if value is None or not math.isfinite(value) else round(value, digits)

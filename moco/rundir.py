@@ -27,6 +27,8 @@ _MAY_DIFFER = {
     "data.resident",
     "data.resident_budget",
     "data.num_workers",
+    "data.max_bad_fraction",
+    "data.worker_timeout",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -46,7 +48,7 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
     path = Path(config.run.dir)
     if path.is_file():
         raise UserError(f"run.dir {path} is a file: name a directory")
-    if (path / "checkpoints").is_dir():
+    if any((path / "checkpoints").glob("*.ckpt")):  # a kill may have left an empty folder
         raise UserError(
             f"run.dir {path} holds a run already: go on with --resume {path}, or name another "
             "directory"
@@ -111,6 +113,34 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def read_config(run_dir: Path, parsed: bool) -> Path | None:
+    """Return the config.yaml that a resumed run starts from; None where `--config` stands in.
+
+    Args:
+        run_dir: The run.
+        parsed: Whether the command line names a recipe.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        problem = "" if isinstance(settings, dict) else "is damaged"
+    except FileNotFoundError:
+        problem = "is missing"
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        problem = "is damaged"
+    if not problem:
+        return path
+    if parsed:
+        return None
+    raise UserError(
+        f"--resume {run_dir}: {path} {problem}: put it back, or give the run's own settings with "
+        "--config and the options it was started with"
+    )
+
+
 def write_config(config: TrainConfig, run_dir: Path) -> None:
     """Write config.yaml, whole or not at all."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -130,3 +160,16 @@ def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where:
                 f"--resume {where}: {name} is {value!r} but the run has {before!r}: leave it "
                 "out, or start a new run"
             )
+
+
+def check_images(found: dict[str, object], stored: object, where: Path) -> None:
+    """Raise UserError when a run would go on with other images; older checkpoints name none."""
+    if not isinstance(stored, dict) or found == stored:
+        return
+    counts = f"{found['count']} images, the run has {stored.get('count')}"
+    if found["count"] == stored.get("count"):
+        counts = f"{found['count']} images as the run has, but others"
+    raise UserError(
+        f"--resume {where}: the data set holds {counts}: give the same ones (an empty file may "
+        "stand for one that is lost), or start a new run with --init_from"
+    )

@@ -6,9 +6,12 @@ before. It holds plain types only and loads with ``weights_only=True``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,23 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
+from moco.config import RunError, UserError
+
 log = logging.getLogger("moco")
+# What a run stops at, in the order in which one overrides another: SLURM sends SIGUSR1 ahead of a
+# preemption (sbatch --signal=USR1@60) and may send SIGTERM after it.
+STOPPING = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write next to the target, flush to disk, then replace; on failure keep the old file and go
     on.
+
+    Attributes:
+        written: The last file that was written whole.
     """
+
+    written: Path | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -41,9 +54,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
+            self.written = target
         except (OSError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
-            temporary.unlink(missing_ok=True)
-            reason = " ".join(str(error).split())[:200]
+            reason = _reason(error, target.parent)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             log.warning("checkpoint %s was not written, the one before stays: %s", target, reason)
 
     def load_checkpoint(
@@ -53,52 +68,69 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
+def _reason(error: Exception, folder: Path) -> str:
+    """Say why a write failed; on a full disk torch.save raises something about an archive."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < 2**20:
+            return f"the disk of {folder} is full"
+    return " ".join(str(error).split())[:200]
+
+
 class Checkpoints(pl.Callback):
-    """Save after chosen steps, and after the step in which SIGTERM or SIGINT came; then stop.
+    """Save after chosen steps, and after the step in which a stopping signal came; then stop.
 
     Args:
         directory: Of the checkpoints.
         every: Steps between checkpoints; 0: at the end of each epoch.
         minutes: Between checkpoints besides; 0: none.
         keep: How many of the newest stay.
-        config: Stored in each checkpoint as a plain dict.
+        extras: Stored in each checkpoint: name to plain values, such as the settings.
 
     Attributes:
         stop_signal: The signal that came, or 0.
         seconds: Time spent saving.
+        saved_step: Optimiser steps in the newest checkpoint of this process.
     """
 
     def __init__(
-        self, directory: Path, every: int, minutes: float, keep: int, config: dict[str, Any]
+        self, directory: Path, every: int, minutes: float, keep: int, extras: dict[str, Any]
     ) -> None:
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
-        self.config = config
+        self.extras = extras
         self.stop_signal = 0
         self.seconds = 0.0
+        self.saved_step = 0
+        self._in_step = False
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take over the signals, and clear what a killed run left half written."""
         self._saved_at = time.monotonic()
+        self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             for leftover in self.directory.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING[1:]:
             self._handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.stop_signal and number == signal.SIGINT:
+        if self.stop_signal == number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.stop_signal = number
+        self.stop_signal = max(self.stop_signal, number, key=STOPPING.index)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Note that the state is in motion."""
+        self._in_step = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         """Save if it is time to, at the ends of optimiser steps only."""
         last_batch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         if (args[2] + 1) % trainer.accumulate_grad_batches and not last_batch:
             return
+        self._in_step = False
         step = trainer.global_step
-        self.stop_signal = self._agree(trainer, self.stop_signal)
+        self.stop_signal = STOPPING[self._agree(trainer, STOPPING.index(self.stop_signal))]
         due = step % self.every == 0 if self.every else last_batch
         if self.minutes:
             elapsed = time.monotonic() - self._saved_at
@@ -122,29 +154,92 @@ class Checkpoints(pl.Callback):
         start = time.monotonic()
         path = self.directory / f"step_{trainer.global_step:09d}.ckpt"
         trainer.save_checkpoint(path)
-        self._tidy(path)
+        if not trainer.is_global_zero or trainer.strategy.checkpoint_io.written == path:
+            self.saved_step = trainer.global_step
+            self._tidy(path)
         self._saved_at = time.monotonic()
         self.seconds += self._saved_at - start
 
     @rank_zero_only
     def _tidy(self, path: Path) -> None:
-        if not path.is_file():
-            return
         last, temporary = self.directory / "last.ckpt", self.directory / ".last.ckpt.tmp"
-        temporary.unlink(missing_ok=True)
-        os.link(path, temporary)  # one file under two names: no second copy
-        os.replace(temporary, last)
-        for old in sorted(self.directory.glob("step_*.ckpt"))[: -self.keep]:
-            old.unlink(missing_ok=True)
+        try:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path, temporary)  # one file under two names: no second copy
+            except OSError:  # a file system without such links
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, last)
+            for old in sorted(self.directory.glob("step_*.ckpt"))[: -self.keep]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s stays as it was: %s", last, _reason(error, self.directory))
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        """Save what an error between two steps would lose; in a step the state is in motion.
+
+        One rank's own error finds the others elsewhere: there the last checkpoint has to do.
+        """
+        known = isinstance(exception, UserError | RunError) and not getattr(exception, "local", 0)
+        between = not self._in_step and trainer.global_step > self.saved_step
+        if between and (trainer.world_size == 1 or known):
+            self.save(trainer)
+            log.info("saved after step %d: go on with --resume", trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the settings with the weights."""
-        checkpoint["config"] = self.config
+        """Store what belongs to the weights."""
+        checkpoint.update(self.extras)
+        batches = trainer.num_training_batches
+        checkpoint["epoch"] = set_counters(checkpoint["loops"]["fit_loop"], batches)
 
     def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Give the signals back."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+def set_counters(loop: dict[str, Any], batches: int) -> int:
+    """Set Lightning's counters to those of a run that never stopped, and return its epoch.
+
+    After a resume from the end of an epoch Lightning 2.6 counts epochs one short, so that a second
+    resume loses its place: all that counts is how many batches the run has taken.
+
+    Args:
+        loop: State of the fit loop after the last batch of an optimiser step; changed in place.
+        batches: Per epoch.
+    """
+    taken = loop["epoch_loop.batch_progress"]["total"]["ready"]
+    epoch, here = (taken - 1) // batches, (taken - 1) % batches + 1
+    loop["epoch_loop.batch_progress"] = {
+        "total": _counts(taken, taken - 1),
+        "current": _counts(here, here - 1),
+        "is_last_batch": here == batches,
+    }
+    started = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+    loop["epoch_progress"] = {"total": dict(started), "current": dict(started)}
+    return epoch
+
+
+def _counts(taken: int, completed: int) -> dict[str, int]:
+    return {"ready": taken, "started": taken, "processed": taken, "completed": completed}
+
+
+def requeue() -> None:
+    """Ask SLURM to start this job again; does nothing outside a SLURM job."""
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
+    if array:
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    if not job:
+        return
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, timeout=30)
+        problem = done.stderr.decode(errors="replace").strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        log.warning("job %s was not requeued: %s", job, problem)
+    else:
+        log.info("job %s is requeued", job)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -195,6 +196,19 @@ def estimate_bytes(source: ImageSource, samples: int = 64) -> tuple[int, tuple[i
     return round(area * source.channels * len(source)), common
 
 
+def identify(source: ImageSource, root: str) -> dict[str, int]:
+    """Return what tells one set of images from another: their count, and a checksum.
+
+    Of files, the names below `root` in their order; of arrays, about a thousand images.
+    """
+    if source.images is None:
+        start = len(expanded(root))
+        text = "\n".join(path[start:] for path in source.paths)
+        return {"count": len(source), "crc32": crc32(os.fsencode(text))}
+    some = source.images[:: max(1, len(source) // 1000)]
+    return {"count": len(source), "crc32": crc32(some.contiguous().numpy())}
+
+
 def check_files(
     source: ImageSource,
     bad: list[tuple[int, str]],
@@ -215,8 +229,10 @@ def check_files(
     if not bad:
         return source
     if report_path:
-        with open(report_path, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{one_line(source.paths[i])}\t{reason}\n" for i, reason in bad)
+        with contextlib.suppress(OSError):  # a full disk must not hide what is said below
+            os.makedirs(os.path.dirname(report_path), exist_ok=True)
+            with open(report_path, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(f"{one_line(source.paths[i])}\t{reason}\n" for i, reason in bad)
     index, reason = bad[0]
     share = len(bad) / len(source)
     if share > max_bad_fraction or share == 1:

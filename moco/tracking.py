@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import netrc
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from moco.config import RunConfig, UserError
 
+log = logging.getLogger("moco")
 COLUMNS = (
     "step",
     "epoch",
@@ -33,6 +35,8 @@ COLUMNS = (
 class MetricsFile(Logger):
     """metrics.csv: one row per reading, written at once, continued on resume.
 
+    While the disk is full rows wait in memory.
+
     Args:
         path: The file.
         resume_step: Rows of later steps are dropped, since the run repeats them; 0 starts afresh.
@@ -41,6 +45,7 @@ class MetricsFile(Logger):
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         super().__init__()
         self.path, self._resume_step, self._ready = path, resume_step, False
+        self._waiting: list[dict[str, Any]] = []
 
     @property
     def name(self) -> str:
@@ -56,11 +61,26 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row."""
-        if not self._ready:
-            self._start()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"step": step, **metrics})
+        """Append a row, and those that could not be written before."""
+        self._waiting.append({"step": step, **metrics})
+        try:
+            if not self._ready:
+                self._start()
+            self._append()
+            self._waiting.clear()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                log.warning("%s waits to be written: %s", self.path, error.strerror)
+
+    def _append(self) -> None:
+        """Write what waits, all of it or nothing."""
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS).writerows(self._waiting)
+        except OSError:
+            os.truncate(self.path, size)
+            raise
 
     def _start(self) -> None:
         """Write the header, or keep what a resumed run has behind it."""

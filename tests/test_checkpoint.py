@@ -15,11 +15,12 @@ from torch import nn
 from torchvision import models
 
 import moco
-from moco import checkpoint
+from moco.architecture import resnet_shape
 from moco.checkpoint import load_encoder, read_state, restore_pretraining
 from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
 from moco.contrast import KeyQueue
 from moco.encoder import TORCHVISION_RESNETS, build_encoder
+from moco.matching import take
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -310,7 +311,7 @@ def test_timm_directory_cannot_reach_beyond_the_shape_of_a_model(tmp_path):
 def test_architecture_is_read_off_shapes(name):
     with torch.device("meta"):
         state = models.get_model(name, weights=None).state_dict()
-    assert checkpoint._resnet_shape(state) == {"backbone": name, "stem": "imagenet", "width": 1}
+    assert resnet_shape(state) == {"backbone": name, "stem": "imagenet", "width": 1}
 
 
 def test_half_precision_weights_load_as_float(tmp_path):
@@ -460,7 +461,7 @@ def test_restore_from_official_takes_both_encoders_and_the_queue(tmp_path):
     state, _ = restore_pretraining(tmp_path / "a.pth.tar", module_state(model, seed=7)[0])
     encoder, other = build_encoder(model, 3, 32), build_encoder(model, 3, 32)
     for target, side in ((encoder, "query_encoder."), (other, "key_encoder.")):
-        target.load_state_dict(checkpoint._take(state, side))
+        target.load_state_dict(take(state, side))
     assert distance(nn.Sequential(net, head), encoder.eval(), images()) < 1e-5
     assert distance(nn.Sequential(key, key_head), other.eval(), images()) < 1e-5
     queue = content["state_dict"]["module.queue"]  # C K

@@ -46,7 +46,8 @@ def recipe(tmp_path):
 
 
 def test_nothing_given_is_the_defaults():
-    assert parse() == (TrainConfig(), {"resume": ""})
+    defaults = {name: options["default"] for name, options in train.EXTRAS.items()}
+    assert parse() == (TrainConfig(), defaults)
 
 
 def test_values_of_every_kind():
@@ -59,7 +60,7 @@ def test_values_of_every_kind():
     assert config.optim.nesterov is True and config.optim.milestones == [3, 5]
     assert config.data.mean == [0.5] * 3 and config.data.crop_min == 0.3
     assert config.data.flip is None and config.model.head == "linear"
-    assert config.data.root == "123" and extra == {"resume": "auto"}
+    assert config.data.root == "123" and extra["resume"] == "auto"
 
 
 @pytest.mark.parametrize("root", ["null", "true", "a: b", "[x]", "~", "-", "bilder/größe 1", "a=b"])

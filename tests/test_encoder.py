@@ -88,6 +88,15 @@ def test_stems(stem, grid, first):
     assert maps[0].shape == (2, 512, grid, grid)
 
 
+@pytest.mark.parametrize("settings", [{"stem": "cifar"}, {"width": 2.0}])
+def test_a_replaced_stem_starts_as_the_published_one(settings):
+    """Normal with variance 2 over the fan out (1512.03385's reference code and torchvision)."""
+    torch.manual_seed(0)
+    weight = build_backbone(config(**settings), 3, 32)[0].conv1.weight
+    out, _, height, width = weight.shape
+    assert weight.std().item() == pytest.approx((2 / (out * height * width)) ** 0.5, rel=0.06)
+
+
 @pytest.mark.parametrize("stem, kernel, pool", [("imagenet", 7, True), ("cifar", 3, False)])
 @pytest.mark.parametrize("width, feature_dim", [(0.25, 128), (0.5, 256), (2, 1024)])
 def test_widths_scale_every_layer(width, feature_dim, stem, kernel, pool):

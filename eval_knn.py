@@ -1,0 +1,24 @@
+"""Judge an encoder by its nearest neighbours:  python eval_knn.py --checkpoint ANY"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moco import cli
+from moco.config import KNNConfig
+from moco.launch import judge_main
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line, judge, and return the results."""
+    settings = judge_main(
+        __file__, argv, KNNConfig, "Judge an encoder by nearest neighbours and by few labels."
+    )
+    from moco.evaluate import judge_knn  # brings torch: only once the settings stand
+
+    return judge_knn(*settings)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,192 @@
+"""Torture: kill short runs at random moments, resume each until it is done, compare the ends.
+
+    python tests/torture.py --kills 30 --seed 0          (or: make torture)
+
+Signals 9, TERM and INT come at random moments: while a run starts, trains, saves or has just been
+resumed. Every run must end with the weights, queue, optimiser and metrics of one left alone, every
+exit code must say what happened, and no traceback may appear. Processes are forks of this one, so
+that each has its own address space and signals but does not import torch again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork after a thread pool would hang
+os.environ["MKL_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+
+import moco.run  # noqa: F401  imported before the forks
+import train
+from moco import cli
+
+TIMED = ("train/images_per_second", "train/wait_share")
+PARTS = ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step")
+LIMIT_S = 120  # for one process; a hang is a failure
+EXPECTED = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130,)}
+COMMON = [
+    *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
+    *("--model.embedding_dim", "16", "--model.queue_size", "100", "--data.batch_size", "16"),
+    *("--data.image_size", "16", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"),
+    *("--trainer.log_every_n_steps", "1", "--run.knn_every", "1", "--run.knn_k", "5"),
+    *("--run.checkpoint_every", "4", "--optim.schedule", "plateau", "--trainer.max_epochs", "12"),
+]
+
+
+def recipes(folder: Path) -> dict[str, list[str]]:
+    """Return the options of a resident and of a streamed run on 112 generated images."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 56), ("test", 8)):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+                small.resize((20, 20)).save(folder / split / name / f"{i}.png")
+    data = [*COMMON, "--data.dataset", "folder", "--data.root", str(folder)]
+    return {
+        "resident": [*data, "--data.resident", "memory"],
+        "streamed": [*data, "--data.resident", "off", "--data.num_workers", "1"],
+    }
+
+
+def start(arguments: list[str], log: Path) -> int:
+    """Fork a process that runs train.py with `arguments`; return its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["train.py", *arguments]
+    code = 70
+    try:
+        cli.run_main(train.main)
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    """Wait for a process that long; return its exit code, negative for a signal, or None."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
+def finish(pid: int, log: Path) -> int:
+    """Wait for the end; a process that does not end is killed, and that is a failure."""
+    code = wait(pid, LIMIT_S)
+    if code is None:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise SystemExit(f"a process hung for {LIMIT_S} s:\n{log.read_text()}")
+    return code
+
+
+def same(a: Any, b: Any) -> bool:
+    """Tell whether two nested states are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a.equal(b) if isinstance(a, torch.Tensor) else a == b
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Name what differs between the ends of two runs."""
+    a, b = (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, other)
+    )
+    found = [part for part in PARTS if not same(a[part], b[part])]
+    first, second = (
+        [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(text)]
+        for text in ((run / "metrics.csv").read_text().splitlines() for run in (one, other))
+    )
+    rows = [f"{x} {y}" for x, y in zip(first, second, strict=False) if x != y]
+    if len(first) != len(second):
+        rows.append(f"{len(first)} and {len(second)} rows")
+    return found + [f"metrics.csv: {row}" for row in rows[:2]]
+
+
+def torture(folder: Path, kills: int, seed: int) -> None:
+    """Kill until `kills` processes have died; raise SystemExit at the first difference."""
+    chance = random.Random(seed)
+    log, done, runs = folder / "log.txt", 0, 0
+    chosen = recipes(folder / "images")
+    whole, seconds = {}, {}
+    for name, options in chosen.items():
+        begin = time.monotonic()
+        whole[name] = folder / f"whole-{name}"
+        code = finish(start([*options, "--run.dir", str(whole[name])], log), log)
+        if code:
+            raise SystemExit(f"the run left alone ended with {code}:\n{log.read_text()}")
+        seconds[name] = time.monotonic() - begin
+    while done < kills:
+        name = list(chosen)[runs % len(chosen)]
+        run, runs = folder / f"run-{runs}", runs + 1
+        options = [*chosen[name], "--run.dir", str(run), "--resume", "auto"]
+        while True:
+            pid = start(options, log)
+            # A third of the whole run's time: a run is killed several times before its end.
+            code = wait(pid, chance.uniform(0, seconds[name] / 3) if done < kills else LIMIT_S)
+            if code is None and done < kills:
+                number = list(EXPECTED)[done % 3]
+                os.kill(pid, number)
+                code = finish(pid, log)
+                if code not in (*EXPECTED[number], 0):
+                    raise SystemExit(f"exit code {code} after {number!r}:\n{log.read_text()}")
+                done += code != 0
+                if code:
+                    continue
+            if code != 0:
+                raise SystemExit(f"a run ended with {code}:\n{log.read_text()}")
+            break
+        if found := differences(whole[name], run):
+            raise SystemExit(f"{name} run {run} differs from the one left alone: {found}")
+        shutil.rmtree(run)
+    if "Traceback" in (text := log.read_text()):
+        raise SystemExit(f"a traceback appeared:\n{text}")
+    print(f"{done} kills over {runs} runs: every run ended as if left alone")
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description="Kill short runs and compare how they end.")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="torture-"))
+    try:
+        torture(folder, options.kills, options.seed)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
