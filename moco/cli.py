@@ -54,12 +54,13 @@ def build_parser(description: str, config: type, extras: dict[str, dict[str, Any
                 f"--{group}.{item.name}",
                 type=hints[item.name],
                 default=default,
-                help=_help(item.metadata),
+                help=option_help(item.metadata),
             )
     return parser
 
 
-def _help(metadata: Any) -> str:
+def option_help(metadata: Any) -> str:
+    """Say what a field means and which range it has."""
     limits = [
         text
         for key, text in (

@@ -98,7 +98,7 @@ def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
             options[item.name] = {
                 "type": hints[item.name],
                 "default": item.default_factory() if fresh else item.default,
-                "help": cli._help(item.metadata),
+                "help": cli.option_help(item.metadata),
             }
     return options
 

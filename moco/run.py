@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -378,8 +379,14 @@ def read_stored(checkpoint: Path, asked: dict[str, Any], images: dict[str, Any])
     Raises:
         UserError: Not one of our checkpoints, or of another recipe or data set.
     """
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    if "config" not in stored or "global_step" not in stored:
+    try:
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"--resume {checkpoint} cannot be read ({reason}): name another checkpoint of the run"
+        ) from None
+    if not isinstance(stored, dict) or not {"config", "global_step", "loops"} <= stored.keys():
         raise UserError(
             f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
@@ -126,7 +126,9 @@ def read_config(run_dir: Path, parsed: bool) -> Path | None:
     path = run_dir / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        problem = "" if isinstance(settings, dict) else "is damaged"
+        groups = settings if isinstance(settings, dict) else {}
+        whole = all(isinstance(groups.get(item.name), dict) for item in fields(TrainConfig))
+        problem = "" if whole else "is damaged"
     except FileNotFoundError:
         problem = "is missing"
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
