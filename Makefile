@@ -1,12 +1,13 @@
 # make train   set up and run the main job: digits, about a minute, no download
 # make test    set up and run all tests
+# make torture kill runs 36 times at random moments, resume them, compare how they end
 # make lint    style
 # make clean   remove the environment and what runs left
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint clean
+.PHONY: train test torture lint clean
 
 # The stamp holds only when every step went through, so an interrupted set-up is repeated.
 $(VENV)/.train: requirements.txt
@@ -24,6 +25,9 @@ train: $(VENV)/.train
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+torture: $(VENV)/.test
+	$(BIN)/python tests/torture.py --kills 36
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

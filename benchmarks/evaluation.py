@@ -66,6 +66,8 @@ def compare_knn(rounds: int) -> None:
             found[name] = way()
             seconds[name].append((time.perf_counter() - start, time.process_time() - cpu))
     print(f"kNN, bank {M} x {D}, {Q} queries, k {K}, one core, median of {rounds}")
+    agree = (found["faiss"] == found["matmul"]).sum().item()
+    print(f"  faiss and matmul agree on {agree} of {Q} predictions")
     base = statistics.median(s[0] for s in seconds["unchunked"])
     for name, times in seconds.items():
         wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))

@@ -8,10 +8,11 @@ RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -46,9 +47,13 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
     if not config.run.dir:
         return RUNS / f"{recipe or config.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = Path(config.run.dir)
-    if path.is_file():
+    try:
+        is_file, begun = path.is_file(), any((path / "checkpoints").glob("*.ckpt"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"run.dir {str(path)[:80]!r} is no possible directory: {error}") from None
+    if is_file:
         raise UserError(f"run.dir {path} is a file: name a directory")
-    if any((path / "checkpoints").glob("*.ckpt")):  # a kill may have left an empty folder
+    if begun:  # a kill may have left a folder without checkpoints
         raise UserError(
             f"run.dir {path} holds a run already: go on with --resume {path}, or name another "
             "directory"
@@ -127,7 +132,9 @@ def read_config(run_dir: Path, parsed: bool) -> Path | None:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         groups = settings if isinstance(settings, dict) else {}
-        whole = all(isinstance(groups.get(item.name), dict) for item in fields(TrainConfig))
+        whole = all(
+            isinstance(groups.get(item.name), dict) for item in dataclasses.fields(TrainConfig)
+        )
         problem = "" if whole else "is damaged"
     except FileNotFoundError:
         problem = "is missing"
@@ -144,11 +151,17 @@ def read_config(run_dir: Path, parsed: bool) -> Path | None:
 
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.yaml, whole or not at all."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """Write config.yaml, whole or not at all; raise UserError when the directory takes no file."""
     target, temporary = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, target)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        os.replace(temporary, target)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"run directory {run_dir} cannot be written ({getattr(error, 'strerror', error)}): "
+            "make room, or name another with --run.dir"
+        ) from None
 
 
 def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -35,17 +36,40 @@ def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
     return network.eval()
 
 
-def torchvision_resnet(seed: int = 0, cifar_padding: int | None = None) -> nn.Module:
+@functools.cache  # shared by all tests, which only read it
+def torchvision_resnet(
+    seed: int = 0, cifar_padding: int | None = None, width: float = 0.25
+) -> nn.Module:
     network = models.resnet18()
     if cifar_padding is not None:
         network.conv1 = nn.Conv2d(3, 64, 3, 1, cifar_padding, bias=False)
         network.maxpool = nn.Identity()
     network.fc = nn.Identity()
-    return randomise(network, seed)
+    return randomise(narrow(network, round(1 / width)), seed)
+
+
+def narrow(network: nn.Module, times: int) -> nn.Module:
+    """Keep one channel in so many: torchvision's arithmetic on smaller files."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            outputs, inputs = (n // times if n > 4 else n for n in module.weight.shape[:2])
+            module.weight = nn.Parameter(module.weight[:outputs, :inputs].detach().clone())
+        elif isinstance(module, nn.BatchNorm2d):
+            for name, tensor in module.state_dict().items():
+                if tensor.ndim:
+                    getattr(module, name).data = tensor[: len(tensor) // times].clone()
+    return network
 
 
 def module_state(model: ModelConfig, channels: int = 3, size: int = 32, seed: int = 0):
-    """Build the state dict of a MoCo module, with two encoders that differ, and the encoders."""
+    """Return the state dict of a MoCo module, with two encoders that differ, and the encoders."""
+    state, query, key = _module(dataclasses.astuple(model), channels, size, seed)
+    return dict(state), query, key
+
+
+@functools.cache  # shared by all tests, which only read it
+def _module(settings: tuple, channels: int, size: int, seed: int):
+    model = ModelConfig(*settings)
     query = randomise(build_encoder(model, channels, size), seed)
     key = randomise(copy.deepcopy(query), seed + 1)
     queue = KeyQueue(model.queue_size, model.embedding_dim, torch.Generator().manual_seed(seed))
@@ -65,7 +89,7 @@ def save_ours(path, model: ModelConfig, channels: int = 3, size: int = 32):
     return query, key
 
 
-SMALL = ModelConfig(backbone="resnet18", stem="cifar", queue_size=64, embedding_dim=16)
+SMALL = ModelConfig(backbone="resnet18", stem="cifar", width=0.25, queue_size=64, embedding_dim=16)
 
 
 def images(channels: int = 3, size: int = 32) -> torch.Tensor:
@@ -93,9 +117,9 @@ def test_ours_gives_the_query_encoder_unless_told_key(tmp_path):
     loaded = load_encoder(tmp_path / "last.ckpt")
     assert torch.equal(torch.get_rng_state(), before)
     assert (loaded.layout, loaded.encoder, loaded.epoch) == ("moco", "query", 3)
-    assert loaded.model == dataclasses.replace(SMALL, head_hidden_dim=512)
+    assert loaded.model == dataclasses.replace(SMALL, head_hidden_dim=128)
     assert loaded.data == {"channels": 1, "image_size": 32, "mean": [0.5], "std": [0.25]}
-    assert not loaded.backbone.training and loaded.feature_dim == 512
+    assert not loaded.backbone.training and loaded.feature_dim == 128
     batch = images(1)
     assert distance(query, lambda x: loaded.head(loaded.backbone(x)), batch) == 0
     other = load_encoder(tmp_path / "last.ckpt", "key")
@@ -154,7 +178,7 @@ def official(network, head, key=None, key_head=None, place: int = 5):
     return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}
 
 
-def mlp(dim: int = 512, width: int = 16) -> nn.Module:
+def mlp(dim: int = 128, width: int = 16) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, width))
 
 
@@ -177,15 +201,15 @@ def layouts():
     net, key, demo = torchvision_resnet(0), torchvision_resnet(1), torchvision_resnet(2, 1)
     solo = torchvision_resnet(3, 2)
     state, other = net.state_dict(), key.state_dict()
-    yield "official", official(net, nn.Linear(512, 16), key), net, key
+    yield "official", official(net, nn.Linear(128, 16), key), net, key
     yield "official", official(net, mlp(), key), net, key
     content = prefixed("encoder_q.net.", numbered(demo, DEMO_CHILDREN))
     content |= {
-        "encoder_q.net.9.weight": torch.randn(16, 512),
+        "encoder_q.net.9.weight": torch.randn(16, 128),
         "encoder_q.net.9.bias": torch.ones(16),
     }
     yield "official", {"epoch": 9, "state_dict": content, "optimizer": {}}, demo, None
-    projector = nn.Sequential(nn.Linear(512, 8, bias=False), nn.BatchNorm1d(8))
+    projector = nn.Sequential(nn.Linear(128, 8, bias=False), nn.BatchNorm1d(8))
     content = prefixed("module.base_encoder.", state)
     content |= prefixed("module.base_encoder.fc.", projector.state_dict())
     content |= prefixed("module.momentum_encoder.", other)
@@ -205,11 +229,11 @@ def layouts():
     for name in ("backbone", "encoder"):
         content = prefixed(f"{name}.", state) | prefixed(f"momentum_{name}.", other)
         content |= prefixed("projector.", mlp().state_dict()) | {"queue": torch.zeros(2, 16, 64)}
-        content["classifier.weight"] = torch.zeros(10, 512)
+        content["classifier.weight"] = torch.zeros(10, 128)
         yield "solo-learn", {"state_dict": content, "epoch": 1}, net, key
     content = prefixed("backbone.", solo.state_dict()) | prefixed("projector.", mlp().state_dict())
     yield "solo-learn", {"state_dict": content}, solo, None
-    classifier = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    classifier = {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
     yield "torchvision", state | classifier, net, None
     yield "torchvision", {"model": prefixed("module.", state)}, net, None
     yield "torchvision", {"state_dict": prefixed("model._orig_mod.", state), "epoch": 4}, net, None
@@ -239,7 +263,7 @@ def test_foreign_layouts_give_their_networks_features(tmp_path):
 
 def test_a_child_that_no_resnet_has_is_not_taken_for_a_classifier(tmp_path):
     content = prefixed("backbone.", numbered(torchvision_resnet(), TORCHVISION_CHILDREN))
-    content["backbone.8.weight"] = torch.ones(32, 512, 1, 1)
+    content["backbone.8.weight"] = torch.ones(32, 128, 1, 1)
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=r"unknown: 8\.weight"):
         load_encoder(tmp_path / "a.ckpt")
@@ -247,7 +271,7 @@ def test_a_child_that_no_resnet_has_is_not_taken_for_a_classifier(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "make"),
-    [("linear", lambda: nn.Linear(512, 16)), ("mlp", mlp)],
+    [("linear", lambda: nn.Linear(128, 16)), ("mlp", mlp)],
 )
 def test_official_heads_are_rebuilt(tmp_path, name, make):
     network, head = torchvision_resnet(), make()
@@ -315,7 +339,7 @@ def test_architecture_is_read_off_shapes(name):
 
 
 def test_half_precision_weights_load_as_float(tmp_path):
-    network = torchvision_resnet()
+    network = torchvision_resnet(width=1)
     torch.save({k: v.half() for k, v in network.state_dict().items()}, tmp_path / "half.pth")
     loaded = load_encoder(tmp_path / "half.pth")
     assert loaded.backbone.conv1.weight.dtype == torch.float32
@@ -337,11 +361,11 @@ def test_half_match_is_an_error_unless_allowed(tmp_path):
     state = torchvision_resnet().state_dict()
     lacking = {k: v for k, v in state.items() if k != "layer2.0.conv1.weight"}
     beyond = state | {"layer2.0.attention.weight": torch.ones(2)}
-    misshapen = state | {"layer1.0.conv1.weight": torch.ones(64, 64, 1, 1)}
+    misshapen = state | {"layer1.0.conv1.weight": torch.ones(16, 16, 1, 1)}
     for content, words in (
         (lacking, "matched 119 of 120; missing: layer2.0.conv1.weight"),
         (beyond, "unknown: layer2.0.attention.weight"),
-        (misshapen, "of other shape: layer1.0.conv1.weight .64x64x1x1 for 64x64x3x3."),
+        (misshapen, "of other shape: layer1.0.conv1.weight .16x16x1x1 for 16x16x3x3."),
     ):
         torch.save(content, tmp_path / "a.pth")
         with pytest.raises(UserError, match=words):
@@ -373,7 +397,7 @@ class Bomb:
 
 def broken_files(folder) -> dict[str, str]:
     """Write one file of each kind; returns its name and what the error must say."""
-    state = torchvision_resnet().state_dict()
+    state = {"conv1.weight": torch.ones(64, 3, 7, 7), "layer4.0.conv1.weight": torch.ones(512, 512)}
     torch.save(state, folder / "good.pth")
     torch.save(state, folder / "legacy.pth", _use_new_zipfile_serialization=False)
     save_file(state, folder / "good.safetensors")

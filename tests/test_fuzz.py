@@ -25,7 +25,9 @@ import train
 from moco.config import RunError, TrainConfig, UserError
 
 ROOT = Path(__file__).parent.parent
-CASES = 40  # of those, a few in ten are accepted and train
+CASES = int(
+    os.environ.get("MOCO_FUZZ_CASES", "20")
+)  # of those, a few in ten are accepted and train
 LIMIT_S = 30
 BASE = {
     "model.backbone": "resnet10t", "model.stem": "cifar", "model.width": 0.125,
@@ -37,12 +39,13 @@ FIXED = {
     # Where and for how long: not for chance to decide.
     "run.dir", "run.wandb", "run.wandb_project", "run.tensorboard", "data.root", "data.download",
     "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
-    "data.worker_timeout", "data.num_workers",
+    "data.worker_timeout", "data.num_workers", "model.width",
 }  # fmt: skip
 STRANGE = [
-    "", " ", "null", "true", "-1", "0", "1e-3", "1e400", "nan", "-inf", "[]", "[1,2", "{}", "{a: b}",
-    "!!python/object:os.system x", "99999999999999999999", "0x10", "1_000", "ä", "\u202e", "a\nb",
-    "--data.root", "'", '"', "%s", "${HOME}", "../../x", "resnet5O", "*", "&a", "1,2", "[[1]]",
+    "", " ", "null", "true", "-1", "0", "1e-3", "1e400", "nan", "-inf", "[]", "[1,2", "{}",
+    "{a: b}", "!!python/object:os.system x", "99999999999999999999", "0x10", "1_000", "ä",
+    "\u202e", "a\nb", "--data.root", "'", '"', "%s", "${HOME}", "../../x", "resnet5O", "*", "&a",
+    "1,2", "[[1]]",
 ]  # fmt: skip
 
 
@@ -63,14 +66,14 @@ def value(chance: random.Random, kind: Any, limits: Any) -> Any:
     if get_origin(kind) is Literal:
         return chance.choice(get_args(kind))
     if get_origin(kind) is list:
-        return [value(chance, get_args(kind)[0], {}) for _ in range(chance.randrange(4))]
+        return [value(chance, get_args(kind)[0], {}) for _ in range(chance.randrange(2))]
     options = [k for k in get_args(kind) if k is not type(None)] or [kind]
     if len(get_args(kind)) > 1 and chance.random() < 0.3:
         return None
     if options[0] is bool:
         return chance.random() < 0.5
     if options[0] is str:
-        return chance.choice(["resnet18", "resnet10t", "vit_tiny_patch16_224", "no_such_net", "x"])
+        return chance.choice(["resnet10t", "test_vit", "test_byobnet", "no_such_net", "x"])
     low = limits.get("at_least", limits.get("above", -1))
     high = min(limits.get("at_most", low + 100), low + 100)
     if options[0] is int:
@@ -114,10 +117,10 @@ def in_tmp(tmp_path, monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_random_configurations_train_or_are_refused_in_one_line(tmp_path, part):
     trained = refused = 0
-    for seed in range(part * CASES // 4, (part + 1) * CASES // 4):
+    for seed in range(part * CASES // 2, (part + 1) * CASES // 2):
         words = arguments(seed, tmp_path)
         try:
             result = train.main(words)
@@ -133,7 +136,7 @@ def test_random_configurations_train_or_are_refused_in_one_line(tmp_path, part):
             trained += 1
             assert result["steps"] == 2, words
             torch.load(result["checkpoint"], weights_only=True)
-    assert trained and refused, "both ends are met"
+    assert trained > 1 and refused > 1, "both ends are met"
 
 
 @pytest.mark.parametrize("seed", [1001, 1002])
@@ -160,7 +163,7 @@ MANGLED = [
     ["--resume="], ["--resume", "\x00"], ["--model.width"], ["--model.width", "1", "2"],
     ["--model"], ["--model", "{width: 1}"], ["--model.width.x", "1"], ["--config", "/dev/null"],
     ["--print_config"], ["--resume", "auto", "--init_from", "x"], ["--run.dir", "\x00"],
-    ["--run.dir", "x" * 5000], ["--data.root", "\udcff"], ["--optim.milestones", "[1,[2]]"],
+    ["--run.dir", "x" * 5000], ["--optim.milestones", "[1,[2]]"],
     ["--run.seed", "-1"], ["--run.seed", "4294967296"], ["--init_from", "/"],
     ["--init_from", "/etc/hostname"], ["--config", "/etc/hostname"], ["--data.mean", "[nan]"],
 ]  # fmt: skip

@@ -44,7 +44,7 @@ COMMON = [
     *("--model.embedding_dim", "16", "--model.queue_size", "100", "--data.batch_size", "16"),
     *("--data.image_size", "16", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"),
     *("--trainer.log_every_n_steps", "1", "--run.knn_every", "1", "--run.knn_k", "5"),
-    *("--run.checkpoint_every", "4", "--optim.schedule", "plateau", "--trainer.max_epochs", "12"),
+    *("--run.checkpoint_every", "4", "--optim.schedule", "plateau"),
 ]
 
 
@@ -134,40 +134,51 @@ def differences(one: Path, other: Path) -> list[str]:
     return found + [f"metrics.csv: {row}" for row in rows[:2]]
 
 
-def torture(folder: Path, kills: int, seed: int) -> None:
+def run_killed(options: list[str], kills: list[int], longest: float, log: Path, chance) -> int:
+    """Start a run again and again until it is done, killing it with each of `kills` in turn.
+
+    Returns:
+        How many kills hit it before it was done.
+    """
+    hits = 0
+    while True:
+        pid = start(options, log)
+        code = wait(pid, chance.uniform(0, longest)) if hits < len(kills) else finish(pid, log)
+        if code is None:
+            number = kills[hits]
+            os.kill(pid, number)
+            code = finish(pid, log)
+            if code not in (*EXPECTED[number], 0):
+                raise SystemExit(f"exit code {code} after signal {number}:\n{log.read_text()}")
+        elif code:
+            raise SystemExit(f"a run ended by itself with {code}:\n{log.read_text()}")
+        if code == 0:
+            return hits
+        hits += 1
+
+
+def torture(folder: Path, kills: int, epochs: int, seed: int) -> None:
     """Kill until `kills` processes have died; raise SystemExit at the first difference."""
     chance = random.Random(seed)
     log, done, runs = folder / "log.txt", 0, 0
     chosen = recipes(folder / "images")
-    whole, seconds = {}, {}
-    for name, options in chosen.items():
-        begin = time.monotonic()
-        whole[name] = folder / f"whole-{name}"
-        code = finish(start([*options, "--run.dir", str(whole[name])], log), log)
-        if code:
-            raise SystemExit(f"the run left alone ended with {code}:\n{log.read_text()}")
-        seconds[name] = time.monotonic() - begin
+    whole: dict[str, tuple[Path, float]] = {}
     while done < kills:
         name = list(chosen)[runs % len(chosen)]
+        options = [*chosen[name], "--trainer.max_epochs", str(epochs), "--run.dir"]
+        if name not in whole:
+            begin = time.monotonic()
+            whole[name] = folder / f"whole-{name}", 0.0
+            if code := finish(start([*options, str(whole[name][0])], log), log):
+                raise SystemExit(f"the run left alone ended with {code}:\n{log.read_text()}")
+            whole[name] = whole[name][0], time.monotonic() - begin
+        left_alone, seconds = whole[name]
         run, runs = folder / f"run-{runs}", runs + 1
-        options = [*chosen[name], "--run.dir", str(run), "--resume", "auto"]
-        while True:
-            pid = start(options, log)
-            # A third of the whole run's time: a run is killed several times before its end.
-            code = wait(pid, chance.uniform(0, seconds[name] / 3) if done < kills else LIMIT_S)
-            if code is None and done < kills:
-                number = list(EXPECTED)[done % 3]
-                os.kill(pid, number)
-                code = finish(pid, log)
-                if code not in (*EXPECTED[number], 0):
-                    raise SystemExit(f"exit code {code} after {number!r}:\n{log.read_text()}")
-                done += code != 0
-                if code:
-                    continue
-            if code != 0:
-                raise SystemExit(f"a run ended with {code}:\n{log.read_text()}")
-            break
-        if found := differences(whole[name], run):
+        numbers = [list(EXPECTED)[n % 3] for n in range(done, kills)]
+        # A third of the whole run's time: a run is killed several times before its end.
+        resumed = [*options, str(run), "--resume", "auto"]
+        done += run_killed(resumed, numbers, seconds / 3, log, chance)
+        if found := differences(left_alone, run):
             raise SystemExit(f"{name} run {run} differs from the one left alone: {found}")
         shutil.rmtree(run)
     if "Traceback" in (text := log.read_text()):
@@ -179,11 +190,12 @@ def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description="Kill short runs and compare how they end.")
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=12, help="length of each run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     try:
-        torture(folder, options.kills, options.seed)
+        torture(folder, options.kills, options.epochs, options.seed)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
