@@ -417,9 +417,7 @@ class KNNConfig:
     """What `eval_knn.py` takes besides."""
 
     k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote")
-    temperature: float = setting(
-        0.1, "Each neighbour votes exp(similarity / temperature)", above=0
-    )
+    temperature: float = setting(0.1, "Each neighbour votes exp(similarity / temperature)", above=0)
     backend: Literal["auto", "faiss", "matmul", "bf16"] = setting(
         "auto", "Exact search; the answers do not depend on it"
     )
