@@ -309,7 +309,7 @@ RUNS = {
     "an unknown backbone": (["--model.backbone", "resnet5O"], "model.backbone 'resnet5O'"),
     "a stem that does not fit": (["--model.backbone", "vit_tiny_patch16_224"], "model.stem"),
     "devices that do not exist": (["--trainer.devices", "1000"], "trainer.devices is 1000"),
-    "a batch that does not divide": (["--data.batch_size", "100"], "data.batch_size 100"),
+    "a batch that does not divide": (["--data.batch_size", "102"], "data.batch_size 102"),
     "fp16 on a CPU": (["--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed"),
     "a run that is not there": (["--resume", "nowhere"], "--resume nowhere"),
     "a directory that is a file": (["--run.dir", "file"], "run.dir file"),

@@ -224,21 +224,27 @@ def test_the_count_of_steps_left_out_survives_a_resume(images, nan_at):
 
 def test_weights_that_overflow_reach_no_checkpoint(images):
     with pytest.raises(RunError, match="not finite"):
-        run_tiny(images, "--optim.lr", "1e38", "--optim.schedule", "constant")
+        run_tiny(images, "--optim.lr", "1e20", "--optim.weight_decay", "1e30")
     for path in Path("run").rglob("*.ckpt"):
         assert all(t.isfinite().all() for t in tensors(load(path)["state_dict"]))
 
 
-def _guarded_on_rank(allowed: int, bad_rank: int):
-    """Train four steps on two ranks; at the third, one rank's images are NaN."""
+def _guarded_on_rank(allowed: int, bad_rank: int, what: str):
+    """Train four steps on two ranks; at the third, one rank's images or loss are not finite."""
     from test_pretrain import MODEL, _as_rank, make_batches, make_module, make_views
 
     rank, world = _as_rank()
     module = make_module(MODEL)
     batches = make_batches(make_views(16, steps=4), world, rank, True, False)
-    if rank == bad_rank:
+    if rank == bad_rank and what == "images":
         batches[2].query_views[0][0] = float("nan")
-    states = []
+        batches[2].key_views[0][0] = float("nan")
+    info_nce, calls, states = pretrain.info_nce, [], []
+
+    def infinite(*arguments):  # by a constant, so that the gradients stay finite
+        calls.append(1)
+        loss, logits = info_nce(*arguments)
+        return loss + (float("inf") if len(calls) == 3 else 0), logits
 
     class Keep(pl.Callback):
         def on_train_batch_end(self, trainer, module, *args):
@@ -251,16 +257,20 @@ def _guarded_on_rank(allowed: int, bad_rank: int):
         max_epochs=1, logger=False, callbacks=[guard, Keep()], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
+    if rank == bad_rank and what == "loss":
+        pretrain.info_nce = infinite
     try:
         trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     except RunError as error:
         return str(error), states
+    finally:
+        pretrain.info_nce = info_nce
     return "", states
 
 
-@pytest.mark.parametrize("allowed", [0, 1])
-def test_all_ranks_leave_out_what_is_bad_on_one(two_ranks, allowed):
-    (said_0, states_0), (said_1, states_1) = two_ranks.run(_guarded_on_rank, allowed, 1)
+@pytest.mark.parametrize(("allowed", "what"), [(0, "images"), (1, "images"), (1, "loss")])
+def test_all_ranks_leave_out_what_is_bad_on_one(two_ranks, allowed, what):
+    (said_0, states_0), (said_1, states_1) = two_ranks.run(_guarded_on_rank, allowed, 1, what)
     assert said_0 == said_1
     assert ("not finite at step 3" in said_0) == (allowed == 0)
     for states in (states_0, states_1):
@@ -591,11 +601,13 @@ def test_rows_of_metrics_wait_for_room(small_disk, said):
         metrics.log_metrics({"epoch": 0, "train/loss": step / 7}, step)
     assert [line for line in said if "metrics.csv waits to be written: No space" in line]
     with (small_disk / "metrics.csv").open() as file:
-        assert all(None not in row.values() for row in csv.DictReader(file)), "no torn row"
+        assert all(None not in row for row in csv.DictReader(file)), "no torn row"
     (small_disk / "ballast").unlink()
     metrics.log_metrics({"epoch": 1}, 400)
     with (small_disk / "metrics.csv").open() as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(-1, 401))
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(-1, 401))
+    assert [float(row["train/loss"]) for row in rows[1:-1]] == [n / 7 for n in range(400)]
 
 
 def test_a_disk_full_to_the_end_exits_with_1_and_resumes(images, small_disk, with_callback):
@@ -700,7 +712,10 @@ def test_collapse_is_a_warning_with_causes_after_a_while(said):
         watch.on_train_batch_end(fake, fake)
     assert not said, "shortly low is no collapse"
     fake.metrics = {"train/spread": low}
-    for _ in range(2 * faults.COLLAPSED_READINGS):
+    for _ in range(faults.COLLAPSED_READINGS - 1):
+        watch.on_train_batch_end(fake, fake)
+    assert not said, "a reading above starts the count anew"
+    for _ in range(faults.COLLAPSED_READINGS):
         watch.on_train_batch_end(fake, fake)
     assert len(said) == 1, "said once"
     for cause in ("optim.lr", "model.key_momentum", "model.temperature", "data.crop_min"):

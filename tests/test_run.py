@@ -142,7 +142,7 @@ def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused():
     before = Path("run/checkpoints/last.ckpt").stat().st_mtime_ns
     assert train.main(["--resume", "run"])["steps"] == 6
     assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"model\.temperature is 0\.5 but the run has 0\.1"):
+    with pytest.raises(UserError, match=r"model\.temperature is 0\.5 but the run has 0\.2"):
         train.main(["--resume", "run", "--model.temperature", "0.5"])
     with pytest.raises(UserError, match="holds a run already"):
         run_small("run")
