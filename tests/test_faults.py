@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -618,6 +619,45 @@ def test_a_disk_full_to_the_end_exits_with_1_and_resumes(images, small_disk, wit
     assert load(f"{where}/checkpoints/last.ckpt")["global_step"] == 2
     (small_disk / "ballast").unlink()
     assert train.main(["--resume", where])["steps"] == 6
+
+
+@pytest.fixture
+def file_limit():
+    """Let no file of this process grow beyond so many bytes, a full disk without rights."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        soft = before[0] if size is None else size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, before[1]))
+
+    yield limit
+    limit(None)
+
+
+def test_a_row_of_metrics_is_written_whole_or_not_at_all(tmp_path, file_limit):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path)
+    metrics.log_metrics({"epoch": 0}, 0)
+    size = path.stat().st_size
+    file_limit(size + 7)  # within the next row
+    metrics.log_metrics({"epoch": 1, "train/loss": 2.5}, 1)
+    assert path.stat().st_size == size
+    file_limit(None)
+    metrics.log_metrics({"epoch": 2}, 2)
+    with path.open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(images, file_limit, said):
+    run_tiny(images, "--trainer.max_steps", "2", "--trainer.max_epochs", "1")
+    before = Path("run/checkpoints/last.ckpt").read_bytes()
+    file_limit(len(before) // 2)
+    with pytest.raises(RunError, match="could not be written"):
+        run_tiny(images, "--resume", "run", "--trainer.max_steps", "-1", run_dir="")
+    file_limit(None)
+    assert Path("run/checkpoints/last.ckpt").read_bytes() == before
+    assert any("step_000000003.ckpt was not written" in line for line in said)
+    assert not list(Path("run").rglob(".*.tmp"))
 
 
 # Signals, SLURM, ranks, ports
