@@ -62,7 +62,8 @@ class NonFiniteGuard(pl.Callback):
         self._before: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Move the counters to the device."""
+        """Move the counters to the device, and list what is judged and what is put back."""
+        self._parameters = list(module.query_encoder.parameters())
         self._told = int(self._skipped)
         self._skipped = torch.tensor(self._told, device=module.device)
         self._first = torch.tensor(-1, device=module.device)
@@ -85,12 +86,12 @@ class NonFiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, module: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         """Judge the step on the device, alike on all ranks, and take back what it changed."""
-        gradients = [p.grad for p in module.query_encoder.parameters() if p.grad is not None]
-        sound = torch.nn.utils.get_total_norm(gradients).isfinite()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        sound = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
         if not optimizer.state and not sound:
             # Once per run the host asks: a first update that is skipped on the device would leave
             # SGD's momentum uninitialised (torch 2.15, optim/sgd.py, is_first_step).
-            for parameter in module.query_encoder.parameters():
+            for parameter in self._parameters:
                 parameter.grad = None
         # A gradient scaler raises its scale until gradients overflow: there the loss alone counts.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -104,7 +105,7 @@ class NonFiniteGuard(pl.Callback):
         self._rates[trainer.global_step + 1] = optimizer.param_groups[0]["lr"]
         self._first = torch.where(bad & (self._first < 0), trainer.global_step + 1, self._first)
         self._skipped += bad
-        if self._before is not None:
+        if self._before is not None and (bad.device.type != "cpu" or bad):
             after = torch.cat([buffer.flatten() for buffer in self._stats])
             kept = torch.where(bad, self._before, after)
             torch._foreach_copy_(self._stats, kept.split([b.numel() for b in self._stats]))
@@ -116,11 +117,11 @@ class NonFiniteGuard(pl.Callback):
 
     def read(self) -> None:
         """Fetch the count; raise RunError when more steps were bad than are allowed."""
-        skipped, step = int(self._skipped), int(self._first)
+        skipped = int(self._skipped)
         rates, self._rates = self._rates, {}
         if skipped == self._told:
             return
-        self._told = skipped
+        self._told, step = skipped, int(self._first)
         self._first.fill_(-1)
         what = f"loss or gradient is not finite at step {step} (lr {rates.get(step, math.nan):g})"
         if skipped > self.allowed:

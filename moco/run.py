@@ -33,7 +33,7 @@ from moco.monitor import KNNMonitor, Progress, Readings
 from moco.pretrain import MoCo
 from moco.rundir import check_images, check_same, find_run, new_run, write_config
 from moco.saving import AtomicCheckpointIO, Checkpoints, requeue
-from moco.tracking import loggers
+from moco.tracking import finish, loggers
 
 log = logging.getLogger("moco")
 
@@ -173,6 +173,7 @@ class _Run:
             raise explain(error, trainer, self.module, self.config.data) from error
         finally:
             self.data.close()
+            finish()
 
     def trainer(self, callbacks: list[pl.Callback], start_step: int) -> pl.Trainer:
         """Build Lightning's Trainer without what this project does itself."""

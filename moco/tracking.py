@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import netrc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,13 @@ def loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
             WandbLogger(run_dir.name, run_dir, project=config.wandb_project, offline=offline)
         )
     return found
+
+
+def finish() -> None:
+    """End what wandb has begun: left to itself it writes behind the result on standard output."""
+    if wandb := sys.modules.get("wandb"):
+        with contextlib.redirect_stdout(sys.stderr):
+            wandb.finish()
 
 
 def _has_wandb_key() -> bool:

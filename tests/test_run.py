@@ -234,3 +234,14 @@ def test_wrong_input_names_field_value_and_remedy(case, monkeypatch):
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
     assert not Path("run").exists()
+
+
+def test_wandb_without_a_key_stays_offline_and_leaves_the_last_line_to_the_result():
+    process = start(*SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--run.wandb", "true")
+    try:
+        out, err = process.communicate(timeout=110)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
+    assert list(Path("run/wandb").glob("offline-run-*"))
