@@ -98,6 +98,10 @@ class ModelConfig:
         "demo does",
     )
     bn_splits: int = setting(8, "Number of BatchNorm groups of a split", at_least=2)
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Compile encoders and views to fused kernels, a minute at the start; auto: on a GPU",
+    )
 
 
 @dataclass

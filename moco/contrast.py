@@ -33,11 +33,16 @@ def info_nce(
     # In fp32 also under autocast: bf16 logits of size 1/temperature carry errors of several
     # percent.
     with torch.autocast(query.device.type, enabled=False):
-        query, key, negatives = query.float(), key.float(), negatives.float()
+        query, key, negatives = at_least_fp32(query), at_least_fp32(key), at_least_fp32(negatives)
         positive = (query * key).sum(1, keepdim=True)  # N 1
         logits = torch.cat([positive, query @ negatives.T], dim=1) / temperature  # N 1+K
         labels = logits.new_zeros(len(logits), dtype=torch.long)
         return functional.cross_entropy(logits, labels), logits
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Undo what autocast has shortened; fp64 stays."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from moco import distributed, sources, views
+from moco.badfiles import BadFiles
 from moco.config import DataConfig, UserError, normalisation
 from moco.decode import BadImage
-from moco.faults import PREFETCH, BadFiles, end_workers, fetched, fitting_workers, ignore_signals
-from moco.random import combine, permutation, uniform
+from moco.random import combine, permutations, uniform
 from moco.sources import ImageSource
+from moco.workers import PREFETCH, end_workers, fetched, fitting_workers, ignore_signals
 
 _ATTEMPTS = 64  # other images that are tried in the place of one that cannot be read
 
@@ -86,6 +87,7 @@ class PretrainData(pl.LightningDataModule):
         super().__init__()
         self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
         self.recipe = views.view_recipe(config)
+        self.device = torch.device("cpu")
         self.source = source or sources.open_source(config, "train")
         self.images: Tensor | None = self.source.images
         self.resident = "memory"
@@ -99,14 +101,23 @@ class PretrainData(pl.LightningDataModule):
         """Full batches in the set; what is left over waits for another epoch's order."""
         return len(self.source) // self.config.batch_size
 
-    def prepare(self, device: torch.device, report_path: str | None = None) -> None:
-        """Decode what is to be resident, drop what cannot be read, and say what was decided."""
+    def prepare(
+        self, device: torch.device, report_path: str | None = None, backend: str = ""
+    ) -> None:
+        """Decode what is to be resident, drop what cannot be read, and say what was decided.
+
+        Args: device: Makes the views. report_path: Takes the names of unreadable files. backend: Of
+            torch.compile, for the views; empty: not compiled.
+        """
         self.source, self.images, self.resident = make_resident(
             self.source, self.config, device, report_path
         )
         check_batch(self.config, len(self.source))
         self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path)
-        self._mean, self._std = (torch.tensor(v, device=device) for v in normalisation(self.config))
+        self.device = device
+        mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
+        size = self.config.image_size
+        self._make_view = views.ViewMaker(self.recipe, self.seed, size, mean, std, backend)
 
     def train_dataloader(self) -> StepLoader:
         """Build the loader; it finds its place from Lightning's batch counter, mid-epoch too."""
@@ -131,9 +142,7 @@ class PretrainData(pl.LightningDataModule):
         queries = _Images(batch.epoch, distributed.local_rows(batch.index, count), batch.crops)
         order, keys = None, queries
         if self.shuffle:
-            order = distributed.key_order(self.seed, batch.step, count, world).to(
-                batch.index.device
-            )
+            order = distributed.key_order(self.seed, batch.step, count, world, batch.index.device)
             crops = None if batch.crops is None else distributed.exchange(batch.crops, order)
             index = distributed.local_rows(batch.index[order], count)
             keys = _Images(batch.epoch, index, crops)
@@ -148,16 +157,11 @@ class PretrainData(pl.LightningDataModule):
 
     def _view(self, chosen: _Images, number: int) -> Tensor:
         """Make one view of the chosen images, N x C x S x S."""
-        recipe, epoch, index = self.recipe, chosen.epoch, chosen.index
-        if chosen.crops is not None:
-            cut = chosen.crops[:, number].float() / 255
-        else:
-            images = self.images[index.to(self.images.device)].to(index.device)
-            boxes = views.draw_crops(recipe, self.seed, epoch, index, number, *images.shape[2:])
-            cut = views.crop_and_resize(images, boxes, self.config.image_size)
-        colours = views.draw_colours(recipe, self.seed, epoch, index, number)
-        image = views.adjust_colours(cut, colours, recipe)
-        return views.normalise(image, self._mean, self._std)
+        epoch, index, crops = chosen.epoch, chosen.index, chosen.crops
+        if crops is not None:
+            return self._make_view(crops[:, number], epoch, index, number, whole=False)
+        images = self.images[index.to(self.images.device)].to(index.device)
+        return self._make_view(images, epoch, index, number, whole=True)
 
 
 @dataclass
@@ -179,7 +183,7 @@ class StepLoader:
     def __init__(self, data: PretrainData, position: Callable[[], int]) -> None:
         self.data, self.position = data, position
         self._workers: DataLoader | None = None
-        self._order: list[tuple[int, int, Tensor]] = []
+        self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
         return self.data.steps_per_epoch
@@ -199,7 +203,10 @@ class StepLoader:
     def _batches(self, epoch: int, start: int) -> Iterator[Indices]:
         """Slice the epoch's permutation into global batches."""
         data, size = self.data, self.data.config.batch_size
-        order = permutation(data.seed, "order", epoch, len(data.source))
+        resident = data.images is not None and data.images.device == data.device
+        counter = torch.tensor([epoch], device=data.device if resident else "cpu")
+        # On the device from the start, so that no step copies anything there.
+        order = permutations(data.seed, "order", counter, len(data.source))[0]
         for number in range(start, len(self)):
             index = order[number * size : (number + 1) * size]
             yield Indices(epoch, epoch * len(self) + number, index)
@@ -213,7 +220,17 @@ class StepLoader:
         batches = fetched(self._workers, self.data.config.worker_timeout)
         for plan, (crops, bad) in zip(planned, batches, strict=True):
             self.data.bad.note(bad)
-            yield replace(plan, crops=crops)
+            yield replace(plan, crops=self._copied(crops) if crops.is_pinned() else crops)
+
+    def _copied(self, crops: Tensor) -> Tensor:
+        """Copy to the GPU on a stream of its own, while the step before is still computed there."""
+        self._stream = self._stream or torch.cuda.Stream(self.data.device)
+        with torch.cuda.stream(self._stream):
+            crops = crops.to(self.data.device, non_blocking=True)
+        training = torch.cuda.current_stream(self.data.device)
+        training.wait_stream(self._stream)
+        crops.record_stream(training)
+        return crops
 
     def _start_workers(self) -> DataLoader:
         data = self.data
@@ -224,7 +241,7 @@ class StepLoader:
             num_workers=count,
             persistent_workers=count > 0,
             prefetch_factor=PREFETCH if count else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=data.device.type == "cuda",
             collate_fn=_collate_cuts,
             worker_init_fn=ignore_signals,
         )

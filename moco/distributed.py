@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from moco.random import permutation
+from moco.random import permutations
 
 
 def world_size() -> int:
@@ -42,7 +42,9 @@ def local_rows(rows: Tensor, count: int) -> Tensor:
     return rows[rank() * count : (rank() + 1) * count]
 
 
-def key_order(seed: int, step: int, count: int, world: int) -> Tensor:
+def key_order(
+    seed: int, step: int, count: int, world: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Say which key stands where after the shuffle.
 
     Each rank permutes its rows and deals one block of count/world to every rank, so that each
@@ -55,17 +57,17 @@ def key_order(seed: int, step: int, count: int, world: int) -> Tensor:
         step: Number of the batch since the start of the run.
         count: N; a multiple of `world`.
         world: W.
+        device: Where the order is made; it is the same everywhere.
 
     Returns:
-        B int64 on the CPU: place p (on rank p // N) gets the key of row `order[p]`.
+        B int64: place p (on rank p // N) gets the key of row `order[p]`.
     """
     if count % world:
         raise ValueError(f"{count} images per device do not split into {world} equal blocks")
-    blocks = []
-    for sender in range(world):
-        local = permutation(seed, "shuffle", step * world + sender, count)
-        blocks.append((local + sender * count).view(world, count // world))
-    return torch.stack(blocks, dim=1).flatten()  # receiver, sender, row
+    senders = torch.arange(world, device=device)
+    local = permutations(seed, "shuffle", senders + step * world, count)  # sender, row
+    order = (local + senders[:, None] * count).view(world, world, count // world)
+    return order.transpose(0, 1).flatten()  # receiver, sender, row
 
 
 def exchange(rows: Tensor, order: Tensor) -> Tensor:

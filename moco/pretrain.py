@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from moco import optim
 from moco.config import ModelConfig, OptimConfig
-from moco.contrast import KeyQueue, contrast_accuracy, info_nce
+from moco.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
 from moco.data import Batch
 from moco.distributed import all_gather, local_rows, restore
 from moco.encoder import build_encoder, set_batch_norm
@@ -65,9 +65,16 @@ class MoCo(pl.LightningModule):
             self.register_buffer(name, torch.zeros(()), persistent=False)
         self.to(memory_format=torch.channels_last)  # faster on every device and in every precision
 
+    def compile_encoders(self, backend: str) -> None:
+        """Compile both encoders, each to fused kernels for one shape; names and state stay."""
+        for encoder in (self.query_encoder, self.key_encoder):
+            encoder.compile(backend=backend, dynamic=False)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take one step of Algorithm 1 on each pair of views, one pair or, if symmetric, two."""
-        queries = [normalize(self.query_encoder(view).float()) for view in batch.query_views]  # N C
+        queries = [
+            normalize(at_least_fp32(self.query_encoder(view))) for view in batch.query_views
+        ]  # N C
         with torch.no_grad():
             if batch_idx % self.accumulate == 0:
                 self.update_key_encoder()
@@ -108,7 +115,7 @@ class MoCo(pl.LightningModule):
         Returns:
             B x C unit vectors in rank order, without gradient.
         """
-        return restore(normalize(self.key_encoder(key_view).float()), key_order)
+        return restore(normalize(at_least_fp32(self.key_encoder(key_view))), key_order)
 
     @torch.no_grad()
     def take_note(self, loss: Tensor, logits: Tensor, query: Tensor) -> None:

@@ -32,20 +32,27 @@ def uniform(seed: int, purpose: str, counters: Tensor, draws: int) -> Tensor:
     Returns:
         N x D float32 on the device of `counters`.
     """
-    columns = torch.arange(draws, dtype=torch.int64, device=counters.device)
-    mixed = _finalise(_finalise(counters + _key(seed, purpose))[:, None] + (columns + 1) * _GOLDEN)
+    start = _finalise(counters + _key(seed, purpose))[:, None]
+    columns = torch.arange(1, draws + 1, dtype=torch.int64, device=counters.device)
+    # Adding 0 of the data keeps torch.compile from multiplying constants beyond 64 bits.
+    mixed = _finalise(start + (columns + (start & 0)) * _GOLDEN)
     # 24 of the 53 bits: float32 holds no more below 1.
     return ((mixed & _MASK_53) >> 29).float() * (1.0 / (1 << 24))
 
 
 def permutation(seed: int, purpose: str, counter: int, size: int) -> Tensor:
     """Return a permutation of 0..size-1 (int64, on the CPU) that belongs to `counter`."""
-    columns = torch.arange(size, dtype=torch.int64)
-    start = torch.tensor(counter, dtype=torch.int64) + _key(seed, purpose)
-    return torch.argsort(_finalise(_finalise(start) + (columns + 1) * _GOLDEN), stable=True)
+    return permutations(seed, purpose, torch.tensor([counter]), size)[0]
 
 
-def combine(high: int, low: Tensor) -> Tensor:
+def permutations(seed: int, purpose: str, counters: Tensor, size: int) -> Tensor:
+    """Return a permutation of 0..size-1 for each counter: N x size int64, on its device."""
+    columns = torch.arange(size, dtype=torch.int64, device=counters.device)
+    start = _finalise(counters + _key(seed, purpose))[:, None]
+    return torch.argsort(_finalise(start + (columns + 1) * _GOLDEN), dim=1, stable=True)
+
+
+def combine(high: int | Tensor, low: Tensor) -> Tensor:
     """Make one counter of two, such as (epoch, image index); `low` stays below 2**40."""
     return low + (high << 40)
 

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -28,9 +29,11 @@ from moco import sources
 from moco.checkpoint import restore_pretraining
 from moco.config import RunError, TrainConfig, UserError
 from moco.data import LabelledData, PretrainData, check_batch, make_resident
-from moco.faults import NonFiniteGuard, RankLauncher, Watch, explain, free_port
+from moco.explain import explain
+from moco.guard import NonFiniteGuard, Watch
 from moco.monitor import KNNMonitor, Progress, Readings
 from moco.pretrain import MoCo
+from moco.ranks import RankLauncher, free_port
 from moco.rundir import check_images, check_same, find_run, new_run, write_config
 from moco.saving import AtomicCheckpointIO, Checkpoints, requeue
 from moco.tracking import finish, loggers
@@ -107,7 +110,10 @@ class _Run:
         self.config, self.data, self.module, self.run_dir = config, data, module, run_dir
         self.devices = devices
         self.device = _device(config)
-        data.prepare(self.device, str(run_dir / "bad_files.txt"))
+        self.backend, self.why_compiled = choose_compile(config)
+        data.prepare(self.device, str(run_dir / "bad_files.txt"), self.backend)
+        if self.backend:
+            module.compile_encoders(self.backend)
         module.accumulate = config.trainer.accumulate_grad_batches
         module.steps_per_epoch = -(-data.steps_per_epoch // module.accumulate)
         module.total_steps = _total_steps(config, data.steps_per_epoch)
@@ -259,6 +265,8 @@ class _Run:
             config.optim.lr,
         )
         log.info("key BatchNorm: %s (%s)", model.key_bn, reason)
+        compiled = "compiled" if self.backend else "not compiled"
+        log.info("encoders and views: %s (%s)", compiled, self.why_compiled)
         log.info("run directory: %s", self.run_dir)
 
 
@@ -337,6 +345,34 @@ def choose_key_bn(key_bn: str, world: int) -> tuple[str, str]:
     if world > 1:
         return "shuffle", f"auto: {world} devices, each normalises keys of all"
     return "split", "auto: one device, so its batch is split into groups for the keys"
+
+
+def choose_compile(config: TrainConfig) -> tuple[str, str]:
+    """Decide which backend of torch.compile serves, empty for none, and say why.
+
+    Raises:
+        UserError: Asked for, and no compiler is there.
+    """
+    wanted, on_gpu = config.model.compile, _accelerator(config) == "cuda"
+    if wanted == "off" or (wanted == "auto" and not on_gpu):
+        return "", "as set" if wanted == "off" else "auto: a CPU gains little"
+    missing = missing_compiler(on_gpu)
+    if missing and wanted == "on":
+        raise UserError(f"model.compile is on but there is no {missing}: install it, or take off")
+    if missing:
+        return "", f"auto: there is no {missing}, with one this would run faster"
+    return "inductor", "as set" if wanted == "on" else "auto: a GPU"
+
+
+def missing_compiler(on_gpu: bool) -> str:
+    """Name what torch.compile needs and does not find; empty if all is there."""
+    from torch.utils._triton import has_triton
+
+    if on_gpu and not has_triton():
+        return "Triton"
+    names = ("gcc", "cc", "clang") if on_gpu else ("g++", "c++", "clang++")
+    known = os.environ.get("CC" if on_gpu else "CXX")
+    return "" if known or any(map(shutil.which, names)) else "C or C++ compiler"
 
 
 def choose_precision(config: TrainConfig) -> str:

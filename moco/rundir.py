@@ -12,6 +12,7 @@ import dataclasses
 import os
 import time
 import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
         UserError: `run.dir` holds a run already, or is a file.
     """
     if not config.run.dir:
-        return RUNS / f"{recipe or config.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        moment = time.strftime("%Y%m%d-%H%M%S")
+        return RUNS / f"{recipe or config.data.dataset}-{moment}-{_starter()}"
     path = Path(config.run.dir)
     try:
         is_file, begun = path.is_file(), any((path / "checkpoints").glob("*.ckpt"))
@@ -61,11 +63,18 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
     return path
 
 
+def _starter() -> str:
+    """Name what a run's ranks have in common: runs started in one second share no directory."""
+    if step := os.environ.get("SLURM_STEP_ID"):
+        return f"{os.environ.get('SLURM_JOB_ID')}.{step}"
+    return str(os.getppid() if "LOCAL_RANK" in os.environ else os.getpid())
+
+
 def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
     """Find the run and the checkpoint that `--resume` means.
 
     Args:
-        resume: A run directory, a checkpoint, or "auto": the latest run with a whole checkpoint.
+        resume: A run directory, a checkpoint, or "auto": the run with the newest whole one.
         run_dir: `run.dir`, where "auto" looks if given.
 
     Returns:
@@ -75,9 +84,10 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
         UserError: No such run, or no checkpoint in it is whole.
     """
     if resume == "auto":
-        candidates = [Path(run_dir)] if run_dir else sorted(RUNS.glob("*/"), key=_age)
-        found = [(path, last) for path in candidates if (last := last_whole(path))]
-        return found[-1] if found else None
+        runs = [Path(run_dir)] if run_dir else RUNS.glob("*/")
+        newest_first = sorted((c for run in runs for c in _checkpoints(run)), key=_age)[::-1]
+        good = next((path for path in newest_first if is_whole(path)), None)
+        return (good.parent.parent, last_whole(good.parent.parent)) if good else None
     path = Path(resume)
     if path.is_file():
         if not is_whole(path):
@@ -98,23 +108,42 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
     return path, last
 
 
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
-
-
 def last_whole(run_dir: Path) -> Path | None:
-    """Return last.ckpt, or if it is torn the newest whole checkpoint by step."""
+    """Return the newest checkpoint that is whole: last.ckpt, unless it is torn or left behind."""
+    return next((path for path in _checkpoints(run_dir) if is_whole(path)), None)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """List a run's checkpoints in the order in which they are to be believed.
+
+    last.ckpt is another name of the newest step's; a kill or a full disk between the two leaves it
+    behind. A step of an earlier attempt, from before a resume further back, is older than it.
+    """
     folder = run_dir / "checkpoints"
-    by_step = sorted(folder.glob("step_*.ckpt"), reverse=True)
-    return next((p for p in [folder / "last.ckpt", *by_step] if is_whole(p)), None)
+    steps, last = sorted(folder.glob("step_*.ckpt"), reverse=True), folder / "last.ckpt"
+    left_behind = bool(steps) and _age(steps[0]) > _age(last)
+    return [*steps[:1], last, *steps[1:]] if left_behind else [last, *steps]
+
+
+def _age(path: Path) -> float:
+    """Return when a file was written; 0 where there is none, as with one that was just removed."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def is_whole(path: Path) -> bool:
-    """Tell whether a checkpoint was written to its end: its archive's directory stands there."""
+    """Tell whether a checkpoint was written to its end and reads as it was written.
+
+    Its archive's directory stands at the end. torch does not compare the checksums; here they are,
+    at gigabytes per second.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("data.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile, ValueError):
+            named = any(name.endswith("data.pkl") for name in archive.namelist())
+            return named and archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, EOFError, zlib.error):
         return False
 
 

@@ -24,6 +24,7 @@ from moco.random import combine, uniform
 
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back
 _MAX_RATIO = 4 / 3
+_CPU_BYTES = 2 << 20  # of float images that a CPU works on at a time: they stay in its cache
 _BLUR_RADIUS = 6  # pixels; three times the largest sigma
 _BLUR_SIGMA = (0.1, 2.0)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
@@ -96,12 +97,79 @@ def view_recipe(data: DataConfig) -> ViewRecipe:
     return replace(RECIPES[data.views], **own)
 
 
+class ViewMaker:
+    """Makes views of uint8 images by one recipe.
+
+    Args:
+        recipe: What happens to them.
+        seed: Of all that is random.
+        size: S.
+        mean, std: C each, of images on a 0-1 scale, on the device that makes the views.
+        backend: Of torch.compile, to make one graph for one shape of batches; empty: as written.
+    """
+
+    def __init__(
+        self,
+        recipe: ViewRecipe,
+        seed: int,
+        size: int,
+        mean: Tensor,
+        std: Tensor,
+        backend: str = "",
+    ) -> None:
+        self.recipe, self.seed, self.size, self.mean, self.std = recipe, seed, size, mean, std
+        self._chain, self._part = self._make, 0
+        if backend:
+            self._chain = torch.compile(self._make, fullgraph=True, dynamic=False, backend=backend)
+        elif mean.device.type == "cpu":
+            self._part = max(1, _CPU_BYTES // (4 * len(mean) * size**2))
+
+    def __call__(
+        self, images: Tensor, epoch: int, index: Tensor, number: int, whole: bool
+    ) -> Tensor:
+        """Make one view of each image.
+
+        Args:
+            images: N x C x H x W uint8; S x S where they are cut and mirrored already.
+            epoch, index, number: See `draw_crops`.
+            whole: Whether they are still to be cut.
+
+        Returns:
+            N x C x S x S float, normalised, channels-last.
+        """
+        moment = index.new_full((), epoch)  # a number would be compiled anew in every epoch
+        if not self._part or len(images) <= self._part:
+            return self._chain(images, moment, index, number, whole)
+        parts = zip(images.split(self._part), index.split(self._part), strict=True)
+        return torch.cat([self._chain(i, moment, places, number, whole) for i, places in parts])
+
+    def _make(
+        self, images: Tensor, epoch: Tensor, index: Tensor, number: int, whole: bool
+    ) -> Tensor:
+        recipe, seed = self.recipe, self.seed
+        if whole:
+            boxes = draw_crops(recipe, seed, epoch, index, number, *images.shape[2:])
+            cut = crop_and_resize(images, boxes, self.size)
+        else:
+            cut = images.float() / 255
+        view = adjust_colours(cut, draw_colours(recipe, seed, epoch, index, number), recipe)
+        view = normalise(view, self.mean, self.std)
+        return view.contiguous(memory_format=torch.channels_last)
+
+
 def draw_crops(
-    recipe: ViewRecipe, seed: int, epoch: int, index: Tensor, view: int, height: int, width: int
+    recipe: ViewRecipe,
+    seed: int,
+    epoch: int | Tensor,
+    index: Tensor,
+    view: int,
+    height: int,
+    width: int,
 ) -> Crops:
     """Draw the boxes of torchvision's RandomResizedCrop, ratio 3/4 to 4/3, for images of one size.
 
     Args:
+        epoch: Number, or int64 scalar where the chain is compiled.
         index: N int64, the images' places in the data set.
         view: 0 or 1.
         height, width: Of the images in pixels.
@@ -138,15 +206,19 @@ def centre_crops(count: int, height: int, width: int, size: int, device: torch.d
     return Crops(fill((height - h) // 2), fill((width - w) // 2), fill(h), fill(w), no_flip)
 
 
-def draw_colours(recipe: ViewRecipe, seed: int, epoch: int, index: Tensor, view: int) -> Colours:
+def draw_colours(
+    recipe: ViewRecipe, seed: int, epoch: int | Tensor, index: Tensor, view: int
+) -> Colours:
     """Draw jitter, greyscale and blur for each sample; arguments as in `draw_crops`."""
     u = uniform(seed, f"colour-{view}", combine(epoch, index), 12)
-    strengths = torch.tensor(recipe.strengths, device=u.device)
-    centre = torch.tensor((1.0, 1.0, 1.0, 0.0), device=u.device)
     low, high = _BLUR_SIGMA
+    factors = [
+        centre + strength * (2 * u[:, 4 + i] - 1)  # no tensor of constants: making one would wait
+        for i, (centre, strength) in enumerate(zip((1, 1, 1, 0), recipe.strengths, strict=True))
+    ]
     return Colours(
         order=u[:, :4].argsort(1),
-        factors=centre + strengths * (2 * u[:, 4:8] - 1),
+        factors=torch.stack(factors, 1),
         jitter=u[:, 8] < recipe.jitter,
         grey=u[:, 9] < recipe.grey,
         blur=u[:, 10] < recipe.blur,
@@ -193,8 +265,8 @@ def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tens
     Args:
         images: N x C x S x S float, 0-1. Hue, saturation and greyscale act on RGB only.
     """
-    rgb = images.shape[1] == 3
-    to_grey = rgb and recipe.grey > 0
+    images = images.clone()  # the steps may write in place
+    to_grey = images.shape[1] == 3 and recipe.grey > 0
     if to_grey and recipe.grey_first:
         images = _on_rows(colours.grey, images, _grey_like)
     if recipe.jitter > 0:
@@ -212,14 +284,16 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _on_rows(mask: Tensor, images: Tensor, step, *parameters: Tensor) -> Tensor:
-    """Apply `step` to the samples in `mask`: to all and select on a GPU, to those only on a CPU."""
+    """Apply `step` to the samples in `mask`: to all and select on a GPU, in place to those only on
+    a CPU.
+    """
     if images.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.where(mask[:, None, None, None], step(images, *parameters), images)
     rows = mask.nonzero()[:, 0]
     if len(rows) == 0:
         return images
     changed = step(images[rows], *(p[rows] for p in parameters))
-    return images.index_copy(0, rows, changed)
+    return images.index_copy_(0, rows, changed)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -236,48 +310,44 @@ def _grey_like(images: Tensor) -> Tensor:
 
 
 def _jitter(images: Tensor, colours: Colours) -> Tensor:
-    """Apply the four operations in each sample's own order.
-
-    Brightness, contrast and saturation all blend with another image (black, the mean grey, the grey
-    image), so one blend with a chosen partner serves the three; the hue is apart.
-    """
-    rgb = images.shape[1] == 3
+    """Apply the four operations in each sample's own order; in place on a CPU."""
+    blends = _HUE if images.shape[1] == 3 else _SATURATION  # what colour needs does nothing else
     for place in range(4):
         operation = colours.order[:, place]
         factor = colours.factors.gather(1, operation[:, None])[:, 0]
-        # Blending with factor 1 changes nothing: so for the hue's turn and for samples without
-        # jitter.
-        blends = colours.jitter & ((operation < _SATURATION) | (rgb & (operation == _SATURATION)))
-        factor_b = torch.where(blends, factor, 1.0)[:, None, None, None]
-        grey = _grey(images)
-        partner = torch.where(
-            (operation == _SATURATION)[:, None, None, None],
-            grey,
-            (grey.mean((1, 2, 3)) * (operation == _CONTRAST))[:, None, None, None],
-        )
-        images = (images * factor_b + partner * (1 - factor_b)).clamp(0, 1)
-        if rgb:
-            images = _on_rows(colours.jitter & (operation == _HUE), images, _shift_hue, factor)
+        mask = colours.jitter & (operation < blends)
+        images = _on_rows(mask, images, _blend, operation, factor)
+        if images.shape[1] == 3:
+            mask = colours.jitter & (operation == _HUE)
+            images = _on_rows(mask, images, _shift_hue, factor)
     return images
 
 
+def _blend(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """Blend with black (brightness), the mean grey (contrast) or the grey image (saturation)."""
+    operation, factor = operation[:, None, None, None], factor[:, None, None, None]
+    grey = _grey(images)
+    mean = grey.mean((1, 2, 3), keepdim=True) * (operation == _CONTRAST)
+    partner = torch.where(operation == _SATURATION, grey, mean)
+    return torch.addcmul(partner * (1 - factor), images, factor).clamp_(0, 1)
+
+
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` turns (N), through HSV in closed form."""
+    """Turn the hue by `shift` turns (N), through HSV in closed form.
+
+    The hue comes from sorting the channels, and each channel back from its distance to the hue
+    around the circle: no branch per sixth.
+    """
     red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)
-    chroma = value - low
-    divisor = torch.where(chroma > 0, chroma, 1.0)
-    sixths = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    sixths = sixths + 6 * shift[:, None, None]
-    channels = []
-    for start in (5, 3, 1):  # red, green, blue
-        k = torch.remainder(start + sixths, 6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
+    high, low = torch.maximum(green, blue), torch.minimum(green, blue)
+    value, middle = torch.maximum(red, high), torch.minimum(red, high)
+    chroma = value - torch.minimum(middle, low)
+    start = -(green < blue).float()
+    start = torch.where(red < high, -1 / 3 - start, start)
+    hue = (start + (middle - low) / (6 * chroma).clamp(min=1e-20)).abs() + shift[:, None, None]
+    apart = torch.stack([hue + channel / 6 for channel in (3, 1, -1)], 1)
+    apart = apart.sub_(apart.round()).abs_()  # N 3 S S, in turns: 0 where a channel is lowest
+    return torch.addcmul(value[:, None], chroma[:, None], (2 - 6 * apart).clamp_(0, 1), value=-1)
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:

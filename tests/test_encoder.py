@@ -219,11 +219,18 @@ def maps(count: int = 8, channels: int = 6) -> torch.Tensor:
     return 1.0 + pictures(count, channels, 5) * torch.arange(1, count + 1)[:, None, None, None]
 
 
+@pytest.fixture(params=["group by group", "fused"])
+def way(request, monkeypatch):
+    """Both ways to split: without a compiler, and what a compiler gets to see."""
+    if request.param == "fused":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
 FORMATS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
 
 @FORMATS
-def test_split_equals_batch_norm_on_each_group(layout):
+def test_split_equals_batch_norm_on_each_group(layout, way):
     torch.manual_seed(0)
     split = norm_layer().train()
     assert isinstance(split, SplitBatchNorm)
@@ -244,7 +251,7 @@ def test_split_equals_batch_norm_on_each_group(layout):
     assert (out - whole).abs().max() > 0.1  # the groups do matter
 
 
-def test_split_statistics_over_several_steps():
+def test_split_statistics_over_several_steps(way):
     split, manual = norm_layer(2, groups=2), torch.zeros(2)
     for step in range(5):
         batch = maps(4, 2) + step
@@ -253,7 +260,7 @@ def test_split_statistics_over_several_steps():
     torch.testing.assert_close(split.running_mean, manual)
 
 
-def test_split_counts_a_step_once():
+def test_split_counts_a_step_once(way):
     split = norm_layer()
     for _ in range(3):
         split(maps())
@@ -261,7 +268,7 @@ def test_split_counts_a_step_once():
 
 
 @FORMATS
-def test_split_gradients_equal_those_of_each_group(layout):
+def test_split_gradients_equal_those_of_each_group(layout, way):
     torch.manual_seed(0)
     split = norm_layer().train()
     plain = nn.BatchNorm2d(6)
@@ -295,7 +302,7 @@ def test_split_in_eval_mode_is_plain(layout):
 
 
 @pytest.mark.parametrize("settings", [{"affine": False}, {"track_running_stats": False}])
-def test_split_of_other_batch_norms(settings):
+def test_split_of_other_batch_norms(settings, way):
     split, plain = norm_layer(**settings), nn.BatchNorm2d(6, **settings)
     plain.load_state_dict(split.state_dict())
     expected = torch.cat([copy.deepcopy(plain)(group) for group in maps().chunk(4)])
@@ -304,7 +311,7 @@ def test_split_of_other_batch_norms(settings):
 
 @FORMATS
 @pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0", "tinynet_e"])
-def test_split_of_a_network_equals_the_network_on_each_group(backbone, layout):
+def test_split_of_a_network_equals_the_network_on_each_group(backbone, layout, way):
     """Also for timm's layers that carry their activation along (BatchNormAct2d)."""
     torch.manual_seed(0)
     width = 0.25 if backbone == "resnet18" else 1.0

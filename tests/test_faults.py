@@ -6,6 +6,7 @@ docs/faults.md is the table of these tests.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import multiprocessing
@@ -28,10 +29,14 @@ from PIL import Image
 from pytorch_lightning.strategies import DDPStrategy
 
 import train
-from moco import faults, pretrain, run
+from moco import explain, guard, pretrain, run, workers
+from moco.badfiles import BadFiles
 from moco.config import DataConfig, RunError, UserError
 from moco.data import PretrainData, StepLoader
-from moco.faults import NonFiniteGuard
+from moco.files import read_state
+from moco.guard import NonFiniteGuard
+from moco.saving import AtomicCheckpointIO
+from moco.sources import ImageSource
 from moco.tracking import MetricsFile
 
 ROOT = Path(__file__).parent.parent
@@ -388,6 +393,47 @@ def test_files_deleted_during_training(copied, with_callback):
     assert {line.split("\t")[0] for line in named} == {str(path) for path in gone}
 
 
+def test_a_bad_file_is_named_once_however_often_the_run_is_resumed(copied):
+    reasons = damage(copied)
+    arguments = ["--data.resident", "off", "--data.num_workers", "0"]
+    run_tiny(copied, *arguments, "--data.max_bad_fraction", "0.2")
+    train.main(["--resume", "run/checkpoints/step_000000001.ckpt"])
+    named = Path("run/bad_files.txt").read_text().splitlines()
+    assert len(named) == len(reasons)
+
+
+def _bad_on_rank(paths: list[str], most: float, report: str) -> tuple[list[str], str]:
+    """Meet one bad file on each rank and another on both; return what is logged and raised."""
+    rank, lines = torch.distributed.get_rank(), []
+    bad = BadFiles(ImageSource("set", None, paths, None, [], 3, 255), most, report)
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("moco").addHandler(handler)
+    try:
+        bad.agree()
+        bad.note([(rank, "is empty"), (2, "is no image")])
+        assert not lines, "nothing is said before all have met"
+        bad.agree()
+        bad.agree()
+        return lines, ""
+    except UserError as error:
+        return lines, str(error)
+    finally:
+        logging.getLogger("moco").removeHandler(handler)
+
+
+def test_ranks_count_bad_files_together_and_name_each_once(two_ranks, tmp_path):
+    paths, report = [f"{i}.jpg" for i in range(10)], tmp_path / "bad_files.txt"
+    (first, _), (second, _) = two_ranks.run(_bad_on_rank, paths, 0.3, str(report))
+    assert len(first) == 1 and "3 of 10 images of set cannot be read" in first[0]
+    assert second == []
+    named = [line.split("\t")[0] for line in report.read_text().splitlines()]
+    assert sorted(named) == ["0.jpg", "1.jpg", "2.jpg"]
+    (_, said_0), (_, said_1) = two_ranks.run(_bad_on_rank, paths, 0.2, str(report))
+    assert "3 of 10" in said_0 and "3 of 10" in said_1, "all ranks stop"
+    assert len(report.read_text().splitlines()) == 3
+
+
 def test_too_many_deleted_files_stop_the_run_with_its_state_saved(copied, with_callback):
     gone = sorted(copied.iterdir())
     with_callback(DeleteAfter(3, gone[1:]))
@@ -441,13 +487,70 @@ def test_a_hung_worker_does_not_hold_the_run_for_ever(images, with_callback):
     assert load("run/checkpoints/last.ckpt")["global_step"] >= 1
 
 
+def test_a_worker_out_of_shared_memory_says_so_with_the_state_saved(images, with_callback):
+    """It dies of SIGBUS, as where it writes to a page that /dev/shm has no room for."""
+    with_callback(KillWorker(2, signal.SIGBUS))
+    with pytest.raises(RunError, match=r"shared memory is exhausted .*data.num_workers.*shm-size"):
+        run_tiny(images, *STREAMED, "--trainer.max_epochs", "20")
+    assert load("run/checkpoints/last.ckpt")["global_step"] >= 2
+
+
+FULL_SHARED_MEMORY = """
+import os, shutil, subprocess, sys, threading, time
+def fill():
+    while not os.path.exists("run/checkpoints/last.ckpt"):
+        time.sleep(0.05)
+    with open("/dev/shm/ballast", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "/dev/shm"], check=True)
+threading.Thread(target=fill, daemon=True).start()
+sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
+"""
+
+
+def test_shared_memory_that_fills_up_ends_the_run_in_one_line(images, tmp_path):
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no right to a mount namespace of its own")
+    script = tmp_path / "full.py"
+    script.write_text(FULL_SHARED_MEMORY)
+    process = subprocess.Popen(
+        ["unshare", "-m", sys.executable, str(script), str(ROOT / "train.py"), *TINY, *STREAMED,
+         "--data.root", str(images), "--run.dir", "run", "--trainer.max_epochs", "5000",
+         "--data.batch_size", "48", "--model.queue_size", "48"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    code, _, err = finish(process, timeout=100)
+    assert code == 1, err
+    assert "shared memory is exhausted" in error_line(err)
+    assert load("run/checkpoints/last.ckpt")["global_step"] >= 1
+
+
+def test_a_child_that_ends_is_not_taken_for_a_late_worker(images):
+    """A signal of another child's end, while a batch is awaited in good time."""
+    iterator = workers.fetched(torch.utils.data.DataLoader([1, 2, 3], num_workers=1), 60)
+    next(iterator)
+    workers._Fetching.now = True
+    workers._when_fetching(signal.SIGCHLD, None)
+    workers._Fetching.deadline = 0
+    with pytest.raises(RuntimeError, match="timed out"):
+        workers._when_fetching(signal.SIGCHLD, None)
+    workers._Fetching.now = False
+    workers._when_fetching(signal.SIGCHLD, None)
+    assert len(list(iterator)) == 2
+
+
 def test_workers_that_would_not_fit_into_shared_memory_are_refused(images, monkeypatch):
     one = 5 * 16 * 2 * 3 * 16 * 16  # prefetched batches of one worker
-    monkeypatch.setattr(faults, "free_shared_memory", lambda: one + 1)
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: one + 1)
     with pytest.raises(UserError, match=r"data.num_workers is 2: .* MiB free: set it to 1"):
         run_tiny(images, *STREAMED)
     config = DataConfig(image_size=16, batch_size=16, num_workers=-1)
-    assert faults.fitting_workers(config, 8, 1, 1) == 1
+    assert workers.fitting_workers(config, 8, 1, 1) == 1
 
 
 # Resuming: ranks, workers, a torn file
@@ -482,10 +585,10 @@ def test_two_ranks_resume_to_the_same_bits(images, two_ranks, tmp_path, resident
 
 def test_streamed_resume_with_other_numbers_of_workers(images):
     run_tiny(images, "--data.resident", "off", "--data.num_workers", "0", run_dir="whole")
-    for step, workers in ((2, 2), (4, 1)):
+    for step, count in ((2, 2), (4, 1)):
         shutil.copytree("whole", f"from{step}")
         path = f"from{step}/checkpoints/step_{step:09d}.ckpt"
-        train.main(["--resume", path, "--data.num_workers", str(workers)])
+        train.main(["--resume", path, "--data.num_workers", str(count)])
         assert_same_end("whole", f"from{step}")
 
 
@@ -518,6 +621,12 @@ def test_a_short_torture():
     code, out, err = finish(start(*words, script=ROOT / "tests/torture.py"), timeout=115)
     assert code == 0, err
     assert out.startswith("5 kills")
+
+
+def test_old_checkpoints_are_pruned(images):
+    run_tiny(images, "--run.keep_checkpoints", "2")
+    kept = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert kept == ["last.ckpt", "step_000000005.ckpt", "step_000000006.ckpt"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "shorter", "binary"])
@@ -648,6 +757,16 @@ def test_a_row_of_metrics_is_written_whole_or_not_at_all(tmp_path, file_limit):
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
 
 
+def test_a_checkpoint_in_the_place_of_another_is_whole_or_not_there(tmp_path, file_limit, said):
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"weight": torch.zeros(9)}, path)
+    before = path.read_bytes()
+    file_limit(4096)
+    io.save_checkpoint({"weight": torch.zeros(9000)}, path)
+    assert path.read_bytes() == before and len(said) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(images, file_limit, said):
     run_tiny(images)
     for path in Path("run/checkpoints").iterdir():
@@ -733,15 +852,16 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_port_that_is_taken_is_replaced(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+def test_a_taken_port_that_must_stay_is_one_line(images):
+    """Of several machines none may choose another on its own."""
     with port_in_use() as taken:
-        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        faults.free_port()
-        assert os.environ["MASTER_PORT"] != str(taken.getsockname()[1])
-    free = os.environ["MASTER_PORT"]
-    faults.free_port()
-    assert os.environ["MASTER_PORT"] == free
+        process = start(
+            *TINY, "--data.root", str(images), "--run.dir", "run", "--trainer.devices", "2",
+            MASTER_PORT=str(taken.getsockname()[1]), NODE_RANK="0", MASTER_ADDR="127.0.0.1",
+        )  # fmt: skip
+        code, _, err = finish(process, timeout=110)
+    assert code == 1
+    assert "the ranks meet is taken: set MASTER_PORT" in err and "Traceback" not in err
 
 
 # Warnings and memory
@@ -749,17 +869,17 @@ def test_a_port_that_is_taken_is_replaced(monkeypatch):
 
 def test_collapse_is_a_warning_with_causes_after_a_while(said):
     fake = SimpleNamespace(wants_metrics=True, global_step=7, is_global_zero=True)
-    watch = faults.Watch(faults.BadFiles(None, 0, None))
+    watch = guard.Watch(BadFiles(None, 0, None))
     low, high = torch.tensor(0.01), torch.tensor(0.9)
-    for spread in [low] * (faults.COLLAPSED_READINGS - 1) + [high]:
+    for spread in [low] * (guard.COLLAPSED_READINGS - 1) + [high]:
         fake.metrics = {"train/spread": spread}
         watch.on_train_batch_end(fake, fake)
     assert not said, "shortly low is no collapse"
     fake.metrics = {"train/spread": low}
-    for _ in range(faults.COLLAPSED_READINGS - 1):
+    for _ in range(guard.COLLAPSED_READINGS - 1):
         watch.on_train_batch_end(fake, fake)
     assert not said, "a reading above starts the count anew"
-    for _ in range(faults.COLLAPSED_READINGS):
+    for _ in range(guard.COLLAPSED_READINGS):
         watch.on_train_batch_end(fake, fake)
     assert len(said) == 1, "said once"
     for cause in ("optim.lr", "model.key_momentum", "model.temperature", "data.crop_min"):
@@ -775,8 +895,8 @@ def test_out_of_memory_names_the_batch_that_would_fit(images, monkeypatch):
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(faults, "peak_memory", peak)
-    monkeypatch.setattr(faults, "device_memory", lambda device: 1000)
+    monkeypatch.setattr(explain, "peak_memory", peak)
+    monkeypatch.setattr(explain, "device_memory", lambda device: 1000)
     monkeypatch.setattr(pretrain.MoCo, "training_step", out_of_memory)
     with pytest.raises(RunError, match=r"data.batch_size 48.*about 40 would fit"):
         run_tiny(images, "--data.batch_size", "48", "--model.queue_size", "48")
@@ -795,6 +915,58 @@ def test_no_secret_reaches_what_a_run_writes_or_says(images, monkeypatch, capfd)
         assert path.is_dir() or secret.encode() not in path.read_bytes(), path
     said = capfd.readouterr()
     assert secret not in said.out + said.err
+
+
+def test_no_network_is_asked_for(images, monkeypatch):
+    """Not for weights, nor data sets, nor to report: whoever tries to connect fails the test."""
+    tried = []
+
+    def refuse(self, address):
+        tried.append(address)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: refuse(None, a))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert run_tiny(images, "--trainer.max_steps", "2")["steps"] == 2
+    with pytest.raises(UserError, match="is an address: download the file"):
+        run_tiny(images, "--init_from", "https://example.org/r50.pth", run_dir="other")
+    assert tried == []
+
+
+def test_a_file_cut_to_any_length_is_called_damaged(tmp_path):
+    """At some lengths torch says Invalid argument, for it seeks to before the file's start."""
+    path = tmp_path / "whole.ckpt"
+    torch.save({f"layer{i}.weight": torch.zeros(64, 64) for i in range(60)}, path)
+    content, invalid = path.read_bytes(), 0
+    for length in (*range(2, 40), *range(40, len(content), len(content) // 300), len(content) - 1):
+        path.write_bytes(content[:length])
+        try:
+            torch.load(path, weights_only=True)
+        except OSError as error:
+            invalid += error.errno == errno.EINVAL
+        except Exception:
+            pass
+        with pytest.raises(UserError, match="is damaged or cut short"):
+            read_state(path)
+    assert invalid, "torch has changed: the case is not met any more"
+
+
+def test_settings_of_a_run_name_no_place_to_write(images, tmp_path):
+    """A run that was sent by someone is gone on with where it lies, whatever its settings say."""
+    run_tiny(images, "--trainer.max_epochs", "1")
+    Path("run").rename("sent")
+    elsewhere, config = tmp_path / "elsewhere", Path("sent/config.yaml")
+    config.write_text(config.read_text().replace("dir: run", f"dir: {elsewhere}"))
+    state = load("sent/checkpoints/step_000000002.ckpt")
+    state["config"]["run"]["dir"] = str(elsewhere)
+    shutil.rmtree("sent/checkpoints")
+    Path("sent/checkpoints").mkdir()
+    torch.save(state, "sent/checkpoints/last.ckpt")
+    assert train.main(["--resume", "sent"])["steps"] == 3
+    assert load("sent/checkpoints/last.ckpt")["global_step"] == 3
+    assert f"dir: {elsewhere}" in config.read_text()
+    assert not elsewhere.exists() and not Path("run").exists()
 
 
 @pytest.mark.parametrize("place", ["--config", "--resume"])

@@ -49,6 +49,21 @@ def test_a_new_run_is_named_after_its_recipe_or_data():
     assert not Path("runs").exists()
 
 
+def test_runs_started_in_one_second_have_directories_of_their_own(monkeypatch):
+    monkeypatch.setattr(rundir.time, "strftime", lambda form: "20300101-000000")
+    for name in ("LOCAL_RANK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    mine = new_run(TrainConfig(), "x")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert new_run(TrainConfig(), "x") != mine
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a rank started by process 1 shares its directory
+    assert new_run(TrainConfig(), "x") == Path("runs/x-20300101-000000-1")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert new_run(TrainConfig(), "x") == Path("runs/x-20300101-000000-77.0")
+
+
 def test_a_chosen_directory_is_taken_unless_it_holds_a_run():
     config = TrainConfig()
     config.run.dir = "mine"
@@ -72,6 +87,20 @@ def test_auto_takes_the_latest_run():
     latest = run("a-latest", age=100)
     run("c-oldest", age=300)
     assert find_run("auto", "") == (latest, latest / "checkpoints" / "last.ckpt")
+
+
+def test_auto_goes_by_checkpoints_not_by_directories():
+    """A run that was begun first may be the one that trained last."""
+    begun_last, trained_last = run("begun-last", age=50), run("trained-last", age=100)
+    newest = checkpoint(trained_last / "checkpoints" / "last.ckpt")
+    os.utime(newest, (1e9 - 10, 1e9 - 10))
+    os.utime(trained_last, (1e9 - 100, 1e9 - 100))
+    assert find_run("auto", "") == (trained_last, newest)
+    torn = checkpoint(begun_last / "checkpoints" / "step_000000030.ckpt", torn=True)
+    os.utime(torn, (1e9, 1e9))
+    assert find_run("auto", "") == (trained_last, newest), "a torn one is not the newest good one"
+    os.utime(begun_last / "checkpoints" / "last.ckpt", (1e9 - 5, 1e9 - 5))
+    assert find_run("auto", "")[0] == begun_last
 
 
 def test_auto_passes_over_runs_without_a_whole_checkpoint():
@@ -110,6 +139,24 @@ def test_a_torn_or_missing_checkpoint_falls_back_to_the_one_before(last):
     assert find_run(str(folder), "") == (folder, expected)
 
 
+def test_a_step_written_after_last_is_taken():
+    """A kill between the two writes, or a disk without room for a second copy."""
+    folder = run("one", step_000000010=False, step_000000020=False, last=False)
+    step = folder / "checkpoints" / "step_000000020.ckpt"
+    assert last_whole(folder) == folder / "checkpoints" / "last.ckpt"
+    os.utime(step, (1e9 + 9, 1e9 + 9))
+    assert last_whole(folder) == step
+    assert find_run("auto", str(folder)) == (folder, step)
+    checkpoint(step, torn=True)
+    assert last_whole(folder) == folder / "checkpoints" / "last.ckpt"
+
+
+def test_steps_from_before_a_resume_further_back_are_not_taken():
+    folder = run("one", step_000000030=False, step_000000040=False)
+    last = checkpoint(folder / "checkpoints" / "last.ckpt")  # of step 11, written later
+    assert last_whole(folder) == last
+
+
 def test_what_cannot_be_resumed_is_refused_with_a_remedy():
     with pytest.raises(UserError, match=r"--resume nowhere does not exist"):
         find_run("nowhere", "")
@@ -127,6 +174,10 @@ def test_is_whole():
     for cut in (0, 1, 100, len(content) // 2, len(content) - 1):
         Path("cut.ckpt").write_bytes(content[:cut])
         assert not is_whole(Path("cut.ckpt")), cut
+    middle = content.index(bytes(4000)) + 2000  # of the weights, zeros here
+    Path("hole.ckpt").write_bytes(content[:middle] + b"\xff" * 512 + content[middle + 512 :])
+    assert torch.load("hole.ckpt", weights_only=True)["weights"].any(), "torch does not notice"
+    assert not is_whole(Path("hole.ckpt"))
     with zipfile.ZipFile("other.ckpt", "w") as archive:
         archive.writestr("notes.txt", "an archive, but no checkpoint")
     assert not is_whole(Path("other.ckpt"))

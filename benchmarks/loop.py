@@ -1,0 +1,223 @@
+"""The whole training loop against nothing but its encoders' work.
+
+    python benchmarks/loop.py [--case resnet18|small|resnet50] [--rounds N] [--profile [TRACE]]
+                              [--feed JPEG_FOLDER] [any option of train.py]
+
+Claim: the loop of the program itself (`moco.run.pretrain` through Lightning: order, views, queue,
+loss, EMA, optimiser, guards) reaches at least 95 % of the images per second of the bare work, which
+is the query encoder's forward and backward and the key encoder's forward on views that lie ready.
+Same networks, batch, precision and BatchNorm; both take turns, block by block, in one process.
+
+Images are random and resident; with `--feed` they are read from a folder of JPEGs by workers. On a
+GPU the share of the memory bound of an H200 (published arithmetic, see BOUNDS), and the peak memory
+are printed too. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.harness import Row, add_profile, arguments, profiled, progress, report, table
+from moco import cli, run, sources
+from moco.config import TrainConfig, UserError, check
+
+TARGET = 0.95
+BARE, LOOP = "bare encoders", "whole loop"
+# Images per second that an H200's memory (4.3 TB/s) allows a kernel by kernel step, norm, ReLU and
+# add fused or not, in bf16: 659 / 488 MB an image for ResNet-50 at 224 px, 36.0 / 26.8 MB for
+# ResNet-18 at 32 px. Arithmetic, not a measurement.
+BOUNDS = {"resnet18": {"fused": 101_800, "unfused": 83_700},
+          "resnet50": {"fused": 7_770, "unfused": 5_940}}  # fmt: skip
+CIFAR = [
+    *("--model.stem", "cifar", "--model.queue_size", "4096", "--model.key_momentum", "0.99"),
+    *("--model.temperature", "0.1", "--data.views", "cifar", "--data.image_size", "32"),
+]
+# Options, and the batch on a CPU and on a GPU.
+CASES = {
+    "resnet18": (["--model.backbone", "resnet18", *CIFAR], 64, 512),
+    "small": (["--model.backbone", "resnet10t", "--model.width", "0.25", *CIFAR], 64, 512),
+    "resnet50": (["--model.queue_size", "4096", "--data.image_size", "224"], 16, 256),
+}
+
+
+class TakeTurns(pl.Callback):
+    """Stop the loop after each block, do as many bare steps, and go on; time both.
+
+    Args:
+        rounds: Blocks that are timed; one before them warms up.
+        steps: Of one block.
+        profile: Path for `profiled`, which gets one step of the loop after the last block.
+    """
+
+    def __init__(self, rounds: int, steps: int, profile: str | None) -> None:
+        self.rounds, self.steps, self.profile = rounds, steps, profile
+        self.seconds: dict[str, list[float]] = {BARE: [], LOOP: []}
+        self.done, self.peak = 0, 0
+        self._stack = contextlib.ExitStack()
+        self._views: tuple[Any, Any] | None = None
+        self._start = 0.0
+
+    @property
+    def total(self) -> int:
+        """Steps of the loop altogether."""
+        return (self.rounds + 1) * self.steps + 1 + (self.profile is not None)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, *_: Any) -> None:
+        """Keep the first batch's views for the bare work."""
+        self._views = self._views or (batch.query_views, batch.key_views)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        """End a block of the loop; do the bare block; begin the next."""
+        step = trainer.global_step - 1  # the first one is not counted: it compiles
+        self._stack.close()
+        if step % self.steps or step > (self.rounds + 1) * self.steps:
+            return
+        device = module.device
+        if step:
+            self._count(LOOP, device)
+            self.done += 1
+            progress(f"block {self.done} of {self.rounds + 1}")
+        if device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(device)
+        if self.done <= self.rounds:
+            self._begin(device)
+            for _ in range(self.steps):
+                self.bare(trainer, module)
+            self._count(BARE, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._begin(device)
+        if self.done > self.rounds and self.profile is not None:
+            self._stack.enter_context(profiled(self.profile))
+
+    def bare(self, trainer: pl.Trainer, module: Any) -> None:
+        """Do what no loop can do without."""
+        query_views, key_views = self._views
+        for query_view, key_view in zip(query_views, key_views, strict=True):
+            with trainer.precision_plugin.forward_context():
+                query = module.query_encoder(query_view)
+                with torch.no_grad():
+                    module.key_encoder(key_view)
+            query.float().square().sum().backward()
+        module.zero_grad(set_to_none=True)
+
+    def _begin(self, device: torch.device) -> None:
+        wait(device)
+        self._start = time.perf_counter()
+
+    def _count(self, name: str, device: torch.device) -> None:
+        wait(device)
+        if self.done:  # the first block warms up
+            self.seconds[name].append(time.perf_counter() - self._start)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU's queue is empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def random_source(data: Any, split: str) -> sources.ImageSource:
+    """Stand in for `sources.open_source`: random images, 50,000 of 32 px, 4,096 of 256 px."""
+    small = data.image_size <= 32
+    count, side = (50_000, 32) if small else (max(4_096, data.batch_size), 256)
+    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
+    return sources.ImageSource("random", images, [], None, [], 3, 255)
+
+
+def repeated(source: sources.ImageSource, least: int) -> sources.ImageSource:
+    """List files several times, so that an epoch lasts longer than the benchmark."""
+    paths = source.paths * -(-least // len(source.paths))
+    return sources.ImageSource(source.name, None, paths, None, [], source.channels, 255)
+
+
+def settings(options: Any, rest: list[str]) -> TrainConfig:
+    """Read train.py's options over those of the case."""
+    arguments, on_cpu, on_gpu = CASES[options.case]
+    batch = on_gpu if torch.cuda.is_available() else on_cpu
+    always = [
+        *(
+            "--data.batch_size",
+            str(batch),
+            "--run.knn_every",
+            "0",
+            "--trainer.max_epochs",
+            "100000",
+        ),
+        *("--run.checkpoint_every", "1000000", "--run.checkpoint_minutes", "0"),
+        *("--optim.schedule", "constant"),
+    ]
+    root = ["--data.root", options.feed or "nothing is read here"]
+    always += [*root, "--data.resident", "off"] if options.feed else root
+    parser = cli.build_parser("train.py's options", TrainConfig, {})
+    config, _ = cli.parse(parser, TrainConfig, [*arguments, *always, *rest])
+    return config
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Train, taking turns with the bare work, and print the table."""
+    parser = arguments(__doc__, rounds=8)
+    parser.add_argument("--case", choices=CASES, default="resnet18", help="encoder (resnet18)")
+    parser.add_argument("--block-steps", type=int, default=0, help="of a turn (3; on a GPU 50)")
+    parser.add_argument("--feed", default="", metavar="FOLDER", help="read JPEGs from here")
+    add_profile(parser)
+    options, rest = parser.parse_known_args(argv)
+    config = settings(options, rest)
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    turns = TakeTurns(options.rounds, options.block_steps or (50 if on_gpu else 3), options.profile)
+    config.trainer.max_steps = turns.total
+    if options.feed:
+        opened = sources.open_source(config.data, "train")
+        long = repeated(opened, turns.total * config.data.batch_size)
+        run.sources.open_source = lambda data, split: long
+    else:
+        run.sources.open_source = random_source
+    build = run._Run.trainer
+    run._Run.trainer = lambda self, found, step: build(self, [*found, turns], step)
+    with tempfile.TemporaryDirectory() as folder:
+        config.run.dir = str(Path(folder) / "run")
+        check(config)
+        run.pretrain(config)
+    results = show(options, config, turns)
+    report(f"loop-{options.case}{'-fed' if options.feed else ''}", results, options)
+    return results
+
+
+def show(options: Any, config: TrainConfig, turns: TakeTurns) -> dict[str, Any]:
+    """Print the table and return its figures."""
+    images = turns.steps * config.data.batch_size
+    gpu = torch.cuda.get_device_name() if turns.peak else ""
+    bounds = BOUNDS.get(options.case, {}) if gpu else {}
+    sides = 2 if config.model.symmetric != "none" else 1
+    bound = bounds["fused"] / sides if bounds else None
+    rows = [
+        Row(BARE, turns.seconds[BARE], images, bound=bound),
+        Row(LOOP, turns.seconds[LOOP], images, {BARE: TARGET}, bound),
+    ]
+    title = f"{options.case}, {config.data.image_size} px, batch {config.data.batch_size}"
+    title += f", {run.choose_precision(config)}, compile {run.choose_compile(config)[0] or 'off'}"
+    results: dict[str, Any] = {"title": title, "loop": table(title, rows, "images/s")}
+    if gpu:
+        results |= {"gpu": gpu, "peak_memory_gib": round(turns.peak / 2**30, 2)}
+        print(f"  {gpu}: peak memory {results['peak_memory_gib']} GiB")
+    for name, value in bounds.items():
+        results[f"share_of_h200_bound_{name}"] = round(rows[1].median / value * sides, 3)
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,161 @@
+"""Worker processes that decode: how many fit, and what becomes of one that dies or hangs.
+
+`fetched` is the only way to wait for them. It takes SIGCHLD over, so nothing else here may. Workers
+themselves ignore the signals that stop a run. No images and no tensors in this room.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch._C import _error_if_any_worker_fails
+from torch.utils.data import DataLoader
+
+from moco.config import DataConfig, RunError, UserError
+
+log = logging.getLogger("moco")
+PREFETCH = 4  # batches that each worker holds ready
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class _Fetching:
+    """Whether the main thread waits for a worker now, and until when: only there may a worker's
+    death or silence raise.
+    """
+
+    now = False
+    deadline = float("inf")
+    watched = False
+
+
+def fetched(loader: DataLoader, timeout: float) -> Iterator[Any]:
+    """Iterate a DataLoader; what befalls its workers is raised between batches, as a RunError.
+
+    torch's own handler of a worker's death raises wherever the main thread stands, also in the
+    middle of a step, and its timeout does not end a wait for the rest of a half written batch.
+
+    Args:
+        timeout: Seconds to wait for a batch; 0: for ever.
+    """
+    iterator = iter(loader)
+    workers = getattr(iterator, "_workers", [])
+    if workers and threading.current_thread() is threading.main_thread():
+        _take_over()
+    while True:
+        try:
+            _Fetching.deadline = time.monotonic() + timeout if timeout and workers else float("inf")
+            _Fetching.now = True
+            if any(worker.exitcode for worker in workers):
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError) as error:
+            _Fetching.now = False
+            raise _worker_error(error, workers) from error
+        finally:
+            _Fetching.now = False
+        yield batch
+
+
+def _take_over() -> None:
+    """Let a worker's death raise only while a batch is awaited, and watch the time.
+
+    At every start: Lightning puts all handlers back at the end of a run, torch sets its own once.
+    """
+    signal.signal(signal.SIGCHLD, _when_fetching)
+    if not _Fetching.watched:
+        _Fetching.watched = True
+        threading.Thread(target=_watch_time, args=(threading.get_ident(),), daemon=True).start()
+
+
+def _when_fetching(number: int, frame: Any) -> None:
+    if not _Fetching.now:
+        return
+    if time.monotonic() > _Fetching.deadline:
+        raise RuntimeError("DataLoader worker timed out")
+    _error_if_any_worker_fails()
+
+
+def _watch_time(main: int) -> None:
+    while True:
+        time.sleep(0.5)
+        if _Fetching.now and time.monotonic() > _Fetching.deadline:
+            signal.pthread_kill(main, signal.SIGCHLD)  # a signal ends any wait
+
+
+def end_workers(loader: DataLoader | None) -> None:
+    """Kill a loader's workers: one that hangs would hold the exit up for ever."""
+    for worker in getattr(getattr(loader, "_iterator", None), "_workers", []):
+        worker.kill()
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave stopping to the main process: a signal to the whole group must not cost its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _worker_error(error: Exception, workers: list[Any]) -> Exception:
+    """Say which worker did what, and what to set; other errors stay what they are."""
+    text = str(error)
+    time.sleep(0.1)  # a worker that was just killed has no exit code yet
+    dead = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
+    for worker in workers:
+        worker.kill()
+    if "timed out" in text:
+        return RunError(
+            "no worker delivered a batch within data.worker_timeout: mend the storage, "
+            "raise data.worker_timeout, or set data.num_workers 0",
+            local=True,
+        )
+    pid, code = next(iter(dead.items()), (0, 0))
+    if code == -signal.SIGBUS or "shared memory" in text or "shm" in text:
+        free = free_shared_memory() / 2**20
+        return RunError(
+            f"shared memory is exhausted ({SHARED_MEMORY} has {free:.0f} MiB free): lower "
+            "data.num_workers or data.batch_size, or give the container more (--shm-size)",
+            local=True,
+        )
+    if "DataLoader worker" not in text or "Caught" in text:
+        return error
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return RunError(
+        f"worker process {pid} of {len(workers)} that decode images {how}: signal 9 mostly means "
+        "that memory ran out: lower data.num_workers, or set it to 0 to decode in this process",
+        local=True,
+    )
+
+
+def free_shared_memory() -> int:
+    """Return the bytes that workers may still fill; a huge number where there is no such limit."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 2**62
+
+
+def fitting_workers(config: DataConfig, count: int, local_ranks: int, world: int) -> int:
+    """Return how many workers of each rank fit into shared memory with the batches that they hold.
+
+    Raises:
+        UserError: `data.num_workers` was set to more.
+    """
+    batch = config.batch_size // world * 2 * config.channels * config.image_size**2
+    free = free_shared_memory()
+    fits = min(count, int(free // (local_ranks * (PREFETCH + 1) * batch)))
+    if fits == count:
+        return count
+    need = count * local_ranks * (PREFETCH + 1) * batch / 2**20
+    what = f"{count} workers would hold {need:.0f} MiB of batches ready, {SHARED_MEMORY} has"
+    if config.num_workers > 0:
+        raise UserError(
+            f"data.num_workers is {count}: {what} {free / 2**20:.0f} MiB free: set it to {fits}, "
+            "or give the container more shared memory (--shm-size)"
+        )
+    log.warning("%s %.0f MiB free: %d are started", what, free / 2**20, fits)
+    return fits

@@ -1,0 +1,285 @@
+"""The benchmarks: the harness's arithmetic and records, and every script in its smallest size."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import harness
+from benchmarks.harness import Row
+
+
+def run(name, path, *options, timeout=100):
+    """Run a benchmark; return its last line and its record."""
+    record = path / "record.json"
+    process = subprocess.Popen(
+        [sys.executable, f"benchmarks/{name}.py", "--json", str(record), *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors
+    last, record = json.loads(out.splitlines()[-1]), json.loads(record.read_text())
+    assert last == {"benchmark": name, **record["results"]}
+    assert record["command"].startswith(f"python benchmarks/{name}.py")
+    return last, record
+
+
+def rates_are_positive(table):
+    return all(row["median"] > 0 and min(row["quartiles"]) > 0 for row in table.values())
+
+
+# The harness
+
+
+def test_ways_take_turns_and_warm_ups_do_not_count():
+    order = []
+    ways = {name: lambda name=name: order.append(name) for name in "ab"}
+    numbers = iter(range(100))
+
+    def measure(way):
+        way()
+        return next(numbers)
+
+    seconds = harness.interleave(ways, rounds=2, warmup=1, measure=measure)
+    assert order == list("ababab")
+    assert seconds == {"a": [2, 4], "b": [3, 5]}
+
+
+def test_a_turn_is_timed():
+    import time
+
+    seconds = harness.interleave({"sleep": lambda: time.sleep(0.05)}, rounds=1, warmup=0)
+    assert 0.05 <= seconds["sleep"][0] < 1
+
+
+def test_ratio_is_that_of_medians_and_a_missed_target_is_said(capsys):
+    rows = [
+        Row("theirs", [1.0, 2.0, 9.0], work=10),
+        Row("ours", [1.0, 0.5, 0.25], work=10, against={"theirs": 5}, bound=40),
+        Row("best", [0.4, 0.4, 0.4], work=10, against={"theirs": 5, "ours": None}),
+    ]
+    found = harness.table("Title", rows, "images/s")
+    assert found["theirs"]["median"] == 5  # 10 images in 2 s
+    assert found["ours"]["median"] == 20
+    assert found["ours"]["share_of_bound"] == 0.5
+    ours = found["ours"]["against"]["theirs"]
+    assert (ours["ratio"], ours["target"], ours["reached"]) == (4, 5, False)
+    assert ours["ratio_quartiles"] == [2.5, 20]  # of 1, 4 and 36
+    best = found["best"]["against"]
+    assert best["theirs"]["reached"] is True
+    assert "target" not in best["ours"] and best["ours"]["ratio"] == 1.25
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "Title"
+    ours, best = (next(li for li in lines if li.strip().startswith(n)) for n in ("ours", "best"))
+    assert "4.00 (2.50-20.00)" in ours and "5 missed" in ours and "50 %" in ours
+    assert "5 reached" in best and "missed" not in best
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([3.0], (3, 3)), ([1, 2, 3, 4, 5], (2, 4)), ([1, 2], (1.25, 1.75))]
+)
+def test_quartiles(values, expected):
+    assert harness.quartiles(values) == expected
+
+
+def test_record_tells_what_was_measured_where(tmp_path, capsys):
+    path = tmp_path / "deep" / "record.json"
+    results = {"step": {"ours": {"median": 1.5}}}
+    harness.report("name", results, Namespace(json=str(path), rounds=3))
+    assert json.loads(capsys.readouterr().out) == {"benchmark": "name", **results}
+    record = json.loads(path.read_text())
+    assert record["results"] == results
+    assert record["options"]["rounds"] == 3
+    assert record["libraries"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["cpu"] and record["cores"] > 0 and record["threads"] == 1
+    assert {"date", "commit", "dirty", "gpu", "command", "python"} <= record.keys()
+
+
+def test_record_goes_to_the_results_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    harness.report("name", {}, Namespace(json=""))
+    assert (tmp_path / "results" / "name.json").is_file()
+
+
+def test_busy_and_idle_count_overlaps_once():
+    assert harness.busy_and_idle([(0, 10), (5, 12), (20, 30), (22, 25)]) == (22, 8)
+    assert harness.busy_and_idle([(3, 4)]) == (1, 0)
+
+
+def test_profile_finds_operators_and_waits(tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    with harness.profiled(str(trace)) as found:
+        weights = torch.randn(64, 64, requires_grad=True)
+        (weights @ weights).sum().backward()
+        weights.sum().item()
+    calls = {name: number for name, number, _, _ in found.operators}
+    assert calls["aten::mm"] == 3  # one forward, two backward
+    assert found.waits["aten::item"] == 1
+    assert found.step_ms > 0 and found.device_ms is None
+    assert sum(share for *_, share in found.operators) == pytest.approx(1)
+    out = capsys.readouterr().out
+    assert "aten::mm" in out and "1 aten::item" in out
+    assert trace.stat().st_size > 0
+
+
+def test_profile_of_a_device_counts_gaps_and_only_the_step():
+    host, device = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(name, start, end, where, note=False):
+        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(
+            name=name,
+            time_range=span,
+            device_type=where,
+            is_user_annotation=note,
+            self_cpu_time_total=end - start,
+        )
+
+    found = harness.Profile()
+    events = [
+        event("profiled step", 0, 100, host),
+        event("profiled step", 10, 130, device, note=True),
+        event("gemm", 10, 50, device),
+        event("add", 90, 130, device),
+        event("cudaStreamSynchronize", 60, 80, host),
+        event("cudaDeviceSynchronize", 110, 140, host),  # after the step: the profile's own
+    ]
+    harness._read_profile(events, found)
+    assert (found.device_ms, found.idle_share) == (0.08, pytest.approx(1 / 3))
+    assert found.waits == {"cudaStreamSynchronize": 1}
+    assert [name for name, *_ in found.operators] == ["gemm", "add"]
+
+
+def test_profile_is_off_unless_asked(capsys):
+    with harness.profiled(None) as found:
+        pass
+    assert found is None and capsys.readouterr().out == ""
+
+
+# The scripts
+
+
+def test_views(tmp_path):
+    last, record = run(
+        "views", tmp_path, "--rounds", "1", "--images", "8", "--batch", "4", "--recipes", "v1", "v2"
+    )
+    assert last.keys() == {"benchmark", "v1", "v2"}
+    assert last["v2"].keys() == {"torchvision v2", "PIL", "ours"}
+    assert last["v2"]["ours"]["against"]["torchvision v2"]["target"] == 5
+    assert rates_are_positive(last["v1"]) and record["threads"] == 1
+
+
+def test_reference_chains_follow_the_recipe():
+    from torchvision import transforms
+    from torchvision.transforms import v2
+
+    from benchmarks.views import reference_chain
+    from moco.views import RECIPES
+
+    image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    pil = transforms.functional.to_pil_image(image)
+    for name, recipe in RECIPES.items():
+        for kind, given in ((transforms, pil), (v2, image)):
+            chain = reference_chain(recipe, 32, kind, [0.5] * 3, [0.25] * 3)
+            names = [type(step).__name__ for step in chain.transforms]
+            assert names.index("RandomGrayscale") == (1 if name == "v1" else 2)
+            assert names.count("RandomApply") == (2 if name == "v2" else 1)
+            view = chain(given)
+            assert view.shape == (3, 32, 32) and view.dtype == torch.float32
+            assert view.min() >= -2.001 and view.max() <= 2.001
+
+
+def test_feed(tmp_path):
+    last, _ = run("feed", tmp_path, "--rounds", "1", "--images", "2", "--size", "64")
+    found = last["two_views"]
+    assert len(found) == 5 and rates_are_positive(found)
+    assert found["decode alone"]["median"] > found["ours, worker's part: uint8 cuts"]["median"]
+    assert 0 < found["PIL, finished views"]["share_of_bound"] < 1
+
+
+def test_synthetic_images_weigh_what_photographs_do(tmp_path):
+    from benchmarks.feed import write_images
+
+    write_images(tmp_path, 2)
+    sizes = [path.stat().st_size / (500 * 400) for path in tmp_path.glob("*.jpg")]
+    assert len(sizes) == 2 and all(0.3 < size < 0.8 for size in sizes)
+
+
+def test_precision(tmp_path):
+    options = ["--backbone", "resnet10t", "--width", "0.25", "--batch", "8", "--queue", "16"]
+    last, _ = run("precision", tmp_path, "--rounds", "1", "--size", "8", "--threads", "1", *options)
+    if not torch.cpu._is_avx512_bf16_supported():
+        assert last == {"benchmark": "precision", "skipped": "no bf16 instructions"}
+        return
+    assert last["step"].keys() == {"fp32, contiguous", "fp32, channels-last", "bf16, channels-last"}
+    assert rates_are_positive(last["step"]) and last["bounds"]["bf16"] > 0
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(not find_spec("lightly"), reason="lightly is not installed")
+def test_peers(tmp_path):
+    last, _ = run(
+        *("peers", tmp_path, "--rounds", "1", "--encoders", "small", "--precisions", "32-true"),
+        *("--images", "64", "--small_batch", "16", "--queue", "32", "--small_steps", "1"),
+        *("--limit", "200"),
+        timeout=220,
+    )
+    small = last["small"]
+    assert small.keys() == {"lightly, fp32", "ours, fp32"} and rates_are_positive(small)
+    assert len(small["lightly, fp32"]["tried"]) == 5 and small["lightly, fp32"]["best"]
+    assert small["ours, fp32"]["against"]["lightly, fp32"]["target"] == 5
+
+
+def test_peers_claims():
+    from benchmarks.peers import claims
+
+    names = ["lightly, fp32", "lightly, bf16", "ours, fp32", "ours, bf16"]
+    assert claims("resnet18", "ours, bf16", names) == {"lightly, fp32": 2.5, "lightly, bf16": 1.2}
+    assert claims("resnet18", "ours, fp32", names) == {"lightly, fp32": 1.2, "lightly, bf16": None}
+    assert claims("small", "ours, bf16", names) == {"lightly, fp32": 5, "lightly, bf16": 1}
+    assert claims("resnet18", "lightly, fp32", names) == {}
+    # Without bf16 instructions ours is fp32 by default too: the arithmetic is the same.
+    assert claims("resnet18", "ours, fp32", names[::2]) == {"lightly, fp32": 1.2}
+
+
+def test_both_peers_train_the_same_network_with_the_same_views():
+    pytest.importorskip("lightly")
+    from benchmarks.peers import Contender, LightlyMoCo
+    from moco.pretrain import MoCo
+
+    config = Contender("lightly", "small", "32-true", "ROOT", 8, 16, (1, 1)).settings()
+    theirs = LightlyMoCo(config)
+    config.model.key_bn = "plain"
+    ours = MoCo(config.model, config.optim, 3, config.data.image_size)
+    shapes = [p.shape for p in ours.query_encoder.parameters()]
+    assert [p.shape for p in theirs.query_encoder.parameters()] == shapes
+    assert sum(shape.numel() for shape in shapes) == pytest.approx(0.34e6, rel=0.1)
+    assert theirs.criterion.memory_bank.bank.shape == ours.queue.keys.shape
+    views = torch.randn(2, 8, 3, 32, 32)
+    loss = theirs.training_step((views, None, None), 0)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None for p in theirs.key_encoder.parameters())
+    (group,), ours_group = theirs.configure_optimizers().param_groups, None
+    (ours_group,) = ours.configure_optimizers().param_groups
+    for name in ("momentum", "weight_decay", "lr"):
+        assert group[name] == ours_group[name]
