@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
-from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import v2
@@ -37,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Row, arguments, interleave, progress, report, table
 from benchmarks.views import reference_chain
 from moco.config import DataConfig, normalisation
-from moco.data import Indices, PretrainData, _Cuts
+from moco.data import Indices, PretrainData, _collate_cuts, _Cuts
 
 TARGET = 4.5
 DECODE, PIL, TENSORS = "decode alone", "PIL, finished views", "torchvision v2, finished views"
@@ -99,14 +98,16 @@ def ways(data: PretrainData, count: int) -> dict[str, Callable[[], Any]]:
 
     def whole(index: list[int], turn: int) -> None:
         for part in torch.tensor(index).split(COLOUR_BATCH):
-            crops = default_collate([cuts[turn, i][0] for i in part.tolist()])
+            crops, _ = _collate_cuts(cuts.__getitems__([(turn, i) for i in part.tolist()]))
             data.on_after_batch_transfer(Indices(turn, 0, part, crops), 0)
 
     return {
         DECODE: over_folder(lambda index, turn: [source.read(i) for i in index]),
         PIL: over_folder(pil),
         TENSORS: over_folder(tensors),
-        WORKER: over_folder(lambda index, turn: [cuts[turn, i] for i in index]),
+        WORKER: over_folder(
+            lambda index, turn: _collate_cuts(cuts.__getitems__([(turn, i) for i in index]))
+        ),
         WHOLE: over_folder(whole),
     }
 

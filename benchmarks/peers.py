@@ -15,11 +15,10 @@ and readings. lightly is used as its documentation's MoCo example does it (`Ligh
 checkpoints; it is tried with 0, 1 and 2 workers, and the fastest is taken. The comparison leans
 lightly's way: its keys get plain BatchNorm, as in its example, while ours pays for split groups.
 
-Each contender is a process that trains all the time but waits while another has its turn; the
-first steps of a turn are not counted, so that batches that workers made while waiting are used up.
-Starting is not counted (ours decodes the whole set first): the seconds until the first step are
-printed. Without `--root`, small JPEGs are written to a temporary folder. The last line is one JSON
-object.
+Each contender is a process that is stopped, its workers too, while others have their turns; the
+first step of a turn is not counted. Starting is not counted either (ours decodes the whole set
+first): the seconds until the first step are in the record. Without `--root`, small JPEGs are
+written to a temporary folder. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -203,27 +202,29 @@ def lightly_loader(config: TrainConfig, workers: int) -> DataLoader:
     )
 
 
+def fit_lightly(
+    module: LightlyMoCo, workers: int, threads: int, turns: Turns, max_steps: int = -1
+) -> None:
+    """Train in a Trainer that does nothing else."""
+    torch.set_num_threads(threads)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        precision=module.config.trainer.precision,
+        max_epochs=-1,
+        max_steps=max_steps,
+        callbacks=[turns],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, lightly_loader(module.config, workers))
+
+
 def train_lightly(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]], None]) -> None:
     """Find lightly's fastest way to load, then train with it until the end."""
-    config = contender.settings()
-    module = LightlyMoCo(config)
+    module = LightlyMoCo(contender.settings())
     warmup, timed = contender.trial
-
-    def fit(workers: int, threads: int, turns: Turns, max_steps: int = -1) -> None:
-        torch.set_num_threads(threads)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            precision=contender.precision,
-            max_epochs=-1,
-            max_steps=max_steps,
-            callbacks=[turns],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, lightly_loader(config, workers))
-
     rates, start = {}, time.perf_counter()
     for workers, threads in TRIALS[contender.encoder]:
         seconds: list[float] = []
@@ -233,7 +234,7 @@ def train_lightly(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]
             return warmup, timed
 
         # One step more, at whose start the last turn ends.
-        fit(workers, threads, Turns(note), warmup + timed + 1)
+        fit_lightly(module, workers, threads, Turns(note), warmup + timed + 1)
         rates[workers, threads] = contender.batch * timed / seconds[1]
     best = max(rates, key=rates.get)
     tried = {f"{w} workers, {t} threads": round(rate, 1) for (w, t), rate in rates.items()}
@@ -244,7 +245,7 @@ def train_lightly(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]
             "trial_seconds": time.perf_counter() - start,
         }
     )
-    fit(*best, Turns(ask))
+    fit_lightly(module, *best, Turns(ask))
 
 
 def train_ours(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -303,6 +304,7 @@ class Process:
                 text=True,
                 bufsize=1,
                 process_group=0,
+                env=os.environ | {"TMPDIR": str(folder)},  # what it leaves goes with the folder
             )
         self.timer = threading.Timer(limit, self.end)
         self.timer.daemon = True
@@ -421,7 +423,7 @@ def claims(encoder: str, name: str, names: list[str]) -> dict[str, float | None]
 
 def main(argv: list[str]) -> dict[str, Any] | None:
     """Let ours and lightly take turns, or be one of them."""
-    parser = arguments(__doc__, rounds=5)
+    parser = arguments(__doc__, rounds=4)
     parser.add_argument("--root", default="", help="folder of 32 px images; empty: made up")
     parser.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=list(ENCODERS))
     parser.add_argument("--precisions", nargs="+", choices=[FP32, BF16], help="default: both")

@@ -13,6 +13,7 @@ JSON object.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,29 @@ def operations(take: Callable[[], None]) -> int:
     return counter.get_total_flops()
 
 
+def measure(
+    model: ModelConfig, options: argparse.Namespace
+) -> tuple[list[Row], dict[str, float], float]:
+    """Let the ways and the products take turns; return rows, bounds and operations an image."""
+    ways: dict[Any, Callable[[], Any]] = {
+        PLAIN: step(model, options.batch, options.size, channels_last=False, bf16=False),
+        LAYOUT: step(model, options.batch, options.size, channels_last=True, bf16=False),
+        BF16: step(model, options.batch, options.size, channels_last=True, bf16=True),
+    }
+    products = {dtype: torch.randn(2, SIDE, SIDE).to(dtype) for dtype in TYPES}
+    for dtype, (a, b) in products.items():
+        ways[dtype] = lambda a=a, b=b: a @ b
+    per_image = operations(ways[PLAIN]) / options.batch
+    seconds = interleave(ways, options.rounds)
+    fp32, bf16 = (Row("", seconds[d], 2 * SIDE**3 / per_image).median for d in TYPES)
+    rows = [
+        Row(PLAIN, seconds[PLAIN], options.batch, bound=fp32),
+        Row(LAYOUT, seconds[LAYOUT], options.batch, {PLAIN: None}, fp32),
+        Row(BF16, seconds[BF16], options.batch, {PLAIN: TARGET}, bf16),
+    ]
+    return rows, {"fp32": round(fp32, 1), "bf16": round(bf16, 1)}, per_image
+
+
 def main(argv: list[str]) -> dict[str, Any]:
     """Let the ways take turns."""
     parser = arguments(__doc__, rounds=9)
@@ -86,29 +110,13 @@ def main(argv: list[str]) -> dict[str, Any]:
         key_bn="split",
         bn_splits=8,
     )
-    ways: dict[Any, Callable[[], Any]] = {
-        PLAIN: step(model, options.batch, options.size, channels_last=False, bf16=False),
-        LAYOUT: step(model, options.batch, options.size, channels_last=True, bf16=False),
-        BF16: step(model, options.batch, options.size, channels_last=True, bf16=True),
-    }
-    products = {dtype: torch.randn(2, SIDE, SIDE).to(dtype) for dtype in TYPES}
-    for dtype, (a, b) in products.items():
-        ways[dtype] = lambda a=a, b=b: a @ b
-    per_image = operations(ways[PLAIN]) / options.batch
-    seconds = interleave(ways, options.rounds)
-    fp32, bf16 = (Row("", seconds[d], 2 * SIDE**3 / per_image).median for d in TYPES)
-    rows = [
-        Row(PLAIN, seconds[PLAIN], options.batch, bound=fp32),
-        Row(LAYOUT, seconds[LAYOUT], options.batch, {PLAIN: None}, fp32),
-        Row(BF16, seconds[BF16], options.batch, {PLAIN: TARGET}, bf16),
-    ]
+    rows, bounds, per_image = measure(model, options)
     title = (
         f"Training step, {options.backbone} with the CIFAR stem, {options.size} px, "
         f"batch {options.batch}, {options.threads} threads"
     )
     found = table(title, rows, "images/s")
-    bounds = {"fp32": round(fp32, 1), "bf16": round(bf16, 1)}
-    print(f"  bounds: {fp32:.0f} in fp32, {bf16:.0f} in bf16, {per_image / 1e9:.2f} GFLOP an image")
+    print(f"  bounds: {bounds}; {per_image / 1e9:.2f} GFLOP an image")
     return report("precision", {"step": found, "bounds": bounds}, options)
 
 

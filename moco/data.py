@@ -27,6 +27,7 @@ from moco.random import combine, permutations, uniform
 from moco.sources import ImageSource
 from moco.workers import PREFETCH, end_workers, fetched, fitting_workers, ignore_signals
 
+_AT_A_TIME = 16  # images that a worker holds decoded
 _ATTEMPTS = 64  # other images that are tried in the place of one that cannot be read
 
 
@@ -267,7 +268,7 @@ class _Planned:
 
 
 class _Cuts(Dataset):
-    """Two cuts of an image, 2 x C x S x S uint8, a function of (seed, epoch, index).
+    """Two cuts of an image, 2 x S x S x C uint8, a function of (seed, epoch, index).
 
     In the place of an image that cannot be read stands another, by the same function; what could
     not be read comes along as (index, reason).
@@ -277,16 +278,26 @@ class _Cuts(Dataset):
         self.source, self.recipe = data.source, data.recipe
         self.seed, self.size = data.seed, data.config.image_size
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[tuple[int, str]]]:
-        epoch, index = key
-        image, bad = self._read(epoch, index)
-        height, width = image.shape[1:]
-        cuts = []
-        for view in (0, 1):
-            place = torch.tensor([index])
-            box = views.draw_crops(self.recipe, self.seed, epoch, place, view, height, width)
-            cuts.append(cut(image, box, self.size))
-        return torch.stack(cuts), bad
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, list]]:
+        """Cut the images of (epoch, index), one epoch; torch's loaders ask for whole batches."""
+        items = []
+        for start in range(0, len(keys), _AT_A_TIME):
+            items += self._some(keys[start : start + _AT_A_TIME])
+        return items
+
+    def _some(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, list]]:
+        """Cut as many as may lie decoded in memory; drawing their boxes together is cheaper."""
+        epoch = keys[0][0]
+        index = torch.tensor([index for _, index in keys])
+        read = [self._read(*key) for key in keys]
+        sizes = torch.tensor([image.shape[1:] for image, _ in read]).unbind(1)
+        boxes = [
+            views.draw_crops(self.recipe, self.seed, epoch, index, view, *sizes) for view in (0, 1)
+        ]
+        return [
+            (torch.stack([cut(image, box, self.size, row).permute(1, 2, 0) for box in boxes]), bad)
+            for row, (image, bad) in enumerate(read)
+        ]
 
     def _read(self, epoch: int, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
         try:
@@ -306,15 +317,24 @@ class _Cuts(Dataset):
 
 
 def _collate_cuts(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list[tuple[int, str]]]:
-    return default_collate([cuts for cuts, _ in items]), [b for _, bad in items for b in bad]
+    crops = default_collate([cuts for cuts, _ in items])  # N 2 S S C
+    return crops.permute(0, 1, 4, 2, 3), [b for _, bad in items for b in bad]
 
 
-def cut(image: Tensor, box: views.Crops, size: int) -> Tensor:
-    """Cut one box out of a C x H x W uint8 image and resize it to C x S x S uint8, antialiased."""
-    top, left = int(box.top[0]), int(box.left[0])
-    part = image[:, top : top + int(box.height[0]), left : left + int(box.width[0])]
-    part = interpolate(part[None], (size, size), mode="bilinear", antialias=True)[0]
-    return part.flip(2) if box.flip[0] else part
+def cut(image: Tensor, boxes: views.Crops, size: int, row: int = 0) -> Tensor:
+    """Cut one of the boxes out of a C x H x W uint8 image and resize it, antialiased.
+
+    Returns:
+        C x S x S uint8, mirrored where the box says so; H W C in memory, for which torch has the
+        fastest code.
+    """
+    top, left, height, width, flip = (
+        int(side[row]) for side in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.flip)
+    )
+    part = image[None, :, top : top + height, left : left + width]
+    part = part.contiguous(memory_format=torch.channels_last)
+    part = interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+    return part.flip(2) if flip else part
 
 
 def worker_count(config: DataConfig) -> int:

@@ -214,6 +214,8 @@ class _Run:
             limit_val_batches=0,
         )
         RankLauncher.replace(trainer.strategy)
+        # `Checkpoints` answers signals; Lightning would wait for the device to ask all ranks.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         return trainer
 
     def labelled(self) -> LabelledData | None:

@@ -103,6 +103,7 @@ class Checkpoints(pl.Callback):
         self._in_step = False
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
+        self._ranks: Any = None  # a group of processes, where there are several
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take over the signals, and clear what a killed run left half written."""
@@ -111,6 +112,8 @@ class Checkpoints(pl.Callback):
         if trainer.is_global_zero:
             for leftover in self.directory.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
+        if trainer.world_size > 1:
+            self._ranks = torch.distributed.new_group(backend="gloo")
         for number in STOPPING[1:]:
             self._handlers[number] = signal.signal(number, self._note)
 
@@ -130,24 +133,25 @@ class Checkpoints(pl.Callback):
             return
         self._in_step = False
         step = trainer.global_step
-        self.stop_signal = STOPPING[self._agree(trainer, STOPPING.index(self.stop_signal))]
         due = step % self.every == 0 if self.every else last_batch
-        if self.minutes:
-            elapsed = time.monotonic() - self._saved_at
-            due = bool(self._agree(trainer, due or elapsed >= 60 * self.minutes))
+        late = 0 < 60 * self.minutes <= time.monotonic() - self._saved_at
+        signal_place, late = self._agree(STOPPING.index(self.stop_signal), int(late))
+        self.stop_signal, due = STOPPING[signal_place], due or bool(late)
         if due or self.stop_signal or step >= module.total_steps:
             self.save(trainer)
         if self.stop_signal:
             trainer.should_stop = True
 
-    @staticmethod
-    def _agree(trainer: pl.Trainer, value: int) -> int:
-        """Take the largest value of all ranks, so that all of them save and stop together."""
-        if trainer.world_size == 1:
-            return int(value)
-        tensor = torch.tensor(int(value), device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-        return int(tensor)
+    def _agree(self, *values: int) -> list[int]:
+        """Take the largest values of all ranks, so that all of them save and stop together.
+
+        Over a group of CPUs: asked over the GPUs, every step would wait for them.
+        """
+        if self._ranks is None:
+            return list(values)
+        tensor = torch.tensor(values)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, self._ranks)
+        return tensor.tolist()
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write step_N.ckpt, point last.ckpt to it, and remove old ones."""

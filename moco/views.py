@@ -151,7 +151,7 @@ class ViewMaker:
             boxes = draw_crops(recipe, seed, epoch, index, number, *images.shape[2:])
             cut = crop_and_resize(images, boxes, self.size)
         else:
-            cut = images.float() / 255
+            cut = images.contiguous().float() / 255
         view = adjust_colours(cut, draw_colours(recipe, seed, epoch, index, number), recipe)
         view = normalise(view, self.mean, self.std)
         return view.contiguous(memory_format=torch.channels_last)
@@ -163,26 +163,29 @@ def draw_crops(
     epoch: int | Tensor,
     index: Tensor,
     view: int,
-    height: int,
-    width: int,
+    height: int | Tensor,
+    width: int | Tensor,
 ) -> Crops:
-    """Draw the boxes of torchvision's RandomResizedCrop, ratio 3/4 to 4/3, for images of one size.
+    """Draw the boxes of torchvision's RandomResizedCrop, ratio 3/4 to 4/3.
 
     Args:
         epoch: Number, or int64 scalar where the chain is compiled.
         index: N int64, the images' places in the data set.
         view: 0 or 1.
-        height, width: Of the images in pixels.
+        height, width: Of the images in pixels; N int64 where they differ.
     """
+    several = isinstance(height, Tensor)
+    h_all, w_all = (height[:, None], width[:, None]) if several else (height, width)
     u = uniform(seed, f"crop-{view}", combine(epoch, index), 2 * _ATTEMPTS + 3)
-    area = height * width * (recipe.crop_min + (1 - recipe.crop_min) * u[:, :_ATTEMPTS])
+    area = h_all * w_all * (recipe.crop_min + (1 - recipe.crop_min) * u[:, :_ATTEMPTS])
     ratio = torch.exp(math.log(_MAX_RATIO) * (2 * u[:, _ATTEMPTS : 2 * _ATTEMPTS] - 1))
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    fits = (widths > 0) & (widths <= w_all) & (heights > 0) & (heights <= h_all)
     first = fits.int().argmax(1, keepdim=True)
     # No attempt fitted: the largest centred box whose ratio is in range.
-    fallback_w = min(width, round(height * _MAX_RATIO))
-    fallback_h = min(height, round(width * _MAX_RATIO))
+    smaller, nearest = (torch.minimum, torch.round) if several else (min, round)
+    fallback_w = smaller(width, nearest(height * _MAX_RATIO))
+    fallback_h = smaller(height, nearest(width * _MAX_RATIO))
     none = ~fits.any(1)
     w = torch.where(none, fallback_w, widths.gather(1, first)[:, 0]).long()
     h = torch.where(none, fallback_h, heights.gather(1, first)[:, 0]).long()

@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from benchmarks import harness
 from benchmarks.harness import Row
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(name, path, *options, timeout=100):
@@ -226,8 +225,10 @@ def test_synthetic_images_weigh_what_photographs_do(tmp_path):
 
 
 def test_precision(tmp_path):
-    options = ["--backbone", "resnet10t", "--width", "0.25", "--batch", "8", "--queue", "16"]
-    last, _ = run("precision", tmp_path, "--rounds", "1", "--size", "8", "--threads", "1", *options)
+    options = ["--backbone", "resnet10t", "--width", "0.25", "--batch", "16", "--queue", "16"]
+    last, _ = run(
+        "precision", tmp_path, "--rounds", "1", "--size", "16", "--threads", "1", *options
+    )
     if not torch.cpu._is_avx512_bf16_supported():
         assert last == {"benchmark": "precision", "skipped": "no bf16 instructions"}
         return
@@ -279,7 +280,7 @@ def test_both_peers_train_the_same_network_with_the_same_views():
     loss = theirs.training_step((views, None, None), 0)
     loss.backward()
     assert loss.isfinite() and all(p.grad is None for p in theirs.key_encoder.parameters())
-    (group,), ours_group = theirs.configure_optimizers().param_groups, None
-    (ours_group,) = ours.configure_optimizers().param_groups
-    for name in ("momentum", "weight_decay", "lr"):
-        assert group[name] == ours_group[name]
+    (group,) = theirs.configure_optimizers().param_groups
+    (own,) = ours.configure_optimizers().param_groups
+    for name in ("momentum", "weight_decay", "lr", "nesterov", "dampening"):
+        assert group[name] == own[name]

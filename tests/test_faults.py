@@ -852,6 +852,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.timeout(300)
 def test_a_taken_port_that_must_stay_is_one_line(images):
     """Of several machines none may choose another on its own."""
     with port_in_use() as taken:
@@ -859,7 +860,7 @@ def test_a_taken_port_that_must_stay_is_one_line(images):
             *TINY, "--data.root", str(images), "--run.dir", "run", "--trainer.devices", "2",
             MASTER_PORT=str(taken.getsockname()[1]), NODE_RANK="0", MASTER_ADDR="127.0.0.1",
         )  # fmt: skip
-        code, _, err = finish(process, timeout=110)
+        code, _, err = finish(process, timeout=280)
     assert code == 1
     assert "the ranks meet is taken: set MASTER_PORT" in err and "Traceback" not in err
 

@@ -69,7 +69,6 @@ def test_names_of_torch():
     next(iter(loader))
     (worker,) = loader._iterator._workers
     assert worker.exitcode is None and worker.pid
-    worker.kill()
 
 
 @pytest.mark.parametrize(
@@ -113,3 +112,10 @@ def test_names_of_lightning():
     assert callable(_SubprocessScriptLauncher._call_children_scripts)
     RankLauncher.replace(single := SimpleNamespace(launcher=None))
     assert single.launcher is None
+
+
+def test_lightning_asks_all_ranks_about_sigterm_where_it_is_told_not_to():
+    """`run` puts a function that does nothing in its place."""
+    loop = pl.loops.training_epoch_loop._TrainingEpochLoop
+    assert inspect.signature(loop._broadcast_sigterm_tensor).parameters.keys() == {"self"}
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(loop.advance)

@@ -16,6 +16,7 @@ import pytest
 
 from moco import ranks
 
+pytestmark = pytest.mark.timeout(300)  # processes start slowly on a busy machine
 ROOT = Path(__file__).parent.parent
 PARENT = """
 import subprocess, sys, time
@@ -33,7 +34,7 @@ environment = SimpleNamespace(
 CHILD = PARENT.replace("externally=False", "externally=True")
 
 
-def python(code: str, timeout: float = 110, **env: str) -> tuple[int, str, str]:
+def python(code: str, timeout: float = 280, **env: str) -> tuple[int, str, str]:
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=ROOT, env=os.environ | env, start_new_session=True,
@@ -67,7 +68,7 @@ def test_a_rank_that_waits_for_a_dead_one_is_ended():
     code, _, err = python(PARENT + "Launcher(environment, 2, 1).launch(lambda: time.sleep(99))")
     assert code == 1
     assert err.count("error: rank 1 (process") == 1 and "ended with exit code 1" in err
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 90, "with the start of two processes"
 
 
 @pytest.mark.parametrize(("wait", "word"), [(0, "done"), (99, "rank 0 died")])
@@ -98,12 +99,15 @@ time.sleep(6)
 """
     )
     assert code == 0
-    deadline = time.monotonic() + 90
-    while not log.read_text() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 200
+    while (
+        not {"done", "died"} & set(log.read_text().replace(",", " ").split())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     time.sleep(0.5)
-    said = log.read_text().splitlines()
-    assert len(said) == 1 and word in said[0]
+    said = log.read_text()
+    assert word in said and ("done" in said) != ("rank 0 died" in said)
 
 
 @pytest.fixture
