@@ -35,7 +35,7 @@ from moco.monitor import KNNMonitor, Progress, Readings
 from moco.pretrain import MoCo
 from moco.ranks import RankLauncher, free_port
 from moco.rundir import check_images, check_same, find_run, new_run, write_config
-from moco.saving import AtomicCheckpointIO, Checkpoints, requeue
+from moco.saving import AtomicCheckpointIO, Checkpoints, Signals, requeue
 from moco.tracking import finish, loggers
 
 log = logging.getLogger("moco")
@@ -59,7 +59,14 @@ def pretrain(
         UserError: Anything that the user can mend, before the first step wherever possible.
     """
     _set_up_logging()
-    signal.signal(signal.SIGUSR1, _stop_before_training)
+    before = signal.signal(signal.SIGUSR1, _stop_before_training)
+    try:
+        return _pretrain(config, resume, recipe, init_from)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _pretrain(config: TrainConfig, resume: str, recipe: str, init_from: str) -> dict[str, Any]:
     asked = asdict(config)
     source = sources.open_source(config.data, "train")
     check_batch(config.data, len(source))
@@ -126,14 +133,17 @@ class _Run:
         guard = NonFiniteGuard(config.run.skip_nonfinite, self.run_dir)
         readings = Readings(self.data, config.trainer.log_every_n_steps)
         monitor = KNNMonitor(self.labelled(), config.run, readings)
+        signals = Signals()
         saver = Checkpoints(
+            signals,
             self.run_dir / "checkpoints",
             config.run.checkpoint_every,
             config.run.checkpoint_minutes,
             config.run.keep_checkpoints,
             extras,
         )
-        callbacks = [guard, readings, monitor, saver, Watch(self.data.bad), Progress(readings)]
+        callbacks = [signals, guard, readings, monitor, saver]
+        callbacks += [Watch(self.data.bad), Progress(readings)]
         trainer = self.trainer(callbacks, start_step)
         if trainer.is_global_zero:
             write_config(TrainConfig.from_dict(extras["config"]), self.run_dir)

@@ -76,10 +76,32 @@ def _reason(error: Exception, folder: Path) -> str:
     return " ".join(str(error).split())[:200]
 
 
+class Signals(pl.Callback):
+    """Note the stopping signal that came; stands first, since other callbacks may take their time.
+
+    Attributes:
+        came: The signal, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.came = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take over the signals; Lightning puts back what was there before the run."""
+        for number in STOPPING[1:]:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.came == number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.came = max(self.came, number, key=STOPPING.index)
+
+
 class Checkpoints(pl.Callback):
     """Save after chosen steps, and after the step in which a stopping signal came; then stop.
 
     Args:
+        signals: Tells which signal came.
         directory: Of the checkpoints.
         every: Steps between checkpoints; 0: at the end of each epoch.
         minutes: Between checkpoints besides; 0: none.
@@ -87,14 +109,21 @@ class Checkpoints(pl.Callback):
         extras: Stored in each checkpoint: name to plain values, such as the settings.
 
     Attributes:
-        stop_signal: The signal that came, or 0.
+        stop_signal: The signal that came on any rank, or 0.
         seconds: Time spent saving.
         saved_step: Optimiser steps in the newest checkpoint of this process.
     """
 
     def __init__(
-        self, directory: Path, every: int, minutes: float, keep: int, extras: dict[str, Any]
+        self,
+        signals: Signals,
+        directory: Path,
+        every: int,
+        minutes: float,
+        keep: int,
+        extras: dict[str, Any],
     ) -> None:
+        self.signals = signals
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
         self.extras = extras
         self.stop_signal = 0
@@ -102,11 +131,10 @@ class Checkpoints(pl.Callback):
         self.saved_step = 0
         self._in_step = False
         self._saved_at = time.monotonic()
-        self._handlers: dict[int, Any] = {}
         self._ranks: Any = None  # a group of processes, where there are several
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take over the signals, and clear what a killed run left half written."""
+        """Clear what a killed run left half written."""
         self._saved_at = time.monotonic()
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
@@ -114,13 +142,6 @@ class Checkpoints(pl.Callback):
                 leftover.unlink(missing_ok=True)
         if trainer.world_size > 1:
             self._ranks = torch.distributed.new_group(backend="gloo")
-        for number in STOPPING[1:]:
-            self._handlers[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.stop_signal == number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.stop_signal = max(self.stop_signal, number, key=STOPPING.index)
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Note that the state is in motion."""
@@ -135,7 +156,7 @@ class Checkpoints(pl.Callback):
         step = trainer.global_step
         due = step % self.every == 0 if self.every else last_batch
         late = 0 < 60 * self.minutes <= time.monotonic() - self._saved_at
-        signal_place, late = self._agree(STOPPING.index(self.stop_signal), int(late))
+        signal_place, late = self._agree(STOPPING.index(self.signals.came), int(late))
         self.stop_signal, due = STOPPING[signal_place], due or bool(late)
         if due or self.stop_signal or step >= module.total_steps:
             self.save(trainer)
@@ -174,7 +195,9 @@ class Checkpoints(pl.Callback):
             except OSError:  # a file system without such links
                 shutil.copyfile(path, temporary)
             os.replace(temporary, last)
-            for old in sorted(self.directory.glob("step_*.ckpt"))[: -self.keep]:
+            # By age: steps of an earlier attempt may be higher, and must not outlive this one's.
+            steps = self.directory.glob("step_*.ckpt")
+            for old in sorted(steps, key=lambda step: step.stat().st_mtime_ns)[: -self.keep]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s stays as it was: %s", last, _reason(error, self.directory))
@@ -188,7 +211,8 @@ class Checkpoints(pl.Callback):
         between = not self._in_step and trainer.global_step > self.saved_step
         if between and (trainer.world_size == 1 or known):
             self.save(trainer)
-            log.info("saved after step %d: go on with --resume", trainer.global_step)
+            if self.saved_step == trainer.global_step:
+                log.info("saved after step %d: go on with --resume", trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]
@@ -197,12 +221,6 @@ class Checkpoints(pl.Callback):
         checkpoint.update(self.extras)
         batches = trainer.num_training_batches
         checkpoint["epoch"] = set_counters(checkpoint["loops"]["fit_loop"], batches)
-
-    def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
 
 
 def set_counters(loop: dict[str, Any], batches: int) -> int:
