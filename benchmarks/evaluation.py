@@ -135,7 +135,8 @@ def compare_sklearn(checkpoint: str, root: str) -> None:
 
     from moco.checkpoint import load_encoder
     from moco.config import DataConfig
-    from moco.data import LabelledData, make_resident
+    from moco.labelled import LabelledData
+    from moco.resident import make_resident
     from moco.sources import open_labelled
 
     torch.set_num_threads(os.cpu_count() or 1)

@@ -175,7 +175,7 @@ def lightly_loader(config: TrainConfig, workers: int) -> DataLoader:
     from lightly.data import LightlyDataset
     from lightly.transforms import MoCoV2Transform
 
-    from moco.views import RECIPES
+    from moco.draws import RECIPES
 
     recipe = RECIPES[config.data.views]
     brightness, contrast, saturation, hue = recipe.strengths

@@ -15,7 +15,7 @@ _HOME = {
     "TrainConfig": "moco.config",
     "UserError": "moco.config",
     "PretrainData": "moco.data",
-    "LabelledData": "moco.data",
+    "LabelledData": "moco.labelled",
     "load_backbone": "moco.checkpoint",
     "extract_features": "moco.knn",
     "knn_predict": "moco.knn",

@@ -30,10 +30,11 @@ from moco.config import (
     UserError,
     check,
 )
-from moco.data import LabelledData, make_resident
 from moco.encoder import build_encoder
 from moco.finetune import Labelled
 from moco.knn import extract_features, gather_ragged
+from moco.labelled import LabelledData
+from moco.resident import make_resident
 
 log = logging.getLogger("moco")
 ReadData = Callable[[dict[str, Any]], DataConfig]

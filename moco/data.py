@@ -1,4 +1,4 @@
-"""Data: batches of view pairs that can stop and go on mid-epoch, and images for evaluation.
+"""Data: batches of view pairs that can stop and go on mid-epoch.
 
 What fits is resident: decoded once, one uint8 tensor, no workers. What does not is streamed:
 workers decode and cut each image twice, to uint8. Colours are always made batched on the device.
@@ -8,7 +8,6 @@ Shapes: M images in the set, N images per device, W devices, B = N*W, C channels
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,16 +15,17 @@ from dataclasses import dataclass, replace
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from moco import distributed, sources, views
 from moco.badfiles import BadFiles
 from moco.config import DataConfig, UserError, normalisation
 from moco.decode import BadImage
+from moco.draws import draw_crops, view_recipe
 from moco.random import combine, permutations, uniform
+from moco.resident import make_resident
 from moco.sources import ImageSource
-from moco.workers import PREFETCH, end_workers, fetched, fitting_workers, ignore_signals
+from moco.workers import PREFETCH, end_workers, fetched, ignore_signals, worker_count
 
 _AT_A_TIME = 16  # images that a worker holds decoded
 _ATTEMPTS = 64  # other images that are tried in the place of one that cannot be read
@@ -87,7 +87,7 @@ class PretrainData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
-        self.recipe = views.view_recipe(config)
+        self.recipe = view_recipe(config)
         self.device = torch.device("cpu")
         self.source = source or sources.open_source(config, "train")
         self.images: Tensor | None = self.source.images
@@ -291,13 +291,12 @@ class _Cuts(Dataset):
         index = torch.tensor([index for _, index in keys])
         read = [self._read(*key) for key in keys]
         sizes = torch.tensor([image.shape[1:] for image, _ in read]).unbind(1)
-        boxes = [
-            views.draw_crops(self.recipe, self.seed, epoch, index, view, *sizes) for view in (0, 1)
-        ]
-        return [
-            (torch.stack([cut(image, box, self.size, row).permute(1, 2, 0) for box in boxes]), bad)
-            for row, (image, bad) in enumerate(read)
-        ]
+        boxes = [draw_crops(self.recipe, self.seed, epoch, index, view, *sizes) for view in (0, 1)]
+        items = []
+        for row, (image, bad) in enumerate(read):
+            pair = [views.cut(image, box, self.size, row).permute(1, 2, 0) for box in boxes]
+            items.append((torch.stack(pair), bad))
+        return items
 
     def _read(self, epoch: int, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
         try:
@@ -321,32 +320,6 @@ def _collate_cuts(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list[tuple[
     return crops.permute(0, 1, 4, 2, 3), [b for _, bad in items for b in bad]
 
 
-def cut(image: Tensor, boxes: views.Crops, size: int, row: int = 0) -> Tensor:
-    """Cut one of the boxes out of a C x H x W uint8 image and resize it, antialiased.
-
-    Returns:
-        C x S x S uint8, mirrored where the box says so; H W C in memory, for which torch has the
-        fastest code.
-    """
-    top, left, height, width, flip = (
-        int(side[row]) for side in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.flip)
-    )
-    part = image[None, :, top : top + height, left : left + width]
-    part = part.contiguous(memory_format=torch.channels_last)
-    part = interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
-    return part.flip(2) if flip else part
-
-
-def worker_count(config: DataConfig) -> int:
-    """Decide how many worker processes each rank starts: what fits into shared memory."""
-    world = distributed.world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    count = config.num_workers
-    if count < 0:
-        count = max(1, (os.cpu_count() or 1) // local)
-    return fitting_workers(config, count, local, world)
-
-
 def check_batch(config: DataConfig, count: int) -> None:
     """Raise UserError when the set does not fill one batch."""
     if count < config.batch_size:
@@ -354,140 +327,3 @@ def check_batch(config: DataConfig, count: int) -> None:
             f"data.batch_size {config.batch_size} is above the {count} images of {config.dataset} "
             f"{config.root}: lower it to {max(2, count)} or less"
         )
-
-
-def make_resident(
-    source: ImageSource, config: DataConfig, device: torch.device, report_path: str | None
-) -> tuple[ImageSource, Tensor | None, str]:
-    """Decide between device, memory and streaming, and decode.
-
-    Returns: The source without unreadable files, its images M x C x H x W uint8 or None if
-        streamed, and where they are.
-    """
-    needed, size = sources.estimate_bytes(source)
-    budget = config.resident_budget * 2**30
-    wanted = config.resident
-    check_view_size(config, size)
-    if source.images is None:
-        if wanted == "off" or (wanted == "auto" and (size is None or needed > budget)):
-            return source, None, "streamed"
-        try:
-            images, bad = sources.load_all(source)
-        except sources.MixedSizes as error:
-            if wanted != "auto":
-                raise UserError(
-                    f"data.resident is {wanted} but the images differ in size ({error}): set "
-                    "data.resident off"
-                ) from None
-            return source, None, "streamed"
-        source = sources.check_files(source, bad, config.max_bad_fraction, report_path)
-        if bad:
-            whole = torch.ones(len(images), dtype=torch.bool)
-            whole[[index for index, _ in bad]] = False
-            images = images[whole]
-    else:
-        images = source.images
-    if wanted == "device" or (wanted == "auto" and device.type == "cuda"):
-        return source, images.to(device), "device"
-    return source, images, "memory"
-
-
-def check_view_size(config: DataConfig, size: tuple[int, int] | None) -> None:
-    """Raise UserError when views would be larger than the images they are cut from."""
-    if size is not None and min(size) * config.upscale < config.image_size:
-        raise UserError(
-            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set "
-            f"it to {min(size)}, "
-            f"or allow enlarging with data.upscale {config.image_size / min(size):.3g}"
-        )
-
-
-class LabelledData:
-    """Images for evaluation: a labelled bank and labelled queries, resized and centre-cropped.
-
-    Args:
-        config: Data settings of the run that made the encoder.
-        bank, queries: Sources with labels.
-        bank_images, query_images: Their decoded images if resident already.
-    """
-
-    def __init__(
-        self,
-        config: DataConfig,
-        bank: ImageSource,
-        queries: ImageSource,
-        bank_images: Tensor | None = None,
-        query_images: Tensor | None = None,
-    ) -> None:
-        self.config = config
-        self.bank, self.queries = bank, queries
-        self.bank_images, self.query_images = bank_images, query_images
-        self.num_classes = len(bank.classes)
-
-    def batches(
-        self, split: str, device: torch.device, batch_size: int = 256
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's share of `bank` or `queries`: every W-th image, none twice, none left
-        out.
-
-        Yields:
-            Images N x C x S x S, normalised, and labels N int64, on `device`.
-        """
-        source = self.bank if split == "bank" else self.queries
-        images = self.bank_images if split == "bank" else self.query_images
-        mine = torch.arange(distributed.rank(), len(source), distributed.world_size())
-        mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
-        for index, part in self._read(source, images, mine, batch_size):
-            size = self.config.image_size
-            part = part.to(device, non_blocking=True)
-            if part.shape[2:] != (size, size):
-                boxes = views.centre_crops(len(part), *part.shape[2:], size, device)
-                part = views.crop_and_resize(part, boxes, size)
-            else:
-                part = part.float() / 255
-            yield views.normalise(part, mean, std), source.labels[index].to(device)
-
-    def _read(
-        self, source: ImageSource, images: Tensor | None, mine: Tensor, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield indices and uint8 images, from memory or through workers, which cut to size.
-
-        Streamed files that cannot be read are left out and named in the log.
-        """
-        if images is not None:
-            for index in mine.split(batch_size):
-                yield index, images[index.to(images.device)]
-            return
-        loader = DataLoader(
-            _CentreCuts(source, self.config.image_size),
-            batch_size,
-            sampler=mine.tolist(),
-            num_workers=worker_count(self.config),
-            collate_fn=_collate_whole,
-            worker_init_fn=ignore_signals,
-        )
-        bad = BadFiles(source, 1.0, None)
-        for part in fetched(loader, self.config.worker_timeout):
-            bad.note([(index, reason) for index, _, reason in part if reason])
-            good = [(index, image) for index, image, reason in part if not reason]
-            if good:
-                yield torch.tensor([i for i, _ in good]), torch.stack([x for _, x in good])
-
-
-class _CentreCuts(Dataset):
-    """Evaluation cuts of streamed images: index, C x S x S uint8, and why it could not be read."""
-
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source, self.size = source, size
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        try:
-            image = self.source.read(index)
-        except BadImage as error:
-            return index, None, error.reason
-        box = views.centre_crops(1, *image.shape[1:], self.size, torch.device("cpu"))
-        return index, cut(image, box, self.size), ""
-
-
-def _collate_whole(items: list) -> list:
-    return items

@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from moco import distributed, views
 from moco.config import DataConfig, UserError, normalisation
-from moco.data import cut, worker_count
+from moco.draws import ViewRecipe, draw_crops
 from moco.knn import broadcast_buffers, gather_ragged
 from moco.probe import Reading, Stack, Track, cosine, read_rates
 from moco.random import permutation
 from moco.search import check_finite
 from moco.sources import ImageSource
+from moco.workers import worker_count
 
 INITIAL_STD = 0.01  # of the official classifier's weights; its biases are 0
 
@@ -74,7 +75,7 @@ class RandomCrops:
         self.config, self.images, self.seed = config, images, seed
         self.labels = images.source.labels
         flip = 0.5 if config.flip is None else config.flip
-        self.recipe = views.ViewRecipe(crop_min, flip, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0)
+        self.recipe = ViewRecipe(crop_min, flip, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0)
 
     def order(self, epoch: int) -> Tensor:
         """Return the order of the M images in an epoch."""
@@ -97,7 +98,7 @@ class RandomCrops:
             else:
                 stored = self.images.images
                 part = stored[rows.to(stored.device)].to(device)
-                boxes = views.draw_crops(
+                boxes = draw_crops(
                     self.recipe, self.seed, epoch, rows.to(device), 0, *part.shape[2:]
                 )
                 part = views.crop_and_resize(part, boxes, size)
@@ -124,7 +125,7 @@ class _Cuts(Dataset):
     """One random cut of a streamed image, C x S x S uint8; runs in workers."""
 
     def __init__(
-        self, source: ImageSource, recipe: views.ViewRecipe, seed: int, epoch: int, size: int
+        self, source: ImageSource, recipe: ViewRecipe, seed: int, epoch: int, size: int
     ) -> None:
         self.source, self.recipe = source, recipe
         self.seed, self.epoch, self.size = seed, epoch, size
@@ -132,8 +133,8 @@ class _Cuts(Dataset):
     def __getitem__(self, row: int) -> Tensor:
         image = self.source.read(row)
         place = torch.tensor([row])
-        box = views.draw_crops(self.recipe, self.seed, self.epoch, place, 0, *image.shape[1:])
-        return cut(image, box, self.size)
+        box = draw_crops(self.recipe, self.seed, self.epoch, place, 0, *image.shape[1:])
+        return views.cut(image, box, self.size)
 
 
 @dataclass

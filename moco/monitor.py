@@ -17,7 +17,7 @@ from torch import nn
 
 from moco import distributed, optim
 from moco.config import RunConfig
-from moco.data import LabelledData, PretrainData
+from moco.data import PretrainData
 from moco.knn import (
     broadcast_buffers,
     extract_features,
@@ -25,6 +25,7 @@ from moco.knn import (
     gather_ragged,
     knn_predict,
 )
+from moco.labelled import LabelledData
 
 log = logging.getLogger("moco")
 _SHOTS = 10

@@ -142,7 +142,9 @@ class MoCo(pl.LightningModule):
         """Give the plateau schedule its reading at the end of an epoch: the epoch's mean loss, or
         kNN.
         """
-        mean = all_gather((self.loss_sum / self.loss_count.clamp(min=1))[None]).mean().item()
+        sums = torch.stack([self.loss_sum, self.loss_count])[None]
+        total, count = all_gather(sums).sum(0).tolist()
+        mean = total / count if count else None  # None: every step was left out
         metric = mean if self.optim.plateau_metric == "train/loss" else knn_top1
         if self.optim.schedule == "plateau" and metric is not None:
             self.plateau.read(metric)

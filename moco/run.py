@@ -28,12 +28,14 @@ from pytorch_lightning.strategies import DDPStrategy
 from moco import sources
 from moco.checkpoint import restore_pretraining
 from moco.config import RunError, TrainConfig, UserError
-from moco.data import LabelledData, PretrainData, check_batch, make_resident
+from moco.data import PretrainData, check_batch
 from moco.explain import explain
 from moco.guard import NonFiniteGuard, Watch
+from moco.labelled import LabelledData
 from moco.monitor import KNNMonitor, Progress, Readings
 from moco.pretrain import MoCo
 from moco.ranks import RankLauncher, free_port
+from moco.resident import make_resident
 from moco.rundir import check_images, check_same, find_run, new_run, write_config
 from moco.saving import AtomicCheckpointIO, Checkpoints, Signals, requeue
 from moco.tracking import finish, loggers

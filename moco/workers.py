@@ -7,6 +7,7 @@ themselves ignore the signals that stop a run. No images and no tensors in this 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader
 
+from moco import distributed
 from moco.config import DataConfig, RunError, UserError
 
 log = logging.getLogger("moco")
@@ -137,6 +139,16 @@ def _worker_error(error: Exception, workers: list[Any]) -> Exception:
 def free_shared_memory() -> int:
     """Return the bytes that workers may still fill; a huge number where there is no such limit."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 2**62
+
+
+def worker_count(config: DataConfig) -> int:
+    """Decide how many worker processes each rank starts: what fits into shared memory."""
+    world = distributed.world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    count = config.num_workers
+    if count < 0:
+        count = max(1, (os.cpu_count() or 1) // local)
+    return fitting_workers(config, count, local, world)
 
 
 def fitting_workers(config: DataConfig, count: int, local_ranks: int, world: int) -> int:

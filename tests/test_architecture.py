@@ -31,12 +31,15 @@ ORDER = (
     "explain",
     "ranks",
     "data",
+    "labelled",
+    "resident",
     "badfiles",
     "workers",
     "sources",
     "folders",
     "decode",
     "views",
+    "draws",
     "checkpoint",
     "architecture",
     "layouts",
@@ -54,7 +57,7 @@ ORDER = (
     "cli",
     "config",
 )
-TENSORS_ONLY = ("contrast", "distributed", "encoder", "optim", "views", "random")
+TENSORS_ONLY = ("contrast", "distributed", "encoder", "optim", "views", "draws", "random")
 WITHOUT_TORCH = ("config", "cli", "launch", "rundir", "__init__")
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 TORCH = {"torch", "torchvision", "timm", "torchmetrics"} | LIGHTNING

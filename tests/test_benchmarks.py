@@ -193,7 +193,7 @@ def test_reference_chains_follow_the_recipe():
     from torchvision.transforms import v2
 
     from benchmarks.views import reference_chain
-    from moco.views import RECIPES
+    from moco.draws import RECIPES
 
     image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     pil = transforms.functional.to_pil_image(image)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from moco import distributed, sources
 from moco.config import DataConfig, UserError
-from moco.data import LabelledData, PretrainData, StepLoader
+from moco.data import PretrainData, StepLoader
+from moco.labelled import LabelledData
 
 CPU = torch.device("cpu")
 

@@ -501,11 +501,11 @@ def fill():
     while not os.path.exists("run/checkpoints/last.ckpt"):
         time.sleep(0.05)
     with open("/dev/shm/ballast", "wb", buffering=0) as file:
-        try:
-            while True:
+        while True:  # also what batches give back
+            try:
                 file.write(bytes(4096))
-        except OSError:
-            pass
+            except OSError:
+                time.sleep(0.001)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "/dev/shm"], check=True)
 threading.Thread(target=fill, daemon=True).start()
 sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)

@@ -47,7 +47,7 @@ def test_a_signal_during_the_first_reading_stops_after_the_first_step(tmp_path):
     assert last["global_step"] == 1
 
 
-def test_checkpoints_of_a_run_that_went_back_are_kept_before_higher_old_ones(images, monkeypatch):  # noqa: F811
+def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):  # noqa: F811
     run_tiny(images)
     kept: list[tuple[str, set[str]]] = []
     tidy = saving.Checkpoints._tidy

@@ -22,19 +22,17 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from moco.config import DataConfig, UserError
-from moco.views import (
+from moco.draws import (
     RECIPES,
     Colours,
     Crops,
     ViewRecipe,
-    adjust_colours,
     centre_crops,
-    crop_and_resize,
     draw_colours,
     draw_crops,
-    normalise,
     view_recipe,
 )
+from moco.views import adjust_colours, crop_and_resize, normalise
 
 LEAST = 1e-4  # seeds are fixed: a p-value below this is a fault, not bad luck
 ALL = ViewRecipe(0.2, 0.5, 1.0, (0.4, 0.4, 0.4, 0.4), 1.0, 1.0)
