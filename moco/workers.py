@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +46,36 @@ def fetched(loader: DataLoader, timeout: float) -> Iterator[Any]:
     Args:
         timeout: Seconds to wait for a batch; 0: for ever.
     """
-    iterator = iter(loader)
-    workers = getattr(iterator, "_workers", [])
-    if workers and threading.current_thread() is threading.main_thread():
+    last = getattr(loader, "_iterator", None)  # of the epoch before, with the same workers
+    workers = getattr(last, "_workers", [])
+    main = threading.current_thread() is threading.main_thread()
+    if workers and main:
         _take_over()
+    iterator = _awaited(lambda: iter(loader), workers, timeout)
+    workers = getattr(iterator, "_workers", [])
+    if workers and main:
+        _take_over()  # torch has put its own handler there
     while True:
         try:
-            _Fetching.deadline = time.monotonic() + timeout if timeout and workers else float("inf")
-            _Fetching.now = True
-            if any(worker.exitcode for worker in workers):
-                raise RuntimeError("DataLoader worker exited unexpectedly")
-            batch = next(iterator)
+            batch = _awaited(lambda: next(iterator), workers, timeout)
         except StopIteration:
             return
-        except (RuntimeError, OSError) as error:
-            _Fetching.now = False
-            raise _worker_error(error, workers) from error
-        finally:
-            _Fetching.now = False
         yield batch
+
+
+def _awaited(call: Callable[[], Any], workers: list[Any], timeout: float) -> Any:
+    """Call what waits for workers; only meanwhile may their death or silence raise."""
+    try:
+        _Fetching.deadline = time.monotonic() + timeout if timeout and workers else float("inf")
+        _Fetching.now = True
+        if any(worker.exitcode for worker in workers):
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+        return call()
+    except (RuntimeError, OSError) as error:
+        _Fetching.now = False
+        raise _worker_error(error, workers) from error
+    finally:
+        _Fetching.now = False
 
 
 def _take_over() -> None:
