@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Row, add_profile, arguments, profiled, progress, report, table
 from moco import cli, run, sources
 from moco.config import TrainConfig, UserError, check
+from moco.decide import choose_compile, choose_precision
 
 TARGET = 0.95
 BARE, LOOP = "bare encoders", "whole loop"
@@ -205,7 +206,7 @@ def show(options: Any, config: TrainConfig, turns: TakeTurns) -> dict[str, Any]:
         Row(LOOP, turns.seconds[LOOP], images, {BARE: TARGET}, bound),
     ]
     title = f"{options.case}, {config.data.image_size} px, batch {config.data.batch_size}"
-    title += f", {run.choose_precision(config)}, compile {run.choose_compile(config)[0] or 'off'}"
+    title += f", {choose_precision(config)}, compile {choose_compile(config)[0] or 'off'}"
     results: dict[str, Any] = {"title": title, "loop": table(title, rows, "images/s")}
     if gpu:
         results |= {"gpu": gpu, "peak_memory_gib": round(turns.peak / 2**30, 2)}

@@ -36,6 +36,7 @@ _MAY_DIFFER = {
     "trainer.num_nodes",
     "trainer.log_every_n_steps",
     "model.key_bn",  # auto is decided anew
+    "model.compile",
 }
 
 
@@ -194,10 +195,15 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
 
 
 def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:
-    """Raise UserError when a run would go on with another recipe; name the first difference."""
+    """Raise UserError when a run would go on with another recipe; name the first difference.
+
+    What an older checkpoint does not know had its default.
+    """
+    defaults = asdict(TrainConfig())
     for group, fields in asdict(config).items():
         for field, value in fields.items():
-            name, before = f"{group}.{field}", stored.get(group, {}).get(field)
+            default = defaults[group][field]
+            name, before = f"{group}.{field}", stored.get(group, {}).get(field, default)
             if value == before or name in _MAY_DIFFER or (group == "run" and field != "seed"):
                 continue
             raise UserError(

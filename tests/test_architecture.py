@@ -14,6 +14,7 @@ FILES = sorted((ROOT / "moco").glob("*.py"))
 # Top to bottom: a room imports only what stands below it. A new room gets its place here.
 ORDER = (
     "run",
+    "decide",
     "report",
     "evaluate",
     "gallery",

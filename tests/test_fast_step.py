@@ -11,7 +11,7 @@ import torch
 from test_pretrain import MODEL, STEPS, make_batches, make_module, make_views, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco import run
+from moco import decide, run
 from moco.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError
 from moco.data import Indices, PretrainData
 from moco.guard import NonFiniteGuard
@@ -95,21 +95,21 @@ def test_compiled_views(views, streamed):
     ],
 )
 def test_what_is_compiled(wanted, gpu, missing, backend, monkeypatch):
-    monkeypatch.setattr(run, "_accelerator", lambda config: "cuda" if gpu else "cpu")
-    monkeypatch.setattr(run, "missing_compiler", lambda on_gpu: missing)
+    monkeypatch.setattr(decide, "accelerator", lambda config: "cuda" if gpu else "cpu")
+    monkeypatch.setattr(decide, "missing_compiler", lambda on_gpu: missing)
     config = TrainConfig()
     config.model.compile = wanted
-    assert run.choose_compile(config)[0] == backend
+    assert decide.choose_compile(config)[0] == backend
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
-    monkeypatch.setattr(run.shutil, "which", lambda name: None)
+    monkeypatch.setattr(decide.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     config = TrainConfig()
     config.model.compile = "on"
     config.trainer.accelerator = "cpu"
     with pytest.raises(UserError, match=r"model\.compile is on .* C\+\+ compiler"):
-        run.choose_compile(config)
+        decide.choose_compile(config)
 
 
 # Nothing waits

@@ -30,7 +30,7 @@ KNOWN = {
     "_iterator",  # workers, of a DataLoader
     "_launcher",  # ranks, of a strategy
     "_num_ready_batches_reached",  # saving, monitor
-    "_triton",  # run
+    "_triton",  # decide
     "_workers",  # workers, of a DataLoader's iterator
 }
 

@@ -241,6 +241,7 @@ def test_another_recipe_is_refused_by_name(name, value):
         ("run.dir", "elsewhere"),
         ("run.checkpoint_every", 5),
         ("run.wandb", True),
+        ("model.compile", "on"),
     ],
 )
 def test_where_and_how_a_run_runs_may_differ(name, value):
@@ -248,6 +249,16 @@ def test_where_and_how_a_run_runs_may_differ(name, value):
     group, field = name.split(".")
     setattr(getattr(config, group), field, value)
     check_same(config, asdict(TrainConfig()), Path("runs/x"))
+
+
+def test_an_older_checkpoint_had_the_default_of_what_it_does_not_know():
+    stored = asdict(TrainConfig())
+    del stored["model"]["symmetric"]
+    check_same(TrainConfig(), stored, Path("runs/x"))
+    config = TrainConfig()
+    config.model.symmetric = "mean"
+    with pytest.raises(UserError, match=r"model\.symmetric is 'mean' but the run has 'none'"):
+        check_same(config, stored, Path("runs/x"))
 
 
 def test_what_may_differ_names_real_settings():
