@@ -80,7 +80,7 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
     count, world = len(rows), world_size()
     if world == 1:
         return rows[order.to(rows.device)]
-    mine = order[(order // count) == rank()] % count  # in the order of the receivers
+    mine = order.view(world, world, -1)[:, rank()].flatten() % count  # receiver, row
     sent = rows[mine.to(rows.device)].contiguous()
     received = torch.empty_like(sent)
     distributed.all_to_all_single(received, sent)

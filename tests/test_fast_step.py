@@ -147,8 +147,10 @@ def test_waiting_is_noticed(control):
 
 
 @pytest.mark.parametrize("views", ["v1", "v2"])
-@pytest.mark.parametrize("symmetric", ["none", "mean"])
-def test_a_step_never_waits(views, symmetric, monkeypatch):
+@pytest.mark.parametrize(
+    ("symmetric", "streamed"), [("none", False), ("mean", False), ("none", True)]
+)
+def test_a_step_never_waits(views, symmetric, streamed, monkeypatch):
     """Views, both encoders, queue, guard and optimiser on the meta device, which has no values and
     takes the GPU's paths everywhere.
     """
@@ -158,6 +160,7 @@ def test_a_step_never_waits(views, symmetric, monkeypatch):
     data = PretrainData(config, 0, shuffle=True, symmetric=symmetric != "none")
     data.prepare(meta)
     data.images = data.images.to(meta)
+    crops = torch.empty(16, 2, 3, 16, 16, dtype=torch.uint8, device=meta) if streamed else None
     model = ModelConfig(**{**vars(MODEL), "queue_size": 64, "symmetric": symmetric})
     module = MoCo(model, OptimConfig(), 3, 16).to(meta)
     module.wants_metrics = False
@@ -167,7 +170,8 @@ def test_a_step_never_waits(views, symmetric, monkeypatch):
     guard.on_train_start(trainer, module)
 
     def step():
-        batch = data.on_after_batch_transfer(Indices(1, 5, torch.arange(16, device=meta)), 0)
+        indices = Indices(1, 5, torch.arange(16, device=meta), crops)
+        batch = data.on_after_batch_transfer(indices, 0)
         guard.on_train_batch_start(trainer, module, batch, 0)
         module.training_step(batch, 0).backward()
         guard.on_before_optimizer_step(trainer, module, optimizer)
