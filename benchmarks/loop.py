@@ -162,6 +162,8 @@ def settings(options: Any, rest: list[str]) -> TrainConfig:
     always += [*root, "--data.resident", "off"] if options.feed else root
     parser = cli.build_parser("train.py's options", TrainConfig, {})
     config, _ = cli.parse(parser, TrainConfig, [*arguments, *always, *rest])
+    if torch.cuda.is_available() and config.model.compile == "auto":
+        config.model.compile = "on"  # as a long run has it
     return config
 
 
@@ -206,7 +208,7 @@ def show(options: Any, config: TrainConfig, turns: TakeTurns) -> dict[str, Any]:
         Row(LOOP, turns.seconds[LOOP], images, {BARE: TARGET}, bound),
     ]
     title = f"{options.case}, {config.data.image_size} px, batch {config.data.batch_size}"
-    title += f", {choose_precision(config)}, compile {choose_compile(config)[0] or 'off'}"
+    title += f", {choose_precision(config)}, compile {choose_compile(config, 0)[0] or 'off'}"
     results: dict[str, Any] = {"title": title, "loop": table(title, rows, "images/s")}
     if gpu:
         results |= {"gpu": gpu, "peak_memory_gib": round(turns.peak / 2**30, 2)}

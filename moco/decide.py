@@ -12,6 +12,8 @@ import torch
 
 from moco.config import TrainConfig, UserError
 
+WORTH_COMPILING = 3000  # steps on a GPU; an estimate, 20 ms won at each against a minute
+
 
 def choose_devices(config: TrainConfig) -> int:
     """Decide how many processes each machine runs, from the settings or from torchrun's and SLURM's
@@ -90,8 +92,11 @@ def choose_key_bn(key_bn: str, world: int) -> tuple[str, str]:
     return "split", "auto: one device, so its batch is split into groups for the keys"
 
 
-def choose_compile(config: TrainConfig) -> tuple[str, str]:
+def choose_compile(config: TrainConfig, steps: int) -> tuple[str, str]:
     """Decide which backend of torch.compile serves, empty for none, and say why.
+
+    Args:
+        steps: Of the run: a short one does not win back the time that compiling takes.
 
     Raises:
         UserError: Asked for, and no compiler is there.
@@ -99,6 +104,8 @@ def choose_compile(config: TrainConfig) -> tuple[str, str]:
     wanted, on_gpu = config.model.compile, accelerator(config) == "cuda"
     if wanted == "off" or (wanted == "auto" and not on_gpu):
         return "", "as set" if wanted == "off" else "auto: a CPU gains little"
+    if wanted == "auto" and steps < WORTH_COMPILING:
+        return "", f"auto: not worth a minute before {steps} steps"
     missing = missing_compiler(on_gpu)
     if missing and wanted == "on":
         raise UserError(f"model.compile is on but there is no {missing}: install it, or take off")

@@ -128,7 +128,9 @@ class _Run:
         self.config, self.data, self.module, self.run_dir = config, data, module, run_dir
         self.devices = devices
         self.device = own_device(config)
-        self.backend, self.why_compiled = choose_compile(config)
+        self.backend, self.why_compiled = choose_compile(
+            config, _total_steps(config, data.steps_per_epoch)
+        )
         data.prepare(self.device, str(run_dir / "bad_files.txt"), self.backend)
         if self.backend:
             module.compile_encoders(self.backend)

@@ -85,21 +85,22 @@ def test_compiled_views(views, streamed):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpu", "missing", "backend"),
+    ("wanted", "gpu", "missing", "steps", "backend"),
     [
-        ("auto", False, "", ""),
-        ("auto", True, "", "inductor"),
-        ("auto", True, "Triton", ""),
-        ("on", False, "", "inductor"),
-        ("off", True, "", ""),
+        ("auto", False, "", 10**6, ""),
+        ("auto", True, "", 10**6, "inductor"),
+        ("auto", True, "", 100, ""),
+        ("auto", True, "Triton", 10**6, ""),
+        ("on", False, "", 1, "inductor"),
+        ("off", True, "", 10**6, ""),
     ],
 )
-def test_what_is_compiled(wanted, gpu, missing, backend, monkeypatch):
+def test_what_is_compiled(wanted, gpu, missing, steps, backend, monkeypatch):
     monkeypatch.setattr(decide, "accelerator", lambda config: "cuda" if gpu else "cpu")
     monkeypatch.setattr(decide, "missing_compiler", lambda on_gpu: missing)
     config = TrainConfig()
     config.model.compile = wanted
-    assert decide.choose_compile(config)[0] == backend
+    assert decide.choose_compile(config, steps)[0] == backend
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
@@ -109,7 +110,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     config.model.compile = "on"
     config.trainer.accelerator = "cpu"
     with pytest.raises(UserError, match=r"model\.compile is on .* C\+\+ compiler"):
-        decide.choose_compile(config)
+        decide.choose_compile(config, 1)
 
 
 # Nothing waits
