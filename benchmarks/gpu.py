@@ -179,9 +179,9 @@ def main(argv: list[str]) -> int:
     for part in parts:
         progress(f"-- {part}")
         results[part] = run_part(part, options)
-    print()
-    print_columns(lines_of(results))
-    report("gpu", results, options)
+        print()
+        print_columns(lines_of(results))
+        report("gpu", results, options)  # after each part: what is cut off keeps what it had
     return 0
 
 

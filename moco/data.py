@@ -205,7 +205,7 @@ class StepLoader:
         """Slice the epoch's permutation into global batches."""
         data, size = self.data, self.data.config.batch_size
         resident = data.images is not None and data.images.device == data.device
-        counter = torch.tensor([epoch], device=data.device if resident else "cpu")
+        counter = torch.full((1,), epoch, device=data.device if resident else "cpu")
         # On the device from the start, so that no step copies anything there.
         order = permutations(data.seed, "order", counter, len(data.source))[0]
         for number in range(start, len(self)):

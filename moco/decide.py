@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -120,6 +122,8 @@ def missing_compiler(on_gpu: bool) -> str:
 
     if on_gpu and not has_triton():
         return "Triton"
+    if on_gpu and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python.h (python3-dev)"
     names = ("gcc", "cc", "clang") if on_gpu else ("g++", "c++", "clang++")
     known = os.environ.get("CC" if on_gpu else "CXX")
     return "" if known or any(map(shutil.which, names)) else "C or C++ compiler"
@@ -138,7 +142,10 @@ def choose_precision(config: TrainConfig) -> str:
         )
     if precision != "auto":
         return precision
-    native = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    if on_gpu:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
     return "bf16-mixed" if native else "32-true"
 
 
@@ -152,4 +159,5 @@ def own_device(config: TrainConfig) -> torch.device:
     """Return this process's device before Lightning has set up."""
     if accelerator(config) == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device("cuda", int(local) % max(1, torch.cuda.device_count()))

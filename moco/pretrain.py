@@ -142,12 +142,13 @@ class MoCo(pl.LightningModule):
         """Give the plateau schedule its reading at the end of an epoch: the epoch's mean loss, or
         kNN.
         """
-        sums = torch.stack([self.loss_sum, self.loss_count])[None]
-        total, count = all_gather(sums).sum(0).tolist()
-        mean = total / count if count else None  # None: every step was left out
-        metric = mean if self.optim.plateau_metric == "train/loss" else knn_top1
-        if self.optim.schedule == "plateau" and metric is not None:
-            self.plateau.read(metric)
+        if self.optim.schedule == "plateau":  # else no epoch has to wait for the device
+            sums = torch.stack([self.loss_sum, self.loss_count])[None]
+            total, count = all_gather(sums).sum(0).tolist()
+            mean = total / count if count else None  # None: every step was left out
+            metric = mean if self.optim.plateau_metric == "train/loss" else knn_top1
+            if metric is not None:
+                self.plateau.read(metric)
         self.loss_sum.zero_()
         self.loss_count.zero_()
 

@@ -115,7 +115,8 @@ def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Ten
 
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Apply N x S x H weights to the rows and N x S x W to the columns of N x C x H x W."""
-    return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].transpose(2, 3))
+    with torch.autocast(images.device.type, enabled=False):  # bf16 would cost a level of grey
+        return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].transpose(2, 3))
 
 
 def cut(image: Tensor, boxes: Crops, size: int, row: int = 0) -> Tensor:

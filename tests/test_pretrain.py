@@ -71,13 +71,16 @@ class Recorder(pl.Callback):
         self.losses.append(outputs["loss"].item())
 
 
-def train(module: MoCo, batches: list[Batch], world: int = 1, **options) -> list[float]:
+def train(
+    module: MoCo, batches: list[Batch], world: int = 1, accelerator: str = "cpu", **options
+) -> list[float]:
     """Train through Lightning as a run does, and return the loss of each batch."""
     recorder = Recorder()
     module.steps_per_epoch = module.total_steps = len(batches)
     strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", max_epochs=1,
+        accelerator=accelerator, devices=world, strategy=strategy if world > 1 else "auto",
+        max_epochs=1,
         logger=False, callbacks=[recorder], enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0, **options,
     )  # fmt: skip
