@@ -57,11 +57,14 @@ class TakeTurns(pl.Callback):
     Args:
         rounds: Blocks that are timed; one before them warms up.
         steps: Of one block.
+        fed: Workers would fill their queues during bare blocks, and the loop would live on them:
+            then all bare blocks come first, and two more blocks of the loop use the queues up.
         profile: Path for `profiled`, which gets one step of the loop after the last block.
     """
 
-    def __init__(self, rounds: int, steps: int, profile: str | None) -> None:
-        self.rounds, self.steps, self.profile = rounds, steps, profile
+    def __init__(self, rounds: int, steps: int, profile: str | None, fed: bool = False) -> None:
+        self.rounds, self.steps, self.profile, self.fed = rounds, steps, profile, fed
+        self.warmup = 3 if fed else 1
         self.seconds: dict[str, list[float]] = {BARE: [], LOOP: []}
         self.done, self.peak = 0, 0
         self._stack = contextlib.ExitStack()
@@ -71,7 +74,7 @@ class TakeTurns(pl.Callback):
     @property
     def total(self) -> int:
         """Steps of the loop altogether."""
-        return (self.rounds + 1) * self.steps + 1 + (self.profile is not None)
+        return (self.rounds + self.warmup) * self.steps + 1 + (self.profile is not None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, *_: Any) -> None:
         """Keep the first batch's views for the bare work."""
@@ -81,24 +84,25 @@ class TakeTurns(pl.Callback):
         """End a block of the loop; do the bare block; begin the next."""
         step = trainer.global_step - 1  # the first one is not counted: it compiles
         self._stack.close()
-        if step % self.steps or step > (self.rounds + 1) * self.steps:
+        if step % self.steps or step > (self.rounds + self.warmup) * self.steps:
             return
         device = module.device
         if step:
-            self._count(LOOP, device)
+            self._count(LOOP, device, self.done >= self.warmup)
             self.done += 1
-            progress(f"block {self.done} of {self.rounds + 1}")
+            progress(f"block {self.done} of {self.rounds + self.warmup}")
         if device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(device)
-        if self.done <= self.rounds:
+        blocks = self.rounds + 1 if self.fed and not step else 0 if self.fed else 1
+        for block in range(blocks if self.done <= self.rounds else 0):
             self._begin(device)
             for _ in range(self.steps):
                 self.bare(trainer, module)
-            self._count(BARE, device)
+            self._count(BARE, device, block > 0 or self.done > 0)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._begin(device)
-        if self.done > self.rounds and self.profile is not None:
+        if self.done >= self.rounds + self.warmup and self.profile is not None:
             self._stack.enter_context(profiled(self.profile))
 
     def bare(self, trainer: pl.Trainer, module: Any) -> None:
@@ -116,9 +120,9 @@ class TakeTurns(pl.Callback):
         wait(device)
         self._start = time.perf_counter()
 
-    def _count(self, name: str, device: torch.device) -> None:
+    def _count(self, name: str, device: torch.device, counts: bool) -> None:
         wait(device)
-        if self.done:  # the first block warms up
+        if counts:
             self.seconds[name].append(time.perf_counter() - self._start)
 
 
@@ -177,7 +181,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     options, rest = parser.parse_known_args(argv)
     config = settings(options, rest)
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    turns = TakeTurns(options.rounds, options.block_steps or (50 if on_gpu else 3), options.profile)
+    steps = options.block_steps or (50 if on_gpu else 3)
+    turns = TakeTurns(options.rounds, steps, options.profile, bool(options.feed))
     config.trainer.max_steps = turns.total
     if options.feed:
         opened = sources.open_source(config.data, "train")
