@@ -47,14 +47,15 @@ SYNCHRONISING = (
 
 def clock(way: Callable[[], Any]) -> float:
     """Return the seconds that one call takes, with a GPU's queue empty before and after."""
-    _wait()
+    wait()
     start = time.perf_counter()
     way()
-    _wait()
+    wait()
     return time.perf_counter() - start
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Wait until a GPU's queue is empty."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -346,11 +347,11 @@ def profiled(path: str | None, limit: int = 15) -> Iterator[Profile | None]:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     found = Profile()
-    _wait()
+    wait()
     with profile(activities=activities) as profiler:
         with record_function("profiled step"):
             yield found
-        _wait()
+        wait()
     if path:
         profiler.export_chrome_trace(path)
     _read_profile(list(profiler.events()), found)

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.harness import Row, add_profile, arguments, profiled, progress, report, table
+from benchmarks.harness import Row, add_profile, arguments, profiled, progress, report, table, wait
 from moco import cli, run, sources
 from moco.config import TrainConfig, UserError, check
 from moco.decide import choose_compile, choose_precision
@@ -88,20 +88,20 @@ class TakeTurns(pl.Callback):
             return
         device = module.device
         if step:
-            self._count(LOOP, device, self.done >= self.warmup)
+            self._count(LOOP, self.done >= self.warmup)
             self.done += 1
             progress(f"block {self.done} of {self.rounds + self.warmup}")
         if device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(device)
         blocks = self.rounds + 1 if self.fed and not step else 0 if self.fed else 1
         for block in range(blocks if self.done <= self.rounds else 0):
-            self._begin(device)
+            self._begin()
             for _ in range(self.steps):
                 self.bare(trainer, module)
-            self._count(BARE, device, block > 0 or self.done > 0)
+            self._count(BARE, block > 0 or self.done > 0)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self._begin(device)
+        self._begin()
         if self.done >= self.rounds + self.warmup and self.profile is not None:
             self._stack.enter_context(profiled(self.profile))
 
@@ -116,20 +116,14 @@ class TakeTurns(pl.Callback):
             query.float().square().sum().backward()
         module.zero_grad(set_to_none=True)
 
-    def _begin(self, device: torch.device) -> None:
-        wait(device)
+    def _begin(self) -> None:
+        wait()
         self._start = time.perf_counter()
 
-    def _count(self, name: str, device: torch.device, counts: bool) -> None:
-        wait(device)
+    def _count(self, name: str, counts: bool) -> None:
+        wait()
         if counts:
             self.seconds[name].append(time.perf_counter() - self._start)
-
-
-def wait(device: torch.device) -> None:
-    """Wait until a GPU's queue is empty."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def random_source(data: Any, split: str) -> sources.ImageSource:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.harness import wait
 from moco import cli, run
 from moco.config import TrainConfig, check
 from moco.guard import NonFiniteGuard
@@ -56,7 +56,7 @@ class TakeTurns(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         """Begin a block; the first two warm up."""
         if self.step % self.block_steps == 0:
-            wait(module.device)
+            wait()
             now = time.perf_counter()
             if self.step > 2 * self.block_steps:
                 self.seconds[self.guarded].append(now - self.begin)
@@ -66,12 +66,6 @@ class TakeTurns(pl.Callback):
         self.step += 1
 
 
-def wait(device: torch.device) -> None:
-    """Wait for a GPU's queue."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def guard_can_be_off() -> None:
     """Teach the guard, here only, to do nothing while it is switched off."""
     for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
@@ -79,10 +73,10 @@ def guard_can_be_off() -> None:
 
         def only_if_on(self, trainer, module, *args, method=method):
             if getattr(self, "enabled", True):
-                wait(module.device)
+                wait()
                 start = time.perf_counter()
                 method(self, trainer, module, *args)
-                wait(module.device)
+                wait()
                 batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
                 HOOK_SECONDS[batch] = HOOK_SECONDS.get(batch, 0) + time.perf_counter() - start
             else:

@@ -141,20 +141,23 @@ class PretrainData(pl.LightningDataModule):
         world = distributed.world_size()
         count = len(batch.index) // world
         queries = _Images(batch.epoch, distributed.local_rows(batch.index, count), batch.crops)
-        order, keys = None, queries
+        order = None
         if self.shuffle:
             order = distributed.key_order(self.seed, batch.step, count, world, batch.index.device)
-            crops = None if batch.crops is None else distributed.exchange(batch.crops, order)
-            index = distributed.local_rows(batch.index[order], count)
-            keys = _Images(batch.epoch, index, crops)
         numbers = (0, 1) if self.symmetric else (0,)
         query_views = [self._view(queries, n) for n in numbers]
         if self.symmetric and world == 1:  # the keys are these same views in other places
             swapped = query_views[::-1]
             key_views = swapped if order is None else [view[order] for view in swapped]
         else:
+            keys = queries if order is None else self._exchanged(batch, order, count)
             key_views = [self._view(keys, 1 - n) for n in numbers]
         return Batch(query_views, key_views, order)
+
+    def _exchanged(self, batch: Indices, order: Tensor, count: int) -> _Images:
+        """Return the images whose keys this rank encodes."""
+        crops = None if batch.crops is None else distributed.exchange(batch.crops, order)
+        return _Images(batch.epoch, distributed.local_rows(batch.index[order], count), crops)
 
     def _view(self, chosen: _Images, number: int) -> Tensor:
         """Make one view of the chosen images, N x C x S x S."""

@@ -28,7 +28,7 @@ from moco.probe import Reading, Stack, Track, cosine, read_rates
 from moco.random import permutation
 from moco.search import check_finite
 from moco.sources import ImageSource
-from moco.workers import worker_count
+from moco.workers import fetched, ignore_signals, worker_count
 
 INITIAL_STD = 0.01  # of the official classifier's weights; its biases are 0
 
@@ -112,13 +112,17 @@ class RandomCrops:
         source = self.images.source
         dataset = _Cuts(source, self.recipe, self.seed, epoch, self.config.image_size)
         filled = [rows.tolist() for rows in shares if len(rows)]
-        loader = iter(
-            DataLoader(dataset, batch_sampler=filled, num_workers=worker_count(self.config))
+        loader = DataLoader(
+            dataset,
+            batch_sampler=filled,
+            num_workers=worker_count(self.config),
+            worker_init_fn=ignore_signals,
         )
+        cuts = fetched(loader, self.config.worker_timeout)
         side = self.config.image_size
         for rows in shares:
             empty = torch.empty(0, source.channels, side, side, dtype=torch.uint8)
-            yield next(loader) if len(rows) else empty
+            yield next(cuts) if len(rows) else empty
 
 
 class _Cuts(Dataset):

@@ -1,42 +1,25 @@
 """The benchmarks: the harness's arithmetic and records, and every script in its smallest size."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from argparse import Namespace
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import ROOT, finish, start_command
 
 from benchmarks import harness
 from benchmarks.harness import Row
-
-ROOT = Path(__file__).parent.parent
 
 
 def run(name, path, *options, timeout=100):
     """Run a benchmark; return its last line and its record."""
     record = path / "record.json"
-    process = subprocess.Popen(
-        [sys.executable, f"benchmarks/{name}.py", "--json", str(record), *options],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    try:
-        out, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, errors
+    # As README says it: the record holds the command.
+    words = (f"benchmarks/{name}.py", "--json", str(record), *options)
+    code, out, errors = finish(start_command(*words, cwd=ROOT), timeout)
+    assert code == 0, errors
     last, record = json.loads(out.splitlines()[-1]), json.loads(record.read_text())
     assert last == {"benchmark": name, **record["results"]}
     assert record["command"].startswith(f"python benchmarks/{name}.py")

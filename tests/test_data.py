@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pictures import write_pictures
 from PIL import Image
 
 from moco import distributed, sources
@@ -24,12 +25,8 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 5)):
         for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-                small.resize((20, 24), Image.Resampling.BICUBIC).save(
-                    root / split / name / f"{i}.png"
-                )
+            names = [f"{i}.png" for i in range(count)]
+            write_pictures(root / split / name, names, rng, small=4, size=(20, 24))
     return root
 
 

@@ -1,40 +1,23 @@
 """eval_linear.py and eval_knn.py from the outside: results, files, baselines, errors, two ranks."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import ROOT, finish, start
 
 from moco.config import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 def script(name, *arguments, timeout=90):
     """Run a script in a process group of its own; return its code, last line and errors."""
-    process = subprocess.Popen(
-        [sys.executable, f"{name}.py", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    try:
-        out, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    process = start(*map(str, arguments), script=ROOT / f"{name}.py", cwd=ROOT)
+    code, out, errors = finish(process, timeout)
     lines = out.strip().splitlines()
-    return process.returncode, json.loads(lines[-1]) if lines else None, errors
+    return code, json.loads(lines[-1]) if lines else None, errors
 
 
 def inside(name, *arguments):

@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from PIL import Image
+from pictures import write_pictures
+from processes import ROOT, finish, start, wait_for
 from pytorch_lightning.strategies import DDPStrategy
 
 import train
@@ -39,7 +40,6 @@ from moco.saving import AtomicCheckpointIO
 from moco.sources import ImageSource
 from moco.tracking import MetricsFile
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
     *("--model.embedding_dim", "16", "--model.queue_size", "40", "--model.bn_splits", "2"),
@@ -61,9 +61,7 @@ def images(tmp_path_factory):
     """48 colour images of 20 pixels."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for i in range(48):
-        small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-        small.resize((20, 20)).save(root / f"{i:02d}.jpg")
+    write_pictures(root, [f"{i:02d}.jpg" for i in range(48)], rng)
     return root
 
 
@@ -75,41 +73,6 @@ def copied(images, tmp_path):
 
 def run_tiny(root, *arguments: str, run_dir: str = "run") -> dict:
     return train.main([*TINY, "--data.root", str(root), "--run.dir", run_dir, *arguments])
-
-
-def start(*arguments: str, script: Path = ROOT / "train.py", **env: str) -> subprocess.Popen:
-    """Start train.py in its own process group."""
-    return subprocess.Popen(
-        [sys.executable, str(script), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str, str]:
-    """Wait for a process; whatever it leaves of its group is killed."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        end_group(process)
-    return process.returncode, out, err
-
-
-def end_group(process: subprocess.Popen) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
-
-
-def wait_for(path: str, process: subprocess.Popen, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not Path(path).exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            end_group(process)
-            pytest.fail(f"{path} did not come: {process.communicate()[1]}")
-        time.sleep(0.05)
 
 
 def children(pid: int) -> list[int]:

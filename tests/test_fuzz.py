@@ -10,9 +10,6 @@ import dataclasses
 import logging
 import os
 import random
-import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -20,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 import yaml
+from processes import finish, start
 
 import train
 from moco.config import RunError, TrainConfig, UserError
@@ -142,19 +140,10 @@ def test_random_configurations_train_or_are_refused_in_one_line(tmp_path, part):
 @pytest.mark.parametrize("seed", [1001, 1002])
 def test_from_the_outside_exit_codes_are_0_or_2_and_errors_one_line(tmp_path, seed):
     words = arguments(seed, tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=LIMIT_S * 2)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode in (0, 2), err
+    code, out, err = finish(start(*words), timeout=LIMIT_S * 2)
+    assert code in (0, 2), err
     assert "Traceback" not in err
-    if process.returncode == 2:
+    if code == 2:
         assert not out and err.count("\n") == 1 and err.startswith("error: "), err
 
 

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from processes import ROOT, finish, start_command
 
 from moco import ranks
 
 pytestmark = pytest.mark.timeout(300)  # processes start slowly on a busy machine
-ROOT = Path(__file__).parent.parent
 PARENT = """
 import subprocess, sys, time
 from types import SimpleNamespace
@@ -35,12 +32,7 @@ CHILD = PARENT.replace("externally=False", "externally=True")
 
 
 def python(code: str, timeout: float = 280, **env: str) -> tuple[int, str, str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env=os.environ | env, start_new_session=True,
-    )  # fmt: skip
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
+    return finish(start_command("-c", code, cwd=ROOT, **env), timeout)
 
 
 def test_what_ends_all_ranks_is_told_by_rank_0_though_another_ends_first():

@@ -7,20 +7,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import write_pictures
+from processes import ROOT, finish, start, wait_for
 
 import train
 from moco.config import UserError
 
-ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.precision", "32-true"),
     *("--model.width", "0.125", "--model.queue_size", "500", "--data.batch_size", "400"),
@@ -42,10 +39,8 @@ def images(tmp_path_factory):
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 4)):
         for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-                small.resize((40, 40)).save(root / split / name / f"{i}.jpg")
+            names = [f"{i}.jpg" for i in range(count)]
+            write_pictures(root / split / name, names, rng, size=(40, 40))
     return root
 
 
@@ -156,26 +151,13 @@ def test_resume_auto_starts_anew_and_then_goes_on():
         train.main(["--resume", "run"])
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(number, code):
     process = start(*SMALL, "--run.dir", "run", "--trainer.max_epochs", "500")
-    try:
-        deadline = time.monotonic() + 60
-        while not Path("run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code, err
+    wait_for("run/checkpoints/last.ckpt", process)
+    process.send_signal(number)
+    ended, out, err = finish(process)
+    assert ended == code, err
     stopped = json.loads(out.strip().splitlines()[-1])
     assert "go on with --resume run" in err
     assert load("run/checkpoints/last.ckpt")["global_step"] == stopped["steps"]
@@ -186,11 +168,8 @@ def test_two_devices_train_the_quickstart():
         *SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--model.key_bn", "auto",
         "--trainer.accelerator", "cpu", "--trainer.devices", "2",
     )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=110)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
+    code, out, err = finish(process, timeout=110)
+    assert code == 0, err
     assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
     assert "key BatchNorm: shuffle (auto: 2 devices" in err
     assert "global batch 400, per device 200" in err
@@ -238,10 +217,7 @@ def test_wrong_input_names_field_value_and_remedy(case, monkeypatch):
 
 def test_wandb_without_a_key_stays_offline_and_leaves_the_last_line_to_the_result():
     process = start(*SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--run.wandb", "true")
-    try:
-        out, err = process.communicate(timeout=110)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
+    code, out, err = finish(process, timeout=110)
+    assert code == 0, err
     assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
     assert list(Path("run/wandb").glob("offline-run-*"))

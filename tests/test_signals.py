@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_faults import ROOT, TINY, finish, images, in_tmp, run_tiny, start  # noqa: F401
+from processes import finish, start
+from test_faults import TINY, images, in_tmp, run_tiny  # noqa: F401
 
 import train
 from moco import data, saving

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image
+from pictures import write_pictures
 
 import moco.run  # noqa: F401  imported before the forks
 import train
@@ -53,10 +53,8 @@ def recipes(folder: Path) -> dict[str, list[str]]:
     rng = np.random.default_rng(0)
     for split, count in (("train", 56), ("test", 8)):
         for name in ("a", "b"):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-                small.resize((20, 20)).save(folder / split / name / f"{i}.png")
+            names = [f"{i}.png" for i in range(count)]
+            write_pictures(folder / split / name, names, rng, small=4)
     data = [*COMMON, "--data.dataset", "folder", "--data.root", str(folder)]
     return {
         "resident": [*data, "--data.resident", "memory"],

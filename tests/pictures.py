@@ -1,0 +1,23 @@
+"""Smooth random colour images, for tests and for the torture of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def write_pictures(
+    folder: Path,
+    names: Iterable[str],
+    rng: np.random.Generator,
+    small: int = 5,
+    size: tuple[int, int] = (20, 20),
+) -> None:
+    """Write an image a name: `small` x `small` random pixels enlarged to `size` (width, height)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pixels = rng.integers(0, 256, (small, small, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size).save(folder / name)
