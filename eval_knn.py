@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moco import cli
+from moco.command import cli
+from moco.command.launch import judge_main
 from moco.config import KNNConfig
-from moco.launch import judge_main
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     settings = judge_main(
         __file__, argv, KNNConfig, "Judge an encoder by nearest neighbours and by few labels."
     )
-    from moco.evaluate import judge_knn  # brings torch: only once the settings stand
+    from moco.evaluation.judge import judge_knn  # brings torch: only once the settings stand
 
     return judge_knn(*settings)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moco import cli
+from moco.command import cli
+from moco.command.launch import judge_main
 from moco.config import LinearConfig
-from moco.launch import judge_main
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     settings = judge_main(
         __file__, argv, LinearConfig, "Train a linear classifier on an encoder, or fine-tune it."
     )
-    from moco.evaluate import judge_linear  # brings torch: only once the settings stand
+    from moco.evaluation.judge import judge_linear  # brings torch: only once the settings stand
 
     return judge_linear(*settings)
 

@@ -1,4 +1,4 @@
-"""Write a backbone in another layout: parse, call, print. See `moco.export`."""
+"""Write a backbone in another layout: parse, call, print. See `moco.checkpoints.export`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moco.cli import build_parser, parse, run_main
+from moco.command.cli import build_parser, parse, run_main
 
 Format = Literal[
     "timm", "torchvision", "safetensors", "official", "detectron2", "onnx", "torch-export"
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.usage = "%(prog)s --checkpoint ANY --format FORMAT --output PATH [--OPTION VALUE ...]"
     _, options = parse(parser, Nothing, argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
-    from moco import export as room
+    from moco.checkpoints import export as room
 
     form, licence = options.pop("format"), options.pop("license")
     checkpoint, output = options.pop("checkpoint"), options.pop("output")

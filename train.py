@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moco import cli
+from moco.command import cli
 from moco.config import TrainConfig, UserError, check
-from moco.rundir import find_run, read_config
+from moco.run_directory import find_run, read_config
 
 EXTRAS = {
     "resume": {
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise UserError(
             "--resume and --init_from exclude each other: a resumed run has its weights"
         )
-    from moco.run import pretrain  # brings torch: only once the settings stand
+    from moco.training.run import pretrain  # brings torch: only once the settings stand
 
     return pretrain(config, extra["resume"], recipe, extra["init_from"])
 

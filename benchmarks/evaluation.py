@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from moco.knn import extract_features, knn_predict
-from moco.probe import LinearProbe
-from moco.search import nearest
+from moco.evaluation.knn import extract_features, knn_predict
+from moco.evaluation.probe import LinearProbe
+from moco.evaluation.search import nearest
 
 M, Q, D, K, L = 50_000, 10_000, 512, 200, 10
 MEMORY = (1_280_000, 256, 1_000)  # bank, width, queries
@@ -133,11 +133,11 @@ def compare_sklearn(checkpoint: str, root: str) -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    from moco.checkpoint import load_encoder
+    from moco.checkpoints.load import load_encoder
     from moco.config import DataConfig
-    from moco.labelled import LabelledData
-    from moco.resident import make_resident
-    from moco.sources import open_labelled
+    from moco.images.labelled import LabelledData
+    from moco.images.resident import make_resident
+    from moco.images.sources import open_labelled
 
     torch.set_num_threads(os.cpu_count() or 1)
     loaded = load_encoder(checkpoint)

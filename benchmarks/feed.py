@@ -7,7 +7,7 @@ that runs the official MoCo v2 chain with Pillow.
 
 What is compared is what a worker has to do, and that is not the same work: there it makes finished
 views (decode, then twice crop, jitter, grey, blur, flip, floats, normalise); here it decodes and
-cuts twice to uint8 (`moco.data._Cuts`), and the device makes the colours of whole batches
+cuts twice to uint8 (`moco.images.loader._Cuts`), and the device makes the colours of whole batches
 afterwards. So the table also has the whole chain on this one core, colours included
 (`PretrainData.on_after_batch_transfer`): that is what the same work costs, and what feeding costs
 where the device is that same core. No decoder hands images over faster than it decodes: the share
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Row, arguments, interleave, progress, report, table
 from benchmarks.views import reference_chain
 from moco.config import DataConfig, normalisation
-from moco.data import Indices, PretrainData, _collate_cuts, _Cuts
+from moco.images.loader import Indices, PretrainData, _collate_cuts, _Cuts
 
 TARGET = 4.5
 DECODE, PIL, TENSORS = "decode alone", "PIL, finished views", "torchvision v2, finished views"

@@ -3,10 +3,11 @@
     python benchmarks/loop.py [--case resnet18|small|resnet50] [--rounds N] [--profile [TRACE]]
                               [--feed JPEG_FOLDER] [any option of train.py]
 
-Claim: the loop of the program itself (`moco.run.pretrain` through Lightning: order, views, queue,
-loss, EMA, optimiser, guards) reaches at least 95 % of the images per second of the bare work, which
-is the query encoder's forward and backward and the key encoder's forward on views that lie ready.
-Same networks, batch, precision and BatchNorm; both take turns, block by block, in one process.
+Claim: the loop of the program itself (`moco.training.run.pretrain` through Lightning: order, views,
+queue, loss, EMA, optimiser, guards) reaches at least 95 % of the images per second of the bare
+work, which is the query encoder's forward and backward and the key encoder's forward on views that
+lie ready. Same networks, batch, precision and BatchNorm; both take turns, block by block, in one
+process.
 
 Images are random and resident; with `--feed` they are read from a folder of JPEGs by workers. On a
 GPU the share of the memory bound of an H200 (published arithmetic, see BOUNDS), and the peak memory
@@ -28,9 +29,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Row, add_profile, arguments, profiled, progress, report, table, wait
-from moco import cli, run, sources
+from moco.command import cli
 from moco.config import TrainConfig, UserError, check
-from moco.decide import choose_compile, choose_precision
+from moco.images import sources
+from moco.training import run
+from moco.training.decide import choose_compile, choose_precision
 
 TARGET = 0.95
 BARE, LOOP = "bare encoders", "whole loop"

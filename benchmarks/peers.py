@@ -8,12 +8,13 @@ Claims, in images per second on two cores: ResNet-18 with the CIFAR stem, each a
 times; an encoder of 0.3 million parameters (that of configs/cifar10_cpu.yaml), where feeding
 decides: 5 times; nowhere below 1.
 
-Both train the same network, built by `moco.encoder`, with the same batch, queue, views and
-optimiser, in Lightning's Trainer. Ours is `moco.run.pretrain`, the program itself, with its guards
-and readings. lightly is used as its documentation's MoCo example does it (`LightlyDataset`,
-`MoCoV2Transform`, `NTXentLoss` with a memory bank, `update_momentum`), without logging and
-checkpoints; it is tried with 0, 1 and 2 workers, and the fastest is taken. The comparison leans
-lightly's way: its keys get plain BatchNorm, as in its example, while ours pays for split groups.
+Both train the same network, built by `moco.algorithm.encoder`, with the same batch, queue, views
+and optimiser, in Lightning's Trainer. Ours is `moco.training.run.pretrain`, the program itself,
+with its guards and readings. lightly is used as its documentation's MoCo example does it
+(`LightlyDataset`, `MoCoV2Transform`, `NTXentLoss` with a memory bank, `update_momentum`), without
+logging and checkpoints; it is tried with 0, 1 and 2 workers, and the fastest is taken. The
+comparison leans lightly's way: its keys get plain BatchNorm, as in its example, while ours pays for
+split groups.
 
 Each contender is a process that is stopped, its workers too, while others have their turns; the
 first step of a turn is not counted. Starting is not counted either (ours decodes the whole set
@@ -138,7 +139,7 @@ class LightlyMoCo(pl.LightningModule):
         from lightly.loss import NTXentLoss
         from lightly.models.utils import deactivate_requires_grad
 
-        from moco.encoder import build_encoder
+        from moco.algorithm.encoder import build_encoder
 
         super().__init__()
         self.config = config
@@ -175,7 +176,7 @@ def lightly_loader(config: TrainConfig, workers: int) -> DataLoader:
     from lightly.data import LightlyDataset
     from lightly.transforms import MoCoV2Transform
 
-    from moco.draws import RECIPES
+    from moco.images.draws import RECIPES
 
     recipe = RECIPES[config.data.views]
     brightness, contrast, saturation, hue = recipe.strengths
@@ -251,7 +252,7 @@ def train_lightly(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]
 def train_ours(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]], None]) -> None:
     """Train with the program itself until the end."""
     from moco import config as settings
-    from moco import run
+    from moco.training import run
 
     build = run._Run.trainer
     run._Run.trainer = lambda self, found, step: build(self, [*found, Turns(ask)], step)

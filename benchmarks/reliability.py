@@ -26,10 +26,11 @@ import pytorch_lightning as pl
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import wait
-from moco import cli, run
+from moco.command import cli
 from moco.config import TrainConfig, check
-from moco.guard import NonFiniteGuard
-from moco.saving import Checkpoints
+from moco.training import run
+from moco.training.guard import NonFiniteGuard
+from moco.training.saving import Checkpoints
 
 EXTRAS = {
     "blocks": {"type": int, "default": 16, "help": "Turns with and without the guard, half each"},

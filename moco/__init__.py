@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "MoCo": "moco.pretrain",
-    "KeyQueue": "moco.contrast",
-    "info_nce": "moco.contrast",
+    "MoCo": "moco.algorithm.pretrain",
+    "KeyQueue": "moco.algorithm.contrast",
+    "info_nce": "moco.algorithm.contrast",
     "TrainConfig": "moco.config",
     "UserError": "moco.config",
-    "PretrainData": "moco.data",
-    "LabelledData": "moco.labelled",
-    "load_backbone": "moco.checkpoint",
-    "extract_features": "moco.knn",
-    "knn_predict": "moco.knn",
-    "LinearProbe": "moco.probe",
+    "PretrainData": "moco.images.loader",
+    "LabelledData": "moco.images.labelled",
+    "load_backbone": "moco.checkpoints.load",
+    "extract_features": "moco.evaluation.knn",
+    "knn_predict": "moco.evaluation.knn",
+    "LinearProbe": "moco.evaluation.probe",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

@@ -3,7 +3,7 @@
 One room to read, and the only place where settings are declared: the command line, the help, the
 checks and what a checkpoint stores are all derived from these dataclasses. Fields are flat
 primitives, so that a checkpoint loads with ``weights_only=True``. This room imports nothing heavy;
-`moco.cli` turns a command line into a `TrainConfig`.
+`moco.command.cli` turns a command line into a `TrainConfig`.
 """
 
 from __future__ import annotations

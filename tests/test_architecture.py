@@ -9,57 +9,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
-FILES = sorted((ROOT / "moco").glob("*.py"))
+FILES = sorted((ROOT / "moco").rglob("*.py"))
 
-# Top to bottom: a room imports only what stands below it. A new room gets its place here.
-ORDER = (
-    "run",
-    "decide",
-    "report",
-    "evaluate",
-    "gallery",
-    "bench",
-    "finetune",
-    "probe",
-    "monitor",
-    "pretrain",
-    "export",
-    "formats",
-    "modelcard",
-    "knn",
-    "search",
-    "guard",
-    "explain",
-    "ranks",
-    "data",
-    "labelled",
-    "resident",
-    "badfiles",
-    "workers",
-    "sources",
-    "folders",
-    "decode",
-    "views",
-    "draws",
-    "checkpoint",
-    "architecture",
-    "layouts",
-    "files",
-    "matching",
-    "encoder",
-    "optim",
-    "contrast",
-    "distributed",
-    "random",
-    "saving",
-    "tracking",
-    "rundir",
-    "launch",
-    "cli",
-    "config",
-)
-TENSORS_ONLY = ("contrast", "distributed", "encoder", "optim", "views", "draws", "random")
-WITHOUT_TORCH = ("config", "cli", "launch", "rundir", "__init__")
+# A wing to those that it may import besides itself and the ground; docs/architecture.md draws it.
+# Inside a wing rooms import one another without a cycle.
+GROUND = ("config", "random", "distributed", "run_directory")
+WINGS = {
+    "command": (),
+    "algorithm": (),
+    "images": ("algorithm",),
+    "checkpoints": ("algorithm",),
+    "evaluation": ("algorithm", "images", "checkpoints"),
+    "training": ("algorithm", "images", "checkpoints", "evaluation"),
+}
+WITHOUT_LIGHTNING = ("algorithm.batch", "algorithm.contrast", "algorithm.encoder", "distributed")
+WITHOUT_TORCH = ("config", "run_directory", "command")
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 TORCH = {"torch", "torchvision", "timm", "torchmetrics"} | LIGHTNING
 
@@ -89,25 +53,62 @@ def packages(path: Path, top_level_only: bool = False) -> set[str]:
     return {name.split(".")[0] for name in imports(path, top_level_only)}
 
 
-def rooms(path: Path) -> set[str]:
-    """Rooms of moco that a file imports."""
-    stems = {p.stem for p in FILES}
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("moco.")}
-    return names & stems
+def module(path: Path) -> str:
+    """Dotted name of a room below `moco`; a package's is that of its __init__."""
+    return ".".join(path.relative_to(ROOT / "moco").with_suffix("").parts)
+
+
+def rooms(path: Path, top_level_only: bool = False) -> set[str]:
+    """Rooms of moco that a file imports, by their dotted names below `moco`."""
+    names = {name.removeprefix("moco.") for name in imports(path, top_level_only)}
+    return names & {module(p) for p in FILES}
+
+
+def wing(room: str) -> str:
+    """The wing of a room, or `ground`."""
+    first = room.split(".")[0]
+    return first if first in WINGS else "ground"
 
 
 def by_name(path: Path) -> str:
-    return path.stem
+    return path.stem if path.parent == ROOT else module(path)
+
+
+def test_every_file_is_in_a_wing_or_on_the_ground():
+    outside = {"__init__", "__main__", *GROUND}
+    assert {m for m in map(module, FILES) if wing(m) == "ground"} <= outside
+    assert {p.name for p in (ROOT / "moco").iterdir() if p.is_dir()} - {"__pycache__"} == {*WINGS}
 
 
 @pytest.mark.parametrize("path", FILES, ids=by_name)
-def test_a_room_imports_only_rooms_below(path):
-    if path.stem == "__init__":
+def test_a_wing_imports_only_wings_below_it(path):
+    own = wing(module(path))
+    if own == "ground":
+        # distributed draws its permutations from random; else the ground stands on nothing.
+        allowed = {("distributed", "random")}
+        found = {(module(path), room) for room in rooms(path)}
+        assert module(path) in ("__init__", "__main__") or found <= allowed
         return
-    assert path.stem in ORDER, f"give {path.stem} its place in ORDER"
-    place = ORDER.index(path.stem)
-    above = [room for room in rooms(path) if room in ORDER[: place + 1]]
-    assert not above, f"{path.stem} imports {above}, which stand above it"
+    # A main imports what it runs when its settings stand.
+    found = rooms(path, top_level_only=own == "command")
+    above = {room for room in found if wing(room) not in (own, "ground", *WINGS[own])}
+    assert not above, f"{module(path)} imports {above}, which are not below {own}"
+
+
+def test_rooms_import_one_another_without_a_cycle():
+    waiting = {module(p): rooms(p, top_level_only=True) for p in FILES}
+    while free := [room for room, needs in waiting.items() if not needs & waiting.keys()]:
+        for room in free:
+            del waiting[room]
+    assert not waiting, f"a cycle among {sorted(waiting)}"
+
+
+@pytest.mark.parametrize("name", WINGS)
+def test_a_wing_opens_with_what_comes_in_and_what_goes_out(name):
+    text = (ROOT / "moco" / name / "__init__.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert len(tree.body) == 1, "a docstring and nothing else"
+    assert "Comes in:" in text and "Goes out:" in text
 
 
 @pytest.mark.parametrize("path", FILES, ids=by_name)
@@ -116,26 +117,24 @@ def test_no_room_imports_a_script_or_a_test(path):
     assert not packages(path) & outside
 
 
-@pytest.mark.parametrize("name", TENSORS_ONLY)
+@pytest.mark.parametrize("name", WITHOUT_LIGHTNING)
 def test_rooms_of_tensors_know_no_lightning(name):
-    assert not packages(ROOT / "moco" / f"{name}.py") & LIGHTNING
+    assert not packages(ROOT / "moco" / f"{name.replace('.', '/')}.py") & LIGHTNING
 
 
-@pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_rooms_of_settings_know_no_torch(name):
-    assert not packages(ROOT / "moco" / f"{name}.py") & TORCH
+@pytest.mark.parametrize("path", FILES, ids=by_name)
+def test_settings_and_command_line_start_without_torch(path):
+    if any(module(path) == name or module(path).startswith(f"{name}.") for name in WITHOUT_TORCH):
+        assert not packages(path, top_level_only=True) & TORCH
+        heavy = rooms(path, top_level_only=True)
+        assert not {room for room in heavy if not room.startswith(WITHOUT_TORCH)}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
 def test_scripts_bring_torch_only_when_the_settings_stand(path):
     assert not packages(path, top_level_only=True) & TORCH
-    light = {f"moco.{name}" for name in WITHOUT_TORCH} | {"moco"}
-    heavy = {
-        name
-        for name in imports(path, top_level_only=True)
-        if name.startswith("moco.") and not any(name.startswith(room) for room in light - {"moco"})
-    }
-    assert not heavy
+    heavy = rooms(path, top_level_only=True)
+    assert not {room for room in heavy if not room.startswith(WITHOUT_TORCH)}
 
 
 def python(code: str) -> None:
@@ -146,7 +145,7 @@ def python(code: str) -> None:
 
 def test_import_moco_does_not_import_torch():
     python(
-        "import sys, moco, moco.config, moco.cli, moco.rundir\n"
+        "import sys, moco, moco.config, moco.command.cli, moco.run_directory\n"
         "assert not {'torch', 'numpy', 'timm', 'pytorch_lightning'} & set(sys.modules)"
     )
 
@@ -193,7 +192,7 @@ def test_public_signatures_are_typed(path):
 
 
 def test_lines_are_at_most_100_characters():
-    texts = [*FILES, *ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    texts = [*FILES, *ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
     long = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in texts

@@ -176,7 +176,7 @@ def test_reference_chains_follow_the_recipe():
     from torchvision.transforms import v2
 
     from benchmarks.views import reference_chain
-    from moco.draws import RECIPES
+    from moco.images.draws import RECIPES
 
     image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     pil = transforms.functional.to_pil_image(image)
@@ -249,7 +249,7 @@ def test_peers_claims():
 def test_both_peers_train_the_same_network_with_the_same_views():
     pytest.importorskip("lightly")
     from benchmarks.peers import Contender, LightlyMoCo
-    from moco.pretrain import MoCo
+    from moco.algorithm.pretrain import MoCo
 
     config = Contender("lightly", "small", "32-true", "ROOT", 8, 16, (1, 1)).settings()
     theirs = LightlyMoCo(config)

@@ -13,9 +13,9 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from moco.ranks import RankLauncher
+from moco.training.ranks import RankLauncher
 
-ROOMS = sorted((Path(__file__).parent.parent / "moco").glob("*.py"))
+ROOMS = sorted((Path(__file__).parent.parent / "moco").rglob("*.py"))
 # Private names of others that the rooms use; each is exercised below or by the test that is named.
 KNOWN = {
     "_C._error_if_any_worker_fails",  # workers

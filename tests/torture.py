@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from pictures import write_pictures
 
-import moco.run  # noqa: F401  imported before the forks
+import moco.training.run  # noqa: F401  imported before the forks
 import train
-from moco import cli
+from moco.command import cli
 
 TIMED = ("train/images_per_second", "train/wait_share")
 PARTS = ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step")

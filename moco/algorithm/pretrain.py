@@ -1,0 +1,183 @@
+"""MoCo: the algorithm on one page (1911.05722, Algorithm 1; v2 2003.04297).
+
+What varies between v1, v2 and v2+ are orthogonal settings (`moco.config.ModelConfig`), not
+versions. How images become views is `moco.images.loader`'s business, how a run lives is
+`moco.training.run`'s.
+Shapes: N images per device, W devices, B = N*W, C embedding, K queue, S side of a view.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from moco.algorithm import optim
+from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
+from moco.algorithm.encoder import build_encoder, set_batch_norm
+from moco.config import ModelConfig, OptimConfig
+from moco.distributed import all_gather, local_rows, restore
+from moco.images.loader import Batch
+
+
+class MoCo(pl.LightningModule):
+    """Query encoder trained by gradient, key encoder following it, and the queue of keys.
+
+    Args:
+        model: Encoders, queue and loss; `key_bn` already decided (not auto).
+        optim_config: Optimiser and schedule.
+        channels: Of the images.
+        image_size: Side of the views in pixels.
+        seed: Of the queue's first, random keys.
+
+    Attributes: query_encoder, key_encoder: Equal at the start, head included; the key encoder takes
+        no gradient. queue: K x C keys, in every checkpoint. total_steps, steps_per_epoch: Set
+        before training; the schedules need them. metrics: The last step's readings on the device,
+        filled only where `wants_metrics` is set.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optim_config: OptimConfig,
+        channels: int,
+        image_size: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model, self.optim = model, optim_config
+        encoder = build_encoder(model, channels, image_size)
+        key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.query_encoder = set_batch_norm(encoder, model.query_bn, model.bn_splits)
+        self.key_encoder = set_batch_norm(key_encoder, model.key_bn, model.bn_splits)
+        generator = torch.Generator().manual_seed(seed)
+        self.queue = KeyQueue(model.queue_size, model.embedding_dim, generator)
+        self.plateau = optim.Plateau(optim_config)
+        self.total_steps = self.steps_per_epoch = 1
+        self.accumulate = 1
+        self.wants_metrics = True
+        self.metrics: dict[str, Tensor] = {}
+        for name in ("loss_sum", "loss_count", "bad_losses"):  # finite ones, and the others
+            self.register_buffer(name, torch.zeros(()), persistent=False)
+        self.to(memory_format=torch.channels_last)  # faster on every device and in every precision
+
+    def compile_encoders(self, backend: str) -> None:
+        """Compile both encoders, each to fused kernels for one shape; names and state stay."""
+        for encoder in (self.query_encoder, self.key_encoder):
+            encoder.compile(backend=backend, dynamic=False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Take one step of Algorithm 1 on each pair of views, one pair or, if symmetric, two."""
+        queries = [
+            normalize(at_least_fp32(self.query_encoder(view))) for view in batch.query_views
+        ]  # N C
+        with torch.no_grad():
+            if batch_idx % self.accumulate == 0:
+                self.update_key_encoder()
+            keys = [self.encode_keys(view, batch.key_order) for view in batch.key_views]  # B C
+        negatives = self.queue.snapshot()  # K C
+        losses = []
+        for query, key in zip(queries, keys, strict=True):
+            own = local_rows(key, len(query))  # N C
+            loss, logits = info_nce(query, own, negatives, self.model.temperature)
+            losses.append(loss)
+        for key in keys:
+            self.queue.enqueue(key)  # after the losses, always
+        total = torch.stack(losses).sum()
+        loss = total if self.model.symmetric == "sum" else total / len(losses)
+        self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
+        return loss
+
+    @torch.no_grad()
+    def update_key_encoder(self) -> None:
+        """Move the key encoder: k <- m*k + (1-m)*q over parameters only (1911.05722, eq. 2).
+
+        BatchNorm's running statistics are the key encoder's own. The first update changes nothing.
+        """
+        momentum = optim.key_momentum(self.model, self.global_step, self.total_steps)
+        torch._foreach_lerp_(
+            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1 - momentum
+        )
+
+    @torch.no_grad()
+    def encode_keys(self, key_view: Tensor, key_order: Tensor | None) -> Tensor:
+        """Encode this device's share of the shuffled keys and gather all of them in the queries'
+        order.
+
+        Args: key_view: N x C x S x S, images that `key_order` put here, so normalised in other
+            groups than the queries. key_order: B, see `moco.distributed.key_order`; None where the
+            keys were not shuffled.
+
+        Returns:
+            B x C unit vectors in rank order, without gradient.
+        """
+        return restore(normalize(at_least_fp32(self.key_encoder(key_view))), key_order)
+
+    @torch.no_grad()
+    def take_note(self, loss: Tensor, logits: Tensor, query: Tensor) -> None:
+        """Read what tells a healthy run from a sick one, on the device, without synchronising."""
+        finite = loss.isfinite()
+        self.loss_sum += torch.where(finite, loss, 0)
+        self.loss_count += finite
+        self.bad_losses += ~finite
+        if not self.wants_metrics:
+            return
+        top1, top5 = contrast_accuracy(logits)
+        chance = math.log(logits.shape[1]) * (2 if self.model.symmetric == "sum" else 1)
+        self.metrics = {
+            "train/loss": loss,
+            "train/chance_loss": loss.new_tensor(chance),
+            "train/contrast_top1": top1,
+            "train/contrast_top5": top5,
+            "train/queue_fill": self.queue.fill(),
+            # 1 when the embeddings spread evenly over the sphere, 0 when they collapsed to a point.
+            "train/spread": query.std(0).mean() * query.shape[1] ** 0.5,
+        }
+
+    def read_plateau(self, knn_top1: float | None) -> None:
+        """Give the plateau schedule its reading at the end of an epoch: the epoch's mean loss, or
+        kNN.
+        """
+        if self.optim.schedule == "plateau":  # else no epoch has to wait for the device
+            sums = torch.stack([self.loss_sum, self.loss_count])[None]
+            total, count = all_gather(sums).sum(0).tolist()
+            mean = total / count if count else None  # None: every step was left out
+            metric = mean if self.optim.plateau_metric == "train/loss" else knn_top1
+            if metric is not None:
+                self.plateau.read(metric)
+        self.loss_sum.zero_()
+        self.loss_count.zero_()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimiser over the query encoder alone."""
+        return optim.build_optimizer(self.query_encoder.parameters(), self.optim)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the rate of this step."""
+        rate = self.learning_rate()
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+            group["lr"] = rate
+
+    def learning_rate(self) -> float:
+        """Return the rate of the current optimiser step."""
+        rate = optim.learning_rate(
+            self.optim, self.global_step, self.steps_per_epoch, self.total_steps
+        )
+        return rate * self.plateau.factor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the state dict does not hold, as plain numbers."""
+        checkpoint["plateau"] = self.plateau.state_dict()
+        checkpoint["epoch_loss"] = [self.loss_sum.item(), int(self.loss_count)]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back."""
+        self.plateau.load_state_dict(checkpoint["plateau"])
+        total, count = checkpoint["epoch_loss"]
+        self.loss_sum.fill_(total)
+        self.loss_count.fill_(count)

@@ -1,0 +1,255 @@
+"""Write a backbone in any layout that users need, and report success only after reading it back.
+
+`formats` makes the bytes in memory, so that only `_place` touches the disk: a temporary sibling,
+read back and compared with the source on real images, then renamed.
+Shapes: N images, H W pixels, D feature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.checkpoints.formats import CLASSIFIER, FORMATS, TIMM_FILES, Features, Files, obstacle
+from moco.checkpoints.load import Loaded, load_encoder
+from moco.config import UserError
+
+
+class DiskError(OSError):
+    """The disk is to blame, not the user: full, over quota, or broken."""
+
+
+def export(
+    checkpoint: str | Path,
+    form: str,
+    output: str | Path,
+    *,
+    encoder: str = "query",
+    overwrite: bool = False,
+    licence: str = "",
+    allow_partial: bool = False,
+    backbone: str = "",
+    image_size: int = 0,
+) -> dict[str, Any]:
+    """Write a checkpoint's backbone to `output` and compare what was written with the source.
+
+    Args:
+        checkpoint: Of any layout; it and the last three as of `moco.checkpoints.load.load_encoder`.
+        form: One of `FORMATS`.
+        output: A file; a directory for timm. Appears whole or not at all.
+        encoder: query or key.
+        overwrite: Replace an earlier export.
+        licence: Identifier for the model card, such as mit or cc-by-4.0.
+
+    Returns:
+        What was written, and the largest difference as a share of the largest feature.
+
+    Raises:
+        UserError: Wrong input, a format that cannot hold this network, or features that differ.
+        DiskError: The disk is full or broken.
+    """
+    output = Path(output)
+    _check_request(Path(checkpoint), form, output, overwrite, licence)
+    loaded = load_encoder(checkpoint, encoder, allow_partial, backbone, image_size)
+    print(loaded.report, file=sys.stderr)
+    _check_fit(loaded, form)
+    write, read, tolerance = FORMATS[form]
+    with _one_line(f"{loaded.model.backbone} cannot be written as {form}"):
+        files = write(loaded, Path(checkpoint), licence)
+    again = _one_line(f"{loaded.model.backbone} as {form} does not load again")
+    with _place(output, files, overwrite) as written, again:
+        difference = _difference(read(written, loaded), loaded)
+        _check_difference(difference, tolerance, form)
+    return _result(loaded, form, output, files, difference)
+
+
+def _result(
+    loaded: Loaded, form: str, output: Path, files: Files, difference: float
+) -> dict[str, Any]:
+    """Say what was written, for the last line of the command."""
+    result = {
+        "format": form,
+        "output": str(output),
+        "layout": loaded.layout,
+        "encoder": loaded.encoder,
+        "epoch": loaded.epoch,
+        "backbone": loaded.model.backbone,
+        "feature_dim": loaded.feature_dim,
+        "max_feature_difference": difference,
+    }
+    if form in ("torchvision", "official"):
+        result["left_to_the_consumer"] = list(CLASSIFIER)
+    places = [str(output / name) if name else str(output) for name in files]
+    return result | loaded.data | {"files": places}
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn what exporters and loaders raise, which can be anything, into one line."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_request(
+    checkpoint: Path, form: str, output: Path, overwrite: bool, licence: str
+) -> None:
+    """Find what is wrong with a command before anything is loaded."""
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
+    if licence and not re.fullmatch(r"[A-Za-z0-9.+-]+", licence):
+        raise UserError(
+            f"--license {licence!r}: give an identifier such as mit, cc-by-4.0 or other"
+        )
+    needed = ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ()
+    absent = [name for name in needed if find_spec(name) is None]
+    if absent:
+        raise UserError(
+            f"--format {form} needs {', '.join(absent)}: pip install {' '.join(absent)}"
+        )
+    try:
+        _check_output(checkpoint, form, output, overwrite)
+    except OSError as error:
+        raise _explain(error, output) from None
+
+
+def _check_fit(loaded: Loaded, form: str) -> None:
+    """Refuse a format that cannot hold this network, and name those that can."""
+    reason = obstacle(loaded, form)
+    if reason:
+        fitting = ", ".join(name for name in FORMATS if not obstacle(loaded, name))
+        raise UserError(f"--format {form} cannot hold {reason}: take one of {fitting}")
+
+
+def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) -> None:
+    if not output.name or output.name == "..":
+        raise UserError(f"--output {output} is no name for an export: give a new path")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no directory {output.parent}: make it first")
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"--output {output} exists: choose another, or give --overwrite")
+    if checkpoint.exists() and output.exists() and output.samefile(checkpoint):
+        raise UserError(f"--output {output} is the checkpoint itself: choose another")
+    if form != "timm" and not output.is_file():
+        raise UserError(f"--output {output} is no regular file: choose another")
+    if form == "timm":
+        if not output.is_dir():
+            raise UserError(f"--output {output} is no directory: choose another")
+        foreign = sorted({p.name for p in output.iterdir()} - set(TIMM_FILES))
+        if foreign:
+            raise UserError(
+                f"--output {output} also holds {foreign[0]}, which no export wrote: choose another"
+            )
+
+
+# Placing files
+
+
+@contextlib.contextmanager
+def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
+    """Write files beside `output`, hand them out to be checked, and rename them if all is well."""
+    try:
+        room = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
+    except OSError as error:
+        raise _explain(error, output) from None
+    try:
+        written, old = room / output.name, room / f"{output.name}.old"
+        if "" not in files:
+            written.mkdir()
+        for name, content in files.items():
+            _write(written / name if name else written, content)
+        yield written
+        if output.exists() and not overwrite:
+            raise UserError(f"--output {output} exists by now: choose another")
+        if output.is_dir():
+            os.rename(output, old)
+        try:
+            os.replace(written, output)
+        except OSError:
+            if old.exists():
+                os.rename(old, output)
+            raise
+    except OSError as error:
+        raise _explain(error, output) from None
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _explain(error: OSError, output: Path) -> Exception:
+    """Tell a disk's failure from a user's."""
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    text = f"--output {output} cannot be written: {error.strerror or error}"
+    if error.errno in disk:
+        return DiskError(f"{text}; make room, nothing was left behind")
+    return UserError(f"{text}: choose another place")
+
+
+# Comparing
+
+
+def example_images(loaded: Loaded) -> Tensor:
+    """Return six crops of scikit-learn's two photographs, N x channels x H x W, normalised."""
+    from sklearn.datasets import load_sample_images
+
+    channels, size = loaded.data["channels"], loaded.data["image_size"]
+    crops = []
+    for photograph in load_sample_images().images:
+        image = torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None].float() / 255  # 1 3 H W
+        for left in (0, 100, 200):
+            square = image[:, :, :, left : left + 400]
+            crops.append(nn.functional.interpolate(square, (size, size), mode="area"))
+    images = torch.cat(crops)
+    if channels == 1:
+        images = images.mean(1, keepdim=True)
+    elif channels != 3:
+        images = images.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
+    mean, std = (torch.tensor(loaded.data[name])[:, None, None] for name in ("mean", "std"))
+    return (images - mean) / std
+
+
+@torch.no_grad()
+def _difference(features: Features, loaded: Loaded) -> float:
+    """Compare two feature extractors in batches of one and of several images."""
+    images = example_images(loaded)
+    worst = 0.0
+    for batch in (images, images[:1]):
+        wanted, found = loaded.backbone(batch), features(batch)
+        if not wanted.isfinite().all():
+            raise UserError("the checkpoint's features are not finite: take one from before that")
+        if found.shape != wanted.shape:
+            return float("inf")
+        scale = wanted.abs().max().clamp(min=1e-30)
+        worst = max(worst, ((found - wanted).abs().max() / scale).nan_to_num(float("inf")).item())
+    return worst
+
+
+def _check_difference(difference: float, tolerance: float, form: str) -> None:
+    if not difference <= tolerance:  # also where it is no number
+        raise UserError(
+            f"--format {form}: features differ by {difference:.1e} of their size after reading "
+            f"back, {tolerance:.0e} is allowed: nothing was written"
+        )

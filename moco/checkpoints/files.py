@@ -1,0 +1,118 @@
+"""Read a checkpoint file without running anything in it: torch, safetensors, timm directories.
+
+What comes out is the file's own dict, with its own names; `layouts` understands them. Nothing is
+unpickled or fetched, and whatever is wrong with a file becomes one line. Shapes: none here.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco.checkpoints.matching import State, one_line, some
+from moco.config import UserError
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Read a file without running anything in it.
+
+    Returns:
+        The file's dict. Of safetensors and timm directories: `state_dict`, `format`, and under
+        `moco` or `timm` what they say about themselves.
+
+    Raises:
+        UserError: A URL, no such file, no checkpoint, a damaged one, one that needs code.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|hf-hub:", str(path)):
+        raise UserError(f"{path} is an address: download the file and give its path")
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _read_timm_directory(path)
+        if not path.is_file():
+            raise UserError(f"{path} {'is no regular file' if path.exists() else 'does not exist'}")
+        with path.open("rb") as stream:
+            start = stream.read(9)
+        if not start:
+            raise UserError(f"{path} is empty: take another copy")
+        raw = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path, start)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds a {type(raw).__name__}: a checkpoint is a dict of tensors")
+    return raw
+
+
+def tensors_of(raw: dict[str, Any], path: str | Path) -> State:
+    """Find the dict of tensors inside the usual wrappings.
+
+    Raises:
+        UserError: There is none; `path` is for the message.
+    """
+    for _ in range(3):
+        inner = (raw.get(name) for name in ("state_dict", "model", "model_state_dict"))
+        raw = next((value for value in inner if isinstance(value, dict)), raw)
+    state = {k: v for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no tensors by name, only {some(map(str, raw))}")
+    return state
+
+
+def _read_torch(path: Path, start: bytes) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes can raise anything
+        # EINVAL: torch sought beyond the ends of a file cut short.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        text = str(error)
+    code = re.search(r"GLOBAL ([\w.]+)", text)
+    if code or "TorchScript" in text or ("Unsupported operand" in text and start[:1] == b"\x80"):
+        what = code.group(1) if code else "a pickle or TorchScript program"
+        raise UserError(
+            f"{path} is refused, reading it would run code ({what}): where you trust it, store its "
+            "tensors alone by torch.save({name: tensor}, FILE)"
+        )
+    if start[:2] == b"PK" or "unexpected EOF" in text:
+        raise UserError(f"{path} is damaged or cut short: take another copy")
+    raise UserError(f"{path} is no checkpoint: give .ckpt, .pth, .pth.tar, .pt or .safetensors")
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            note = json.loads((file.metadata() or {}).get("moco", "null"))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is a damaged safetensors file: {one_line(error)}") from None
+    epoch = {"epoch": note["epoch"]} if isinstance(note, dict) and "epoch" in note else {}
+    return {"state_dict": state, "format": "safetensors", "moco": note} | epoch
+
+
+def _read_timm_directory(path: Path) -> dict[str, Any]:
+    file, last = path / "config.json", path / "checkpoints" / "last.ckpt"
+    if not file.is_file():
+        hint = f"give {last}" if last.is_file() else "give a file, or a directory as timm writes it"
+        raise UserError(f"{path} is a directory without config.json: {hint}")
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {one_line(error)}") from None
+    if not isinstance(note, dict) or not isinstance(note.get("architecture"), str):
+        raise UserError(f"{file} names no architecture: timm did not write it")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            state = tensors_of(read_state(path / name), path / name)
+            return {"state_dict": state, "format": "timm", "timm": note}
+    raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin")

@@ -1,0 +1,185 @@
+"""Bring any layout's names to ours, so that everything above knows one layout only.
+
+Ours is `query_encoder.backbone.*`, `query_encoder.head.*`, the same of `key_encoder`, and
+`queue.*`; every layout in the field is a renaming of it. A bare backbone counts as the query
+encoder's. Inside a backbone the names are torchvision's and timm's. Shapes: C embedding, K queue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moco.checkpoints.files import tensors_of
+from moco.checkpoints.matching import ABSENT, State, take
+from moco.config import UserError
+
+_WRAPPERS = ("module.", "model.", "_forward_module.")
+
+
+class _Layout(NamedTuple):
+    """The beginnings of a layout's names, of the query encoder and of the key encoder.
+
+    Attributes:
+        backbones: The first of them tells the layout, together with `sign`.
+        heads: None where they are inside the backbone, as fc or head.
+        sign: Beginnings of which a file must have one besides.
+    """
+
+    name: str
+    backbones: tuple[str, str]
+    heads: tuple[str, str] | None = None
+    sign: tuple[str, ...] = ("",)
+
+    def fits(self, state: State) -> bool:
+        """Tell whether a file has this layout."""
+        needed = (self.backbones[0], self.sign)
+        return all(any(name.startswith(start) for name in state) for start in needed)
+
+
+_SOLO = (("projector.", "momentum_projector."), ("momentum_", "projector."))
+_OURS = ("query_encoder.head.", "key_encoder.head.")
+_LIGHTLY = ("projection_head.layers.", "projection_head_momentum.layers.")
+_LAYOUTS = (  # the first that fits
+    _Layout("moco", ("query_encoder.backbone.", "key_encoder.backbone."), _OURS),
+    _Layout("official", ("encoder_q.", "encoder_k.")),
+    _Layout("official-v3", ("base_encoder.", "momentum_encoder.")),
+    _Layout("solo-learn", ("backbone.", "momentum_backbone."), *_SOLO),
+    _Layout("lightly", ("backbone.", "backbone_momentum."), _LIGHTLY),
+    _Layout("solo-learn", ("encoder.", "momentum_encoder."), *_SOLO),
+)
+
+
+@dataclass
+class Contents:
+    """A file in our names.
+
+    Attributes:
+        layout: moco, official, official-v3, lightly or solo-learn; for a bare backbone timm,
+            safetensors, or torchvision for all that torch wrote.
+        state: Tensors in our names.
+        others: Names without a counterpart here.
+        raw: The file's own dict.
+    """
+
+    path: str | Path
+    layout: str
+    state: State
+    others: list[str]
+    raw: dict[str, Any]
+
+    @property
+    def plain(self) -> bool:
+        """Tell whether the file holds one bare backbone."""
+        return self.layout in ("torchvision", "timm", "safetensors")
+
+    @property
+    def epoch(self) -> int | None:
+        """Tell the epoch, where the file does."""
+        epoch = self.raw.get("epoch")
+        return epoch if isinstance(epoch, int) else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return the settings of the run that wrote the file, where it holds them."""
+        config = self.raw.get("config")
+        return config if isinstance(config, dict) else {}
+
+    def take(self, prefix: str) -> State:
+        """Return the tensors under a prefix, without it."""
+        return take(self.state, prefix)
+
+    def backbone(self, encoder: str) -> State:
+        """Return the tensors of one encoder's backbone.
+
+        Raises:
+            UserError: The file has none.
+        """
+        part = self.take(f"{encoder}_encoder.backbone.")
+        if not part:
+            raise UserError(f"{self.path} ({self.layout} layout) holds no {encoder} encoder")
+        return part
+
+    def variant(self) -> dict[str, Any]:
+        """Tell what the layout's own code does otherwise than timm, and no shape shows."""
+        part = self.take("query_encoder.backbone.")
+        if self.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1] == 384:
+            return {"num_heads": 12}  # v3's ViT-S; timm's has 6
+        if self.layout == "solo-learn" and part.get("conv1.weight", ABSENT).shape[-1] == 3:
+            return {"stem_padding": 2}  # its CIFAR stem; others pad by 1
+        return {}
+
+
+def recognise(raw: dict[str, Any], path: str | Path) -> Contents:
+    """Find out the layout of what `read_state` returned and rename its tensors to ours.
+
+    Raises:
+        UserError: No tensors, or two of one name; `path` is for the message.
+    """
+    state: State = {}
+    for name, tensor in tensors_of(raw, path).items():
+        short = name.replace("_orig_mod.", "")  # torch.compile
+        while short.startswith(_WRAPPERS):
+            short = short.split(".", 1)[1]
+        if short in state:
+            raise UserError(f"{path} holds {short} twice, once as {name}: it is no single model")
+        state[short] = tensor
+    for layout in _LAYOUTS:
+        if layout.fits(state):
+            return _rename(Contents(path, layout.name, {}, [], raw), state, layout)
+    kind = raw.get("format") if raw.get("format") in ("safetensors", "timm") else "torchvision"
+    state = {f"query_encoder.backbone.{k}": v for k, v in _plain_names(state).items()}
+    return Contents(path, kind, state, [], raw)
+
+
+def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
+    """Fill `contents` with our names for the encoders, their heads and the queue."""
+    rest = dict(state)
+
+    def pull(prefix: str) -> State:
+        return {n.removeprefix(prefix): rest.pop(n) for n in list(rest) if n.startswith(prefix)}
+
+    for i, side in enumerate(("query_encoder", "key_encoder")):
+        head = pull(layout.heads[i]) if layout.heads else {}
+        backbone = _plain_names(pull(layout.backbones[i]))
+        if not layout.heads:
+            inside = [name for name in backbone if name.startswith(("fc.", "head."))]
+            head = {name.split(".", 1)[1]: backbone.pop(name) for name in inside}
+        for kind, part in (("head", head), ("backbone", backbone)):
+            contents.state |= {f"{side}.{kind}.{name}": tensor for name, tensor in part.items()}
+    if contents.layout == "official" and rest.get("queue", ABSENT).ndim == 2:
+        contents.state |= _official_queue(rest.pop("queue"), rest.pop("queue_ptr", 0), contents.raw)
+    if contents.layout == "moco":
+        contents.state |= {f"queue.{name}": tensor for name, tensor in pull("queue.").items()}
+    contents.others = list(rest)
+    return contents
+
+
+def _official_queue(queue: Tensor, pointer: Tensor | int, raw: dict[str, Any]) -> State:
+    """Turn the official queue, C x K, and the place to write next into ours."""
+    keys, place, note = queue.T.contiguous(), int(pointer), raw.get("moco")
+    count = note.get("num_enqueued") if isinstance(note, dict) else None
+    if not isinstance(count, int) or count % len(keys) != place:
+        count = place + len(keys)  # the official code does not count; by then the queue is full
+    return {"queue.keys": keys, "queue.num_enqueued": torch.tensor(count)}
+
+
+def _plain_names(part: State) -> State:
+    """Bring a backbone's names to torchvision's and timm's."""
+    if part and all(name.startswith("net.") for name in part):  # the official CIFAR demo
+        part = take(part, "net.")
+    if part and all(name.split(".")[0].isdigit() for name in part):
+        # Children of an nn.Sequential that was a ResNet; those without tensors do not count.
+        order = sorted({int(name.split(".")[0]) for name in part})
+        names = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
+        if len(order) == 7 and part.get(f"{order[6]}.weight", ABSENT).ndim != 2:
+            names[6] = str(order[6])
+        place = dict(zip(map(str, order), names, strict=False))
+        split = [(name.partition("."), tensor) for name, tensor in part.items()]
+        part = {f"{place.get(n, n)}.{rest}": tensor for (n, _, rest), tensor in split}
+    # lightly's own ResNet says shortcut where torchvision says downsample.
+    return {name.replace(".shortcut.", ".downsample."): t for name, t in part.items()}

@@ -1,0 +1,73 @@
+"""The model card of a timm directory, as the Hub shows it: recipe, data, scores, licence.
+
+It says only what the checkpoint holds and what the JSON files beside it report; no path of the
+machine that trained it. Shapes: none here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from moco.checkpoints.load import Loaded
+
+
+def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
+    """Write the card in Markdown, with the front matter that the Hub reads.
+
+    Args:
+        loaded: What is exported.
+        checkpoint: Where it came from; scores are looked for beside it.
+        licence: Identifier; empty: unknown.
+    """
+    model, data, config = loaded.model, loaded.data, loaded.config
+    tags = "".join(f"- {tag}\n" for tag in ("image-feature-extraction", "timm", "moco"))
+    scores = _scores(checkpoint)
+    recipe = {name: config[name] for name in ("model", "optim", "trainer") if name in config}
+    settings = {f"{g}.{n}": v for g, group in recipe.items() for n, v in group.items()}
+    settings |= {n: v for n, v in config.get("data", {}).items() if n in _DATA_ON_CARD}
+    rows = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())
+    lines = [
+        f"---\ntags:\n{tags}library_name: timm\npipeline_tag: image-feature-extraction\n"
+        f"license: {licence or 'unknown'}\n---",
+        f"# {model.backbone}, pretrained by Momentum Contrast",
+        f"Self-supervised (MoCo, arXiv:1911.05722 and 2003.04297): the {loaded.encoder}"
+        f"{'' if loaded.encoder == 'backbone' else ' encoder'} without its projection head, "
+        f"{loaded.feature_dim} features, from a checkpoint of {loaded.layout} layout"
+        f"{'' if loaded.epoch is None else f' and epoch {loaded.epoch}'}.",
+        "## Use",
+        "```python\nimport timm\n"
+        'model = timm.create_model("local-dir:PATH", pretrained=True, num_classes=0).eval()\n```',
+        "`pretrained=True` is needed: without it timm leaves the weights random.",
+        f"Input: {data['channels']} x {data['image_size']} x {data['image_size']}, values 0-1, "
+        f"less mean {data['mean']}, divided by std {data['std']}.",
+        "## Recipe and data",
+        f"| setting | value |\n|---|---|\n{rows}" if rows else "Not recorded in the checkpoint.",
+        "## Scores",
+        "".join(f"- {name}: {value}\n" for name, value in scores.items()) or "None recorded.",
+    ]
+    return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
+
+
+_DATA_ON_CARD = ("dataset", "channels", "image_size", "batch_size", "views", "mean", "std")
+_SCORE = re.compile(r"top1|top5|accuracy|knn|linear|shot|loss", re.IGNORECASE)
+
+
+def _scores(checkpoint: Path) -> dict[str, float]:
+    """Collect numbers that look like scores from the JSON files beside a checkpoint or its run."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    places = [folder, folder.parent] if folder.name == "checkpoints" else [folder]
+    scores: dict[str, float] = {}
+    for path in sorted(p for place in places for p in place.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # somebody else's file
+        pairs = content.items() if isinstance(content, dict) else ()
+        scores |= {
+            f"{path.stem}: {name}": value
+            for name, value in pairs
+            if type(value) in (int, float) and _SCORE.search(name)
+        }
+    return scores

@@ -1,0 +1,5 @@
+"""Evaluation: how good an encoder is, by neighbours, by a linear classifier, by fine-tuning.
+
+Comes in: an encoder and labelled images. Goes out: scores as plain values. `judge` holds the two
+mains; the other rooms are pure functions of features and labels wherever they can be.
+"""

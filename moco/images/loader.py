@@ -1,0 +1,333 @@
+"""Data: batches of view pairs that can stop and go on mid-epoch.
+
+What fits is resident: decoded once, one uint8 tensor, no workers. What does not is streamed:
+workers decode and cut each image twice, to uint8. Colours are always made batched on the device.
+Order and views are functions of (seed, epoch, index): nothing about them is saved.
+Shapes: M images in the set, N images per device, W devices, B = N*W, C channels, S side of a view.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from moco import distributed
+from moco.config import DataConfig, UserError, normalisation
+from moco.images import sources, views
+from moco.images.bad_files import BadFiles
+from moco.images.decode import BadImage
+from moco.images.draws import draw_crops, view_recipe
+from moco.images.resident import make_resident
+from moco.images.sources import ImageSource
+from moco.images.workers import PREFETCH, end_workers, fetched, ignore_signals, worker_count
+from moco.random import combine, permutations, uniform
+
+_AT_A_TIME = 16  # images that a worker holds decoded
+_ATTEMPTS = 64  # other images that are tried in the place of one that cannot be read
+
+
+@dataclass
+class Indices:
+    """What a loader yields: which images, and for streamed sets their cuts.
+
+    Attributes:
+        epoch, step: Of the run; the batch number counts from the run's start.
+        index: B int64, the global batch in rank order.
+        crops: N x 2 x C x S x S uint8 of this rank, two cuts of each image; None for resident sets.
+    """
+
+    epoch: int
+    step: int
+    index: Tensor
+    crops: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """View pairs, ready for the encoders.
+
+    Attributes:
+        query_views: One view, or two if symmetric; each N x C x S x S float, normalised.
+        key_views: The matching other views, in shuffled places.
+        key_order: B, where the keys went; None if they were not shuffled.
+    """
+
+    query_views: list[Tensor]
+    key_views: list[Tensor]
+    key_order: Tensor | None
+
+
+class PretrainData(pl.LightningDataModule):
+    """Unlabelled images as batches of view pairs.
+
+    Args:
+        config: Data settings.
+        seed: Of order and views.
+        shuffle: Whether keys change places (shuffle-BN, or split groups on one device).
+        symmetric: Whether both views are queries and keys.
+        source: The images; opened from `config` unless given.
+
+    Attributes:
+        wait_seconds: Time that training has waited for the loader.
+        bad: Streamed files that could not be read, met by this rank.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        shuffle: bool,
+        symmetric: bool,
+        source: ImageSource | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
+        self.recipe = view_recipe(config)
+        self.device = torch.device("cpu")
+        self.source = source or sources.open_source(config, "train")
+        self.images: Tensor | None = self.source.images
+        self.resident = "memory"
+        self.wait_seconds = 0.0
+        self.bad = BadFiles(self.source, config.max_bad_fraction, None)
+        self.loader: StepLoader | None = None
+        check_batch(config, len(self.source))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in the set; what is left over waits for another epoch's order."""
+        return len(self.source) // self.config.batch_size
+
+    def prepare(
+        self, device: torch.device, report_path: str | None = None, backend: str = ""
+    ) -> None:
+        """Decode what is to be resident, drop what cannot be read, and say what was decided.
+
+        Args: device: Makes the views. report_path: Takes the names of unreadable files. backend: Of
+            torch.compile, for the views; empty: not compiled.
+        """
+        self.source, self.images, self.resident = make_resident(
+            self.source, self.config, device, report_path
+        )
+        check_batch(self.config, len(self.source))
+        self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path)
+        self.device = device
+        mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
+        size = self.config.image_size
+        self._make_view = views.ViewMaker(self.recipe, self.seed, size, mean, std, backend)
+
+    def train_dataloader(self) -> StepLoader:
+        """Build the loader; it finds its place from Lightning's batch counter, mid-epoch too."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        self.loader = StepLoader(self, position=lambda: progress.total.ready)
+        return self.loader
+
+    def close(self) -> None:
+        """End the workers."""
+        if self.loader is not None:
+            self.loader.close()
+
+    def on_after_batch_transfer(self, batch: Indices, dataloader_idx: int) -> Batch:
+        """Make the views on the device.
+
+        The keys of this rank are those of other images, so that they meet other neighbours in
+        BatchNorm than their queries did. Resident images are simply looked up; of streamed ones the
+        uint8 cuts change ranks.
+        """
+        world = distributed.world_size()
+        count = len(batch.index) // world
+        queries = _Images(batch.epoch, distributed.local_rows(batch.index, count), batch.crops)
+        order = None
+        if self.shuffle:
+            order = distributed.key_order(self.seed, batch.step, count, world, batch.index.device)
+        numbers = (0, 1) if self.symmetric else (0,)
+        query_views = [self._view(queries, n) for n in numbers]
+        if self.symmetric and world == 1:  # the keys are these same views in other places
+            swapped = query_views[::-1]
+            key_views = swapped if order is None else [view[order] for view in swapped]
+        else:
+            keys = queries if order is None else self._exchanged(batch, order, count)
+            key_views = [self._view(keys, 1 - n) for n in numbers]
+        return Batch(query_views, key_views, order)
+
+    def _exchanged(self, batch: Indices, order: Tensor, count: int) -> _Images:
+        """Return the images whose keys this rank encodes."""
+        crops = None if batch.crops is None else distributed.exchange(batch.crops, order)
+        return _Images(batch.epoch, distributed.local_rows(batch.index[order], count), crops)
+
+    def _view(self, chosen: _Images, number: int) -> Tensor:
+        """Make one view of the chosen images, N x C x S x S."""
+        epoch, index, crops = chosen.epoch, chosen.index, chosen.crops
+        if crops is not None:
+            return self._make_view(crops[:, number], epoch, index, number, whole=False)
+        images = self.images[index.to(self.images.device)].to(index.device)
+        return self._make_view(images, epoch, index, number, whole=True)
+
+
+@dataclass
+class _Images:
+    """N images of the set, with their cuts if they are streamed."""
+
+    epoch: int
+    index: Tensor
+    crops: Tensor | None
+
+
+class StepLoader:
+    """An epoch's batches from wherever the run stands.
+
+    Args: data: The images and settings. position: Tells how many batches the run has taken so far;
+        asked whenever an iteration starts, so that a resumed epoch begins where it was left.
+    """
+
+    def __init__(self, data: PretrainData, position: Callable[[], int]) -> None:
+        self.data, self.position = data, position
+        self._workers: DataLoader | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __len__(self) -> int:
+        return self.data.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Indices]:
+        batches = self._batches(*divmod(self.position(), len(self)))
+        if self.data.images is None:
+            batches = self._streamed(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.data.wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Indices]:
+        """Slice the epoch's permutation into global batches."""
+        data, size = self.data, self.data.config.batch_size
+        resident = data.images is not None and data.images.device == data.device
+        counter = torch.full((1,), epoch, device=data.device if resident else "cpu")
+        # On the device from the start, so that no step copies anything there.
+        order = permutations(data.seed, "order", counter, len(data.source))[0]
+        for number in range(start, len(self)):
+            index = order[number * size : (number + 1) * size]
+            yield Indices(epoch, epoch * len(self) + number, index)
+
+    def _streamed(self, batches: Iterator[Indices]) -> Iterator[Indices]:
+        """Have workers cut this rank's share of each batch."""
+        planned = list(batches)
+        if self._workers is None:
+            self._workers = self._start_workers()
+        self._workers.batch_sampler.planned = planned
+        batches = fetched(self._workers, self.data.config.worker_timeout)
+        for plan, (crops, bad) in zip(planned, batches, strict=True):
+            self.data.bad.note(bad)
+            yield replace(plan, crops=self._copied(crops) if crops.is_pinned() else crops)
+
+    def _copied(self, crops: Tensor) -> Tensor:
+        """Copy to the GPU on a stream of its own, while the step before is still computed there."""
+        self._stream = self._stream or torch.cuda.Stream(self.data.device)
+        with torch.cuda.stream(self._stream):
+            crops = crops.to(self.data.device, non_blocking=True)
+        training = torch.cuda.current_stream(self.data.device)
+        training.wait_stream(self._stream)
+        crops.record_stream(training)
+        return crops
+
+    def _start_workers(self) -> DataLoader:
+        data = self.data
+        count = worker_count(data.config)
+        return DataLoader(
+            _Cuts(data),
+            batch_sampler=_Planned(),
+            num_workers=count,
+            persistent_workers=count > 0,
+            prefetch_factor=PREFETCH if count else None,
+            pin_memory=data.device.type == "cuda",
+            collate_fn=_collate_cuts,
+            worker_init_fn=ignore_signals,
+        )
+
+    def close(self) -> None:
+        """End the workers."""
+        end_workers(self._workers)
+
+
+class _Planned:
+    """Batch sampler that hands out this rank's rows of the planned batches."""
+
+    def __init__(self) -> None:
+        self.planned: list[Indices] = []
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for plan in self.planned:
+            rows = distributed.local_rows(plan.index, len(plan.index) // distributed.world_size())
+            yield [(plan.epoch, index) for index in rows.tolist()]
+
+
+class _Cuts(Dataset):
+    """Two cuts of an image, 2 x S x S x C uint8, a function of (seed, epoch, index).
+
+    In the place of an image that cannot be read stands another, by the same function; what could
+    not be read comes along as (index, reason).
+    """
+
+    def __init__(self, data: PretrainData) -> None:
+        self.source, self.recipe = data.source, data.recipe
+        self.seed, self.size = data.seed, data.config.image_size
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, list]]:
+        """Cut the images of (epoch, index), one epoch; torch's loaders ask for whole batches."""
+        items = []
+        for start in range(0, len(keys), _AT_A_TIME):
+            items += self._some(keys[start : start + _AT_A_TIME])
+        return items
+
+    def _some(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, list]]:
+        """Cut as many as may lie decoded in memory; drawing their boxes together is cheaper."""
+        epoch = keys[0][0]
+        index = torch.tensor([index for _, index in keys])
+        read = [self._read(*key) for key in keys]
+        sizes = torch.tensor([image.shape[1:] for image, _ in read]).unbind(1)
+        boxes = [draw_crops(self.recipe, self.seed, epoch, index, view, *sizes) for view in (0, 1)]
+        items = []
+        for row, (image, bad) in enumerate(read):
+            pair = [views.cut(image, box, self.size, row).permute(1, 2, 0) for box in boxes]
+            items.append((torch.stack(pair), bad))
+        return items
+
+    def _read(self, epoch: int, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
+        try:
+            return self.source.read(index), []
+        except BadImage as error:
+            bad = [(index, error.reason)]
+        place = combine(epoch, torch.tensor([index]))
+        for other in uniform(self.seed, "substitute", place, _ATTEMPTS)[0].tolist():
+            chosen = int(other * len(self.source))
+            try:
+                return self.source.read(chosen), bad
+            except BadImage as error:
+                bad.append((chosen, error.reason))
+        # Then most of the set is gone, as with storage that went away: grey keeps all ranks in
+        # step until they have agreed to stop.
+        return torch.full((self.source.channels, self.size, self.size), 128, dtype=torch.uint8), bad
+
+
+def _collate_cuts(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list[tuple[int, str]]]:
+    crops = default_collate([cuts for cuts, _ in items])  # N 2 S S C
+    return crops.permute(0, 1, 4, 2, 3), [b for _, bad in items for b in bad]
+
+
+def check_batch(config: DataConfig, count: int) -> None:
+    """Raise UserError when the set does not fill one batch."""
+    if count < config.batch_size:
+        raise UserError(
+            f"data.batch_size {config.batch_size} is above the {count} images of {config.dataset} "
+            f"{config.root}: lower it to {max(2, count)} or less"
+        )

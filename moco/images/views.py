@@ -1,0 +1,248 @@
+"""Two views of every image, made batched on the device, each sample with parameters of its own.
+
+A view is a pure function of (seed, epoch, image index, view number): see `moco.random`. The steps
+are those of the papers' chains: random resized crop, flip, colour jitter in random order,
+greyscale, blur, normalisation; each equals torchvision's at equal parameters. Crop, flip and blur
+are products with per-sample matrices. On a GPU every shape is static and nothing synchronises, so
+that the whole chain compiles to one graph; on a CPU the costly steps touch only the samples that
+need them.
+
+Shapes: N images, C channels (here of the image), H W their pixels, S the side of a view.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import interpolate
+
+from moco.images.draws import Colours, Crops, ViewRecipe, draw_colours, draw_crops
+
+_CPU_BYTES = 2 << 20  # of float images that a CPU works on at a time: they stay in its cache
+_BLUR_RADIUS = 6  # pixels; three times the largest sigma
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's
+
+
+class ViewMaker:
+    """Makes views of uint8 images by one recipe.
+
+    Args:
+        recipe: What happens to them.
+        seed: Of all that is random.
+        size: S.
+        mean, std: C each, of images on a 0-1 scale, on the device that makes the views.
+        backend: Of torch.compile, to make one graph for one shape of batches; empty: as written.
+    """
+
+    def __init__(
+        self,
+        recipe: ViewRecipe,
+        seed: int,
+        size: int,
+        mean: Tensor,
+        std: Tensor,
+        backend: str = "",
+    ) -> None:
+        self.recipe, self.seed, self.size, self.mean, self.std = recipe, seed, size, mean, std
+        self._chain, self._part = self._make, 0
+        if backend:
+            self._chain = torch.compile(self._make, fullgraph=True, dynamic=False, backend=backend)
+        elif mean.device.type == "cpu":
+            self._part = max(1, _CPU_BYTES // (4 * len(mean) * size**2))
+
+    def __call__(
+        self, images: Tensor, epoch: int, index: Tensor, number: int, whole: bool
+    ) -> Tensor:
+        """Make one view of each image.
+
+        Args:
+            images: N x C x H x W uint8; S x S where they are cut and mirrored already.
+            epoch, index, number: See `draw_crops`.
+            whole: Whether they are still to be cut.
+
+        Returns:
+            N x C x S x S float, normalised, channels-last.
+        """
+        moment = index.new_full((), epoch)  # a number would be compiled anew in every epoch
+        if not self._part or len(images) <= self._part:
+            return self._chain(images, moment, index, number, whole)
+        parts = zip(images.split(self._part), index.split(self._part), strict=True)
+        return torch.cat([self._chain(i, moment, places, number, whole) for i, places in parts])
+
+    def _make(
+        self, images: Tensor, epoch: Tensor, index: Tensor, number: int, whole: bool
+    ) -> Tensor:
+        recipe, seed = self.recipe, self.seed
+        if whole:
+            boxes = draw_crops(recipe, seed, epoch, index, number, *images.shape[2:])
+            cut = crop_and_resize(images, boxes, self.size)
+        else:
+            cut = images.contiguous().float() / 255
+        view = adjust_colours(cut, draw_colours(recipe, seed, epoch, index, number), recipe)
+        view = normalise(view, self.mean, self.std)
+        return view.contiguous(memory_format=torch.channels_last)
+
+
+def crop_and_resize(images: Tensor, crops: Crops, size: int) -> Tensor:
+    """Cut, resize (bilinear, antialiased) and mirror.
+
+    Args:
+        images: N x C x H x W uint8, or float on the same scale.
+        size: S.
+
+    Returns:
+        N x C x S x S float on a 0-1 scale.
+    """
+    rows = _resize_matrix(crops.top, crops.height, images.shape[2], size) / 255
+    columns = _resize_matrix(crops.left, crops.width, images.shape[3], size)
+    columns = torch.where(crops.flip[:, None, None], columns.flip(1), columns)
+    return _separable(images.float(), rows, columns)
+
+
+def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """Build the N x S x pixels weights that resize [start, start+length) to S, as PIL does."""
+    length, start = length.float()[:, None, None], start.float()[:, None, None]
+    scale = length / size
+    out = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
+    pixel = torch.arange(pixels, device=start.device, dtype=torch.float32)[None, None, :]
+    centre = start + (out + 0.5) * scale
+    weights = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel >= start) & (pixel < start + length))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply N x S x H weights to the rows and N x S x W to the columns of N x C x H x W."""
+    with torch.autocast(images.device.type, enabled=False):  # bf16 would cost a level of grey
+        return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].transpose(2, 3))
+
+
+def cut(image: Tensor, boxes: Crops, size: int, row: int = 0) -> Tensor:
+    """Cut one of the boxes out of a C x H x W uint8 image and resize it, antialiased.
+
+    Returns:
+        C x S x S uint8, mirrored where the box says so; H W C in memory, for which torch has the
+        fastest code.
+    """
+    top, left, height, width, flip = (
+        int(side[row]) for side in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.flip)
+    )
+    part = image[None, :, top : top + height, left : left + width]
+    part = part.contiguous(memory_format=torch.channels_last)
+    part = interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+    return part.flip(2) if flip else part
+
+
+def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tensor:
+    """Apply jitter, greyscale and blur.
+
+    Args:
+        images: N x C x S x S float, 0-1. Hue, saturation and greyscale act on RGB only.
+    """
+    images = images.clone()  # the steps may write in place
+    to_grey = images.shape[1] == 3 and recipe.grey > 0
+    if to_grey and recipe.grey_first:
+        images = _on_rows(colours.grey, images, _grey_like)
+    if recipe.jitter > 0:
+        images = _jitter(images, colours)
+    if to_grey and not recipe.grey_first:
+        images = _on_rows(colours.grey, images, _grey_like)
+    if recipe.blur > 0:
+        images = _on_rows(colours.blur, images, _blur, colours.sigma)
+    return images
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Subtract the mean and divide by the deviation; C each, for images on a 0-1 scale."""
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
+def _on_rows(mask: Tensor, images: Tensor, step, *parameters: Tensor) -> Tensor:
+    """Apply `step` to the samples in `mask`: to all and select on a GPU, in place to those only on
+    a CPU.
+    """
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(mask[:, None, None, None], step(images, *parameters), images)
+    rows = mask.nonzero()[:, 0]
+    if len(rows) == 0:
+        return images
+    changed = step(images[rows], *(p[rows] for p in parameters))
+    return images.index_copy_(0, rows, changed)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Return the brightness, N x 1 x S x S: weighted for RGB, else the mean of the bands."""
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    red, green, blue = images.unbind(1)
+    weights = _GREY_WEIGHTS
+    return (weights[0] * red + weights[1] * green + weights[2] * blue)[:, None]
+
+
+def _grey_like(images: Tensor) -> Tensor:
+    return _grey(images).expand_as(images)
+
+
+def _jitter(images: Tensor, colours: Colours) -> Tensor:
+    """Apply the four operations in each sample's own order; in place on a CPU."""
+    blends = _HUE if images.shape[1] == 3 else _SATURATION  # what colour needs does nothing else
+    for place in range(4):
+        operation = colours.order[:, place]
+        factor = colours.factors.gather(1, operation[:, None])[:, 0]
+        mask = colours.jitter & (operation < blends)
+        images = _on_rows(mask, images, _blend, operation, factor)
+        if images.shape[1] == 3:
+            mask = colours.jitter & (operation == _HUE)
+            images = _on_rows(mask, images, _shift_hue, factor)
+    return images
+
+
+def _blend(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """Blend with black (brightness), the mean grey (contrast) or the grey image (saturation)."""
+    operation, factor = operation[:, None, None, None], factor[:, None, None, None]
+    grey = _grey(images)
+    mean = grey.mean((1, 2, 3), keepdim=True) * (operation == _CONTRAST)
+    partner = torch.where(operation == _SATURATION, grey, mean)
+    return torch.addcmul(partner * (1 - factor), images, factor).clamp_(0, 1)
+
+
+def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns (N), through HSV in closed form.
+
+    The hue comes from sorting the channels, and each channel back from its distance to the hue
+    around the circle: no branch per sixth.
+    """
+    red, green, blue = images.unbind(1)
+    high, low = torch.maximum(green, blue), torch.minimum(green, blue)
+    value, middle = torch.maximum(red, high), torch.minimum(red, high)
+    chroma = value - torch.minimum(middle, low)
+    start = -(green < blue).float()
+    start = torch.where(red < high, -1 / 3 - start, start)
+    hue = (start + (middle - low) / (6 * chroma).clamp(min=1e-20)).abs() + shift[:, None, None]
+    apart = torch.stack([hue + channel / 6 for channel in (3, 1, -1)], 1)
+    apart = apart.sub_(apart.round()).abs_()  # N 3 S S, in turns: 0 where a channel is lowest
+    return torch.addcmul(value[:, None], chroma[:, None], (2 - 6 * apart).clamp_(0, 1), value=-1)
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur with a Gaussian of `sigma` pixels (N), 13 taps, reflected at the edges."""
+    matrix = _blur_matrix(sigma, images.shape[-1])
+    return _separable(images, matrix, matrix)
+
+
+def _blur_matrix(sigma: Tensor, size: int) -> Tensor:
+    """Build the N x S x S matrix of a reflected Gaussian."""
+    radius = min(_BLUR_RADIUS, size - 1)
+    taps = torch.arange(radius + 1, device=sigma.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # N radius+1
+    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])
+    kernel = functional.pad(kernel, (0, 1))  # the last column: no weight
+    out = torch.arange(size, device=sigma.device)[:, None]
+    pixel = torch.arange(size, device=sigma.device)[None, :]
+    matrix = kernel[:, (pixel - out).abs().clamp(max=radius + 1)]
+    left = (pixel + out).clamp(max=radius + 1)  # the tap at -pixel
+    right = (2 * (size - 1) - pixel - out).clamp(max=radius + 1)
+    matrix = matrix + kernel[:, left] * (pixel >= 1) + kernel[:, right] * (pixel <= size - 2)
+    return matrix

@@ -1,0 +1,130 @@
+"""Explanations: what a library raised during training, as one line that says what to set.
+
+The run has failed when this room is entered, and Lightning has moved the module to the CPU: the
+device may be used freely, the other ranks may not be waited for.
+Shapes: N images per device, K queue, C embedding, S side of a view.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import traceback
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from moco.algorithm.contrast import info_nce
+from moco.config import DataConfig, RunError
+from moco.training.ranks import end_if_dead
+
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
+
+
+def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig) -> Exception:
+    """Turn what a library raised during training into a RunError; other errors stay."""
+    text = " ".join(str(error).split())
+    if _is_out_of_memory(error):
+        # The failed step's activations hang on the frames that the error remembers.
+        traceback.clear_frames(error.__traceback__)
+        share = data.batch_size // trainer.world_size
+        fits = fitting_batch(trainer, module, share, data) * trainer.world_size
+        advice = f"about {fits} would fit" if fits else "not even a small one would fit"
+        return RunError(
+            f"out of memory on {trainer.strategy.root_device} with data.batch_size "
+            f"{data.batch_size}, {share} per device: {advice}; or set trainer.precision "
+            "bf16-mixed, a smaller model.backbone, or a smaller batch with "
+            "trainer.accumulate_grad_batches",
+            local=True,
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return RunError(
+            f"memory ran out with data.batch_size {data.batch_size}: lower it, data.num_workers or "
+            "data.resident_budget, or set data.resident off",
+            local=True,
+        )
+    if "EADDRINUSE" in text:
+        return RunError(
+            "the port at which the ranks meet is taken: set MASTER_PORT to another one, the same "
+            "for all ranks",
+            local=True,
+        )
+    if trainer.world_size > 1 and any(words in text for words in _LOST):
+        for _ in range(20):  # the launcher, if it is ours, can tell which
+            end_if_dead(getattr(trainer.strategy.launcher, "procs", []))
+            time.sleep(0.1)
+        return RunError(
+            f"another rank died or cannot be reached ({text[:120]}): go on with --resume from the "
+            "last checkpoint",
+            local=True,
+        )
+    return error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def fitting_batch(trainer: pl.Trainer, module: Any, tried: int, data: DataConfig) -> int:
+    """Measure what batch per device fits: a step's memory grows with the batch along a line.
+
+    0 where not even an eighth fits.
+    """
+    small, large = max(2, tried // 8), max(4, tried // 4)
+    try:
+        low, high = (peak_memory(trainer, module, count, data) for count in (small, large))
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            return 0
+        raise
+    slope = max(high - low, 1) / (large - small)
+    most = small + (0.9 * device_memory(trainer.strategy.root_device) - low) / slope
+    return max(small, min(int(most), tried - 1) // 8 * 8)
+
+
+def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) -> int:
+    """Return the bytes that a step on `count` images takes at most: forward, loss and backward.
+
+    On copies of the encoders: what DistributedDataParallel hangs on the parameters would wait for
+    the other ranks, and so would SyncBatchNorm.
+    """
+    device, model = trainer.strategy.root_device, module.model
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    encoders = nn.ModuleList([module.query_encoder, module.key_encoder])
+    encoders = copy.deepcopy(encoders).to(device)
+    for layer in encoders.modules():
+        if isinstance(layer, nn.SyncBatchNorm):
+            layer.eval()
+    parameters = sum(p.nbytes for p in encoders[0].parameters())
+    state = torch.empty(  # of the optimiser
+        parameters * (2 if module.optim.name == "adamw" else 1), dtype=torch.uint8, device=device
+    )
+    negatives = module.queue.snapshot().to(device)  # K C
+    pairs = 1 if model.symmetric == "none" else 2
+    size = data.image_size
+    views = [torch.zeros(count, data.channels, size, size, device=device) for _ in range(2)]
+    with trainer.precision_plugin.forward_context():
+        queries = [normalize(encoders[0](view).float()) for view in views[:pairs]]
+        with torch.no_grad():
+            keys = [normalize(encoders[1](view).float()) for view in views[:pairs]]
+        losses = [
+            info_nce(query, key, negatives, model.temperature)[0]
+            for query, key in zip(queries, keys, strict=True)
+        ]
+    torch.stack(losses).sum().backward()
+    del state
+    return torch.cuda.max_memory_allocated(device)
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process has or could have."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)

@@ -1,0 +1,249 @@
+"""Sight during training: readings, kNN and the progress bar, as Lightning callbacks.
+
+Nothing here changes what is computed. Readings are taken on the device and fetched once every few
+steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from moco import distributed
+from moco.algorithm import optim
+from moco.config import RunConfig
+from moco.evaluation.knn import (
+    broadcast_buffers,
+    extract_features,
+    few_shot_accuracy,
+    gather_ragged,
+    knn_predict,
+)
+from moco.images.labelled import LabelledData
+from moco.images.loader import PretrainData
+
+log = logging.getLogger("moco")
+_SHOTS = 10
+_RAW_LIMIT = 2**29  # values of raw pixels that the baseline may hold
+
+
+class Readings(pl.Callback):
+    """Log loss, contrast accuracy, queue, spread, rates and waiting every few steps.
+
+    Args:
+        data: Its loader's waiting time is read.
+        every: Optimiser steps between readings.
+
+    Attributes:
+        latest: Name to value of the last readings of all callbacks.
+        paused: Seconds spent on other things than training, added by whoever spends them.
+        images, seconds: Since the start, pauses left out.
+    """
+
+    def __init__(self, data: PretrainData, every: int) -> None:
+        self.data, self.every = data, every
+        self.latest: dict[str, float] = {}
+        self.paused = 0.0
+        self.images, self.seconds = 0, 0.0
+        self._mark = (0.0, 0.0, 0)
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Start the clock."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self._mark = (time.perf_counter() - self.paused, self.data.wait_seconds, self.images)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        """Ask the step for readings if its number is due."""
+        step = trainer.global_step + 1
+        module.wants_metrics = step % self.every == 0 or step in (1, module.total_steps)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        """Fetch and log what is due."""
+        self.images += self.data.config.batch_size
+        if not module.wants_metrics:
+            return
+        values = torch.stack([v.float() for v in module.metrics.values()])
+        if distributed.world_size() > 1:
+            torch.distributed.all_reduce(values)
+            values /= distributed.world_size()
+        readings = dict(zip(module.metrics, values.tolist(), strict=True))
+        start, waited, images = self._mark
+        elapsed = max(time.perf_counter() - self.paused - start, 1e-9)
+        self.seconds += elapsed
+        step = trainer.global_step
+        readings |= {
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/key_momentum": optim.key_momentum(module.model, step - 1, module.total_steps),
+            "train/images_per_second": (self.images - images) / elapsed,
+            "train/wait_share": (self.data.wait_seconds - waited) / elapsed,
+        }
+        self._reset()
+        self.publish(trainer, module, readings)
+
+    def publish(self, trainer: pl.Trainer, module: Any, readings: dict[str, float]) -> None:
+        """Send readings to every logger and remember them."""
+        self.latest |= readings
+        step = trainer.global_step
+        epoch = round(step / module.steps_per_epoch, 3)
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch": epoch, **readings}, step=step)
+
+    def rate(self) -> float:
+        """Return images per second since the start, over all devices."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+class KNNMonitor(pl.Callback):
+    """Read kNN of the query backbone before the first step, every few epochs and after the last.
+
+    Args:
+        data: Labelled bank and queries, or None without labels: then nothing is read.
+        config: k, temperature and how often.
+        readings: Where results go.
+
+    Attributes: first, last: Top-1 in percent at the start and now. few_shot: Name to percent, read
+        after the last step: ten labels per class, for features and raw pixels.
+    """
+
+    def __init__(self, data: LabelledData | None, config: RunConfig, readings: Readings) -> None:
+        self.data, self.config, self.readings = data, config, readings
+        self.first: float | None = None
+        self.last: float | None = None
+        self.few_shot: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Read the untrained network, so that later readings say something."""
+        if self._enabled and trainer.global_step == 0:
+            self.read(trainer, module, final=False)
+
+    @property
+    def _enabled(self) -> bool:
+        return self.data is not None and self.config.knn_every > 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        """Read at the ends of the chosen epochs, and let the plateau schedule know."""
+        step, per_epoch = trainer.global_step, module.steps_per_epoch
+        final = step >= module.total_steps
+        epoch_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        if not (epoch_end or final):
+            return
+        due = round(step / per_epoch) % max(self.config.knn_every, 1) == 0
+        if self._enabled and (due or final):
+            self.read(trainer, module, final)
+        if epoch_end:
+            module.read_plateau(self.last)
+
+    def read(self, trainer: pl.Trainer, module: Any, final: bool) -> None:
+        """Extract features on all ranks, vote, and log."""
+        start = time.perf_counter()
+        network, device = module.query_encoder.backbone, module.device
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            broadcast_buffers(network)
+            bank, labels = extract_features(network, self.data.batches("bank", device))
+            queries, targets = extract_features(network, self.data.batches("queries", device))
+        bank, labels = gather_ragged(bank), gather_ragged(labels)
+        k = min(self.config.knn_k, len(bank))
+        temperature = self.config.knn_temperature
+        found = knn_predict(queries, bank, labels, self.data.num_classes, k, temperature)
+        hits = gather_ragged((found == targets).float())
+        self.last = 100 * hits.mean().item()
+        self.first = self.last if self.first is None else self.first
+        if final:
+            queries, targets = gather_ragged(queries), gather_ragged(targets)
+            self.few_shot = self._few_shot(bank, labels, queries, targets, device)
+        self.readings.paused += time.perf_counter() - start
+        self.readings.publish(trainer, module, {"val/knn_top1": self.last})
+
+    def _few_shot(self, bank, labels, queries, targets, device) -> dict[str, float]:
+        """Compare ten labels per class on features and on raw pixels; empty where classes are too
+        small.
+        """
+        if int(torch.bincount(labels).min()) < _SHOTS:
+            return {}
+        scores = {"ten_shot": few_shot_accuracy(bank, labels, queries, targets, _SHOTS)[0]}
+        config = self.data.config
+        pixels = len(bank) * config.channels * config.image_size**2
+        if pixels <= _RAW_LIMIT and distributed.world_size() == 1:
+            raw = nn.Flatten()
+            raw_bank, raw_labels = extract_features(raw, self.data.batches("bank", device))
+            raw_queries, raw_targets = extract_features(raw, self.data.batches("queries", device))
+            scores["ten_shot_raw_pixels"] = few_shot_accuracy(
+                raw_bank, raw_labels, raw_queries, raw_targets, _SHOTS
+            )[0]
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the readings through a resume."""
+        return {"first": self.first, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.first, self.last = state["first"], state["last"]
+
+
+class Progress(pl.Callback):
+    """One bar over the whole run on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, readings: Readings) -> None:
+        self.readings = readings
+        self._bar: Any = None
+        self._spoke = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Open the bar."""
+        if not trainer.is_global_zero:
+            return
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=module.total_steps,
+                initial=trainer.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            )
+        self._spoke = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        """Move the bar."""
+        if not trainer.is_global_zero:
+            return
+        if self._bar is not None:
+            self._bar.n = trainer.global_step
+            self._bar.set_postfix_str(self._text(trainer, module), refresh=False)
+            self._bar.update(0)
+        elif time.monotonic() - self._spoke > 10 or trainer.global_step >= module.total_steps:
+            self._spoke = time.monotonic()
+            print(self._text(trainer, module), file=sys.stderr, flush=True)
+
+    def _text(self, trainer: pl.Trainer, module: Any) -> str:
+        latest, step = self.readings.latest, trainer.global_step
+        epochs = module.total_steps / module.steps_per_epoch
+        parts = [f"epoch {step / module.steps_per_epoch:.1f}/{epochs:.3g}"]
+        for name, label in (
+            ("train/loss", "loss {:.3f}"),
+            ("train/contrast_top1", "contrast {:.0%}"),
+            ("val/knn_top1", "kNN {:.1f}%"),
+            ("train/images_per_second", "{:,.0f} images/s"),
+        ):
+            if name in latest:
+                parts.append(label.format(latest[name]))
+        if self._bar is None and self.readings.rate():
+            left = (module.total_steps - step) * self.readings.data.config.batch_size
+            parts.append(f"{left / self.readings.rate() / 60:.1f} min left")
+        return ", ".join(parts)
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()

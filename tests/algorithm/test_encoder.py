@@ -1,0 +1,373 @@
+"""Encoders: torchvision's networks key for key, stems, heads, and BatchNorm over groups."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional
+
+from moco.algorithm.encoder import (
+    TORCHVISION_RESNETS,
+    SplitBatchNorm,
+    build_backbone,
+    build_encoder,
+    set_batch_norm,
+)
+from moco.config import ModelConfig, UserError
+
+
+def config(backbone: str = "resnet18", **settings) -> ModelConfig:
+    return ModelConfig(backbone=backbone, **{"embedding_dim": 8, **settings})
+
+
+def pictures(count: int = 8, channels: int = 3, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(count, channels, 1, 1, generator=generator)
+    return spread + torch.randn(count, channels, size, size, generator=generator)
+
+
+# Backbones
+
+
+@pytest.mark.parametrize("name", TORCHVISION_RESNETS)
+def test_keys_and_shapes_are_torchvisions(name):
+    with torch.device("meta"):
+        ours, feature_dim = build_backbone(config(name), 3, 224)
+        theirs = torchvision.models.get_model(name)
+    expected = {k: v.shape for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == expected
+    assert list(ours.state_dict()) == list(expected)
+    assert feature_dim == theirs.fc.in_features
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_features_are_torchvisions_with_the_same_weights(name):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name)
+    ours, _ = build_backbone(config(name), 3, 64)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "fc." not in k})
+    theirs.fc = nn.Identity()
+    for training in (True, False):  # the first pass also moves the running statistics
+        ours.train(training), theirs.train(training)
+        with torch.no_grad():
+            a, b = ours(pictures(2, size=64)), theirs(pictures(2, size=64))
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert a.abs().mean() > 1e-3
+
+
+def test_fresh_weights_are_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    ours, _ = build_backbone(config("resnet18"), 3, 64)
+    theirs = torchvision.models.resnet18().state_dict()
+    for name, value in ours.state_dict().items():
+        expected = theirs[name].float()
+        if value.dim() > 1:
+            assert value.std().item() == pytest.approx(expected.std().item(), rel=0.1), name
+            assert abs(value.mean()) < 5 * value.std() / value.numel() ** 0.5, name
+        else:
+            torch.testing.assert_close(value.float(), expected, msg=name)
+
+
+def test_the_residual_branch_is_not_zero_at_the_start():
+    backbone, _ = build_backbone(config("resnet50"), 3, 64)
+    last = [m.bn3.weight for m in backbone.modules() if hasattr(m, "bn3")]
+    assert len(last) == 16 and all((w == 1).all() for w in last)
+
+
+@pytest.mark.parametrize("stem, grid, first", [("imagenet", 1, (7, 2)), ("cifar", 4, (3, 1))])
+def test_stems(stem, grid, first):
+    backbone, _ = build_backbone(config(stem=stem), 3, 32)
+    conv = backbone.conv1
+    assert (conv.kernel_size[0], conv.stride[0]) == first
+    assert conv.bias is None
+    maps = []
+    backbone.layer4.register_forward_hook(lambda module, given, out: maps.append(out))
+    backbone(pictures(2))
+    assert maps[0].shape == (2, 512, grid, grid)
+
+
+@pytest.mark.parametrize("settings", [{"stem": "cifar"}, {"width": 2.0}])
+def test_a_replaced_stem_starts_as_the_published_one(settings):
+    """Normal with variance 2 over the fan out (1512.03385's reference code and torchvision)."""
+    torch.manual_seed(0)
+    weight = build_backbone(config(**settings), 3, 32)[0].conv1.weight
+    out, _, height, width = weight.shape
+    assert weight.std().item() == pytest.approx((2 / (out * height * width)) ** 0.5, rel=0.06)
+
+
+@pytest.mark.parametrize("stem, kernel, pool", [("imagenet", 7, True), ("cifar", 3, False)])
+@pytest.mark.parametrize("width, feature_dim", [(0.25, 128), (0.5, 256), (2, 1024)])
+def test_widths_scale_every_layer(width, feature_dim, stem, kernel, pool):
+    with torch.device("meta"):
+        backbone, found = build_backbone(config(width=width, stem=stem), 3, 32)
+    assert found == feature_dim
+    assert backbone.conv1.kernel_size == (kernel, kernel)
+    assert backbone.conv1.out_channels == 64 * width
+    assert isinstance(backbone.maxpool, nn.Identity) != pool
+    assert backbone.layer1[0].conv1.weight.shape[0] == 64 * width
+    assert backbone(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, feature_dim)
+
+
+def test_width_of_a_bottleneck_network():
+    backbone, feature_dim = build_backbone(config("resnet50", width=0.25, stem="cifar"), 3, 32)
+    assert feature_dim == 512 and backbone(pictures(2)).shape == (2, 512)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_channels(channels, stem):
+    encoder = build_encoder(config(width=0.25, stem=stem), channels, 32)
+    assert encoder.backbone.conv1.in_channels == channels
+    assert encoder(pictures(2, channels)).shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "resnet10t",
+        "efficientnet_lite0",
+        "convnext_atto",
+        "regnetx_002",
+        "mobilenetv3_small_050",  # its last layer, after the pooling, is wider than its feature map
+        "ghostnet_050",
+        "lcnet_050",
+    ],
+)
+def test_timm_backbones_by_name(backbone):
+    encoder = build_encoder(config(backbone), 3, 32).eval()
+    assert encoder.backbone(pictures(2)).shape == (2, encoder.feature_dim)
+    assert encoder(pictures(2)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("channels, size", [(3, 32), (1, 48)])
+def test_a_vit_by_name_at_another_image_size(channels, size):
+    encoder = build_encoder(config("vit_tiny_patch16_224"), channels, size)
+    assert encoder.feature_dim == 192
+    assert encoder(pictures(2, channels, size)).shape == (2, 8)
+
+
+# What a user is told
+
+
+def test_an_unknown_backbone_names_the_nearest():
+    with pytest.raises(UserError, match=r"model\.backbone 'resnet5O'.*'resnet50\w*'"):
+        build_backbone(config("resnet5O"), 3, 32)
+    with pytest.raises(UserError, match=r"model\.backbone 'zzzz'.*timm\.list_models"):
+        build_backbone(config("zzzz"), 3, 32)
+    with pytest.raises(UserError, match=r"model\.backbone ''"):
+        build_backbone(config(""), 3, 32)
+
+
+@pytest.mark.parametrize("settings", [{"stem": "cifar"}, {"width": 0.5}])
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_stem_and_width_of_another_network_are_refused(backbone, settings):
+    with pytest.raises(UserError, match=rf"model\.stem.*ResNet.*{backbone}"):
+        build_backbone(config(backbone, **settings), 3, 32)
+
+
+@pytest.mark.parametrize(
+    "backbone, settings",
+    [
+        ("resnet50_gn", {"stem": "cifar"}),  # GroupNorm counts its channels under another name
+        ("resnext50_32x4d", {"width": 0.1}),  # leaves less than one channel a group
+    ],
+)
+def test_odd_resnets_work_or_are_refused(backbone, settings):
+    try:
+        encoder = build_encoder(config(backbone, **settings), 3, 32)
+    except UserError:
+        return
+    assert encoder(pictures(2)).shape == (2, 8)
+
+
+# Heads
+
+
+def test_heads():
+    linear = build_encoder(config(head="linear", width=0.25), 3, 32)
+    assert isinstance(linear.head, nn.Linear)
+    assert (linear.head.in_features, linear.head.out_features) == (128, 8)
+    mlp = build_encoder(config(head="mlp", width=0.25), 3, 32)
+    assert [type(layer) for layer in mlp.head] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert mlp.head[0].weight.shape == (128, 128) and mlp.head[2].weight.shape == (8, 128)
+    wide = build_encoder(config(head="mlp", width=0.25, head_hidden_dim=40), 3, 32)
+    assert wide.head[0].weight.shape == (40, 128) and wide.head[2].weight.shape == (8, 40)
+
+
+def test_an_encoder_is_head_after_backbone():
+    encoder = build_encoder(config(width=0.25), 3, 32).eval()
+    with torch.no_grad():
+        expected = encoder.head(encoder.backbone(pictures(2)))
+        assert torch.equal(encoder(pictures(2)), expected)
+    assert {name.split(".")[0] for name in encoder.state_dict()} == {"backbone", "head"}
+
+
+# BatchNorm
+
+
+def norm_layer(channels: int = 6, kind: str = "split", groups: int = 4, **settings) -> nn.Module:
+    layer = nn.BatchNorm2d(channels, **settings)
+    if layer.affine:
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.uniform_(layer.bias, -1, 1)
+    return set_batch_norm(nn.Sequential(layer), kind, groups)[0]
+
+
+def maps(count: int = 8, channels: int = 6) -> torch.Tensor:
+    return 1.0 + pictures(count, channels, 5) * torch.arange(1, count + 1)[:, None, None, None]
+
+
+@pytest.fixture(params=["group by group", "fused"])
+def way(request, monkeypatch):
+    """Both ways to split: without a compiler, and what a compiler gets to see."""
+    if request.param == "fused":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+FORMATS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+@FORMATS
+def test_split_equals_batch_norm_on_each_group(layout, way):
+    torch.manual_seed(0)
+    split = norm_layer().train()
+    assert isinstance(split, SplitBatchNorm)
+    plain = nn.BatchNorm2d(6)
+    plain.load_state_dict(split.state_dict())
+    given = maps().contiguous(memory_format=layout)
+    out = split(given)
+    assert out.is_contiguous(memory_format=layout)
+    means, variances = [], []
+    for group, part in zip(maps().chunk(4), out.chunk(4), strict=True):
+        one = copy.deepcopy(plain)
+        torch.testing.assert_close(part, one(group), atol=1e-5, rtol=1e-5)
+        means.append(one.running_mean)
+        variances.append(one.running_var)
+    torch.testing.assert_close(split.running_mean, torch.stack(means).mean(0))
+    torch.testing.assert_close(split.running_var, torch.stack(variances).mean(0))
+    whole = copy.deepcopy(plain)(maps())
+    assert (out - whole).abs().max() > 0.1  # the groups do matter
+
+
+def test_split_statistics_over_several_steps(way):
+    split, manual = norm_layer(2, groups=2), torch.zeros(2)
+    for step in range(5):
+        batch = maps(4, 2) + step
+        split(batch)
+        manual = 0.9 * manual + 0.1 * batch.mean((0, 2, 3))
+    torch.testing.assert_close(split.running_mean, manual)
+
+
+def test_split_counts_a_step_once(way):
+    split = norm_layer()
+    for _ in range(3):
+        split(maps())
+    assert split.num_batches_tracked == 3
+
+
+@FORMATS
+def test_split_gradients_equal_those_of_each_group(layout, way):
+    torch.manual_seed(0)
+    split = norm_layer().train()
+    plain = nn.BatchNorm2d(6)
+    plain.load_state_dict(split.state_dict())
+    weights = torch.randn(8, 6, 5, 5)
+    given = maps().contiguous(memory_format=layout).requires_grad_()
+    (split(given) * weights).sum().backward()
+    expected = maps().requires_grad_()
+    parts = [copy.deepcopy(plain)(group) for group in expected.chunk(4)]
+    (torch.cat(parts) * weights).sum().backward()
+    torch.testing.assert_close(given.grad, expected.grad, atol=1e-5, rtol=1e-4)
+    total = [torch.zeros(6), torch.zeros(6)]
+    for group, weight in zip(maps().chunk(4), weights.chunk(4), strict=True):
+        one = copy.deepcopy(plain)
+        (one(group) * weight).sum().backward()
+        total = [t + p.grad for t, p in zip(total, (one.weight, one.bias), strict=True)]
+    torch.testing.assert_close(split.weight.grad, total[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(split.bias.grad, total[1], atol=1e-4, rtol=1e-4)
+
+
+@FORMATS
+def test_split_in_eval_mode_is_plain(layout):
+    split = norm_layer()
+    split(maps())
+    split.eval()
+    plain = nn.BatchNorm2d(6)
+    plain.load_state_dict(split.state_dict())
+    plain.eval()
+    given = maps(7).contiguous(memory_format=layout)  # no multiple of the groups
+    torch.testing.assert_close(split(given), plain(given))
+
+
+@pytest.mark.parametrize("settings", [{"affine": False}, {"track_running_stats": False}])
+def test_split_of_other_batch_norms(settings, way):
+    split, plain = norm_layer(**settings), nn.BatchNorm2d(6, **settings)
+    plain.load_state_dict(split.state_dict())
+    expected = torch.cat([copy.deepcopy(plain)(group) for group in maps().chunk(4)])
+    torch.testing.assert_close(split(maps()), expected, atol=1e-5, rtol=1e-5)
+
+
+@FORMATS
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0", "tinynet_e"])
+def test_split_of_a_network_equals_the_network_on_each_group(backbone, layout, way):
+    """Also for timm's layers that carry their activation along (BatchNormAct2d)."""
+    torch.manual_seed(0)
+    width = 0.25 if backbone == "resnet18" else 1.0
+    # In fp64: deep layers normalise few values, which makes much of a rounding error.
+    plain = build_backbone(config(backbone, width=width), 3, 32)[0].double().train()
+    split = set_batch_norm(copy.deepcopy(plain), "split", 2).to(memory_format=layout)
+    assert list(split.state_dict()) == list(plain.state_dict())
+    given = pictures(8).double()
+    with torch.no_grad():
+        expected = torch.cat([copy.deepcopy(plain)(group) for group in given.chunk(2)])
+        whole = copy.deepcopy(plain)(given)
+        out = split(given.contiguous(memory_format=layout))
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    assert (out - whole).abs().max() > 1e-2
+    plain.load_state_dict(split.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(split.eval()(given), plain.eval()(given), atol=1e-6, rtol=1e-6)
+
+
+def test_split_leaves_no_batch_norm_out():
+    for backbone in ("resnet18", "efficientnet_lite0", "mobilenetv3_small_050"):
+        with torch.device("meta"):
+            network, _ = build_backbone(config(backbone), 3, 32)
+        set_batch_norm(network, "split", 2)
+        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert norms and all(getattr(m, "num_splits", 0) == 2 for m in norms)
+
+
+def test_split_keeps_the_keys_groups_apart():
+    """The leak that shuffling closes: another image of the group changes an embedding."""
+    encoder = set_batch_norm(build_encoder(config(width=0.25), 3, 32), "split", 4).train()
+    batch = pictures(8)
+    changed = batch.clone()
+    changed[1] = changed[1].flip(0) * 3
+    with torch.no_grad():
+        moved = (encoder(batch) - encoder(changed)).abs().amax(1) > 1e-6
+    assert moved.tolist() == [True, True] + [False] * 6
+
+
+def test_plain_changes_nothing_and_sync_converts():
+    encoder = build_encoder(config(width=0.25), 3, 32)
+    kinds = [type(m) for m in encoder.modules()]
+    assert [type(m) for m in set_batch_norm(encoder, "plain", 4).modules()] == kinds
+    keys = list(encoder.state_dict())
+    synced = set_batch_norm(encoder, "sync", 4)
+    norms = [m for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert list(synced.state_dict()) == keys
+
+
+def test_a_split_batch_norm_is_the_functional_one():
+    """Against torch.nn.functional rather than a module of ours, with the default momentum."""
+    split = norm_layer(3, groups=2)
+    batch = maps(4, 3)
+    expected = [
+        functional.batch_norm(half, None, None, split.weight, split.bias, training=True)
+        for half in batch.chunk(2)
+    ]
+    torch.testing.assert_close(split(batch), torch.cat(expected), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,525 @@
+"""Checkpoints: every layout, built by hand, gives the features of the network it was taken from."""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+import moco
+from moco.algorithm.contrast import KeyQueue
+from moco.algorithm.encoder import TORCHVISION_RESNETS, build_encoder
+from moco.checkpoints.architecture import resnet_shape
+from moco.checkpoints.load import load_encoder, read_state, restore_pretraining
+from moco.checkpoints.matching import take
+from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
+
+
+def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Give all statistics and norms values that matter, so that a lost tensor changes features."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in network.state_dict().items():
+        if name.endswith(("running_mean", "running_var", "norm.weight")) or ".bn" in f".{name}":
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=1e-3)
+    return network.eval()
+
+
+@functools.cache  # shared by all tests, which only read it
+def torchvision_resnet(
+    seed: int = 0, cifar_padding: int | None = None, width: float = 0.25
+) -> nn.Module:
+    network = models.resnet18()
+    if cifar_padding is not None:
+        network.conv1 = nn.Conv2d(3, 64, 3, 1, cifar_padding, bias=False)
+        network.maxpool = nn.Identity()
+    network.fc = nn.Identity()
+    return randomise(narrow(network, round(1 / width)), seed)
+
+
+def narrow(network: nn.Module, times: int) -> nn.Module:
+    """Keep one channel in so many: torchvision's arithmetic on smaller files."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            outputs, inputs = (n // times if n > 4 else n for n in module.weight.shape[:2])
+            module.weight = nn.Parameter(module.weight[:outputs, :inputs].detach().clone())
+        elif isinstance(module, nn.BatchNorm2d):
+            for name, tensor in module.state_dict().items():
+                if tensor.ndim:
+                    getattr(module, name).data = tensor[: len(tensor) // times].clone()
+    return network
+
+
+def module_state(model: ModelConfig, channels: int = 3, size: int = 32, seed: int = 0):
+    """Return the state dict of a MoCo module, with two encoders that differ, and the encoders."""
+    state, query, key = _module(dataclasses.astuple(model), channels, size, seed)
+    return dict(state), query, key
+
+
+@functools.cache  # shared by all tests, which only read it
+def _module(settings: tuple, channels: int, size: int, seed: int):
+    model = ModelConfig(*settings)
+    query = randomise(build_encoder(model, channels, size), seed)
+    key = randomise(copy.deepcopy(query), seed + 1)
+    queue = KeyQueue(model.queue_size, model.embedding_dim, torch.Generator().manual_seed(seed))
+    queue.num_enqueued += 40
+    parts = {"query_encoder": query, "key_encoder": key, "queue": queue}
+    state = {f"{p}.{k}": v for p, module in parts.items() for k, v in module.state_dict().items()}
+    return state, query, key
+
+
+def save_ours(path, model: ModelConfig, channels: int = 3, size: int = 32):
+    """Write a checkpoint as a run does; returns its two encoders."""
+    state, query, key = module_state(model, channels, size)
+    data = DataConfig(dataset="digits", root="/private/place", channels=channels, image_size=size)
+    content = {"state_dict": state, "epoch": 3, "global_step": 9, "loops": {}}
+    content["config"] = dataclasses.asdict(TrainConfig(model=model, data=data))
+    torch.save(content, path)
+    return query, key
+
+
+SMALL = ModelConfig(backbone="resnet18", stem="cifar", width=0.25, queue_size=64, embedding_dim=16)
+
+
+def images(channels: int = 3, size: int = 32) -> torch.Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def distance(one, other, batch: torch.Tensor) -> float:
+    """Largest difference as a share of the largest feature."""
+    wanted, found = one(batch), other(batch)
+    assert wanted.shape == found.shape
+    return ((wanted - found).abs().max() / wanted.abs().max()).item()
+
+
+def prefixed(prefix: str, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+# Our own
+
+
+def test_ours_gives_the_query_encoder_unless_told_key(tmp_path):
+    query, key = save_ours(tmp_path / "last.ckpt", SMALL, channels=1)
+    before = torch.get_rng_state()
+    loaded = load_encoder(tmp_path / "last.ckpt")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (loaded.layout, loaded.encoder, loaded.epoch) == ("moco", "query", 3)
+    assert loaded.model == dataclasses.replace(SMALL, head_hidden_dim=128)
+    assert loaded.data == {"channels": 1, "image_size": 32, "mean": [0.5], "std": [0.25]}
+    assert not loaded.backbone.training and loaded.feature_dim == 128
+    batch = images(1)
+    assert distance(query, lambda x: loaded.head(loaded.backbone(x)), batch) == 0
+    other = load_encoder(tmp_path / "last.ckpt", "key")
+    assert other.encoder == "key"
+    assert distance(key, lambda x: other.head(other.backbone(x)), batch) == 0
+    assert distance(query, key, batch) > 1e-3
+    assert distance(query.backbone, moco.load_backbone(tmp_path / "last.ckpt"), batch) == 0
+
+
+def test_report_says_what_matched_what_was_left_and_what_is_missing(tmp_path):
+    save_ours(tmp_path / "last.ckpt", SMALL)
+    report = load_encoder(tmp_path / "last.ckpt").report
+    assert "moco layout, epoch 3, query encoder, resnet18, cifar stem" in report
+    assert "matched 120 of 120" in report and "missing: none" in report
+    assert "key_encoder.backbone (120)" in report and "queue (2)" in report
+
+
+@pytest.mark.parametrize(
+    ("model", "channels"),
+    [
+        (ModelConfig(backbone="resnet18", head="linear", queue_size=8, width=0.25), 3),
+        (ModelConfig(backbone="resnet26", stem="cifar", queue_size=8, width=0.5), 5),
+        (ModelConfig(backbone="test_vit", queue_size=8), 1),
+    ],
+)
+def test_ours_without_its_settings_is_found_out_from_shapes(tmp_path, model, channels):
+    state, query, _ = module_state(model, channels, 32)
+    torch.save({"state_dict": state}, tmp_path / "bare.pth")
+    forced = "test_vit" if model.backbone == "test_vit" else ""
+    loaded = load_encoder(tmp_path / "bare.pth", backbone=forced)
+    found = loaded.model
+    assert (found.backbone, found.stem, found.width) == (model.backbone, model.stem, model.width)
+    assert (found.head, found.queue_size) == (model.head, 8)
+    assert distance(query.backbone, loaded.backbone, images(channels)) == 0
+
+
+def test_settings_of_another_version_are_passed_over(tmp_path):
+    save_ours(tmp_path / "last.ckpt", SMALL)
+    raw = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    raw["config"]["model"]["of_tomorrow"] = 1
+    del raw["config"]["model"]["bn_splits"]
+    torch.save(raw, tmp_path / "last.ckpt")
+    assert load_encoder(tmp_path / "last.ckpt").model.backbone == "resnet18"
+
+
+# Foreign layouts
+
+
+def official(network, head, key=None, key_head=None, place: int = 5):
+    state = prefixed("module.encoder_q.", network.state_dict())
+    state |= prefixed("module.encoder_q.fc.", head.state_dict())
+    state |= prefixed("module.encoder_k.", (key or network).state_dict())
+    state |= prefixed("module.encoder_k.fc.", (key_head or head).state_dict())
+    state["module.queue"] = nn.functional.normalize(torch.randn(16, 64), dim=0)  # C K
+    state["module.queue_ptr"] = torch.tensor([place])
+    return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}
+
+
+def mlp(dim: int = 128, width: int = 16) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, width))
+
+
+def numbered(network, children: list[str]):
+    """Name tensors as an `nn.Sequential` of some children does."""
+    places = {name: str(i) for i, name in enumerate(children)}
+    split = {k: k.partition(".") for k in network.state_dict()}
+    state = network.state_dict()
+    return {f"{places[a]}.{b}": state[k] for k, (a, _, b) in split.items() if a in places}
+
+
+STAGES = ["layer1", "layer2", "layer3", "layer4"]
+TORCHVISION_CHILDREN = ["conv1", "bn1", "relu", "maxpool", *STAGES]
+LIGHTLY_CHILDREN = ["conv1", "bn1", *STAGES]
+DEMO_CHILDREN = ["conv1", "bn1", "relu", *STAGES]
+
+
+def layouts():
+    """Yield layout, file content, network, and key network where the file has one."""
+    net, key, demo = torchvision_resnet(0), torchvision_resnet(1), torchvision_resnet(2, 1)
+    solo = torchvision_resnet(3, 2)
+    state, other = net.state_dict(), key.state_dict()
+    yield "official", official(net, nn.Linear(128, 16), key), net, key
+    yield "official", official(net, mlp(), key), net, key
+    content = prefixed("encoder_q.net.", numbered(demo, DEMO_CHILDREN))
+    content |= {
+        "encoder_q.net.9.weight": torch.randn(16, 128),
+        "encoder_q.net.9.bias": torch.ones(16),
+    }
+    yield "official", {"epoch": 9, "state_dict": content, "optimizer": {}}, demo, None
+    projector = nn.Sequential(nn.Linear(128, 8, bias=False), nn.BatchNorm1d(8))
+    content = prefixed("module.base_encoder.", state)
+    content |= prefixed("module.base_encoder.fc.", projector.state_dict())
+    content |= prefixed("module.momentum_encoder.", other)
+    content |= prefixed("module.predictor.", projector.state_dict())
+    yield "official-v3", {"epoch": 300, "arch": "resnet18", "state_dict": content}, net, key
+    content = prefixed("backbone.", numbered(net, TORCHVISION_CHILDREN))
+    content |= prefixed("backbone_momentum.", numbered(key, TORCHVISION_CHILDREN))
+    content |= prefixed("projection_head.layers.", mlp().state_dict())
+    yield "lightly", {"state_dict": content, "epoch": 1}, net, key
+    content = prefixed("backbone.", numbered(demo, LIGHTLY_CHILDREN))
+    content = {k.replace("downsample", "shortcut"): v for k, v in content.items()}
+    content = {  # its split BatchNorm repeats the statistics
+        k: v.repeat(8) if "running" in k else v for k, v in content.items()
+    }
+    yield "lightly", {"state_dict": content}, demo, None
+    yield "lightly", prefixed("backbone.", state), net, None
+    for name in ("backbone", "encoder"):
+        content = prefixed(f"{name}.", state) | prefixed(f"momentum_{name}.", other)
+        content |= prefixed("projector.", mlp().state_dict()) | {"queue": torch.zeros(2, 16, 64)}
+        content["classifier.weight"] = torch.zeros(10, 128)
+        yield "solo-learn", {"state_dict": content, "epoch": 1}, net, key
+    content = prefixed("backbone.", solo.state_dict()) | prefixed("projector.", mlp().state_dict())
+    yield "solo-learn", {"state_dict": content}, solo, None
+    classifier = {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
+    yield "torchvision", state | classifier, net, None
+    yield "torchvision", {"model": prefixed("module.", state)}, net, None
+    yield "torchvision", {"state_dict": prefixed("model._orig_mod.", state), "epoch": 4}, net, None
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    yield "torchvision", old, net, None
+
+
+def test_foreign_layouts_give_their_networks_features(tmp_path):
+    seen = set()
+    for number, (layout, content, network, key) in enumerate(layouts()):
+        path = tmp_path / "file.pth.tar"
+        # The official files are older than torch's zip format.
+        torch.save(content, path, _use_new_zipfile_serialization=number % 2 == 1)
+        loaded = load_encoder(path)
+        assert loaded.layout == layout and loaded.model.backbone == "resnet18", loaded.report
+        assert distance(network, loaded.backbone, images()) < 1e-5, loaded.report
+        if key is not None:
+            other = load_encoder(path, "key")
+            assert distance(key, other.backbone, images()) < 1e-5, other.report
+            assert distance(network, key, images()) > 1e-3
+        else:
+            with pytest.raises(UserError, match="holds no key encoder"):
+                load_encoder(path, "key")
+        seen.add(layout)
+    assert seen == {"official", "official-v3", "lightly", "solo-learn", "torchvision"}
+
+
+def test_a_child_that_no_resnet_has_is_not_taken_for_a_classifier(tmp_path):
+    content = prefixed("backbone.", numbered(torchvision_resnet(), TORCHVISION_CHILDREN))
+    content["backbone.8.weight"] = torch.ones(32, 128, 1, 1)
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"unknown: 8\.weight"):
+        load_encoder(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("linear", lambda: nn.Linear(128, 16)), ("mlp", mlp)],
+)
+def test_official_heads_are_rebuilt(tmp_path, name, make):
+    network, head = torchvision_resnet(), make()
+    torch.save(official(network, head), tmp_path / "a.pth.tar")
+    loaded = load_encoder(tmp_path / "a.pth.tar")
+    assert (loaded.model.head, loaded.model.embedding_dim, loaded.epoch) == (name, 16, 200)
+    together = nn.Sequential(network, head).eval()
+    assert distance(together, lambda x: loaded.head(loaded.backbone(x)), images()) < 1e-5
+
+
+def test_official_v3_vit_small_has_twelve_heads(tmp_path):
+    options = {"num_classes": 0, "img_size": 32}
+    twelve = timm.create_model("vit_small_patch16_224", num_heads=12, **options).eval()
+    state = prefixed("module.base_encoder.", twelve.state_dict())
+    state["module.base_encoder.head.0.weight"] = torch.zeros(8, 384)
+    torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "v3.pth.tar")
+    loaded = load_encoder(tmp_path / "v3.pth.tar")
+    assert loaded.layout == "official-v3" and loaded.head is None
+    assert distance(twelve, loaded.backbone, images()) < 1e-5
+    six = timm.create_model("vit_small_patch16_224", **options).eval()
+    six.load_state_dict(twelve.state_dict())
+    assert distance(twelve, six, images()) > 1e-3
+    with pytest.raises(UserError, match="12 attention heads"):
+        restore_pretraining(tmp_path / "v3.pth.tar", {})
+
+
+def test_timm_state_dict_directory_and_safetensors(tmp_path):
+    network = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=7, img_size=48, in_chans=1
+    ).eval()
+    torch.save(network.state_dict(), tmp_path / "vit.pth")
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    folder = tmp_path / "folder"
+    timm.models._hub.save_for_hf(network, str(folder), safe_serialization=True)
+    network.reset_classifier(0)
+    for name in ("vit.pth", "vit.safetensors", "folder"):
+        loaded = load_encoder(tmp_path / name)
+        layout = "safetensors" if name.endswith("safetensors") else "timm"
+        assert (loaded.layout, loaded.model.backbone) == (layout, "vit_tiny_patch16_224")
+        assert (loaded.data["channels"], loaded.data["image_size"]) == (1, 48)
+        assert distance(network, loaded.backbone, images(1, 48)) < 1e-5
+    larger = load_encoder(tmp_path / "vit.pth", image_size=64)
+    assert "positions resampled to 4x4" in larger.report
+    assert larger.backbone(images(1, 64)).shape == (2, 192)
+
+
+def test_timm_directory_cannot_reach_beyond_the_shape_of_a_model(tmp_path):
+    network = timm.create_model("test_vit", num_classes=0, img_size=32)
+    timm.models._hub.save_for_hf(network, str(tmp_path), safe_serialization=True)
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["model_args"] |= {"checkpoint_path": "/etc/passwd", "pretrained": True, "cache_dir": "/"}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert load_encoder(tmp_path).model.backbone == "test_vit"
+    about["model_args"]["no_such_argument"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="does not take"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", TORCHVISION_RESNETS)
+def test_architecture_is_read_off_shapes(name):
+    with torch.device("meta"):
+        state = models.get_model(name, weights=None).state_dict()
+    assert resnet_shape(state) == {"backbone": name, "stem": "imagenet", "width": 1}
+
+
+def test_half_precision_weights_load_as_float(tmp_path):
+    network = torchvision_resnet(width=1)
+    torch.save({k: v.half() for k, v in network.state_dict().items()}, tmp_path / "half.pth")
+    loaded = load_encoder(tmp_path / "half.pth")
+    assert loaded.backbone.conv1.weight.dtype == torch.float32
+    assert distance(network, loaded.backbone, images()) < 1e-2
+
+
+# Matches that are none, or half
+
+
+def test_no_match_is_an_error_even_if_a_part_is_allowed(tmp_path):
+    torch.save({"a.weight": torch.ones(3), "b.bias": torch.ones(3)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="do not tell the architecture"):
+        load_encoder(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="nothing in it fits resnet18"):
+        load_encoder(tmp_path / "a.pth", backbone="resnet18", allow_partial=True)
+
+
+def test_half_match_is_an_error_unless_allowed(tmp_path):
+    state = torchvision_resnet().state_dict()
+    lacking = {k: v for k, v in state.items() if k != "layer2.0.conv1.weight"}
+    beyond = state | {"layer2.0.attention.weight": torch.ones(2)}
+    misshapen = state | {"layer1.0.conv1.weight": torch.ones(16, 16, 1, 1)}
+    for content, words in (
+        (lacking, "matched 119 of 120; missing: layer2.0.conv1.weight"),
+        (beyond, "unknown: layer2.0.attention.weight"),
+        (misshapen, "of other shape: layer1.0.conv1.weight .16x16x1x1 for 16x16x3x3."),
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(UserError, match=words):
+            load_encoder(tmp_path / "a.pth")
+        assert words.split(";")[0].split(".")[0] in load_encoder(
+            tmp_path / "a.pth", allow_partial=True
+        ).report.replace("matched 120 of 120; ", "")
+
+
+def test_another_architecture_is_an_error(tmp_path):
+    torch.save(official(torchvision_resnet(), mlp()) | {"arch": "resnet34"}, tmp_path / "a.pth.tar")
+    with pytest.raises(UserError, match="fits resnet34 only in part"):
+        load_encoder(tmp_path / "a.pth.tar")
+    assert load_encoder(tmp_path / "a.pth.tar", backbone="resnet18").model.backbone == "resnet18"
+    with pytest.raises(UserError, match="did you mean 'resnet18'"):
+        load_encoder(tmp_path / "a.pth.tar", backbone="resnet_18")
+
+
+# Files that are broken or dangerous
+
+
+class Bomb:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def broken_files(folder) -> dict[str, str]:
+    """Write one file of each kind; returns its name and what the error must say."""
+    state = {"conv1.weight": torch.ones(64, 3, 7, 7), "layer4.0.conv1.weight": torch.ones(512, 512)}
+    torch.save(state, folder / "good.pth")
+    torch.save(state, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_file(state, folder / "good.safetensors")
+    bomb = Bomb(f"touch {folder / 'EXPLODED'}")
+    torch.save({"state_dict": state, "x": bomb}, folder / "bomb.pth")
+    for protocol in (2, 4):
+        (folder / f"bomb{protocol}.pkl").write_bytes(pickle.dumps({"x": bomb}, protocol))
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), folder / "script.pt")
+    for name in ("good.pth", "legacy.pth", "good.safetensors"):
+        content = (folder / name).read_bytes()
+        (folder / f"cut-{name}").write_bytes(content[: len(content) // 2])
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.pth").write_text("this is no checkpoint\n" * 9)
+    (folder / "page.pth").write_text("<!DOCTYPE html><title>404</title>")
+    (folder / "pk.pth").write_bytes(b"PK\x03\x04 and no zip behind it")
+    with zipfile.ZipFile(folder / "other.zip", "w") as archive:
+        archive.writestr("a.txt", "a")
+    torch.save([torch.ones(1)], folder / "list.pth")
+    torch.save({"epoch": 3}, folder / "bare.pth")
+    (folder / "directory").mkdir()
+    code = "refused, reading it would run code"
+    return {
+        "bomb.pth": rf"{code} \(\w+.system\)",
+        "bomb2.pkl": code,
+        "bomb4.pkl": code,
+        "script.pt": code,
+        "cut-good.pth": "damaged or cut short",
+        "cut-legacy.pth": "damaged or cut short",
+        "cut-good.safetensors": "damaged safetensors",
+        "empty.pth": "is empty",
+        "text.pth": "is no checkpoint",
+        "page.pth": "is no checkpoint",
+        "pk.pth": "damaged or cut short",
+        "other.zip": "damaged or cut short",
+        "list.pth": "holds a list",
+        "bare.pth": "holds no tensors",
+        "directory": "without config.json",
+        "absent.pth": "does not exist",
+        "https://example.com/a.pth": "is an address",
+    }
+
+
+def test_broken_and_dangerous_files_are_refused_in_one_line(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    files = broken_files(tmp_path)
+    recwarn.clear()
+    for name, words in files.items():
+        path = name if "://" in name else tmp_path / name
+        with pytest.raises(UserError, match=words) as caught:
+            load_encoder(path)
+        assert "\n" not in str(caught.value) and name in str(caught.value)
+    assert not (tmp_path / "EXPLODED").exists()
+    assert not recwarn.list
+    torch.load(tmp_path / "bomb.pth", weights_only=False)  # the bomb was real
+    assert (tmp_path / "EXPLODED").exists()
+
+
+def test_run_directory_is_told_where_its_checkpoint_is(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"give .*last\.ckpt"):
+        read_state(tmp_path)
+
+
+# Going on from other weights
+
+
+def test_restore_from_ours_is_exact(tmp_path):
+    save_ours(tmp_path / "last.ckpt", SMALL)
+    written = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    fresh, _, _ = module_state(SMALL, seed=7)
+    before = {k: v.clone() for k, v in fresh.items()}
+    state, report = restore_pretraining(tmp_path / "last.ckpt", fresh)
+    assert list(state) == list(fresh)
+    assert all(torch.equal(state[k], written[k]) for k in written)
+    assert all(torch.equal(fresh[k], before[k]) for k in fresh)
+    assert "both encoders" in report and "queue of 64x16" in report
+
+
+def test_restore_from_official_takes_both_encoders_and_the_queue(tmp_path):
+    net, key, head, key_head = torchvision_resnet(0), torchvision_resnet(1), mlp(), mlp()
+    content = official(net, head, key, key_head, place=5)
+    torch.save(content, tmp_path / "a.pth.tar")
+    model = dataclasses.replace(SMALL, stem="imagenet")
+    state, _ = restore_pretraining(tmp_path / "a.pth.tar", module_state(model, seed=7)[0])
+    encoder, other = build_encoder(model, 3, 32), build_encoder(model, 3, 32)
+    for target, side in ((encoder, "query_encoder."), (other, "key_encoder.")):
+        target.load_state_dict(take(state, side))
+    assert distance(nn.Sequential(net, head), encoder.eval(), images()) < 1e-5
+    assert distance(nn.Sequential(key, key_head), other.eval(), images()) < 1e-5
+    queue = content["state_dict"]["module.queue"]  # C K
+    assert torch.equal(state["queue.keys"], queue.T)
+    assert int(state["queue.num_enqueued"]) % 64 == 5
+    assert int(state["queue.num_enqueued"]) >= 64  # full: no warning of an empty queue
+
+
+def test_restore_keeps_a_queue_fresh_that_does_not_fit(tmp_path):
+    torch.save(official(torchvision_resnet(), mlp()), tmp_path / "a.pth.tar")
+    larger = dataclasses.replace(SMALL, stem="imagenet", queue_size=128)
+    fresh, _, _ = module_state(larger, seed=7)
+    state, report = restore_pretraining(tmp_path / "a.pth.tar", fresh)
+    assert "the queue stays fresh" in report and "64x16 for 128x16" in report
+    assert all(torch.equal(state[k], fresh[k]) for k in ("queue.keys", "queue.num_enqueued"))
+    assert not torch.equal(
+        state["query_encoder.head.2.weight"], fresh["query_encoder.head.2.weight"]
+    )
+    wider = dataclasses.replace(SMALL, stem="imagenet", embedding_dim=32)
+    fresh, _, _ = module_state(wider, seed=7)
+    state, report = restore_pretraining(tmp_path / "a.pth.tar", fresh)
+    assert "heads and queue stay fresh" in report
+    kept = [name for name in fresh if ".head." in name or name.startswith("queue")]
+    assert len(kept) == 10 and all(torch.equal(state[k], fresh[k]) for k in kept)
+
+
+def test_restore_from_a_bare_backbone_copies_it_to_the_key_encoder(tmp_path):
+    network = torchvision_resnet()
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    fresh, _, _ = module_state(dataclasses.replace(SMALL, stem="imagenet"), seed=7)
+    state, report = restore_pretraining(tmp_path / "a.pth", fresh)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(state[f"query_encoder.backbone.{name}"], tensor)
+        assert torch.equal(state[f"key_encoder.backbone.{name}"], tensor)
+    assert "its copy" in report and "heads and queue stay fresh" in report
+    with pytest.raises(UserError, match=r"only in part.*conv1\.weight"):
+        restore_pretraining(tmp_path / "a.pth", module_state(SMALL)[0])

@@ -1,0 +1,387 @@
+"""The command line: what it takes, what it teaches, and how it ends on wrong input."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import train
+from moco.command import cli
+from moco.config import DataConfig, TrainConfig, UserError, check
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+def parse(*argv: str) -> tuple[TrainConfig, dict]:
+    return cli.parse(cli.build_parser("A test.", TrainConfig, train.EXTRAS), TrainConfig, argv)
+
+
+def refusal(*argv: str) -> str:
+    """The one line that a user sees."""
+    with pytest.raises(UserError) as caught:
+        check(parse(*argv)[0])
+    return cli._fold(caught.value)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str | bytes, name: str = "recipe.yaml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+# What it takes
+
+
+def test_nothing_given_is_the_defaults():
+    defaults = {name: options["default"] for name, options in train.EXTRAS.items()}
+    assert parse() == (TrainConfig(), defaults)
+
+
+def test_values_of_every_kind():
+    config, extra = parse(
+        "--model.temperature", "0.07", "--model.queue_size=4096", "--optim.nesterov", "true",
+        "--optim.milestones", "[3, 5]", "--data.mean=[0.5,0.5,0.5]", "--data.crop_min", "0.3",
+        "--data.flip", "null", "--model.head", "linear", "--data.root", "123", "--resume", "auto",
+    )  # fmt: skip
+    assert config.model.temperature == 0.07 and config.model.queue_size == 4096
+    assert config.optim.nesterov is True and config.optim.milestones == [3, 5]
+    assert config.data.mean == [0.5] * 3 and config.data.crop_min == 0.3
+    assert config.data.flip is None and config.model.head == "linear"
+    assert config.data.root == "123" and extra["resume"] == "auto"
+
+
+@pytest.mark.parametrize("root", ["null", "true", "a: b", "[x]", "~", "-", "bilder/größe 1", "a=b"])
+def test_paths_stay_text(root):
+    assert parse(f"--data.root={root}")[0].data.root == root
+
+
+def test_later_ones_win(recipe):
+    first = recipe("model: {temperature: 0.5, head: linear}\n", "a.yaml")
+    second = recipe("model:\n  temperature: 0.6\n", "b.yaml")
+    config, _ = parse("--config", first, f"--config={second}", "--model.embedding_dim", "64")
+    assert (config.model.temperature, config.model.head) == (0.6, "linear")
+    assert config.model.embedding_dim == 64
+    assert parse("--config", second, "--config", first)[0].model.temperature == 0.5
+    assert parse("--config", first, "--model.temperature", "1")[0].model.temperature == 1
+
+
+def test_a_recipe_of_comments_is_the_defaults(recipe):
+    assert parse("--config", recipe("# nothing yet\n"))[0] == TrainConfig()
+    assert parse("--config", recipe(""))[0] == TrainConfig()
+
+
+def test_yaml_numbers_without_a_point(recipe):
+    """PyYAML reads 5e-4 as text; a recipe may still write it."""
+    config, _ = parse("--config", recipe("optim:\n  weight_decay: 5e-4\n  lr: 1\n"))
+    assert config.optim.weight_decay == 5e-4 and config.optim.lr == 1.0
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_recipe_stands(path):
+    config, _ = parse("--config", str(path), "--data.root", "somewhere")
+    check(config)
+
+
+def test_recipes_hold_differences_only():
+    default, same = dataclasses.asdict(TrainConfig()), []
+    for path in CONFIGS:
+        config = dataclasses.asdict(parse("--config", str(path))[0])
+        for group, fields in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+            named = [field for field in fields if config[group][field] == default[group][field]]
+            same += [f"{path.stem}: {group}.{field}" for field in named]
+    assert same == []
+
+
+def test_option_values():
+    words = ["--config", "a", "--x", "1", "--config=b=c", "--config", "d", "--config"]
+    assert cli.option_values(words, "--config") == ["a", "b=c", "d"]
+    assert cli.option_values([], "--config") == []
+
+
+# What it teaches
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    env = {**os.environ, "COLUMNS": "200"}
+    command = [sys.executable, "train.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    return " ".join(done.stdout.split())
+
+
+def test_help_lists_every_field_with_its_meaning(help_text):
+    for group, kind in typing.get_type_hints(TrainConfig).items():
+        for item in dataclasses.fields(kind):
+            assert f"--{group}.{item.name} " in help_text
+            assert " ".join(item.metadata["meaning"].split()) in help_text, item.name
+    for name, options in train.EXTRAS.items():
+        assert f"--{name} " in help_text and options["help"] in help_text
+
+
+def test_help_gives_ranges_defaults_and_choices(help_text):
+    assert "0.2 in v2 [above 0] (type: float, default: 0.2)" in help_text
+    assert "[at least 0, at most 1]" in help_text
+    assert "--model.head {linear,mlp}" in help_text
+    assert "usage: train.py --config RECIPE.yaml" in help_text
+
+
+def test_print_config_gives_a_recipe_that_says_the_same(recipe):
+    command = [sys.executable, "train.py", "--config", QUICKSTART, "--print_config"]
+    command += ["--model.temperature", "0.3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    expected, _ = parse("--config", QUICKSTART, "--model.temperature", "0.3")
+    assert expected.model.temperature == 0.3
+    assert parse("--config", recipe(done.stdout))[0] == expected
+    printed = yaml.safe_load(done.stdout)
+    for group, values in dataclasses.asdict(expected).items():
+        assert set(printed[group]) == set(values)
+
+
+# Wrong input, in this process
+
+ARGUMENTS = {
+    "a misspelt field": (["--model.temprature", "1"], "--model.temperature"),
+    "a field in another case": (["--Model.Temperature", "1"], "--model.temperature"),
+    "a field without its group": (["--batch_size=8"], "--data.batch_size"),
+    "a field of another group": (["--model.batch_size", "8"], "--data.batch_size"),
+    "an unknown field": (["--foo", "1"], "unknown option --foo"),
+    "a group": (["--model", "x"], "--model"),
+    "a stray word": (["quickstart"], "quickstart"),
+    "a stray flag": (["-x"], "-x"),
+    "a missing value": (["--model.temperature"], "--model.temperature"),
+    "no number": (["--model.temperature", "warm"], "model.temperature is 'warm': give a number"),
+    "an empty number": (["--model.temperature="], "model.temperature is '': give a number"),
+    "a fraction": (["--model.bn_splits", "2.5"], "model.bn_splits is '2.5': give a whole number"),
+    "no boolean": (["--optim.nesterov", "maybe"], "optim.nesterov is 'maybe': give true or false"),
+    "no choice": (["--model.head", "lin"], "model.head is 'lin': give one of 'linear', 'mlp'"),
+    "no list": (["--optim.milestones", "3"], "optim.milestones is '3': give a list"),
+    "no list of numbers": (["--optim.milestones", "[a]"], "optim.milestones"),
+    "no optional number": (["--data.crop_min", "x"], "data.crop_min is 'x': give a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_wrong_arguments_are_named(name):
+    argv, part = ARGUMENTS[name]
+    assert part in refusal(*argv)
+
+
+RECIPES = {
+    "a misspelt field": ("model:\n  temprature: 1\n", "model.temperature"),
+    "a misspelt group": ("modle:\n  temperature: 1\n", "modle"),
+    "a field outside its group": ("temperature: 1\n", "model.temperature"),
+    "a key twice": ("model:\n  head: mlp\n  head: linear\n", "head is given twice"),
+    "a group twice": ("model:\n  head: mlp\nmodel:\n  stem: cifar\n", "model is given twice"),
+    "an empty group": ("model:\n", "model is a group"),
+    "a value for a group": ("model: resnet50\n", "model is a group"),
+    "a list": ("[1, 2]\n", "holds no settings"),
+    "a word": ("resnet50\n", "holds no settings"),
+    "a tab": ("model:\n\thead: mlp\n", "line 2"),
+    "an open bracket": ("model: {head: mlp\n", "line"),
+    "two documents": ("model: {head: mlp}\n---\nmodel: {head: mlp}\n", "document"),
+    "no text": (b"\xff\xfe\x00model", "utf-8"),
+    "a Python object": ("model: !!python/object/apply:os.getcwd []\n", "python/object"),
+    "an endless alias": ("model: &a\n  head: *a\n", "line"),
+    "a list as a key": ("? [a]\n: 1\n", "no setting's name"),
+    "a list as a text": ("model:\n  backbone: [resnet18]\n", "model.backbone"),
+    "a mapping as a number": ("model:\n  temperature: {a: 1}\n", "model.temperature"),
+    "a recipe inside": ("config: other.yaml\n", "config"),
+    "null for a number": ("model:\n  temperature: null\n", "model.temperature"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_wrong_recipes_are_named(name, recipe):
+    text, part = RECIPES[name]
+    line = refusal("--data.dataset", "digits", "--config", recipe(text))
+    assert part in line and "\n" not in line
+
+
+def test_a_recipe_that_does_not_exist_names_the_nearest(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert "configs/quickstart.yaml" in refusal("--config", "configs/quikstart.yaml")
+    assert "configs/quickstart.yaml" in refusal("--config", "quickstart")
+    assert "does not exist" not in refusal("--config", "configs")
+    assert refusal("--config", "elsewhere/zzz.yaml").endswith("there are " + ", ".join(
+        path.stem for path in sorted(Path("configs").glob("*.yaml"))
+    ))  # fmt: skip
+
+
+def test_a_recipe_beside_no_other_does_not_end_in_the_middle(tmp_path):
+    assert not refusal("--config", str(tmp_path / "x.yaml")).endswith("there are ")
+
+
+# How a script ends
+
+
+def end_of(main, monkeypatch, capsys, *argv: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    code = 0
+    try:
+        cli.run_main(main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_a_result_is_one_json_line(monkeypatch, capsys):
+    code, out, err = end_of(lambda argv: {"loss": 1.5, "argv": argv}, monkeypatch, capsys, "a")
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1 and json.loads(out) == {"loss": 1.5, "argv": ["a"]}
+
+
+def test_a_stopped_run_says_so_and_keeps_its_result(monkeypatch, capsys):
+    result = {"steps": 3, "stopped_by": 15}
+    code, out, _ = end_of(lambda argv: dict(result), monkeypatch, capsys)
+    assert code == 143 and json.loads(out) == {"steps": 3}
+
+
+def test_wrong_input_is_one_printable_line(monkeypatch, capsys):
+    def main(argv):
+        raise UserError("data.root 'a\nb\udcff' is\n  missing")
+
+    code, out, err = end_of(main, monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert err == "error: data.root 'a b\\udcff' is missing\n"
+
+
+def test_only_the_first_rank_speaks(monkeypatch, capsys):
+    def main(argv):
+        raise UserError("wrong")
+
+    monkeypatch.setenv("RANK", "1")
+    assert end_of(main, monkeypatch, capsys) == (2, "", "")
+
+
+def test_ctrl_c_is_130(monkeypatch, capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert end_of(main, monkeypatch, capsys)[0] == 130
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch, capsys):
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        end_of(main, monkeypatch, capsys)
+
+
+# Wrong input that takes the images, the network or the devices to see
+
+DIGITS = ("--config", QUICKSTART, "--trainer.accelerator", "cpu")
+RUNS = {
+    "negative temperature": (["--model.temperature", "-1"], "model.temperature is -1"),
+    "no images of that name": (["--data.dataset", "folder"], "data.root is empty"),
+    "a missing folder": (["--data.dataset", "folder", "--data.root", "nowhere"], "nowhere"),
+    "a folder without images": (["--data.dataset", "folder", "--data.root", "empty"], "empty"),
+    "a queue above the data": (["--model.queue_size", "1000000"], "model.queue_size 1000000"),
+    "a batch above the data": (
+        ["--data.batch_size", "4096", "--model.queue_size", "4096"], "data.batch_size 4096"
+    ),
+    "a batch above the folder": (
+        [
+            "--data.dataset", "folder", "--data.root", "few", "--data.channels", "3",
+            "--data.batch_size", "16", "--model.queue_size", "16",
+        ],
+        "16",
+    ),
+    "images below a view": (["--data.image_size", "64"], "64"),
+    "an unknown backbone": (["--model.backbone", "resnet5O"], "model.backbone 'resnet5O'"),
+    "a stem that does not fit": (["--model.backbone", "vit_tiny_patch16_224"], "model.stem"),
+    "devices that do not exist": (["--trainer.devices", "1000"], "trainer.devices is 1000"),
+    "a batch that does not divide": (["--data.batch_size", "102"], "data.batch_size 102"),
+    "fp16 on a CPU": (["--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed"),
+    "a run that is not there": (["--resume", "nowhere"], "--resume nowhere"),
+    "a directory that is a file": (["--run.dir", "file"], "run.dir file"),
+    "greyscale of grey images": (["--data.grey", "0.5"], "data.grey is 0.5"),
+    "a seed that is too large": (["--run.seed", "5000000000000000000000"], "run.seed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_wrong_runs_end_before_the_first_step(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("file").write_text("x")
+    Path("few").mkdir()
+    for number in range(4):
+        Image.fromarray(np.full((32, 32, 3), number, np.uint8)).save(f"few/{number}.png")
+    argv, part = RUNS[name]
+    monkeypatch.setattr("moco.training.run._set_up_logging", lambda: None)
+    code, out, err = end_of(train.main, monkeypatch, capsys, *DIGITS, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert part in err
+    assert not Path("runs").exists()
+
+
+# Real processes
+
+
+COMMANDS = {
+    "a misspelt field": (["--model.temprature", "1"], "--model.temperature"),
+    "a misspelt recipe": (["--config", "configs/quikstart.yaml"], "configs/quickstart.yaml"),
+    "no number": (["--config", QUICKSTART, "--model.temperature", "warm"], "model.temperature"),
+    "a run that is not there": (["--resume", "nowhere"], "--resume nowhere"),
+    "a missing folder": (["--data.root", "nowhere"], "nowhere"),  # this one brings torch
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_command_ends_with_2_and_one_line(name):
+    argv, part = COMMANDS[name]
+    command = [sys.executable, "train.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert part in done.stderr and "Traceback" not in done.stderr
+
+
+SETTINGS_ALONE = [
+    ["--model.temprature", "1"],
+    ["--config", "nowhere.yaml"],
+    ["--model.head", "lin"],
+    ["--data.dataset", "digits", "--model.temperature", "-1"],  # out of range
+    ["--data.dataset", "digits", "--model.queue_size", "8"],  # contradicts the batch
+    ["--resume", "nowhere"],
+]
+
+
+def test_wrong_settings_are_seen_before_torch_is_imported():
+    code = (
+        "import json, sys\nimport train\nfrom moco.config import UserError\n"
+        "for argv in json.loads(sys.argv[1]):\n"
+        "    try: train.main(argv)\n"
+        "    except UserError as error: print(error)\n"
+        "    assert 'torch' not in sys.modules, argv\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(SETTINGS_ALONE)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == len(SETTINGS_ALONE)
+
+
+def test_config_takes_no_plain_data_config():
+    """`parse` gives back the dataclasses themselves, groups included."""
+    config, _ = parse("--data.dataset", "digits")
+    assert isinstance(config, TrainConfig) and isinstance(config.data, DataConfig)

@@ -1,0 +1,257 @@
+"""The linear probe and fine-tuning: against autograd and scikit-learn, on two ranks."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from moco.config import DataConfig, UserError
+from moco.evaluation.finetune import Labelled, RandomCrops, train_linear, train_whole
+from moco.evaluation.probe import (
+    SWEEP,
+    LinearProbe,
+    Reading,
+    Stack,
+    choose,
+    few_labels,
+    hold_out,
+    read_rates,
+)
+from moco.evaluation.subject import checksum
+from moco.images.sources import ImageSource
+
+DATA = DataConfig(dataset="digits", channels=3, image_size=8, flip=0.5)
+CPU = torch.device("cpu")
+
+
+def blobs(count, dim=20, classes=4, spread=2.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(5))
+    labels = torch.arange(count) % classes
+    noise = torch.randn(count, dim, generator=generator)
+    # Features of very different scales, as networks have them.
+    scale = torch.logspace(-2, 2, dim)
+    return (centres[labels] + spread * noise) * scale + 3 * scale, labels
+
+
+def images(count=70, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    pixels = torch.randint(0, 120, (count, 3, 8, 8), generator=generator)
+    pixels[torch.arange(count), labels] += 80  # each class has its colour
+    pixels = pixels.to(torch.uint8)
+    source = ImageSource("blobs train", pixels, [], labels, ["r", "g", "b"][:classes], 3, 255)
+    return Labelled(source, pixels)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    net = nn.Sequential(*layers)
+    net[1].running_mean.normal_()
+    net[1].running_var.uniform_(0.5, 2)
+    return net
+
+
+def fit_linear(net, rates=(3.0, 1.0), held=None, epochs=2, batch_size=16):
+    crops = RandomCrops(DATA, images(), 0.3, seed=1)
+    return train_linear(
+        {"encoder": (net, rates)},
+        crops,
+        {"encoder": held},
+        3,
+        epochs,
+        batch_size,
+        [1],
+        0.9,
+        CPU,
+        lambda epochs, label: epochs,
+    )["encoder"]
+
+
+def test_the_stack_takes_the_steps_of_autograd_and_torch_sgd():
+    features, labels = blobs(24, classes=3)
+    features = features / features.std(0)
+    rates = (0.5, 0.01)
+    stack = Stack(20, 3, rates, 0.9, CPU, initial_std=0.01, seed=3)
+    for number, rate in enumerate(rates):
+        layer = nn.Linear(20, 3)
+        weight, bias = Stack(20, 3, rates, 0.9, CPU, 0.01, 3).classifier(number)
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        optimiser = torch.optim.SGD(layer.parameters(), rate, momentum=0.9)
+        fresh = Stack(20, 3, rates, 0.9, CPU, 0.01, 3)
+        for factor in (1.0, 0.7, 0.1):
+            optimiser.param_groups[0]["lr"] = rate * factor
+            loss = cross_entropy(layer(features), labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses = fresh.step(features, labels, factor, len(labels)) / len(labels)
+            assert losses[number].item() == pytest.approx(loss.item(), rel=1e-5)
+        weight, bias = fresh.classifier(number)
+        assert torch.allclose(weight, layer.weight, atol=1e-6)
+        assert torch.allclose(bias, layer.bias, atol=1e-6)
+    assert stack.weight.std().item() == pytest.approx(0.01, rel=0.3) and not stack.bias.any()
+
+
+def test_the_probe_agrees_with_scikit_learn_at_its_best_c():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    features, labels = blobs(3000, spread=1.5)
+    queries, targets = blobs(4000, spread=1.5, seed=1)
+    scaler = StandardScaler().fit(features)
+    best = max(
+        LogisticRegression(C=c, max_iter=300)
+        .fit(scaler.transform(features), labels)
+        .score(scaler.transform(queries), targets)
+        for c in (0.001, 0.01, 0.1, 1, 10)
+    )
+    probe = LinearProbe(epochs=30, batch_size=256).fit(features, labels)
+    found = (probe.predict(queries) == targets).double().mean().item()
+    assert 0.6 < best < 0.99  # a task on which classifiers differ
+    assert abs(found - best) < 0.005
+    assert probe.weight.shape == (4, 20) and probe.rate in SWEEP
+
+
+def test_the_rate_is_chosen_without_the_test_images_and_on_rows_not_trained_on():
+    # Labels that only memory gets right: the held-out score of every rate is near chance.
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 200, generator=generator)
+    labels = torch.randint(0, 2, (60,), generator=generator)
+    probe = LinearProbe((0.01, 1.0), epochs=60, batch_size=60, held_out=0.3).fit(features, labels)
+    assert (probe.predict(features) == labels).all()
+    assert all(reading.held_out_top1 < 85 for reading in probe.readings)
+
+
+def test_a_diverging_rate_is_reported_and_left_out():
+    features, labels = blobs(400)
+    probe = LinearProbe((0.1, 1e30, 1e38), epochs=5, batch_size=64).fit(features, labels)
+    assert [reading.diverged for reading in probe.readings] == [False, True, True]
+    alone = LinearProbe((0.1,), epochs=5, batch_size=64).fit(features, labels)
+    assert probe.rate == 0.1 and torch.equal(probe.weight, alone.weight)
+    with pytest.raises(UserError, match="every learning rate diverged"):
+        LinearProbe((1e30, 1e38), epochs=3, batch_size=64).fit(features, labels)
+
+
+def test_the_smaller_of_equal_rates_is_chosen():
+    readings = [Reading(r, 0.5, 90.0, False) for r in (1.0, 0.1, 10.0)]
+    assert choose([*readings, Reading(0.001, 0.5, 99.0, True)]) == 1
+    assert read_rates([1.0], torch.tensor([math.nan]), None, 3)[0].diverged
+
+
+def test_a_constant_feature_and_views_are_taken():
+    features, labels = blobs(200)
+    features = torch.cat([features, torch.full((200, 1), 7.0)], 1)
+    probe = LinearProbe((0.1,), epochs=5).fit(torch.stack([features, features + 0.01]), labels)
+    assert probe.weight.isfinite().all()
+    assert (probe.predict(features) == labels).float().mean() > 0.5
+
+
+def test_senseless_features_and_labels_are_errors():
+    features, labels = blobs(40)
+    with pytest.raises(UserError, match="one class"):
+        LinearProbe(epochs=1).fit(features, torch.zeros(40, dtype=torch.int64))
+    with pytest.raises(UserError, match="held out"):
+        LinearProbe(epochs=1).fit(features[:4], labels[:4])
+    features[3, 1] = float("inf")
+    with pytest.raises(UserError, match="1 of 40"):
+        LinearProbe(epochs=1).fit(features, labels)
+
+
+def test_parts_keep_the_shares_of_the_classes():
+    labels = torch.tensor([0] * 100 + [1] * 20 + [2])
+    held = hold_out(labels, 0.1, seed=0)
+    assert torch.bincount(labels[held], minlength=3).tolist() == [10, 2, 0]
+    assert not torch.equal(held, hold_out(labels, 0.1, seed=1))
+    rows = few_labels(labels, 0.05, seed=0)
+    assert torch.bincount(labels[rows]).tolist() == [5, 1, 1]
+    assert rows.tolist() == sorted(set(rows.tolist()))
+
+
+def test_the_backbone_stays_bit_identical_with_batch_norm():
+    net = network().train()
+    before = checksum(net)
+    trained = fit_linear(net)
+    assert checksum(net) == before
+    assert trained.stack.weight.std() > 0.01  # it did learn
+    net.train()(torch.randn(8, 3, 8, 8))
+    assert checksum(net) != before  # what train mode would have done
+
+
+def test_held_out_images_do_not_reach_the_trial():
+    held = hold_out(images().source.labels, 0.2, seed=0)
+    trained = fit_linear(network(), held=held)
+    free = fit_linear(network())
+    assert torch.equal(trained.stack.weight, free.stack.weight)
+    assert not torch.allclose(trained.trial.weight, free.stack.weight)
+    # Other labels on the held-out images change the whole classifier, not the trial.
+    crops = RandomCrops(DATA, images(), 0.3, seed=1)
+    crops.labels = crops.labels.clone()
+    crops.labels[held] = (crops.labels[held] + 1) % 3
+    args = (3, 2, 16, [1], 0.9, CPU, lambda epochs, label: epochs)
+    other = train_linear({"e": (network(), (3.0, 1.0))}, crops, {"e": held}, *args)["e"]
+    assert torch.equal(other.trial.weight, trained.trial.weight)
+    assert not torch.allclose(other.stack.weight, trained.stack.weight)
+
+
+def test_milestones_divide_the_rate_by_ten():
+    slow = fit_linear(network(), rates=(0.0001,), epochs=1)
+    torch.manual_seed(0)
+    start = Stack(24, 3, (1.0,), 0.9, CPU, 0.01).weight
+    crops = RandomCrops(DATA, images(), 0.3, seed=1)
+    args = (3, 1, 16, [0], 0.9, CPU, lambda epochs, label: epochs)
+    slower = train_linear({"e": (network(), (0.0001,))}, crops, {"e": None}, *args)["e"]
+    ratio = (slow.stack.weight - start).norm() / (slower.stack.weight - start).norm()
+    assert ratio.item() == pytest.approx(10, rel=0.02)
+
+
+def fit_share():
+    net = network().train()
+    before = checksum(net)
+    # 70 images in batches of 23: the last has one image, so that one of two ranks has none.
+    trained = fit_linear(net, batch_size=23)
+    return trained.stack.weight, trained.losses, checksum(net) == before
+
+
+def test_two_ranks_train_the_classifier_of_one(two_ranks):
+    weight, losses, same = fit_share()
+    assert same
+    for other, other_losses, other_same in two_ranks.run(fit_share):
+        assert other_same
+        assert torch.allclose(other, weight, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(other_losses, losses, rtol=1e-4)
+
+
+def finetune_share(batch_norm):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    net = network() if batch_norm else nn.Sequential(*layers)
+    before = checksum(net)
+    crops = RandomCrops(DATA, images(), 0.3, seed=1)
+    model, reading = train_whole(net, 24, crops, 3, 0.1, 3, 16, CPU, lambda e, label: e)
+    assert checksum(net) == before  # a copy was trained
+    return checksum(model), [p.detach() for p in model.parameters()], reading
+
+
+def test_finetuning_learns_and_two_ranks_do_as_one(two_ranks):
+    _, parameters, reading = finetune_share(False)
+    assert reading.loss < 1.0 < math.log(3) and not reading.diverged
+    found = two_ranks.run(finetune_share, False)
+    assert found[0][0] == found[1][0]
+    for mine, other in zip(parameters, found[0][1], strict=True):
+        assert torch.allclose(mine, other, rtol=1e-3, atol=1e-5)
+    assert found[0][2].loss == pytest.approx(reading.loss, rel=1e-4)
+
+
+def test_finetuned_ranks_end_alike_with_batch_norm(two_ranks):
+    found = two_ranks.run(finetune_share, True)
+    assert found[0][0] == found[1][0]
+
+
+def test_too_few_labels_for_a_batch_norm_are_an_error():
+    crops = RandomCrops(DATA, images(1), 0.3, seed=1)
+    with pytest.raises(UserError, match="fewer than 2"):
+        train_whole(network(), 24, crops, 3, 0.1, 1, 16, CPU, lambda e, label: e)

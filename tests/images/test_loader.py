@@ -1,0 +1,197 @@
+"""Loaders: order, shards, mid-epoch starts; resident and streamed; the key shuffle; evaluation
+batches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pictures import write_pictures
+from PIL import Image
+
+from moco import distributed
+from moco.config import DataConfig, UserError
+from moco.images import sources
+from moco.images.labelled import LabelledData
+from moco.images.loader import PretrainData, StepLoader
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """40 smooth colour images of 24 x 20 pixels in two classes, and 10 for testing."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for name in ("cat", "dog"):
+            names = [f"{i}.png" for i in range(count)]
+            write_pictures(root / split / name, names, rng, small=4, size=(20, 24))
+    return root
+
+
+def make_data(folder, shuffle=True, symmetric=False, **changes) -> PretrainData:
+    config = DataConfig(
+        **{"root": str(folder), "image_size": 16, "batch_size": 8, "num_workers": 0} | changes
+    )
+    data = PretrainData(config, seed=3, shuffle=shuffle, symmetric=symmetric)
+    data.prepare(CPU)
+    return data
+
+
+def take(data, position=0, count=None):
+    """The loader's batches from `position` batches into the run."""
+    return list(StepLoader(data, lambda: position))[:count]
+
+
+def test_an_epoch_shows_every_image_of_its_full_batches_once(folder):
+    data = make_data(folder)
+    first, second = take(data, 0), take(data, 5)
+    assert len(first) == len(second) == data.steps_per_epoch == 5
+    for epoch, batches in enumerate((first, second)):
+        indices = torch.cat([b.index for b in batches])
+        assert sorted(indices.tolist()) == list(range(40))
+        assert [b.step for b in batches] == [5 * epoch + i for i in range(5)]
+    assert not torch.cat([b.index for b in first]).equal(torch.cat([b.index for b in second]))
+
+
+@pytest.mark.parametrize("resident", ["memory", "off"])
+def test_a_loader_that_starts_mid_epoch_continues_the_same_views(folder, resident):
+    data = make_data(folder, resident=resident)
+    whole = [data.on_after_batch_transfer(b, 0) for b in take(data, 5)]
+    rest = [
+        data.on_after_batch_transfer(b, 0) for b in take(make_data(folder, resident=resident), 8)
+    ]
+    assert len(rest) == 2
+    for a, b in zip(whole[3:], rest, strict=True):
+        assert a.query_views[0].equal(b.query_views[0])
+        assert a.key_views[0].equal(b.key_views[0])
+        assert a.key_order.equal(b.key_order)
+
+
+def test_workers_do_not_change_the_views(folder):
+    alone = make_data(folder, resident="off", num_workers=0)
+    helped = make_data(folder, resident="off", num_workers=2)
+    for a, b in zip(take(alone, 0), take(helped, 0), strict=True):
+        assert a.crops.equal(b.crops)
+        assert a.index.equal(b.index)
+
+
+def test_streamed_views_equal_resident_ones_up_to_uint8_rounding(folder):
+    held, streamed = make_data(folder, resident="memory"), make_data(folder, resident="off")
+    assert streamed.images is None
+    assert held.images.shape == (40, 3, 24, 20)
+    for a, b in zip(take(held, 0, 2), take(streamed, 0, 2), strict=True):
+        x, y = (d.on_after_batch_transfer(v, 0) for d, v in ((held, a), (streamed, b)))
+        for first, second in (
+            (x.query_views[0], y.query_views[0]),
+            (x.key_views[0], y.key_views[0]),
+        ):
+            assert (first - second).abs().mean() < 0.02  # half a grey level is 0.009
+
+
+def test_keys_are_the_other_views_in_shuffled_places(folder):
+    plain, shuffled = make_data(folder, shuffle=False), make_data(folder, shuffle=True)
+    batch = take(plain, 0, 1)[0]
+    a, b = plain.on_after_batch_transfer(batch, 0), shuffled.on_after_batch_transfer(batch, 0)
+    assert a.key_order is None
+    assert a.query_views[0].equal(b.query_views[0])
+    torch.testing.assert_close(b.key_views[0], a.key_views[0][b.key_order])
+    assert not a.key_views[0].equal(a.query_views[0])
+
+
+def test_symmetric_batches_swap_the_views(folder):
+    data = make_data(folder, symmetric=True)
+    batch = data.on_after_batch_transfer(take(data, 0, 1)[0], 0)
+    assert len(batch.query_views) == len(batch.key_views) == 2
+    for n in (0, 1):
+        assert batch.key_views[n].equal(batch.query_views[1 - n][batch.key_order])
+
+
+def _views_on_rank(root: str, resident: str, symmetric: bool):
+    data = make_data(root, resident=resident, symmetric=symmetric)
+    batch = data.on_after_batch_transfer(take(data, 0, 1)[0], 0)
+    parts = [*batch.query_views, *batch.key_views]
+    keys = [distributed.restore(v.flatten(1), batch.key_order) for v in batch.key_views]
+    return [p.numpy() for p in parts], [k.numpy() for k in keys]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("resident", ["memory", "off"])
+def test_two_ranks_make_the_views_of_one(two_ranks, folder, resident, symmetric):
+    data = make_data(folder, shuffle=False, resident=resident, symmetric=symmetric)
+    single = data.on_after_batch_transfer(take(data, 0, 1)[0], 0)
+    (parts_0, keys_0), (parts_1, keys_1) = two_ranks.run(
+        _views_on_rank, str(folder), resident, symmetric
+    )
+    for n, view in enumerate(single.query_views):
+        both = np.concatenate([parts_0[n], parts_1[n]])
+        np.testing.assert_allclose(both, view.numpy(), atol=1e-5)
+    for n, view in enumerate(single.key_views):
+        np.testing.assert_allclose(keys_0[n], view.flatten(1).numpy(), atol=1e-5)
+        assert (keys_0[n] == keys_1[n]).all()
+
+
+def test_unreadable_files_are_left_out_with_their_rows(folder, tmp_path):
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(folder, root)
+    (root / "train" / "cat" / "11.png").write_bytes(b"no image")
+    data = make_data(root, max_bad_fraction=0.1)
+    assert len(data.source) == len(data.images) == 39
+    for i in (0, 5, 38):
+        assert data.images[i].equal(data.source.read(i))
+    with pytest.raises(UserError, match="max_bad_fraction"):
+        make_data(root)
+
+
+def test_images_of_mixed_sizes_are_streamed(folder, tmp_path):
+    root = tmp_path / "mixed"
+    root.mkdir()
+    for i in range(12):
+        Image.new("RGB", (20 + i, 24)).save(root / f"{i}.png")
+    data = make_data(root, batch_size=4)
+    assert data.images is None
+    assert take(data, 0, 1)[0].crops.shape == (4, 2, 3, 16, 16)
+    with pytest.raises(UserError, match="data.resident"):
+        make_data(root, batch_size=4, resident="memory")
+
+
+def test_views_larger_than_the_images_are_refused(folder):
+    with pytest.raises(UserError, match="data.image_size 32 is above the images' 20 pixels"):
+        make_data(folder, image_size=32)
+    assert make_data(folder, image_size=32, upscale=1.6).images is not None
+
+
+def test_evaluation_takes_every_image_once_in_order(folder):
+    config = DataConfig(root=str(folder), image_size=16, num_workers=0)
+    bank, queries = sources.open_labelled(config)
+    held = LabelledData(
+        config, bank, queries, sources.load_all(bank)[0], sources.load_all(queries)[0]
+    )
+    streamed = LabelledData(config, bank, queries)
+    for split, count in (("bank", 40), ("queries", 10)):
+        images, labels = (torch.cat(x) for x in zip(*held.batches(split, CPU, 7), strict=True))
+        again, _ = (torch.cat(x) for x in zip(*streamed.batches(split, CPU, 7), strict=True))
+        assert len(images) == len(again) == count
+        assert labels.tolist() == (bank if split == "bank" else queries).labels.tolist()
+        assert (images - again).abs().mean() < 0.02
+
+
+def _labels_on_rank(root: str):
+    config = DataConfig(root=root, image_size=16, num_workers=0)
+    data = LabelledData(config, *sources.open_labelled(config))
+    return torch.cat([labels for _, labels in data.batches("queries", CPU, 3)]).tolist()
+
+
+def test_two_ranks_share_the_evaluation_without_repeats(two_ranks, folder):
+    first, second = two_ranks.run(_labels_on_rank, str(folder))
+    assert len(first) + len(second) == 10
+    assert sorted(first + second) == [0] * 5 + [1] * 5
+
+
+def test_a_batch_above_the_set_is_refused(folder):
+    with pytest.raises(UserError, match="data.batch_size 41 is above the 40 images"):
+        make_data(folder, batch_size=41)

@@ -1,0 +1,497 @@
+"""Views: torchvision's operations at equal parameters, torchvision's distributions, no state."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from scipy import stats
+from torchvision.transforms import (
+    ColorJitter,
+    Compose,
+    Lambda,
+    RandomApply,
+    RandomGrayscale,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    ToTensor,
+)
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as reference
+
+from moco.config import DataConfig, UserError
+from moco.images.draws import (
+    RECIPES,
+    Colours,
+    Crops,
+    ViewRecipe,
+    centre_crops,
+    draw_colours,
+    draw_crops,
+    view_recipe,
+)
+from moco.images.views import adjust_colours, crop_and_resize, normalise
+
+LEAST = 1e-4  # seeds are fixed: a p-value below this is a fault, not bad luck
+ALL = ViewRecipe(0.2, 0.5, 1.0, (0.4, 0.4, 0.4, 0.4), 1.0, 1.0)
+OPERATIONS = (
+    reference.adjust_brightness,
+    reference.adjust_contrast,
+    reference.adjust_saturation,
+    reference.adjust_hue,
+)
+
+
+def images(count: int, channels: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Smooth shapes with noise, uint8, each image with a cast of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, channels, 4, 4, generator=generator)
+    smooth = reference.resize(coarse, [height, width], antialias=True)
+    cast = torch.rand(count, channels, 1, 1, generator=generator)
+    noise = torch.randn(count, channels, height, width, generator=generator)
+    return (255 * (0.6 * smooth + 0.4 * cast) + 12 * noise).clamp(0, 255).to(torch.uint8)
+
+
+def floats(count: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
+    return images(count, channels, size, size, seed).float() / 255
+
+
+def nothing(count: int, **changes) -> Colours:
+    """Parameters that change no colour, but for `changes`."""
+    no = torch.zeros(count, dtype=torch.bool)
+    plain = Colours(
+        order=torch.arange(4).expand(count, 4),
+        factors=torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(count, 4),
+        jitter=no,
+        grey=no,
+        blur=no,
+        sigma=torch.ones(count),
+    )
+    return replace(plain, **changes)
+
+
+def yes(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.bool)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(params=["chosen samples", "all samples, then select"])
+def branch(request, monkeypatch):
+    """Both ways that a step meets its samples: a CPU's, and a GPU's or a compiled graph's."""
+    if request.param != "chosen samples":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    return request.param
+
+
+def same_source(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Kolmogorov and Smirnov's p-value that two samples have one distribution."""
+    a, b = ours.double().numpy(), theirs.double().numpy()
+    return stats.ks_2samp(a, b, method="asymp").pvalue
+
+
+# Crop, resize, flip
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (40, 61, 16), (23, 18, 48)])
+def test_crops_equal_torchvision(channels, height, width, size):
+    count, generator = 24, torch.Generator().manual_seed(1)
+    h = torch.randint(1, height + 1, (count,), generator=generator)
+    w = torch.randint(1, width + 1, (count,), generator=generator)
+    h[:2], w[:2] = torch.tensor([height, 1]), torch.tensor([width, 1])
+    top = (torch.rand(count, generator=generator) * (height - h + 1)).long()
+    left = (torch.rand(count, generator=generator) * (width - w + 1)).long()
+    flip = torch.arange(count) % 2 == 1
+    batch = images(count, channels, height, width)
+    ours = crop_and_resize(batch, Crops(top, left, h, w, flip), size)
+    assert ours.shape == (count, channels, size, size) and ours.dtype == torch.float32
+    for i in range(count):
+        box = (top[i].item(), left[i].item(), h[i].item(), w[i].item())
+        theirs = reference.resized_crop(
+            batch[i].float() / 255,
+            *box,
+            [size, size],
+            interpolation=InterpolationMode.BILINEAR,
+            antialias=True,
+        )
+        close(ours[i], reference.horizontal_flip(theirs) if flip[i] else theirs)
+    close(crop_and_resize(batch.float(), Crops(top, left, h, w, flip), size), ours)
+
+
+@pytest.mark.parametrize(
+    "height, width, crop_min",
+    [
+        (32, 32, 0.2),
+        (48, 64, 0.08),
+        (500, 375, 0.2),
+        (60, 20, 0.2),  # only some attempts fit
+        (16, 160, 0.2),  # none fits: the fallback
+        (300, 20, 0.08),
+        (32, 32, 1.0),
+    ],
+)
+def test_boxes_are_distributed_as_torchvisions(height, width, crop_min):
+    count = 2500
+    crops = draw_crops(replace(ALL, crop_min=crop_min), 0, 0, torch.arange(count), 0, height, width)
+    assert (crops.top >= 0).all() and (crops.top + crops.height <= height).all()
+    assert (crops.left >= 0).all() and (crops.left + crops.width <= width).all()
+    assert (crops.height >= 1).all() and (crops.width >= 1).all()
+    torch.manual_seed(0)
+    blank = torch.empty(1, height, width)
+    boxes = torch.tensor(
+        [RandomResizedCrop.get_params(blank, [crop_min, 1], [3 / 4, 4 / 3]) for _ in range(count)]
+    )
+    theirs = Crops(*boxes.T, flip=crops.flip)
+
+    def readings(c: Crops) -> dict[str, torch.Tensor]:
+        area, ratio = c.height * c.width, c.width / c.height
+        room = ((c.left + 0.5) / (width - c.width + 1), (c.top + 0.5) / (height - c.height + 1))
+        plain = {"top": c.top, "left": c.left, "height": c.height, "width": c.width}
+        return {**plain, "area": area, "ratio": ratio, "across": room[0], "down": room[1]}
+
+    expected = readings(theirs)
+    for name, values in readings(crops).items():
+        p = same_source(values, expected[name])
+        assert p > LEAST, f"{name}: p {p}"
+
+
+def test_the_fallback_is_torchvisions_box():
+    for height, width in ((10, 1000), (1000, 10), (7, 300), (1, 50)):
+        crops = draw_crops(ALL, 0, 0, torch.arange(5), 0, height, width)
+        torch.manual_seed(0)
+        blank = torch.empty(1, height, width)
+        box = RandomResizedCrop.get_params(blank, [0.2, 1], [3 / 4, 4 / 3])
+        for ours, theirs in zip(
+            (crops.top, crops.left, crops.height, crops.width), box, strict=True
+        ):
+            assert ours.tolist() == [theirs] * 5
+
+
+def test_flips_have_their_probability_and_stand_apart_from_the_box():
+    crops = draw_crops(replace(ALL, flip=0.3), 0, 0, torch.arange(20_000), 0, 32, 32)
+    assert stats.binomtest(int(crops.flip.sum()), 20_000, 0.3).pvalue > LEAST
+    flipped, straight = crops.left[crops.flip], crops.left[~crops.flip]
+    assert same_source(flipped, straight) > LEAST
+
+
+def test_evaluation_cuts_seven_eighths_of_the_short_side():
+    crops = centre_crops(2, 64, 96, 32, torch.device("cpu"))
+    batch = images(2, 3, 64, 96)
+    expected = reference.center_crop(batch.float() / 255, [56, 56])
+    expected = reference.resize(expected, [32, 32], antialias=True)
+    close(crop_and_resize(batch, crops, 32), expected)
+
+
+def test_evaluation_takes_small_images_whole():
+    batch = images(2, 3, 20, 32)
+    crops = centre_crops(2, 20, 32, 32, torch.device("cpu"))
+    expected = reference.resize(batch.float() / 255, [32, 32], antialias=True)
+    close(crop_and_resize(batch, crops, 32), expected)
+
+
+# Colours
+
+
+def draw_factors(count: int, seed: int = 0) -> torch.Tensor:
+    span = torch.tensor([0.8, 0.8, 0.8, 0.5])
+    middle = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    unit = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))
+    return middle + span * (2 * unit - 1)
+
+
+def special(batch: torch.Tensor) -> torch.Tensor:
+    """Put hard cases for the hue in the first pixels: grey, black, white, pure and tied colours."""
+    cases = [(0.5, 0.5, 0.5), (0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    cases += [(1, 1, 0), (0, 1, 1), (1, 0, 1), (0.2, 0.7, 0.7), (0.7, 0.2, 0.7)]
+    batch[:, :, 0, : len(cases)] = torch.tensor(cases, dtype=torch.float32).T
+    return batch
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_equals_torchvision_in_each_order(channels, branch):
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    count = len(orders)
+    batch = floats(count, channels, 16)
+    batch = special(batch) if channels == 3 else batch
+    colours = nothing(count, order=orders, factors=draw_factors(count), jitter=yes(count))
+    ours = adjust_colours(batch, colours, replace(ALL, grey=0, blur=0))
+    for i in range(count):
+        theirs = batch[i]
+        for operation in orders[i].tolist():
+            theirs = OPERATIONS[operation](theirs, colours.factors[i, operation].item())
+        close(ours[i], theirs)
+
+
+@pytest.mark.parametrize("operation", range(4))
+def test_each_operation_alone_equals_torchvision(operation, branch):
+    batch = special(floats(12, 3, 16))
+    factors = nothing(12).factors.clone()
+    factors[:, operation] = draw_factors(12)[:, operation]
+    if operation == 3:
+        factors[:3, 3] = torch.tensor([-0.5, 0.5, 0.25])
+    else:
+        factors[:2, operation] = torch.tensor([0.0, 2.0])
+    colours = nothing(12, factors=factors, jitter=yes(12))
+    ours = adjust_colours(batch, colours, replace(ALL, grey=0, blur=0))
+    for i in range(12):
+        close(ours[i], OPERATIONS[operation](batch[i], factors[i, operation].item()))
+
+
+def test_five_channels_get_brightness_and_contrast_alone(branch):
+    batch = floats(6, 5, 12)
+    orders = torch.tensor([[0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 1, 0], [2, 1, 3, 0]] * 2)[:6]
+    colours = nothing(6, order=orders, factors=draw_factors(6), jitter=yes(6))
+    ours = adjust_colours(batch, colours, replace(ALL, blur=0))
+    for i in range(6):
+        image, (brightness, contrast) = batch[i], colours.factors[i, :2].tolist()
+        for operation in orders[i].tolist():
+            if operation == 0:
+                image = (image * brightness).clamp(0, 1)
+            if operation == 1:
+                image = (contrast * image + (1 - contrast) * image.mean()).clamp(0, 1)
+        close(ours[i], image)
+
+
+def test_greyscale_equals_torchvision(branch):
+    batch = floats(4, 3, 12)
+    ours = adjust_colours(batch, nothing(4, grey=yes(4)), ALL)
+    close(ours, reference.rgb_to_grayscale(batch, num_output_channels=3))
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_greyscale_leaves_what_is_not_rgb(channels, branch):
+    batch = floats(4, channels, 12)
+    close(adjust_colours(batch, nothing(4, grey=yes(4)), ALL), batch)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("size", [32, 13, 7])
+def test_blur_equals_torchvision_with_13_taps(channels, size, branch):
+    batch = floats(6, channels, size)
+    sigma = torch.tensor([0.1, 0.4, 0.9, 1.3, 1.7, 2.0])
+    ours = adjust_colours(batch, nothing(6, blur=yes(6), sigma=sigma), ALL)
+    for i in range(6):
+        close(ours[i], reference.gaussian_blur(batch[i], [13, 13], [sigma[i].item()] * 2))
+
+
+def test_blur_of_an_image_smaller_than_its_taps():
+    batch, sigma = floats(3, 3, 4), torch.tensor([0.1, 1.0, 2.0])
+    ours = adjust_colours(batch, nothing(3, blur=yes(3), sigma=sigma), ALL)
+    for i in range(3):
+        close(ours[i], reference.gaussian_blur(batch[i], [7, 7], [sigma[i].item()] * 2))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_normalise_equals_torchvision(channels):
+    batch = floats(3, channels, 8)
+    mean, std = torch.linspace(0.3, 0.6, channels), torch.linspace(0.2, 0.4, channels)
+    close(normalise(batch, mean, std), reference.normalize(batch, mean.tolist(), std.tolist()))
+
+
+def test_only_the_masked_samples_change(branch):
+    batch = floats(8, 3, 16)
+    mask = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0]).bool()
+    factors = draw_factors(8)
+    for changes in ({"jitter": mask, "factors": factors}, {"grey": mask}, {"blur": mask}):
+        ours = adjust_colours(batch, nothing(8, **changes), ALL)
+        torch.testing.assert_close(ours[~mask], batch[~mask], atol=1e-7, rtol=0)
+        assert ((ours - batch)[mask].abs().amax((1, 2, 3)) > 1e-3).all()
+        alone = {
+            name: getattr(nothing(8, **changes), name)[mask]
+            for name in ("order", "factors", "jitter", "grey", "blur", "sigma")
+        }
+        close(ours[mask], adjust_colours(batch[mask], Colours(**alone), ALL))
+
+
+def test_the_input_is_left_as_it_was(branch):
+    batch = floats(4, 3, 16)
+    before = batch.clone()
+    mask = torch.tensor([1, 0, 1, 1]).bool()
+    changes = {"jitter": mask, "grey": mask, "blur": mask, "factors": draw_factors(4)}
+    adjust_colours(batch, nothing(4, **changes), ALL)
+    assert torch.equal(batch, before)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_both_branches_give_the_same_views(recipe, channels, monkeypatch):
+    batch = images(40, channels, 32, 32)
+    views = [make(batch, torch.arange(40), RECIPES[recipe], 24)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    views.append(make(batch, torch.arange(40), RECIPES[recipe], 24))
+    close(*views)
+
+
+def test_the_whole_chain_is_one_graph():
+    """Dynamo traces it without a break, so a compiled view never waits for the device."""
+
+    def chain(batch, index, epoch):
+        boxes = draw_crops(RECIPES["v2"], 0, epoch, index, 0, 32, 32)
+        cut = crop_and_resize(batch, boxes, 16)
+        return adjust_colours(cut, draw_colours(RECIPES["v2"], 0, epoch, index, 0), RECIPES["v2"])
+
+    batch, index = images(16, 3, 32, 32), torch.arange(16)
+    compiled = torch.compile(chain, backend="eager", fullgraph=True)
+    close(compiled(batch, index, 3), chain(batch, index, 3))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_greyscale_stands_where_the_recipe_says(first):
+    batch = floats(3, 3, 12)
+    factors = torch.tensor([[1.3, 0.8, 1.2, 0.2]]).expand(3, 4)
+    colours = nothing(3, factors=factors, jitter=yes(3), grey=yes(3))
+    ours = adjust_colours(batch, colours, replace(ALL, blur=0, grey_first=first))
+    theirs = reference.rgb_to_grayscale(batch, 3) if first else batch
+    for operation, factor in zip(OPERATIONS, (1.3, 0.8, 1.2, 0.2), strict=True):
+        theirs = operation(theirs, factor)
+    close(ours, theirs if first else reference.rgb_to_grayscale(theirs, 3))
+
+
+# Distributions
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_colours_have_the_recipes_distribution(name):
+    count, recipe = 24_000, RECIPES[name]
+    colours = draw_colours(recipe, 0, 0, torch.arange(count), 0)
+    for i, (strength, middle) in enumerate(zip(recipe.strengths, (1, 1, 1, 0), strict=True)):
+        spread = stats.uniform(middle - strength, 2 * strength)
+        assert stats.kstest(colours.factors[:, i].double().numpy(), spread.cdf).pvalue > LEAST
+    assert stats.kstest(colours.sigma.numpy(), stats.uniform(0.1, 1.9).cdf).pvalue > LEAST
+    orders, counts = colours.order.unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and stats.chisquare(counts.numpy()).pvalue > LEAST
+    applied = (colours.jitter, colours.grey, colours.blur)
+    for flags, share in zip(applied, (recipe.jitter, recipe.grey, recipe.blur), strict=True):
+        assert stats.binomtest(int(flags.sum()), count, share).pvalue > LEAST
+
+
+def test_colour_parameters_are_independent():
+    colours = draw_colours(RECIPES["v2"], 0, 0, torch.arange(20_000), 0)
+    flags = [colours.jitter, colours.grey, colours.blur]
+    columns = [*flags, *colours.factors.T, *colours.order.T[:1], colours.sigma]
+    table = np.corrcoef(torch.stack([c.double() for c in columns]).numpy())
+    np.fill_diagonal(table, 0)
+    assert np.abs(table).max() < 4 / 20_000**0.5
+
+
+def test_recipes_are_the_papers():
+    assert RECIPES["v1"] == ViewRecipe(0.2, 0.5, 1.0, (0.4,) * 4, 0.2, 0.0, grey_first=True)
+    assert RECIPES["v2"] == ViewRecipe(0.2, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.5)
+    assert RECIPES["cifar"] == ViewRecipe(0.08, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.0)
+
+
+def test_own_probabilities_go_into_the_recipe():
+    data = DataConfig(views="v2", crop_min=0.5, flip=0.0, jitter=0.1, grey=0.3, blur=0.9)
+    expected = replace(RECIPES["v2"], crop_min=0.5, flip=0.0, jitter=0.1, grey=0.3, blur=0.9)
+    assert view_recipe(data) == expected
+    assert view_recipe(DataConfig(views="v1")) == RECIPES["v1"]
+
+
+def test_greyscale_of_other_channels_is_refused():
+    with pytest.raises(UserError, match=r"data\.grey is 0\.3 .*data\.channels is 5"):
+        view_recipe(DataConfig(channels=5, grey=0.3))
+    assert view_recipe(DataConfig(channels=5, grey=0.0)).grey == 0
+
+
+# A view belongs to (seed, epoch, index, view) alone
+
+
+def make(batch, index, recipe, size, *, seed=0, epoch=0, view=0):
+    boxes = draw_crops(recipe, seed, epoch, index, view, *batch.shape[2:])
+    cut = crop_and_resize(batch, boxes, size)
+    return adjust_colours(cut, draw_colours(recipe, seed, epoch, index, view), recipe)
+
+
+def test_a_view_does_not_depend_on_its_batch():
+    batch, index = images(32, 3, 40, 40), torch.arange(100, 132)
+    whole = make(batch, index, RECIPES["v2"], 24)
+    for rows in ([5], [31, 0, 17], list(range(31, -1, -1))):
+        part = make(batch[rows], index[rows], RECIPES["v2"], 24)
+        torch.testing.assert_close(part, whole[rows], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"view": 1}])
+def test_other_seeds_epochs_and_views_look_different(change):
+    batch, index = images(16, 3, 32, 32), torch.arange(16)
+    one, other = (make(batch, index, RECIPES["v2"], 24, **c) for c in ({}, change))
+    assert ((one - other).abs().mean((1, 2, 3)) > 1e-3).all()
+    assert torch.equal(one, make(batch, index, RECIPES["v2"], 24))
+
+
+DRAWS = {
+    "crops": lambda **k: draw_crops(RECIPES["v2"], height=32, width=32, **k).left,
+    "colours": lambda **k: draw_colours(RECIPES["v2"], **k).factors[:, 0],
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"view": 1}, {"index": 1}])
+def test_parameters_of_other_seeds_epochs_views_and_images_are_independent(draw, change):
+    place = {"seed": 0, "epoch": 0, "index": torch.arange(5000), "view": 0}
+    other = {name: place[name] + step for name, step in change.items()}
+    one, two = DRAWS[draw](**place).float(), DRAWS[draw](**{**place, **other}).float()
+    assert abs(stats.pearsonr(one.numpy(), two.numpy()).statistic) < 4 / 5000**0.5
+
+
+def test_neighbours_in_the_data_set_look_different():
+    batch = images(1, 3, 32, 32).expand(16, 3, 32, 32)
+    views = make(batch, torch.arange(16), RECIPES["v2"], 24)
+    for a, b in itertools.combinations(views, 2):
+        assert (a - b).abs().mean() > 1e-3
+
+
+# The whole chain against PIL's
+
+
+def pil_chain(name: str, size: int) -> Compose:
+    recipe = RECIPES[name]
+
+    def blur(image: Image.Image) -> Image.Image:
+        radius = torch.empty(1).uniform_(0.1, 2.0).item()
+        return image.filter(ImageFilter.GaussianBlur(radius))
+
+    steps = [
+        RandomApply([ColorJitter(*recipe.strengths)], recipe.jitter),
+        RandomGrayscale(recipe.grey),
+    ]
+    steps = steps[::-1] if recipe.grey_first else steps
+    cut = RandomResizedCrop(size, scale=(recipe.crop_min, 1))
+    steps = [cut, *steps, RandomApply([Lambda(blur)], recipe.blur), RandomHorizontalFlip()]
+    return Compose([*steps, ToTensor()])
+
+
+def statistics(views: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Numbers per view that move with crop, flip, each jitter, greyscale and blur."""
+    mean, std = views.mean((2, 3)), views.std((2, 3))
+    half = views.shape[3] // 2
+    found = {f"mean of {c}": mean[:, i] for i, c in enumerate(("red", "green", "blue"))}
+    found |= {f"std of {c}": std[:, i] for i, c in enumerate(("red", "green", "blue"))}
+    found["colourfulness"] = (views.amax(1) - views.amin(1)).mean((1, 2))
+    found["is grey"] = (found["colourfulness"] < 0.004).float()
+    found["roughness"] = (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3))
+    found["left over right"] = (views[..., :half] - views[..., half:]).mean((1, 2, 3))
+    found["top over bottom"] = (views[:, :, :half] - views[:, :, half:]).mean((1, 2, 3))
+    found["red over blue"] = mean[:, 0] - mean[:, 2]
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_faithful_to_the_pil_chain_in_distribution(name):
+    """The means and the spreads of what a view looks like agree; PIL rounds to 8 bits between."""
+    count, size = 600, 32
+    image = images(1, 3, 56, 72, seed=5)[0]
+    torch.manual_seed(0)
+    chain, picture = pil_chain(name, size), Image.fromarray(image.permute(1, 2, 0).numpy())
+    theirs = statistics(torch.stack([chain(picture) for _ in range(count)]))
+    batch = image.expand(count, *image.shape)
+    ours = statistics(make(batch, torch.arange(count), RECIPES[name], size))
+    for what, values in ours.items():
+        expected = theirs[what]
+        error = ((values.var() + expected.var()) / count).sqrt()
+        assert abs(values.mean() - expected.mean()) < 4.5 * error + 0.002, what
+        assert abs(values.std() - expected.std()) < 0.2 * expected.std() + 0.002, what

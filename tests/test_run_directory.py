@@ -1,0 +1,270 @@
+"""Run directories: which run and checkpoint `--resume` means, and which recipes may go on."""
+
+import os
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moco import run_directory
+from moco.config import DataConfig, TrainConfig, UserError
+from moco.run_directory import check_same, find_run, is_whole, last_whole, new_run, write_config
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def checkpoint(path: Path, torn: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": 1, "weights": torch.zeros(2000)}, path)
+    if torn:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 2 // 3])
+    return path
+
+
+def run(name: str, age: float = 0, **torn: bool) -> Path:
+    """Make a run with checkpoints such as last=False (whole) or step_000000020=True (torn)."""
+    folder = Path("runs") / name
+    for stem, cut in (torn or {"last": False}).items():
+        checkpoint(folder / "checkpoints" / f"{stem}.ckpt", cut)
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (1e9 - age, 1e9 - age))
+    return folder
+
+
+# New runs
+
+
+def test_a_new_run_is_named_after_its_recipe_or_data():
+    assert new_run(TrainConfig(), "quickstart").parent == Path("runs")
+    assert new_run(TrainConfig(), "quickstart").name.startswith("quickstart-20")
+    config = TrainConfig(data=DataConfig(dataset="digits"))
+    assert new_run(config, "").name.startswith("digits-20")
+    assert not Path("runs").exists()
+
+
+def test_runs_started_in_one_second_have_directories_of_their_own(monkeypatch):
+    monkeypatch.setattr(run_directory.time, "strftime", lambda form: "20300101-000000")
+    for name in ("LOCAL_RANK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    mine = new_run(TrainConfig(), "x")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert new_run(TrainConfig(), "x") != mine
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a rank started by process 1 shares its directory
+    assert new_run(TrainConfig(), "x") == Path("runs/x-20300101-000000-1")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert new_run(TrainConfig(), "x") == Path("runs/x-20300101-000000-77.0")
+
+
+def test_a_chosen_directory_is_taken_unless_it_holds_a_run():
+    config = TrainConfig()
+    config.run.dir = "mine"
+    assert new_run(config, "x") == Path("mine")
+    Path("mine").mkdir()
+    assert new_run(config, "x") == Path("mine")
+    checkpoint(Path("mine/checkpoints/last.ckpt"))
+    with pytest.raises(UserError, match=r"run\.dir mine holds a run.*--resume mine"):
+        new_run(config, "x")
+    config.run.dir = "file"
+    Path("file").write_text("x")
+    with pytest.raises(UserError, match=r"run\.dir file is a file"):
+        new_run(config, "x")
+
+
+# Which run goes on
+
+
+def test_auto_takes_the_latest_run():
+    run("b-old", age=200)
+    latest = run("a-latest", age=100)
+    run("c-oldest", age=300)
+    assert find_run("auto", "") == (latest, latest / "checkpoints" / "last.ckpt")
+
+
+def test_auto_goes_by_checkpoints_not_by_directories():
+    """A run that was begun first may be the one that trained last."""
+    begun_last, trained_last = run("begun-last", age=50), run("trained-last", age=100)
+    newest = checkpoint(trained_last / "checkpoints" / "last.ckpt")
+    os.utime(newest, (1e9 - 10, 1e9 - 10))
+    os.utime(trained_last, (1e9 - 100, 1e9 - 100))
+    assert find_run("auto", "") == (trained_last, newest)
+    torn = checkpoint(begun_last / "checkpoints" / "step_000000030.ckpt", torn=True)
+    os.utime(torn, (1e9, 1e9))
+    assert find_run("auto", "") == (trained_last, newest), "a torn one is not the newest good one"
+    os.utime(begun_last / "checkpoints" / "last.ckpt", (1e9 - 5, 1e9 - 5))
+    assert find_run("auto", "")[0] == begun_last
+
+
+def test_auto_passes_over_runs_without_a_whole_checkpoint():
+    whole = run("whole", age=100)
+    run("torn", age=50, last=True)
+    (Path("runs") / "empty").mkdir()
+    assert find_run("auto", "")[0] == whole
+
+
+def test_auto_finds_nothing_where_there_is_nothing():
+    assert find_run("auto", "") is None
+    run("torn", last=True)
+    assert find_run("auto", "") is None
+
+
+def test_auto_with_a_directory_looks_there_alone():
+    run("other")
+    assert find_run("auto", "mine") is None
+    checkpoint(Path("mine/checkpoints/last.ckpt"))
+    assert find_run("auto", "mine")[0] == Path("mine")
+
+
+def test_a_named_run_and_a_named_checkpoint():
+    folder = run("one", step_000000010=False, step_000000020=False, last=False)
+    assert find_run(str(folder), "") == (folder, folder / "checkpoints" / "last.ckpt")
+    chosen = folder / "checkpoints" / "step_000000010.ckpt"
+    assert find_run(str(chosen), "") == (folder, chosen)
+
+
+@pytest.mark.parametrize("last", [True, None])
+def test_a_torn_or_missing_checkpoint_falls_back_to_the_one_before(last):
+    torn = {"step_000000009": False, "step_000000010": False, "step_000000020": True}
+    folder = run("one", **torn, **({} if last is None else {"last": last}))
+    expected = folder / "checkpoints" / "step_000000010.ckpt"
+    assert last_whole(folder) == expected
+    assert find_run(str(folder), "") == (folder, expected)
+
+
+def test_a_step_written_after_last_is_taken():
+    """A kill between the two writes, or a disk without room for a second copy."""
+    folder = run("one", step_000000010=False, step_000000020=False, last=False)
+    step = folder / "checkpoints" / "step_000000020.ckpt"
+    assert last_whole(folder) == folder / "checkpoints" / "last.ckpt"
+    os.utime(step, (1e9 + 9, 1e9 + 9))
+    assert last_whole(folder) == step
+    assert find_run("auto", str(folder)) == (folder, step)
+    checkpoint(step, torn=True)
+    assert last_whole(folder) == folder / "checkpoints" / "last.ckpt"
+
+
+def test_steps_from_before_a_resume_further_back_are_not_taken():
+    folder = run("one", step_000000030=False, step_000000040=False)
+    last = checkpoint(folder / "checkpoints" / "last.ckpt")  # of step 11, written later
+    assert last_whole(folder) == last
+
+
+def test_what_cannot_be_resumed_is_refused_with_a_remedy():
+    with pytest.raises(UserError, match=r"--resume nowhere does not exist"):
+        find_run("nowhere", "")
+    folder = run("torn", last=True)
+    with pytest.raises(UserError, match=r"--resume runs/torn holds no whole checkpoint"):
+        find_run(str(folder), "")
+    with pytest.raises(UserError, match=r"last\.ckpt is torn.*run directory"):
+        find_run(str(folder / "checkpoints" / "last.ckpt"), "")
+
+
+def test_is_whole():
+    whole = checkpoint(Path("a.ckpt"))
+    assert is_whole(whole)
+    content = whole.read_bytes()
+    for cut in (0, 1, 100, len(content) // 2, len(content) - 1):
+        Path("cut.ckpt").write_bytes(content[:cut])
+        assert not is_whole(Path("cut.ckpt")), cut
+    middle = content.index(bytes(4000)) + 2000  # of the weights, zeros here
+    Path("hole.ckpt").write_bytes(content[:middle] + b"\xff" * 512 + content[middle + 512 :])
+    assert torch.load("hole.ckpt", weights_only=True)["weights"].any(), "torch does not notice"
+    assert not is_whole(Path("hole.ckpt"))
+    with zipfile.ZipFile("other.ckpt", "w") as archive:
+        archive.writestr("notes.txt", "an archive, but no checkpoint")
+    assert not is_whole(Path("other.ckpt"))
+    Path("text.ckpt").write_text("no archive")
+    assert not is_whole(Path("text.ckpt"))
+    assert not is_whole(Path("missing.ckpt")) and not is_whole(Path("."))
+    Path("dead-link.ckpt").symlink_to("gone")
+    assert not is_whole(Path("dead-link.ckpt"))
+
+
+# What is kept of the settings
+
+
+def test_config_is_written_whole_and_reads_back():
+    config = TrainConfig(data=DataConfig(root="a: b # c", mean=[0.1, 0.2, 0.3], crop_min=0.08))
+    write_config(config, Path("runs/new"))
+    write_config(config, Path("runs/new"))
+    assert [p.name for p in Path("runs/new").iterdir()] == ["config.yaml"]
+    stored = yaml.safe_load(Path("runs/new/config.yaml").read_text(encoding="utf-8"))
+    assert TrainConfig.from_dict(stored) == config
+    assert stored == asdict(config)
+
+
+def test_the_same_recipe_may_go_on():
+    check_same(TrainConfig(), asdict(TrainConfig()), Path("runs/x"))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model.temperature", 0.07),
+        ("model.queue_size", 4096),
+        ("optim.lr", 0.06),
+        ("optim.milestones", [60]),
+        ("data.batch_size", 128),
+        ("data.crop_min", 0.08),
+        ("data.mean", [0.5, 0.5, 0.5]),
+        ("trainer.max_epochs", 100),
+        ("trainer.precision", "32-true"),
+        ("run.seed", 1),
+    ],
+)
+def test_another_recipe_is_refused_by_name(name, value):
+    config, stored = TrainConfig(), asdict(TrainConfig())
+    group, field = name.split(".")
+    setattr(getattr(config, group), field, value)
+    with pytest.raises(UserError) as caught:
+        check_same(config, stored, Path("runs/x"))
+    for part in ("runs/x", name, repr(value), repr(stored[group][field])):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("data.root", "elsewhere"),
+        ("data.num_workers", 3),
+        ("data.resident", "off"),
+        ("trainer.devices", 2),
+        ("trainer.accelerator", "cpu"),
+        ("run.dir", "elsewhere"),
+        ("run.checkpoint_every", 5),
+        ("run.wandb", True),
+        ("model.compile", "on"),
+    ],
+)
+def test_where_and_how_a_run_runs_may_differ(name, value):
+    config = TrainConfig()
+    group, field = name.split(".")
+    setattr(getattr(config, group), field, value)
+    check_same(config, asdict(TrainConfig()), Path("runs/x"))
+
+
+def test_an_older_checkpoint_had_the_default_of_what_it_does_not_know():
+    stored = asdict(TrainConfig())
+    del stored["model"]["symmetric"]
+    check_same(TrainConfig(), stored, Path("runs/x"))
+    config = TrainConfig()
+    config.model.symmetric = "mean"
+    with pytest.raises(UserError, match=r"model\.symmetric is 'mean' but the run has 'none'"):
+        check_same(config, stored, Path("runs/x"))
+
+
+def test_what_may_differ_names_real_settings():
+    real = {
+        f"{group.name}.{item.name}"
+        for group in fields(TrainConfig)
+        for item in fields(getattr(TrainConfig(), group.name))
+    }
+    assert real >= run_directory._MAY_DIFFER

@@ -1,0 +1,167 @@
+"""Explanations of what libraries raise; memory is counted, not measured, where there is no GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import Precision
+from test_pretrain import MODEL, SIZE
+from test_pretrain import make_module as make_module_of_any_precision
+
+from moco.config import DataConfig, ModelConfig, RunError
+from moco.training import explain
+
+DATA = DataConfig(image_size=SIZE, batch_size=64)
+
+
+def make_module() -> pl.LightningModule:
+    return make_module_of_any_precision().float()
+
+
+def a_trainer(world: int = 1, device: str = "cpu") -> SimpleNamespace:
+    strategy = SimpleNamespace(root_device=torch.device(device), launcher=None)
+    return SimpleNamespace(world_size=world, strategy=strategy, precision_plugin=Precision())
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count what autograd keeps, in the place of a GPU's memory; what an error holds stays."""
+    kept = {"now": 0, "most": 0}
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()  # no cycle through the graph that holds this
+            kept["now"] += tensor.nbytes
+            kept["most"] = max(kept["most"], kept["now"])
+
+        def __del__(self):
+            kept["now"] -= self.tensor.nbytes
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: kept.update(most=kept["now"])
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: kept["most"])
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda item: item.tensor):
+        yield kept
+
+
+def test_memory_grows_along_a_line_and_twice_as_fast_with_two_query_views(counted):
+    module = make_module()
+    four, eight, twelve = (
+        explain.peak_memory(a_trainer(), module, count, DATA) for count in (4, 8, 12)
+    )
+    assert eight - four > 4 * SIZE * SIZE
+    assert (twelve - eight) / (eight - four) == pytest.approx(1, abs=0.01)
+    module.model = ModelConfig(**{**vars(MODEL), "symmetric": "sum"})
+    both = [explain.peak_memory(a_trainer(), module, count, DATA) for count in (4, 8)]
+    assert (both[1] - both[0]) / (eight - four) == pytest.approx(2, abs=0.05)
+
+
+def test_measuring_leaves_the_run_as_it_is(counted):
+    module = make_module()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    explain.peak_memory(a_trainer(), module, 4, DATA)
+    assert all(value.equal(before[name]) for name, value in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_the_failed_steps_activations_are_let_go_before_measuring(counted, monkeypatch):
+    """Lightning's frames hold them as long as the error lives."""
+    module = make_module()
+
+    def step():
+        loss = module.query_encoder(torch.randn(64, 3, SIZE, SIZE)).sum()
+        raise torch.OutOfMemoryError(f"CUDA out of memory with {loss.numel()}")
+
+    monkeypatch.setattr(explain, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(explain, "fitting_batch", lambda *a: 8 if counted["now"] == 0 else -1)
+    try:
+        step()
+    except torch.OutOfMemoryError as error:
+        assert counted["now"] > 0
+        said = explain.explain(error, a_trainer(), module, DATA)
+    assert "about 8 would fit" in str(said)
+
+
+def test_the_device_named_is_the_one_that_was_full(monkeypatch):
+    """By then Lightning has moved the module to the CPU."""
+    seen = []
+    monkeypatch.setattr(explain, "peak_memory", lambda trainer, *a: 100 + 10 * a[1])
+    monkeypatch.setattr(explain, "device_memory", lambda device: seen.append(device) or 500)
+    trainer, module = a_trainer(device="cuda:3"), make_module()
+    assert module.device.type == "cpu"
+    said = explain.explain(torch.OutOfMemoryError("CUDA out of memory"), trainer, module, DATA)
+    assert "out of memory on cuda:3" in str(said) and "about 32 would fit" in str(said)
+    assert seen == [torch.device("cuda:3")]
+
+
+def test_lightning_moves_the_module_away_before_the_error_comes_out(monkeypatch):
+    """What the explanation relies on: at teardown the strategy frees the device."""
+    module = make_module()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    moved = []
+    monkeypatch.setattr(module, "cpu", lambda: moved.append(1))
+    trainer.strategy.teardown()
+    assert moved == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "not even a small one would fit"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "not even a small"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out with data."),
+        (MemoryError(), "data.resident_budget"),
+        (RuntimeError("port: 29500, code: -98, name: EADDRINUSE"), "set MASTER_PORT to another"),
+    ],
+)
+def test_errors_of_libraries_say_what_to_set(monkeypatch, error, words):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(explain, "peak_memory", full)
+    said = explain.explain(error, a_trainer(), make_module(), DATA)
+    assert isinstance(said, RunError) and said.local and words in str(said)
+
+
+def test_other_errors_stay_what_they_are():
+    error = ZeroDivisionError("a bug of ours")
+    assert explain.explain(error, a_trainer(world=2), None, DATA) is error
+
+
+def _measure_on_one_rank() -> bool:
+    """Measure on rank 1 alone, in the middle of a step of DistributedDataParallel."""
+    module = make_module()
+    ddp = torch.nn.parallel.DistributedDataParallel(module.query_encoder)
+    module.query_encoder = ddp.module
+    loss = ddp(torch.randn(4, 3, SIZE, SIZE)).sum()  # from now on gradients wait for others
+    if torch.distributed.get_rank() == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("empty_cache", "reset_peak_memory_stats"):
+                patch.setattr(torch.cuda, name, lambda *a: None)
+            patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+            assert explain.peak_memory(a_trainer(2), module, 4, DATA) == 7
+    torch.distributed.barrier()
+    loss.backward()
+    return True
+
+
+def test_measuring_waits_for_no_other_rank(two_ranks):
+    assert two_ranks.run(_measure_on_one_rank) == [True, True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_that_is_full_names_a_batch_that_fits():
+    module = make_module()
+    trainer = a_trainer(device="cuda:0")
+    low, high = (explain.peak_memory(trainer, module, count, DATA) for count in (8, 64))
+    assert high > low > 0
+    with torch.cuda.device(0):
+        fits = explain.fitting_batch(trainer, module, 10**9, DATA)
+    assert 64 < fits < 10**9
+    assert module.device.type == "cpu", "the run's own module stays where it is"

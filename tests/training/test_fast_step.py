@@ -1,0 +1,242 @@
+"""The fast step: compiled encoders and views compute the same, and nothing waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from test_pretrain import MODEL, STEPS, make_batches, make_module, make_views, train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moco.algorithm.pretrain import MoCo
+from moco.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError
+from moco.images.loader import Indices, PretrainData
+from moco.training import decide, run
+from moco.training.guard import NonFiniteGuard
+
+GPU = torch.cuda.is_available()
+# aot_eager traces and rewrites as inductor does, but runs torch's own kernels: seconds, no compiler
+BACKEND = "inductor" if GPU else "aot_eager"
+DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("precise", [True, False])
+@pytest.mark.parametrize("symmetric", ["none", "mean"])
+def test_losses_of_compiled_encoders(symmetric, precise, monkeypatch):
+    """Twenty steps; in fp32 at a rate at which training does not blow rounding errors up."""
+    model = ModelConfig(**{**vars(MODEL), "symmetric": symmetric})
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    losses = []
+    for backend in ("", BACKEND):
+        module = make_module(model)
+        pairs = make_views(16, steps=2 * STEPS)
+        if not precise:
+            module.float()
+            module.optim = OptimConfig(lr=1e-4, schedule="constant")
+            pairs = [tuple(view.float() for view in pair) for pair in pairs]
+        if backend:
+            module.compile_encoders(backend)
+        batches = make_batches(pairs, 1, 0, True, symmetric != "none")
+        losses.append(train(module, batches, accelerator="gpu" if GPU else "cpu"))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-7 if precise else 1e-5)
+    assert len(losses[0]) == 20 and max(losses[0]) - min(losses[0]) > 0.1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one of each encoder
+
+
+def test_state_of_a_compiled_module_has_the_same_names():
+    plain, compiled = make_module(), make_module()
+    compiled.compile_encoders(BACKEND)
+    train(compiled, make_batches(make_views(16, steps=1), 1, 0, True, False))
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("views", ["v1", "v2", "cifar"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_compiled_views(views, streamed):
+    config = DataConfig(dataset="digits", image_size=16, upscale=2.0, batch_size=24, views=views)
+    crops = torch.randint(0, 256, (24, 2, 3, 16, 16), dtype=torch.uint8, device=DEVICE)
+    crops = crops if streamed else None
+    made = []
+    for backend in ("", BACKEND):
+        data = PretrainData(config, 3, shuffle=True, symmetric=True)
+        data.prepare(DEVICE, backend=backend)
+        index = torch.arange(100, 124, device=DEVICE)
+        batches = [Indices(epoch, 7, index, crops) for epoch in (0, 1, 2)]
+        made.append([data.on_after_batch_transfer(b, 0) for b in batches])
+    for one, other in zip(*made, strict=True):
+        for view, same in zip(one.query_views, other.query_views, strict=True):
+            torch.testing.assert_close(view, same, atol=1e-4 if GPU else 1e-5, rtol=0)
+            assert same.is_contiguous(memory_format=torch.channels_last)
+    assert not made[1][0].query_views[0].equal(made[1][1].query_views[0])  # epochs differ
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # views 0, 1, any epoch
+
+
+# What `auto` decides
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu", "missing", "steps", "backend"),
+    [
+        ("auto", False, "", 10**6, ""),
+        ("auto", True, "", 10**6, "inductor"),
+        ("auto", True, "", 100, ""),
+        ("auto", True, "Triton", 10**6, ""),
+        ("on", False, "", 1, "inductor"),
+        ("off", True, "", 10**6, ""),
+    ],
+)
+def test_what_is_compiled(wanted, gpu, missing, steps, backend, monkeypatch):
+    monkeypatch.setattr(decide, "accelerator", lambda config: "cuda" if gpu else "cpu")
+    monkeypatch.setattr(decide, "missing_compiler", lambda on_gpu: missing)
+    config = TrainConfig()
+    config.model.compile = wanted
+    assert decide.choose_compile(config, steps)[0] == backend
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(decide.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    config = TrainConfig()
+    config.model.compile = "on"
+    config.trainer.accelerator = "cpu"
+    with pytest.raises(UserError, match=r"model\.compile is on .* C\+\+ compiler"):
+        decide.choose_compile(config, 1)
+
+
+# Nothing waits
+
+
+class NothingWaits(TorchDispatchMode):
+    """Fail where a GPU would have to be waited for: a value read, or memory of the host copied."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.def")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = str(func), kwargs or {}
+        assert not any(read in name for read in self.READS), name
+        source = args[-1] if "copy_" in name and len(args) > 1 else args[0] if args else None
+        if isinstance(source, torch.Tensor):
+            target = torch.device(kwargs.get("device") or args[0].device).type
+            assert not ("copy" in name and source.device.type != target), f"{name}: host to device"
+            assert not ("lift_fresh" in name and target == "meta"), f"{name}: a constant is copied"
+        return func(*args, **kwargs)
+
+
+CONTROLS = {
+    "a value is read": lambda x: x.sum().item(),
+    "a constant is made": lambda x: x + torch.tensor([1.0, 2.0], device=x.device),
+    "the host's memory is copied": lambda x: x + torch.ones(2).to(x.device),
+    "copied in place": lambda x: x.copy_(torch.ones(2)),
+    "places are counted": lambda x: x[x > 0],
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS.values(), ids=CONTROLS)
+def test_waiting_is_noticed(control):
+    with NothingWaits(), pytest.raises((AssertionError, RuntimeError)):
+        control(torch.zeros(2, device="meta"))
+
+
+@pytest.mark.parametrize("views", ["v1", "v2"])
+@pytest.mark.parametrize(
+    ("symmetric", "streamed"), [("none", False), ("mean", False), ("none", True)]
+)
+def test_a_step_never_waits(views, symmetric, streamed, monkeypatch):
+    """Views, both encoders, queue, guard and optimiser on the meta device, which has no values and
+    takes the GPU's paths everywhere.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    meta = torch.device("meta")
+    config = DataConfig(dataset="digits", image_size=16, upscale=2.0, batch_size=16, views=views)
+    data = PretrainData(config, 0, shuffle=True, symmetric=symmetric != "none")
+    data.prepare(meta)
+    data.images = data.images.to(meta)
+    crops = torch.empty(16, 2, 3, 16, 16, dtype=torch.uint8, device=meta) if streamed else None
+    model = ModelConfig(**{**vars(MODEL), "queue_size": 64, "symmetric": symmetric})
+    module = MoCo(model, OptimConfig(), 3, 16).to(meta)
+    module.wants_metrics = False
+    optimizer = torch.optim.SGD(module.query_encoder.parameters(), 0.1, momentum=0.9, foreach=True)
+    trainer = SimpleNamespace(world_size=1, global_step=5, precision_plugin=None)
+    guard = NonFiniteGuard(0, None)
+    guard.on_train_start(trainer, module)
+
+    def step():
+        indices = Indices(1, 5, torch.arange(16, device=meta), crops)
+        batch = data.on_after_batch_transfer(indices, 0)
+        guard.on_train_batch_start(trainer, module, batch, 0)
+        module.training_step(batch, 0).backward()
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+        optimizer.found_inf = None  # torch's fused update asks the device itself
+        optimizer.step()
+
+    step()
+    guard._lost = None  # the first step of a run may ask
+    with NothingWaits():
+        step()
+        guard.on_train_batch_end(trainer, module)
+
+
+def test_the_order_of_a_resident_set_is_made_on_the_device(monkeypatch):
+    """So that no step copies its indices there."""
+    data = PretrainData(DataConfig(dataset="digits", batch_size=16), 0, True, False)
+    data.device = torch.device("meta")
+    data.images = data.images.to("meta")
+    data.trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(
+            epoch_loop=SimpleNamespace(
+                batch_progress=SimpleNamespace(total=SimpleNamespace(ready=0))
+            )
+        )
+    )
+    assert next(iter(data.train_dataloader())).index.device.type == "meta"
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_a_run_on_a_gpu_never_waits(compiled, tmp_path, monkeypatch):
+    """The whole loop, Lightning's part too, between two readings."""
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            inside = 10 <= trainer.global_step < 18
+            torch.cuda.set_sync_debug_mode("error" if inside else "default")
+
+    build = run._Run.trainer
+    monkeypatch.setattr(
+        run._Run, "trainer", lambda self, found, step: build(self, [*found, Watch()], step)
+    )
+    config = TrainConfig()
+    config.data = DataConfig(dataset="digits", image_size=16, upscale=2.0, batch_size=32)
+    config.model = ModelConfig(**{**vars(MODEL), "queue_size": 64, "compile": compiled})
+    config.trainer.max_steps, config.trainer.log_every_n_steps = 20, 1000
+    config.run.dir, config.run.knn_every = str(tmp_path / "run"), 0
+    config.run.checkpoint_every, config.run.checkpoint_minutes = 1000, 0
+    try:
+        assert run.pretrain(config)["steps"] == 20
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "3"), ("SLURM_LOCALID", "3")])
+def test_each_process_of_a_machine_has_its_own_gpu(name, value, monkeypatch):
+    monkeypatch.setattr(decide, "accelerator", lambda config: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for other in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(other, raising=False)
+    assert decide.own_device(TrainConfig()) == torch.device("cuda", 0)
+    monkeypatch.setenv(name, value)
+    assert decide.own_device(TrainConfig()) == torch.device("cuda", 3)

@@ -1,0 +1,92 @@
+"""Signals before, between and after steps, and checkpoints of a run that went back."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import finish, start
+from test_faults import TINY, images, in_tmp, run_tiny  # noqa: F401
+
+import train
+from moco.images import loader
+from moco.training import saving
+
+SIGTERM_IN_A_READING = """
+import os, signal, time
+from moco.command import cli
+from moco.training import monitor
+import train
+read = monitor.KNNMonitor.read
+def interrupted(self, *arguments, **options):
+    read(self, *arguments, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+monitor.KNNMonitor.read = interrupted
+cli.run_main(train.main)
+"""
+
+
+def test_no_handler_is_left_after_a_run(images):  # noqa: F811
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+    before = [signal.getsignal(number) for number in numbers]
+    run_tiny(images, "--trainer.max_steps", "1")
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_during_the_first_reading_stops_after_the_first_step(tmp_path):
+    """The untrained network is read before the first step, and that may take minutes."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(SIGTERM_IN_A_READING)
+    digits = ["--data.dataset", "digits", "--run.knn_every", "1", "--data.upscale", "2"]
+    process = start(*TINY, *digits, "--data.resident", "auto", "--run.dir", "run", script=script)
+    code, _, err = finish(process, 120)
+    assert code == 143, err
+    last = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 1
+
+
+def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):  # noqa: F811
+    run_tiny(images)
+    kept: list[tuple[str, set[str]]] = []
+    tidy = saving.Checkpoints._tidy
+
+    def watched(self, path: Path) -> None:
+        tidy(self, path)
+        kept.append((path.name, {p.name for p in self.directory.glob("step_*")}))
+
+    monkeypatch.setattr(saving.Checkpoints, "_tidy", watched)
+    shutil.copy("run/checkpoints/step_000000001.ckpt", "first.ckpt")
+    shutil.copytree("run", "back", copy_function=shutil.copy2)
+    train.main(["--resume", "back/checkpoints/step_000000001.ckpt", "--run.keep_checkpoints", "2"])
+    assert len(kept) == 5 and all(len(names) == 2 for _, names in kept)
+    assert all(name in names for name, names in kept)
+
+
+def test_a_save_that_failed_is_not_told_as_one(images, monkeypatch):  # noqa: F811
+    """An error between two steps, on a disk that has just filled up."""
+    said: list[str] = []
+    monkeypatch.setattr(saving.log, "info", lambda text, *values: said.append(text))
+
+    def fail(self, checkpoint, path, storage_options=None):
+        self.written = None
+
+    class Full(saving.AtomicCheckpointIO):
+        save_checkpoint = fail
+
+    monkeypatch.setattr("moco.training.run.AtomicCheckpointIO", Full)
+
+    batches = loader.StepLoader._batches
+
+    def broken(self, *arguments):
+        yield from itertools.islice(batches(self, *arguments), 2)
+        raise saving.UserError("the images went away")
+
+    monkeypatch.setattr(loader.StepLoader, "_batches", broken)
+    with pytest.raises(saving.UserError):
+        run_tiny(images)
+    assert said and not any("saved after step" in text for text in said)
