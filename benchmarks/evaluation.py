@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from moco.evaluation.knn import extract_features, knn_predict
+from moco.evaluation.features import extract_features
+from moco.evaluation.knn import knn_predict
 from moco.evaluation.probe import LinearProbe
 from moco.evaluation.search import nearest
 

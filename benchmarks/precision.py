@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Row, arguments, interleave, progress, report, table
+from moco.algorithm.batch import Batch
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, OptimConfig
-from moco.images.loader import Batch
 
 TARGET = 1.8
 PLAIN, LAYOUT, BF16 = "fp32, contiguous", "fp32, channels-last", "bf16, channels-last"

@@ -17,7 +17,7 @@ _HOME = {
     "PretrainData": "moco.images.loader",
     "LabelledData": "moco.images.labelled",
     "load_backbone": "moco.checkpoints.load",
-    "extract_features": "moco.evaluation.knn",
+    "extract_features": "moco.evaluation.features",
     "knn_predict": "moco.evaluation.knn",
     "LinearProbe": "moco.evaluation.probe",
 }

@@ -1,4 +1,4 @@
-"""Several processes: gathering keys and the block shuffle of shuffle-BN (1911.05722, section 3.3).
+"""Several processes: gathering rows and the block shuffle of shuffle-BN (1911.05722, section 3.3).
 
 Every function is the identity, or does without communication, on one process; none needs Lightning.
 Where each key is encoded is a pure function of (seed, step), so no rank has to be told.
@@ -8,7 +8,7 @@ Shapes: N images per device, W devices, B = N*W rows in rank order.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from moco.random import permutations
 
@@ -105,3 +105,22 @@ def restore(keys: Tensor, order: Tensor | None) -> Tensor:
     restored = torch.empty_like(gathered)
     restored[order.to(keys.device)] = gathered
     return restored
+
+
+def broadcast_buffers(network: nn.Module) -> None:
+    """Give all ranks rank 0's BatchNorm statistics, the ones that a checkpoint holds."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, 0)
+
+
+def gather_ragged(rows: Tensor) -> Tensor:
+    """Stack the rows of all ranks, whose counts may differ, in rank order."""
+    if world_size() == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = all_gather(count).tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = all_gather(padded).split(max(counts))
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])

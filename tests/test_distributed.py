@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moco import distributed
-from moco.evaluation.knn import gather_ragged
+from moco.distributed import gather_ragged
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moco.algorithm import optim
+from moco.algorithm.batch import Batch
+from moco.algorithm.batch_norm import set_batch_norm
 from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
-from moco.algorithm.encoder import build_encoder, set_batch_norm
+from moco.algorithm.encoder import build_encoder
 from moco.config import ModelConfig, OptimConfig
 from moco.distributed import all_gather, local_rows, restore
-from moco.images.loader import Batch
 
 
 class MoCo(pl.LightningModule):

@@ -28,9 +28,11 @@ from moco.config import (
     UserError,
     normalisation,
 )
-from moco.evaluation.finetune import Labelled, RandomCrops, train_linear, train_whole
+from moco.distributed import gather_ragged
+from moco.evaluation.features import extract_features
+from moco.evaluation.finetune import train_linear, train_whole
 from moco.evaluation.gallery import draw_gallery
-from moco.evaluation.knn import extract_features, few_shot_accuracy, gather_ragged, vote
+from moco.evaluation.knn import few_shot_accuracy, vote
 from moco.evaluation.probe import (
     SWEEP,
     LinearProbe,
@@ -51,6 +53,7 @@ from moco.evaluation.subject import (
     output_path,
     track,
 )
+from moco.images.labelled import Labelled, RandomCrops
 
 log = logging.getLogger("moco")
 

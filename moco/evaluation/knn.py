@@ -7,45 +7,12 @@ Shapes: M bank images, Q queries, D feature, k neighbours, L classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from moco import distributed
 from moco.config import UserError
-from moco.evaluation.search import BUDGET, Backend, check_finite, nearest
-
-
-@torch.no_grad()
-def extract_features(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Run a network in eval mode over batches of images.
-
-    Args:
-        network: Images to N x D features; its training mode is put back afterwards.
-        batches: Images and labels, as `LabelledData.batches` yields them.
-
-    Returns:
-        Features M x D float32, not normalised, and labels M, of this rank's share.
-
-    Raises:
-        UserError: There is no batch, or a feature is not finite.
-    """
-    training = {module: module.training for module in network.modules()}
-    network.eval()
-    features, labels = [], []
-    for images, target in batches:
-        features.append(network(images).float())
-        labels.append(target)
-    for module, mode in training.items():
-        module.training = mode
-    if not features:
-        raise UserError("there are no images to take features of: check data.root")
-    check_finite(features := torch.cat(features), "the encoder's features")
-    return features, torch.cat(labels)
+from moco.evaluation.search import BUDGET, Backend, nearest
 
 
 @torch.no_grad()
@@ -152,22 +119,3 @@ def few_shot_accuracy(
         scores.append(((queries @ means.T).argmax(1) == targets).float().mean())
     scores = 100 * torch.stack(scores)
     return scores.mean().item(), scores.std().item()
-
-
-def broadcast_buffers(network: nn.Module) -> None:
-    """Give all ranks rank 0's BatchNorm statistics, the ones that a checkpoint holds."""
-    if distributed.world_size() > 1:
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-def gather_ragged(rows: Tensor) -> Tensor:
-    """Stack the rows of all ranks, whose counts may differ, in rank order."""
-    if distributed.world_size() == 1:
-        return rows
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = distributed.all_gather(count).tolist()
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = distributed.all_gather(padded).split(max(counts))
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moco.config import UserError
-from moco.evaluation.search import check_finite
+from moco.evaluation.features import check_finite
 from moco.random import permutation
 
 # Half decades, on standardised features.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moco import distributed
 from moco.config import UserError
+from moco.evaluation.features import check_finite
 
 Backend = Literal["auto", "faiss", "matmul", "bf16"]
 BUDGET = 2**30  # bytes
@@ -95,16 +96,6 @@ def nearest_sharded(
     similarity, index = (t.transpose(0, 1).flatten(1) for t in found)  # Q x W*k
     similarity, place = similarity.topk(k, dim=1)
     return similarity, index.gather(1, place)
-
-
-def check_finite(features: Tensor, name: str) -> None:
-    """Raise UserError when rows of N x D features hold NaN or infinity."""
-    bad = sum(int((~part.isfinite().all(1)).sum()) for part in features.split(2**16))
-    if bad:
-        raise UserError(
-            f"{name} hold NaN or infinity in {bad} of {len(features)} rows: take a checkpoint from "
-            "before the run diverged, and check data.mean and data.std"
-        )
 
 
 def _choose_backend(queries: Tensor, bank: Tensor) -> Backend:

@@ -31,10 +31,10 @@ from moco.config import (
     UserError,
     check,
 )
-from moco.evaluation.finetune import Labelled
-from moco.evaluation.knn import extract_features, gather_ragged
+from moco.distributed import gather_ragged
+from moco.evaluation.features import extract_features
 from moco.images import sources
-from moco.images.labelled import LabelledData
+from moco.images.labelled import Labelled, LabelledData
 from moco.images.resident import make_resident
 
 log = logging.getLogger("moco")

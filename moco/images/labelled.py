@@ -5,7 +5,8 @@ Shapes: N images of a batch, C channels, S side of a view, W devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from moco.config import DataConfig, normalisation
 from moco.images import views
 from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
-from moco.images.draws import centre_crops
+from moco.images.draws import ViewRecipe, centre_crops, draw_crops
 from moco.images.sources import ImageSource
 from moco.images.workers import fetched, ignore_signals, worker_count
+from moco.random import permutation
 
 
 class LabelledData:
@@ -110,3 +112,111 @@ class _CentreCuts(Dataset):
 
 def _collate_whole(items: list) -> list:
     return items
+
+
+@dataclass
+class Labelled:
+    """Labelled images of one split.
+
+    Attributes:
+        source: Names, files and labels.
+        images: M x C x H x W uint8 if they are resident, else None.
+    """
+
+    source: ImageSource
+    images: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def rows(self, rows: Tensor) -> Labelled:
+        """Keep only some images."""
+        source, images = self.source, self.images
+        part = replace(
+            source,
+            images=None if source.images is None else source.images[rows],
+            paths=[source.paths[row] for row in rows.tolist()] if source.paths else [],
+            labels=source.labels[rows],
+        )
+        return Labelled(part, None if images is None else images[rows.to(images.device)])
+
+
+class RandomCrops:
+    """Random resized crops, mirrored or not, of labelled images: the augmentation of the linear
+    protocol.
+
+    Args:
+        config: Side, normalisation, and `flip` where images must not be mirrored; null is 0.5.
+        images: The training images.
+        crop_min: Smallest share of the area that a crop keeps.
+        seed: Of order and crops.
+    """
+
+    def __init__(self, config: DataConfig, images: Labelled, crop_min: float, seed: int) -> None:
+        self.config, self.images, self.seed = config, images, seed
+        self.labels = images.source.labels
+        flip = 0.5 if config.flip is None else config.flip
+        self.recipe = ViewRecipe(crop_min, flip, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0)
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the order of the M images in an epoch."""
+        return permutation(self.seed, "probe order", epoch, len(self.images))
+
+    def batches(
+        self, epoch: int, batches: Sequence[Tensor], device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's share of each global batch of rows: every W-th.
+
+        Yields:
+            Images n x C x S x S, normalised, and their rows, n; n may be 0.
+        """
+        shares = [rows[distributed.rank() :: distributed.world_size()] for rows in batches]
+        mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
+        size = self.config.image_size
+        for rows, part in zip(shares, self._cuts(epoch, shares), strict=True):
+            if self.images.images is None:
+                part = part.to(device, non_blocking=True).float() / 255
+            else:
+                stored = self.images.images
+                part = stored[rows.to(stored.device)].to(device)
+                boxes = draw_crops(
+                    self.recipe, self.seed, epoch, rows.to(device), 0, *part.shape[2:]
+                )
+                part = views.crop_and_resize(part, boxes, size)
+            yield views.normalise(part, mean, std), rows
+
+    def _cuts(self, epoch: int, shares: list[Tensor]) -> Iterator[Tensor]:
+        """Have workers cut streamed images; for resident ones there is nothing to do here."""
+        if self.images.images is not None:
+            yield from shares
+            return
+        source = self.images.source
+        dataset = _Cuts(source, self.recipe, self.seed, epoch, self.config.image_size)
+        filled = [rows.tolist() for rows in shares if len(rows)]
+        loader = DataLoader(
+            dataset,
+            batch_sampler=filled,
+            num_workers=worker_count(self.config),
+            worker_init_fn=ignore_signals,
+        )
+        cuts = fetched(loader, self.config.worker_timeout)
+        side = self.config.image_size
+        for rows in shares:
+            empty = torch.empty(0, source.channels, side, side, dtype=torch.uint8)
+            yield next(cuts) if len(rows) else empty
+
+
+class _Cuts(Dataset):
+    """One random cut of a streamed image, C x S x S uint8; runs in workers."""
+
+    def __init__(
+        self, source: ImageSource, recipe: ViewRecipe, seed: int, epoch: int, size: int
+    ) -> None:
+        self.source, self.recipe = source, recipe
+        self.seed, self.epoch, self.size = seed, epoch, size
+
+    def __getitem__(self, row: int) -> Tensor:
+        image = self.source.read(row)
+        place = torch.tensor([row])
+        box = draw_crops(self.recipe, self.seed, self.epoch, place, 0, *image.shape[1:])
+        return views.cut(image, box, self.size)

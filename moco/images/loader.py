@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from moco import distributed
+from moco.algorithm.batch import Batch
 from moco.config import DataConfig, UserError, normalisation
 from moco.images import sources, views
 from moco.images.bad_files import BadFiles
@@ -46,21 +47,6 @@ class Indices:
     step: int
     index: Tensor
     crops: Tensor | None = None
-
-
-@dataclass
-class Batch:
-    """View pairs, ready for the encoders.
-
-    Attributes:
-        query_views: One view, or two if symmetric; each N x C x S x S float, normalised.
-        key_views: The matching other views, in shuffled places.
-        key_order: B, where the keys went; None if they were not shuffled.
-    """
-
-    query_views: list[Tensor]
-    key_views: list[Tensor]
-    key_order: Tensor | None
 
 
 class PretrainData(pl.LightningDataModule):

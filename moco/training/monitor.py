@@ -18,11 +18,10 @@ from torch import nn
 from moco import distributed
 from moco.algorithm import optim
 from moco.config import RunConfig
+from moco.distributed import broadcast_buffers, gather_ragged
+from moco.evaluation.features import extract_features
 from moco.evaluation.knn import (
-    broadcast_buffers,
-    extract_features,
     few_shot_accuracy,
-    gather_ragged,
     knn_predict,
 )
 from moco.images.labelled import LabelledData

@@ -8,12 +8,11 @@ import torchvision
 from torch import nn
 from torch.nn import functional
 
+from moco.algorithm.batch_norm import SplitBatchNorm, set_batch_norm
 from moco.algorithm.encoder import (
     TORCHVISION_RESNETS,
-    SplitBatchNorm,
     build_backbone,
     build_encoder,
-    set_batch_norm,
 )
 from moco.config import ModelConfig, UserError
 

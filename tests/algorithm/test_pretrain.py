@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from moco import distributed
 from moco.algorithm import pretrain
+from moco.algorithm.batch import Batch
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, OptimConfig
-from moco.images.loader import Batch
 
 SIZE, STEPS, PER_RANK = 16, 10, 8
 MODEL = ModelConfig(

@@ -12,7 +12,8 @@ from torch import nn
 from moco import distributed
 from moco.config import UserError
 from moco.evaluation import search
-from moco.evaluation.knn import extract_features, few_shot_accuracy, knn_predict, vote
+from moco.evaluation.features import extract_features
+from moco.evaluation.knn import few_shot_accuracy, knn_predict, vote
 from moco.evaluation.search import nearest, nearest_sharded
 
 ROOT = Path(__file__).parents[2]

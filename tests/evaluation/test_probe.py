@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from moco.config import DataConfig, UserError
-from moco.evaluation.finetune import Labelled, RandomCrops, train_linear, train_whole
+from moco.evaluation.finetune import train_linear, train_whole
 from moco.evaluation.probe import (
     SWEEP,
     LinearProbe,
@@ -20,6 +20,7 @@ from moco.evaluation.probe import (
     read_rates,
 )
 from moco.evaluation.subject import checksum
+from moco.images.labelled import Labelled, RandomCrops
 from moco.images.sources import ImageSource
 
 DATA = DataConfig(dataset="digits", channels=3, image_size=8, flip=0.5)

@@ -1,0 +1,84 @@
+"""Kinds of BatchNorm: over one device's batch, over groups of it, or over all devices.
+
+Shapes: N images per device, C channels, H W pixels, G BatchNorm groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+
+
+class SplitBatchNorm:
+    """BatchNorm over G groups of the batch, as if on G devices; in eval mode what it was before.
+
+    On one device a permutation inside the only group would hide nothing: the keys need groups other
+    than the queries'. Mixed into the class of an existing layer, so it serves timm's BatchNorm with
+    activation too, on any memory format. The running statistics are the mean over the groups.
+    """
+
+    num_splits: int
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(images)
+        assert len(images) % self.num_splits == 0, f"{len(images)} in {self.num_splits} groups"
+        one_kernel = torch.compiler.is_compiling()
+        images = self._fused(images) if one_kernel else self._group_by_group(images)
+        if self.running_mean is not None:
+            self.num_batches_tracked.add_(1)
+        for name in ("drop", "act"):  # of timm's BatchNormAct2d
+            images = getattr(self, name)(images) if hasattr(self, name) else images
+        return images
+
+    def _group_by_group(self, images: Tensor) -> Tensor:
+        """Call the library's BatchNorm once per group: the fastest without a compiler."""
+        groups, mean, var = self.num_splits, self.running_mean, self.running_var
+        tracked = mean is not None
+        means = mean.repeat(groups, 1) if tracked else [None] * groups
+        variances = var.repeat(groups, 1) if tracked else [None] * groups
+        settings = (self.weight, self.bias, True, self.momentum, self.eps)
+        parts = zip(images.chunk(groups), means, variances, strict=True)
+        normed = torch.cat([batch_norm(part, m, v, *settings) for part, m, v in parts])
+        if tracked:
+            with torch.no_grad():
+                mean.copy_(means.mean(0))
+                var.copy_(variances.mean(0))
+        return normed
+
+    def _fused(self, images: Tensor) -> Tensor:
+        """Say it in operations that a compiler fuses: one pass for the statistics, one to apply."""
+        groups, batch = self.num_splits, images.shape
+        precise = torch.promote_types(images.dtype, torch.float32)
+        grouped = images.view(groups, -1, *batch[1:]).to(precise)  # G N/G C H W, in any format
+        var, mean = torch.var_mean(grouped, (1, 3, 4), correction=0)  # G C
+        scale = torch.rsqrt(var + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        if self.running_mean is not None:
+            with torch.no_grad():
+                count = grouped[0].numel() // batch[1]
+                unbiased = var.mean(0) * (count / (count - 1))
+                self.running_mean.lerp_(mean.mean(0).to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        normed = grouped * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+        return normed.to(images.dtype).view(batch)
+
+
+def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
+    """Make every BatchNorm of an encoder `plain`, `split` or `sync`, in place; weights and keys
+    stay.
+
+    Returns:
+        The module, which for `sync` may be another object.
+    """
+    if kind == "sync":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if kind == "split":
+        for child in module.modules():
+            if isinstance(child, nn.BatchNorm2d):
+                kind_of = type(child)
+                child.__class__ = type(f"Split{kind_of.__name__}", (SplitBatchNorm, kind_of), {})
+                child.num_splits = num_splits
+    return module

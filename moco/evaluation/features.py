@@ -1,0 +1,53 @@
+"""Features: what a network makes of images, on this rank, checked to be finite.
+
+Shapes: N images of a batch, M images of this rank, D feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moco.config import UserError
+
+
+@torch.no_grad()
+def extract_features(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Run a network in eval mode over batches of images.
+
+    Args:
+        network: Images to N x D features; its training mode is put back afterwards.
+        batches: Images and labels, as `LabelledData.batches` yields them.
+
+    Returns:
+        Features M x D float32, not normalised, and labels M, of this rank's share.
+
+    Raises:
+        UserError: There is no batch, or a feature is not finite.
+    """
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    features, labels = [], []
+    for images, target in batches:
+        features.append(network(images).float())
+        labels.append(target)
+    for module, mode in training.items():
+        module.training = mode
+    if not features:
+        raise UserError("there are no images to take features of: check data.root")
+    check_finite(features := torch.cat(features), "the encoder's features")
+    return features, torch.cat(labels)
+
+
+def check_finite(features: Tensor, name: str) -> None:
+    """Raise UserError when rows of N x D features hold NaN or infinity."""
+    bad = sum(int((~part.isfinite().all(1)).sum()) for part in features.split(2**16))
+    if bad:
+        raise UserError(
+            f"{name} hold NaN or infinity in {bad} of {len(features)} rows: take a checkpoint from "
+            "before the run diverged, and check data.mean and data.std"
+        )
