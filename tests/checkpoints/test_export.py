@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from test_checkpoint import (
+from test_load import (
     Bomb,
     broken_files,
     distance,
