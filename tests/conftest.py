@@ -1,6 +1,8 @@
 """What every test runs under: one thread, no network, real images only where they are given."""
 
+import logging
 import os
+import shutil
 
 # Before torch is imported: it reads them once.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -12,8 +14,11 @@ os.environ.pop("WANDB_API_KEY", None)
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from pictures import write_pictures
 from ranks import Ranks
 
 torch.set_num_threads(1)
@@ -36,3 +41,53 @@ def two_ranks():
     ranks = Ranks(2)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """Run the test in a temporary directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """48 colour images of 20 pixels."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    write_pictures(root, [f"{i:02d}.jpg" for i in range(48)], rng)
+    return root
+
+
+@pytest.fixture
+def copied(images, tmp_path):
+    """A copy of the images, to be damaged."""
+    return shutil.copytree(images, tmp_path / "images")
+
+
+@pytest.fixture
+def said():
+    """The lines that a run says."""
+
+    class Keep(logging.Handler):
+        def emit(self, record) -> None:
+            lines.append(record.getMessage())
+
+    lines: list[str] = []
+    handler, logger = Keep(), logging.getLogger("moco")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def with_callback(monkeypatch):
+    """Add a callback to the next run, behind its own."""
+    from moco.training import run
+
+    def add(callback: pl.Callback) -> None:
+        trainer = run._Run.trainer
+        monkeypatch.setattr(
+            run._Run, "trainer", lambda self, found, step: trainer(self, [*found, callback], step)
+        )
+
+    return add

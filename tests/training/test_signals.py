@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from processes import finish, start
-from test_faults import TINY, images, in_tmp, run_tiny  # noqa: F401
+from runs import TINY, run_tiny
 
 import train
 from moco.images import loader
 from moco.training import saving
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 SIGTERM_IN_A_READING = """
 import os, signal, time
@@ -31,7 +33,7 @@ cli.run_main(train.main)
 """
 
 
-def test_no_handler_is_left_after_a_run(images):  # noqa: F811
+def test_no_handler_is_left_after_a_run(images):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
     before = [signal.getsignal(number) for number in numbers]
     run_tiny(images, "--trainer.max_steps", "1")
@@ -50,7 +52,7 @@ def test_a_signal_during_the_first_reading_stops_after_the_first_step(tmp_path):
     assert last["global_step"] == 1
 
 
-def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):  # noqa: F811
+def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):
     run_tiny(images)
     kept: list[tuple[str, set[str]]] = []
     tidy = saving.Checkpoints._tidy
@@ -67,7 +69,7 @@ def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):  # noqa:
     assert all(name in names for name, names in kept)
 
 
-def test_a_save_that_failed_is_not_told_as_one(images, monkeypatch):  # noqa: F811
+def test_a_save_that_failed_is_not_told_as_one(images, monkeypatch):
     """An error between two steps, on a disk that has just filled up."""
     said: list[str] = []
     monkeypatch.setattr(saving.log, "info", lambda text, *values: said.append(text))

@@ -1,0 +1,126 @@
+"""Worker processes that die, hang or find no shared memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from processes import ROOT, finish
+from runs import STREAMED, TINY, assert_same_end, error_line, load, run_tiny
+
+import train
+from moco.config import DataConfig, RunError, UserError
+from moco.images import workers
+from moco.training import run
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+class KillWorker(pl.Callback):
+    """Kill a worker of the run once a step has been trained."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            workers = trainer.datamodule.loader._workers._iterator._workers
+            os.kill(workers[0].pid, self.number)
+            workers[0].join(5 if self.number == signal.SIGKILL else 0)
+
+
+def test_a_killed_worker_ends_the_run_with_its_state_saved(images, with_callback):
+    arguments = [*STREAMED, "--run.checkpoint_every", "100", "--trainer.max_epochs", "4"]
+    run_tiny(images, *arguments, run_dir="whole")
+    with pytest.MonkeyPatch.context() as patch:
+        trainer = run._Run.trainer
+        killer = KillWorker(4, signal.SIGKILL)
+        patch.setattr(run._Run, "trainer", lambda s, found, n: trainer(s, [*found, killer], n))
+        with pytest.raises(RunError, match=r"worker process \d+ of 2 .* killed by signal 9") as e:
+            run_tiny(images, *arguments)
+    assert "data.num_workers" in str(e.value)
+    step = load("run/checkpoints/last.ckpt")["global_step"]
+    assert 4 <= step < 12, "saved after the step in which the worker died"
+    assert train.main(["--resume", "run"])["steps"] == 12
+    assert_same_end("whole", "run")
+
+
+def test_a_hung_worker_does_not_hold_the_run_for_ever(images, with_callback):
+    with_callback(KillWorker(1, signal.SIGSTOP))
+    begin = time.monotonic()
+    with pytest.raises(RunError, match=r"no worker delivered a batch within data.worker_timeout"):
+        run_tiny(images, *STREAMED, "--data.worker_timeout", "1", "--trainer.max_epochs", "20")
+    assert time.monotonic() - begin < 60
+    assert load("run/checkpoints/last.ckpt")["global_step"] >= 1
+
+
+def test_a_worker_out_of_shared_memory_says_so_with_the_state_saved(images, with_callback):
+    """It dies of SIGBUS, as where it writes to a page that /dev/shm has no room for."""
+    with_callback(KillWorker(2, signal.SIGBUS))
+    with pytest.raises(RunError, match=r"shared memory is exhausted .*data.num_workers.*shm-size"):
+        run_tiny(images, *STREAMED, "--trainer.max_epochs", "20")
+    assert load("run/checkpoints/last.ckpt")["global_step"] >= 2
+
+
+FULL_SHARED_MEMORY = """
+import os, shutil, subprocess, sys, threading, time
+def fill():
+    while not os.path.exists("run/checkpoints/last.ckpt"):
+        time.sleep(0.05)
+    with open("/dev/shm/ballast", "wb", buffering=0) as file:
+        while True:  # also what batches give back
+            try:
+                file.write(bytes(4096))
+            except OSError:
+                time.sleep(0.001)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "/dev/shm"], check=True)
+threading.Thread(target=fill, daemon=True).start()
+sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
+"""
+
+
+def test_shared_memory_that_fills_up_ends_the_run_in_one_line(images, tmp_path):
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no right to a mount namespace of its own")
+    script = tmp_path / "full.py"
+    script.write_text(FULL_SHARED_MEMORY)
+    process = subprocess.Popen(
+        ["unshare", "-m", sys.executable, str(script), str(ROOT / "train.py"), *TINY, *STREAMED,
+         "--data.root", str(images), "--run.dir", "run", "--trainer.max_epochs", "5000",
+         "--data.batch_size", "48", "--model.queue_size", "48"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    code, _, err = finish(process, timeout=100)
+    assert code == 1, err
+    assert "shared memory is exhausted" in error_line(err)
+    assert load("run/checkpoints/last.ckpt")["global_step"] >= 1
+
+
+def test_a_child_that_ends_is_not_taken_for_a_late_worker(images):
+    """A signal of another child's end, while a batch is awaited in good time."""
+    iterator = workers.fetched(torch.utils.data.DataLoader([1, 2, 3], num_workers=1), 60)
+    next(iterator)
+    workers._Fetching.now = True
+    workers._when_fetching(signal.SIGCHLD, None)
+    workers._Fetching.deadline = 0
+    with pytest.raises(RuntimeError, match="timed out"):
+        workers._when_fetching(signal.SIGCHLD, None)
+    workers._Fetching.now = False
+    workers._when_fetching(signal.SIGCHLD, None)
+    assert len(list(iterator)) == 2
+
+
+def test_workers_that_would_not_fit_into_shared_memory_are_refused(images, monkeypatch):
+    one = 5 * 16 * 2 * 3 * 16 * 16  # prefetched batches of one worker
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: one + 1)
+    with pytest.raises(UserError, match=r"data.num_workers is 2: .* MiB free: set it to 1"):
+        run_tiny(images, *STREAMED)
+    config = DataConfig(image_size=16, batch_size=16, num_workers=-1)
+    assert workers.fitting_workers(config, 8, 1, 1) == 1

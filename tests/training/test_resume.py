@@ -1,0 +1,135 @@
+"""Resuming: with other ranks and workers, from a torn file, twice, after kills."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT, finish, start
+from runs import TINY, assert_same_end, at, load, run_tiny
+
+import train
+from moco.config import UserError
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+RANKS = ["--trainer.max_epochs", "1", "--model.key_bn", "shuffle"]
+
+
+def _main_on_rank(arguments: list[str], folder: str) -> dict:
+    """Run train.py's main on each rank, as under torchrun."""
+    from test_pretrain import _as_rank
+
+    _as_rank()
+    os.chdir(folder)
+    multiprocessing.current_process()._config["daemon"] = False  # so that it may have workers
+    return train.main(arguments)
+
+
+@pytest.mark.parametrize("resident", ["memory", "off"])
+def test_two_ranks_resume_to_the_same_bits(images, two_ranks, tmp_path, resident):
+    arguments = [*TINY, *RANKS, "--data.root", str(images), "--data.resident", resident]
+    arguments += ["--data.num_workers", "1", "--run.dir", "whole"]
+    two_ranks.run(_main_on_rank, arguments, str(tmp_path))
+    Path("run/checkpoints").mkdir(parents=True)
+    shutil.copy("whole/config.yaml", "run/config.yaml")
+    shutil.copy("whole/checkpoints/step_000000001.ckpt", "run/checkpoints/last.ckpt")
+    # A worker each before, none now: neither workers nor the stop leave a trace.
+    resumed = ["--resume", "run", "--data.num_workers", "0"]
+    result, other = two_ranks.run(_main_on_rank, resumed, str(tmp_path))
+    assert (result["steps"], other) == (3, {})
+    assert_same_end("whole", "run")
+
+
+def test_streamed_resume_with_other_numbers_of_workers(images):
+    run_tiny(images, "--data.resident", "off", "--data.num_workers", "0", run_dir="whole")
+    for step, count in ((2, 2), (4, 1)):
+        shutil.copytree("whole", f"from{step}")
+        path = f"from{step}/checkpoints/step_{step:09d}.ckpt"
+        train.main(["--resume", path, "--data.num_workers", str(count)])
+        assert_same_end("whole", f"from{step}")
+
+
+def test_a_torn_last_checkpoint_falls_back_to_the_one_before(images):
+    run_tiny(images, run_dir="whole")
+    shutil.copytree("whole", "run")
+    newest, last = Path("run/checkpoints/step_000000006.ckpt"), Path("run/checkpoints/last.ckpt")
+    last.unlink()
+    os.link(newest, last)  # as the run leaves them: one file, two names, torn together
+    os.truncate(last, last.stat().st_size // 2)
+    assert train.main(["--resume", "run"])["steps"] == 6
+    assert_same_end("whole", "run")
+    assert at(6)["global_step"] == 6, "the torn file is replaced"
+
+
+def test_resuming_twice_from_the_end_of_an_epoch(images):
+    run_tiny(images, "--trainer.max_epochs", "3", run_dir="whole")
+    shutil.copytree("whole", "run")
+    for step in (3, 4, 6):
+        for path in Path("run/checkpoints").glob("step_*.ckpt"):
+            if int(path.stem[5:]) > step:
+                path.unlink()
+        train.main(["--resume", f"run/checkpoints/step_{step:09d}.ckpt"])
+        assert_same_end("whole", "run")
+
+
+def test_a_short_torture():
+    """Five kills at random moments; `make torture` takes thirty and more."""
+    words = ["--kills", "5", "--epochs", "6"]
+    code, out, err = finish(start(*words, script=ROOT / "tests/torture.py"), timeout=115)
+    assert code == 0, err
+    assert out.startswith("5 kills")
+
+
+def test_old_checkpoints_are_pruned(images):
+    run_tiny(images, "--run.keep_checkpoints", "2")
+    kept = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert kept == ["last.ckpt", "step_000000005.ckpt", "step_000000006.ckpt"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "shorter", "binary"])
+def test_a_missing_or_damaged_config_is_one_line(images, damage):
+    run_tiny(images, "--trainer.max_steps", "1")
+    path = Path("run/config.yaml")
+    content = path.read_text()
+    if damage == "missing":
+        path.unlink()
+    else:
+        half = content[: len(content) // 2].rpartition("\n")[0]
+        damaged = {"binary": b"\xff\x00\x01", "cut": b"model: {back", "shorter": half.encode()}
+        path.write_bytes(damaged[damage])
+    with pytest.raises(UserError, match=r"run/config.yaml is (missing|damaged): put it back"):
+        train.main(["--resume", "run"])
+    Path("mine.yaml").write_text(content)
+    assert train.main(["--resume", "run", "--config", "mine.yaml"])["steps"] == 1
+
+
+def test_another_data_set_is_refused(copied):
+    run_tiny(copied)
+    (copied / "47.jpg").unlink()
+    with pytest.raises(UserError, match=r"the data set holds 47 images, the run has 48"):
+        train.main(["--resume", "run"])
+    (copied / "other.jpg").write_bytes((copied / "00.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"48 images as the run has, but others"):
+        train.main(["--resume", "run"])
+
+
+def test_settings_of_a_run_name_no_place_to_write(images, tmp_path):
+    """A run that was sent by someone is gone on with where it lies, whatever its settings say."""
+    run_tiny(images, "--trainer.max_epochs", "1")
+    Path("run").rename("sent")
+    elsewhere, config = tmp_path / "elsewhere", Path("sent/config.yaml")
+    config.write_text(config.read_text().replace("dir: run", f"dir: {elsewhere}"))
+    state = load("sent/checkpoints/step_000000002.ckpt")
+    state["config"]["run"]["dir"] = str(elsewhere)
+    shutil.rmtree("sent/checkpoints")
+    Path("sent/checkpoints").mkdir()
+    torch.save(state, "sent/checkpoints/last.ckpt")
+    assert train.main(["--resume", "sent"])["steps"] == 3
+    assert load("sent/checkpoints/last.ckpt")["global_step"] == 3
+    assert f"dir: {elsewhere}" in config.read_text()
+    assert not elsewhere.exists() and not Path("run").exists()
