@@ -5,30 +5,22 @@ from __future__ import annotations
 import ast
 import inspect
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-
-from moco.training.ranks import RankLauncher
 
 ROOMS = sorted((Path(__file__).parent.parent / "moco").rglob("*.py"))
 # Private names of others that the rooms use; each is exercised below or by the test that is named.
 KNOWN = {
     "_C._error_if_any_worker_fails",  # workers
-    "_SubprocessScriptLauncher",  # ranks
     "_actions",  # cli, of argparse
-    "_call_children_scripts",  # ranks
     "_exit",  # os, public in spite of its name
     "_foreach_copy_",
     "_foreach_lerp_",
     "_foreach_norm",
     "_is_avx512_bf16_supported",
     "_iterator",  # workers, of a DataLoader
-    "_launcher",  # ranks, of a strategy
     "_num_ready_batches_reached",  # saving, monitor
     "_triton",  # decide
     "_workers",  # workers, of a DataLoader's iterator
@@ -98,20 +90,8 @@ def test_fused_optimisers_skip_an_update_whose_found_inf_is_1(make, state, devic
 
 
 def test_names_of_lightning():
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=DDPStrategy(), logger=False,
-        enable_checkpointing=False,
-    )  # fmt: skip
-    assert isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert callable(trainer.fit_loop.epoch_loop._num_ready_batches_reached)
-    RankLauncher.replace(trainer.strategy)
-    assert type(trainer.strategy.launcher) is RankLauncher
-    assert trainer.strategy.launcher.procs == []
-    theirs = inspect.signature(_SubprocessScriptLauncher.launch).parameters
-    assert list(theirs) == ["self", "function", "args", "trainer", "kwargs"]
-    assert callable(_SubprocessScriptLauncher._call_children_scripts)
-    RankLauncher.replace(single := SimpleNamespace(launcher=None))
-    assert single.launcher is None
 
 
 def test_lightning_asks_all_ranks_about_sigterm_where_it_is_told_not_to():

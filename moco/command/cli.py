@@ -22,7 +22,11 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from moco.command import launch
 from moco.config import RunError, UserError
+
+# Seconds that a rank waits before it tells an error, so that the right rank is heard.
+CONSEQUENCE_S, LAST_WORD_S = 2.0, 30.0
 
 
 def build_parser(description: str, config: type, extras: dict[str, dict[str, Any]]) -> Any:
@@ -240,25 +244,31 @@ _PLAIN_TYPES = (
 
 
 def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
-    """Run a script's main: print its result as one JSON line, or the error as one line with exit
-    code 2.
+    """Run a command's main: print its result as one JSON line, or its error as one line, and exit.
+
+    Where several ranks raise the same error, rank 0 tells it; a rank tells a `local` one itself.
     """
+    launch.end_with_launcher()
     try:
         result = main(sys.argv[1:])
-    except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
-            print(f"error: {_fold(error)}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
+    except (UserError, RunError) as error:
         rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-        if rank == 0 or error.local:
-            print(f"error: {'' if rank == 0 else f'rank {rank}: '}{_fold(error)}", file=sys.stderr)
-        sys.exit(1)
+        local = getattr(error, "local", False)
+        if local or rank:
+            # The death of another rank may have caused a local error; rank 0 tells a common one,
+            # and may have to save or to close wandb before.
+            launch.wait_for_others(CONSEQUENCE_S if local else LAST_WORD_S)
+        if local or not rank:
+            launch.say(f"error: {f'rank {rank}: ' if rank else ''}{_fold(error)}")
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
+        launch.say("stopped by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except Exception:
+        launch.wait_for_others(CONSEQUENCE_S)
+        raise
     signal_number = result.pop("stopped_by", 0) if result else 0
     if result:
         print(json.dumps(result), flush=True)

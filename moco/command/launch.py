@@ -1,166 +1,139 @@
-"""What the evaluation scripts do before torch is there: options, quick checks, and several
-processes.
+"""Ranks: several processes of one command line, started and watched by torchrun's library.
 
-`judge_main` is their whole main; with `--devices N` it starts itself N times and ends as they end.
+The process that the user called becomes the launcher. It starts the ranks, passes signals on to
+them and ends with the exit code of the first rank that failed. Under torchrun and SLURM, which
+start the ranks themselves, this room starts nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import contextlib
+import json
+import logging
 import os
-import socket
-import subprocess
+import signal
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from typing import Any
 
-from moco.command import cli
-from moco.config import (
-    DataConfig,
-    EvalDataConfig,
-    JudgeConfig,
-    KNNConfig,
-    LinearConfig,
-    UserError,
-    check_ranges,
-)
+from moco.config import RunError
 
-Settings = tuple[JudgeConfig, Any, Callable[[dict[str, Any]], DataConfig]]
+_ROLE = "moco"  # torchrun's own ranks have another role
 
 
-def judge_main(script: str, argv: Sequence[str], kind: type, about: str) -> Settings:
-    """Parse and check a command line; under `--devices N`, start N processes and do not come back.
+def start_ranks(count: int, remedy: str) -> None:
+    """Start `count` ranks of this command line and exit as they do; return where there is one.
 
     Args:
-        script: File to start again.
-        kind: LinearConfig or KNNConfig.
-        about: First line of the help.
-
-    Returns:
-        Common settings, the script's own, and what reads data settings given the checkpoint's as
-        defaults.
+        count: Ranks on this machine.
+        remedy: What the user can do when a rank was killed.
 
     Raises:
-        UserError: Wrong settings, or no such checkpoint.
+        SystemExit: In the launcher, always, unless a rank was killed.
+        RunError: A rank was killed.
     """
-    parser = cli.build_parser(about, EvalDataConfig, flat_options(JudgeConfig, kind))
-    parser.usage = "%(prog)s --checkpoint FILE [--OPTION VALUE ...] [--data.FIELD VALUE ...]"
-    config, extra = cli.parse(parser, EvalDataConfig, argv)
-    judge, own = take(JudgeConfig, extra), take(kind, extra)
-    for settings in (config, judge, own):
-        check_ranges(settings)
-    check_linear(own) if kind is LinearConfig else check_knn(own)
-    if not judge.checkpoint:
-        raise UserError(
-            "checkpoint is empty: give a file, as in --checkpoint RUN/checkpoints/last.ckpt"
-        )
-    if "://" not in judge.checkpoint and not os.path.exists(judge.checkpoint):
-        raise UserError(f"checkpoint {judge.checkpoint} does not exist: check the path")
-    if judge.devices > 1 and not is_launched():
-        launch(script, argv, judge.devices)
-
-    def read_data(stored: dict[str, Any]) -> DataConfig:
-        known = {item.name for item in dataclasses.fields(DataConfig)}
-        defaults = {f"data.{name}": value for name, value in stored.items() if name in known}
-        parser.set_defaults(defaults)
-        return cli.parse(parser, EvalDataConfig, argv)[0].data
-
-    return judge, own, read_data
+    if count > 1 and "RANK" not in os.environ:
+        sys.exit(_launch(count, remedy))
 
 
-def check_linear(config: LinearConfig) -> None:
-    """Raise UserError for rates and milestones that make no sense."""
-    if any(not (math.isfinite(rate) and rate > 0) for rate in config.learning_rates):
-        raise UserError(f"learning_rates is {config.learning_rates}: give positive numbers")
-    if config.milestones != sorted(config.milestones):
-        raise UserError(f"milestones is {config.milestones}: list the epochs in rising order")
+def end_with_launcher() -> None:
+    """In a rank, watch the launcher: when it is gone, nothing else would end the rank."""
+    if _is_rank():
+        launcher = int(os.environ["TORCHELASTIC_RUN_ID"])
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
 
 
-def check_knn(config: KNNConfig) -> None:
-    """Raise UserError for empty or senseless lists."""
-    for name in ("k", "shots"):
-        values = getattr(config, name)
-        if not values or min(values) < 1:
-            raise UserError(
-                f"{name} is {values}: give whole numbers from 1 up, as in --{name} [10]"
-            )
+def say(line: str) -> None:
+    """Print a last line on standard error; a rank hands it to its launcher, which prints one."""
+    if _is_rank():
+        report = {"message": line, "timestamp": int(time.time())}  # as the library reads it
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+            json.dump(report, file)
+    else:
+        print(line, file=sys.stderr)
 
 
-def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
-    """Turn the fields of dataclasses into options without a group, as `build_parser` takes them."""
-    options = {}
-    for kind in kinds:
-        hints = get_type_hints(kind)
-        for item in dataclasses.fields(kind):
-            fresh = item.default is dataclasses.MISSING
-            options[item.name] = {
-                "type": hints[item.name],
-                "default": item.default_factory() if fresh else item.default,
-                "help": cli.option_help(item.metadata),
-            }
-    return options
+def wait_for_others(seconds: float) -> None:
+    """Let another rank fail first; torchrun's library then ends this one before it has spoken."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(seconds)
 
 
-def take(kind: type, values: dict[str, Any]) -> Any:
-    """Build a dataclass from those values that are its fields."""
-    return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+def _is_rank() -> bool:
+    """Tell whether a launcher of this room started this process."""
+    return os.environ.get("ROLE_NAME") == _ROLE
 
 
-def is_launched() -> bool:
-    """Tell whether this process is one of several already, under torchrun or `launch`."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _watch(launcher: int) -> None:
+    """End this process as soon as the launcher is no longer its parent."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(1)
 
 
-def launch(script: str, argv: Sequence[str], count: int) -> None:
-    """Run `script` in `count` processes and end as they end; if one fails, the others are stopped.
-
-    Raises:
-        SystemExit: Always; 0, or the code of the first process that failed.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-    }
-    threads = str(max(1, (os.cpu_count() or 1) // count))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, *argv],
-            env={"OMP_NUM_THREADS": threads}
-            | os.environ
-            | shared
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
-    ]
-    try:
-        sys.exit(_wait(processes))
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            process.wait()
-
-
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Return 0 when all are done, or the first failure's code once rank 0 had time to say why."""
-    while True:
-        codes = [process.poll() for process in processes]
-        failed = [code for code in codes if code]
-        if failed and codes[0] is None:
-            try:
-                return processes[0].wait(timeout=5) or failed[0]
-            except subprocess.TimeoutExpired:
-                return abs(failed[0])
-        if failed:
-            return abs(codes[0] or failed[0])
-        if all(code == 0 for code in codes):
+def _launch(count: int, remedy: str) -> int:
+    """Run the ranks to their end and return the exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        agent = _build_agent(count, folder)
+        passed_on = _pass_signals_on(agent)
+        failures = agent.run().failures
+        if not failures:
             return 0
-        time.sleep(0.05)
+        rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+        if -first.exitcode in passed_on:  # the signal came before the rank could handle it
+            return 128 - first.exitcode
+        if first.exitcode < 0:
+            raise RunError(
+                f"rank {rank} (process {first.pid}) was killed by signal {-first.exitcode}, so the "
+                f"others are ended: {remedy}"
+            )
+        if os.path.isfile(first.error_file):
+            print(first.message, file=sys.stderr)
+        return first.exitcode
+
+
+def _build_agent(count: int, folder: str) -> Any:
+    """Build what starts and watches the ranks; they leave their last lines in `folder`."""
+    from torch.distributed.elastic.agent.server import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    # The library logs and handles signals in its own way: its lines would stand beside the ranks',
+    # and a rank that takes more than 30 s to save after a signal would be killed.
+    logging.disable(logging.CRITICAL)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    name = str(os.getpid())  # which the ranks find in TORCHELASTIC_RUN_ID
+    meeting = RendezvousParameters("c10d", "localhost:0", name, 1, 1, local_addr="127.0.0.1")
+    words = [word.replace("$", "$$") for word in sys.orig_argv[1:]]  # the library expands $NAME
+    spec = WorkerSpec(
+        role=_ROLE,
+        local_world_size=count,
+        rdzv_handler=get_rendezvous_handler(meeting),
+        entrypoint=sys.executable,
+        args=tuple(words),
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    return LocalElasticAgent(spec, DefaultLogsSpecs(folder))
+
+
+def _pass_signals_on(agent: Any) -> set[int]:
+    """Hand stopping signals to all ranks, and return the set in which those are noted."""
+    passed_on: set[int] = set()
+
+    def pass_on(number: int, frame: Any) -> None:
+        passed_on.add(number)
+        for worker in agent.get_worker_group().workers:
+            if worker.id is None:  # no rank has started yet
+                sys.exit(128 + number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.id, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    return passed_on

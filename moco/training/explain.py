@@ -8,7 +8,6 @@ Shapes: N images per device, K queue, C embedding, S side of a view.
 from __future__ import annotations
 
 import copy
-import time
 import traceback
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.nn.functional import normalize
 
 from moco.algorithm.contrast import info_nce
 from moco.config import DataConfig, RunError
-from moco.training.ranks import end_if_dead
 
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
@@ -54,9 +52,6 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
             local=True,
         )
     if trainer.world_size > 1 and any(words in text for words in _LOST):
-        for _ in range(20):  # the launcher, if it is ours, can tell which
-            end_if_dead(getattr(trainer.strategy.launcher, "procs", []))
-            time.sleep(0.1)
         return RunError(
             f"another rank died or cannot be reached ({text[:120]}): go on with --resume from the "
             "last checkpoint",

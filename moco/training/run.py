@@ -45,7 +45,6 @@ from moco.training.decide import (
 from moco.training.explain import explain
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.monitor import KNNMonitor, Progress, Readings
-from moco.training.ranks import RankLauncher, free_port
 from moco.training.saving import AtomicCheckpointIO, Checkpoints, Signals, requeue
 from moco.training.tracking import finish, loggers
 
@@ -214,7 +213,6 @@ class _Run:
         plugins: list[Any] = [AtomicCheckpointIO()]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # `Checkpoints` does it
-        free_port()
         trainer = pl.Trainer(
             accelerator=accelerator(self.config),
             devices=self.devices,
@@ -236,7 +234,6 @@ class _Run:
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )
-        RankLauncher.replace(trainer.strategy)
         # `Checkpoints` answers signals; Lightning would wait for the device to ask all ranks.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         return trainer
@@ -331,7 +328,7 @@ def _stop_before_training(number: int, frame: Any) -> None:
 
 def _set_threads(config: TrainConfig, devices: int) -> None:
     """Share the cores between the processes; two processes with all cores each would crawl."""
-    if accelerator(config) == "cpu" and devices > 1:
+    if accelerator(config) == "cpu" and devices > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
 
 

@@ -1,0 +1,113 @@
+"""What the commands `knn` and `linear` share: options, and checks that need no encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
+
+from moco.command import cli
+from moco.command.launch import start_ranks
+from moco.config import (
+    DataConfig,
+    EvalDataConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+    UserError,
+    check_ranges,
+)
+
+Settings = tuple[JudgeConfig, Any, Callable[[dict[str, Any]], DataConfig]]
+
+
+def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
+    """Parse and check a command line; with `--devices N`, start N ranks of it.
+
+    Args:
+        argv: The words after the command's name.
+        kind: LinearConfig or KNNConfig.
+        about: First line of the help.
+
+    Returns:
+        Common settings, the command's own, and a function that reads the data settings, given the
+        checkpoint's as defaults.
+
+    Raises:
+        UserError: Wrong settings, no such checkpoint, or more devices than there are.
+    """
+    parser = cli.build_parser(about, EvalDataConfig, flat_options(JudgeConfig, kind))
+    parser.usage = "%(prog)s --checkpoint FILE [--OPTION VALUE ...] [--data.FIELD VALUE ...]"
+    config, extra = cli.parse(parser, EvalDataConfig, argv)
+    judge, own = take(JudgeConfig, extra), take(kind, extra)
+    for settings in (config, judge, own):
+        check_ranges(settings)
+    check_linear(own) if kind is LinearConfig else check_knn(own)
+    if not judge.checkpoint:
+        raise UserError(
+            "checkpoint is empty: give a file, as in --checkpoint RUN/checkpoints/last.ckpt"
+        )
+    if "://" not in judge.checkpoint and not os.path.exists(judge.checkpoint):
+        raise UserError(f"checkpoint {judge.checkpoint} does not exist: check the path")
+    check_devices(judge)
+    start_ranks(judge.devices, "run the command again")
+
+    def read_data(stored: dict[str, Any]) -> DataConfig:
+        known = {item.name for item in dataclasses.fields(DataConfig)}
+        defaults = {f"data.{name}": value for name, value in stored.items() if name in known}
+        parser.set_defaults(defaults)
+        return cli.parse(parser, EvalDataConfig, argv)[0].data
+
+    return judge, own, read_data
+
+
+def check_devices(config: JudgeConfig) -> None:
+    """Raise UserError when there are fewer GPUs, or on a CPU fewer cores, than devices."""
+    if config.devices == 1:
+        return
+    import torch
+
+    gpus = torch.cuda.device_count() if config.accelerator != "cpu" else 0
+    there, kind = (gpus, "GPUs") if gpus else (os.cpu_count() or 1, "CPU cores")
+    if config.devices > there:
+        raise UserError(f"devices is {config.devices} but there are {there} {kind}: lower it")
+
+
+def check_linear(config: LinearConfig) -> None:
+    """Raise UserError for rates that are not positive and milestones that fall."""
+    if any(not (math.isfinite(rate) and rate > 0) for rate in config.learning_rates):
+        raise UserError(f"learning_rates is {config.learning_rates}: give positive numbers")
+    if config.milestones != sorted(config.milestones):
+        raise UserError(f"milestones is {config.milestones}: list the epochs in rising order")
+
+
+def check_knn(config: KNNConfig) -> None:
+    """Raise UserError for lists that are empty or hold numbers below 1."""
+    for name in ("k", "shots"):
+        values = getattr(config, name)
+        if not values or min(values) < 1:
+            raise UserError(
+                f"{name} is {values}: give whole numbers from 1 up, as in --{name} [10]"
+            )
+
+
+def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
+    """Turn the fields of dataclasses into options without a group, as `build_parser` takes them."""
+    options = {}
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            fresh = item.default is dataclasses.MISSING
+            options[item.name] = {
+                "type": hints[item.name],
+                "default": item.default_factory() if fresh else item.default,
+                "help": cli.option_help(item.metadata),
+            }
+    return options
+
+
+def take(kind: type, values: dict[str, Any]) -> Any:
+    """Build a dataclass from those values that are its fields."""
+    return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})

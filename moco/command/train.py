@@ -1,0 +1,64 @@
+"""The command `train`: parse the settings, start a rank per device, and train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moco.command import cli
+from moco.command.launch import start_ranks
+from moco.config import TrainConfig, UserError, check
+from moco.run_directory import find_run, read_config
+
+EXTRAS = {
+    "resume": {
+        "type": str,
+        "default": "",
+        "help": "Go on exactly with a run directory or checkpoint, or `auto`: the latest run",
+    },
+    "init_from": {
+        "type": str,
+        "default": "",
+        "help": "Start a new run from the weights of a checkpoint in any layout",
+    },
+}
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line, train, and return the results."""
+    parser = cli.build_parser("Pretrain an encoder with MoCo.", TrainConfig, EXTRAS)
+    config, extra = cli.parse(parser, TrainConfig, argv)
+    recipe = next((Path(p).stem for p in cli.option_values(argv, "--config")), "")
+    if found := find_run(extra["resume"], config.run.dir) if extra["resume"] else None:
+        # A resumed run starts from its own settings; those on the command line override them, and
+        # `pretrain` checks that the run may go on with them.
+        stored = read_config(found[0], parsed=bool(recipe))
+        if stored:
+            config, extra = cli.parse(parser, TrainConfig, ["--config", str(stored), *argv])
+    check(config)
+    if extra["resume"] and extra["init_from"]:
+        raise UserError(
+            "--resume and --init_from exclude each other: a resumed run has its weights"
+        )
+    _start_ranks(config)
+    from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
+
+    return pretrain(config, extra["resume"], recipe, extra["init_from"])
+
+
+def _start_ranks(config: TrainConfig) -> None:
+    """Start a rank per device, unless SLURM has started this process as one of its tasks."""
+    # Lightning tells the tasks of `srun` in the same way.
+    job = os.environ.get("SLURM_JOB_NAME")
+    if "SLURM_NTASKS" in os.environ and job not in ("bash", "interactive"):
+        return
+    if config.trainer.num_nodes > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes is {config.trainer.num_nodes} but this process runs alone: start "
+            "train.py on every machine with torchrun or srun"
+        )
+    from moco.training.decide import choose_devices
+
+    start_ranks(choose_devices(config), "go on with --resume from the last checkpoint")
