@@ -1,38 +1,55 @@
 # make train   set up and run the main job: digits, about a minute, no download
 # make test    set up and run all tests
+# make test-oldest  the same with the oldest libraries that requirements*.txt allow, in .venv-oldest
 # make torture kill runs 36 times at random moments, resume them, compare how they end
 # make bench   speed on this CPU, side by side with what others do: about 8 minutes
 # make bench-gpu  speed and memory on a GPU, tests first; ARGS="--cifar FOLDER" adds the demo's recipe
 # make lint    style
-# make clean   remove the environment and what runs left
+# make clean   remove the environments and what runs left
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
+UV := $(shell command -v uv)
+PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: train test torture bench bench-gpu lint clean
+.PHONY: train test test-oldest torture bench bench-gpu lint clean
+
+# $(call install,ENVIRONMENT,PACKAGES) installs with uv, which pip brings where it is not there.
+define install
+	$(if $(UV),uv venv --quiet --allow-existing --python $(PYTHON) $(1),$(PYTHON) -m venv $(1))
+	$(if $(UV),,$(1)/bin/python -m pip install --quiet --disable-pip-version-check uv)
+	$(or $(UV),$(1)/bin/uv) pip install --quiet --python $(1)/bin/python $(2)
+endef
 
 # The stamp holds only when every step went through, so an interrupted set-up is repeated.
 $(VENV)/.train: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(call install,$(VENV),-r requirements.txt)
 	touch $@
 
 $(VENV)/.test: requirements.txt requirements-dev.txt requirements-extra.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(call install,$(VENV),-r requirements-dev.txt)
 	touch $(VENV)/.train $@
+
+# Old releases have ready-made files for Python 3.11 and 3.12: make test-oldest PYTHON=python3.11
+$(OLDEST)/.test: requirements.txt requirements-dev.txt requirements-extra.txt
+	$(call install,$(OLDEST),--resolution lowest-direct -r requirements-dev.txt)
+	touch $@
 
 train: $(VENV)/.train
 	$(BIN)/python train.py --config configs/quickstart.yaml
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+test-oldest: $(OLDEST)/.test
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST)
 
 torture: $(VENV)/.test
 	$(BIN)/python tests/torture.py --kills 36
 
 $(VENV)/.bench: $(VENV)/.test benchmarks/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	$(call install,$(VENV),-r benchmarks/requirements.txt)
 	touch $@
 
 bench: $(VENV)/.bench
@@ -51,4 +68,4 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache

@@ -1,29 +1,109 @@
-"""Scripts run from the outside: started in a process group of their own, which is always ended."""
+"""Scripts that run in processes of their own, each in a process group that is always ended.
+
+A script is forked from a server that has imported the libraries, so it starts at once. Like any
+process it has its own memory, signals, output and exit code. What it starts itself imports anew.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LIMIT_S = 600  # the last resort against a hang, far above what a slow and busy machine needs
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytorch_lightning", "timm", "sklearn.datasets", "jsonargparse"])
+
+
+class Script:
+    """A running script, with the part of `subprocess.Popen` that these tests use."""
+
+    def __init__(self, words: tuple[str, ...], cwd: Path | None, env: dict[str, str]) -> None:
+        readers, writers = zip(*(FORKS.Pipe(duplex=False) for _ in range(2)), strict=True)
+        arguments = (writers, words, str(cwd or Path.cwd()), env)
+        self._process = FORKS.Process(target=_run, args=arguments)
+        self._process.start()
+        self.pid: int = self._process.pid
+        self._said = ["", ""]
+        self._threads = [
+            threading.Thread(target=self._read, args=item, daemon=True)
+            for item in enumerate(readers)
+        ]
+        for writer, thread in zip(writers, self._threads, strict=True):
+            writer.close()
+            thread.start()
+
+    def _read(self, number: int, reader: Any) -> None:
+        with open(reader.fileno(), encoding="utf-8", closefd=False) as file:
+            self._said[number] = file.read()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> None:
+        self._process.join()
+
+    def communicate(self, timeout: float = LIMIT_S) -> tuple[str, str]:
+        """Wait until the script and all that share its output have ended; return what they said."""
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(deadline - time.monotonic())
+            if thread.is_alive():
+                raise TimeoutError(f"process {self.pid} still runs after {timeout} s")
+        self.wait()
+        return self._said[0], self._said[1]
+
+
+def _run(writers: list[Any], words: tuple[str, ...], cwd: str, env: dict[str, str]) -> None:
+    """Run a script as `python SCRIPT WORDS` does; runs in the forked process."""
+    os.setsid()
+    for number, writer in enumerate(writers, 1):
+        os.dup2(writer.fileno(), number)
+        writer.close()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = list(words)
+    sys.path[:0] = [os.path.dirname(os.path.abspath(words[0])), str(ROOT)]
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
 
 
 def start(
-    *arguments: str, script: Path = ROOT / "train.py", cwd: Path | None = None, **env: str
-) -> subprocess.Popen:
-    """Start a script; one that a test wrote elsewhere finds the project as those inside do."""
-    path = {} if script.is_relative_to(ROOT) else {"PYTHONPATH": str(ROOT)}
-    return start_command(str(script), *arguments, cwd=cwd, **path | env)
+    *arguments: str, script: Path | str = ROOT / "train.py", cwd: Path | None = None, **env: str
+) -> Script:
+    """Start a script; what it starts finds the project wherever the script lies."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
+    return Script((str(script), *arguments), cwd, dict(env))
 
 
 def start_command(*words: str, cwd: Path | None = None, **env: str) -> subprocess.Popen:
-    """Start Python with the given words."""
+    """Start Python anew with the given words: for what a start or its imports are to show."""
     return subprocess.Popen(
         [sys.executable, *words],
         stdout=subprocess.PIPE,
@@ -35,7 +115,7 @@ def start_command(*words: str, cwd: Path | None = None, **env: str) -> subproces
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str, str]:
+def finish(process: Script | subprocess.Popen, timeout: float = LIMIT_S) -> tuple[int, str, str]:
     """Wait for a process; whatever it leaves of its group is killed."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -44,16 +124,16 @@ def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str, st
     return process.returncode, out, err
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """Kill what is left of a process's group."""
-    try:
+def end_group(process: Script | subprocess.Popen) -> None:
+    """Kill a process and what is left of its group."""
+    if process.poll() is None:
+        process.kill()  # it may not have made its group yet
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
     process.wait()
 
 
-def wait_for(path: str, process: subprocess.Popen, timeout: float = 60) -> None:
+def wait_for(path: str, process: Script | subprocess.Popen, timeout: float = LIMIT_S) -> None:
     """Wait until a process has made a file."""
     deadline = time.monotonic() + timeout
     while not Path(path).exists():

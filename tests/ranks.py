@@ -1,10 +1,7 @@
-"""Two real gloo ranks for tests: a pool of processes that run a function each and send its result
-back.
-"""
+"""Real gloo ranks for tests: a pool of processes that each run a function and return its result."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -12,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 90
+from processes import FORKS, LIMIT_S
 
 
 class Ranks:
@@ -24,12 +21,11 @@ class Ranks:
         self.processes: list[Any] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = Path(self._folder.name) / "store"
         for rank in range(self.world):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, str(store), there))
+            here, there = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(rank, self.world, str(store), there))
             process.daemon = True
             process.start()
             self.pipes.append(here)
@@ -43,9 +39,9 @@ class Ranks:
             pipe.send((function, args))
         results = []
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT_S):
+            if not pipe.poll(LIMIT_S):
                 self.close()
-                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_S} s")
+                raise TimeoutError(f"rank {rank} did not answer within {LIMIT_S} s")
             good, value = pipe.recv()
             if not good:
                 self.close()

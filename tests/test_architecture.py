@@ -1,13 +1,11 @@
 """The shape of the code: who may import whom, what starts without torch, what every room owes."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, finish, start_command
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 FILES = sorted((ROOT / "moco").rglob("*.py"))
 
@@ -138,9 +136,8 @@ def test_scripts_bring_torch_only_when_the_settings_stand(path):
 
 
 def python(code: str) -> None:
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    ended, _, err = finish(start_command("-c", code, cwd=ROOT))
+    assert ended == 0, err
 
 
 def test_import_moco_does_not_import_torch():

@@ -7,18 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import ROOT, finish, start_command
+from processes import ROOT, finish, start
 
 from benchmarks import harness
 from benchmarks.harness import Row
 
 
-def run(name, path, *options, timeout=100):
-    """Run a benchmark; return its last line and its record."""
+def run(name, path, *options):
+    """Run a benchmark as README says it; return its last line and its record."""
     record = path / "record.json"
-    # As README says it: the record holds the command.
-    words = (f"benchmarks/{name}.py", "--json", str(record), *options)
-    code, out, errors = finish(start_command(*words, cwd=ROOT), timeout)
+    script = f"benchmarks/{name}.py"
+    code, out, errors = finish(start("--json", str(record), *options, script=script, cwd=ROOT))
     assert code == 0, errors
     last, record = json.loads(out.splitlines()[-1]), json.loads(record.read_text())
     assert last == {"benchmark": name, **record["results"]}
@@ -47,11 +46,11 @@ def test_ways_take_turns_and_warm_ups_do_not_count():
     assert seconds == {"a": [2, 4], "b": [3, 5]}
 
 
-def test_a_turn_is_timed():
-    import time
-
-    seconds = harness.interleave({"sleep": lambda: time.sleep(0.05)}, rounds=1, warmup=0)
-    assert 0.05 <= seconds["sleep"][0] < 1
+def test_a_turn_is_timed(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    ways = {"way": lambda: now.append(now.pop() + 0.25)}
+    assert harness.interleave(ways, rounds=2, warmup=0) == {"way": [0.25, 0.25]}
 
 
 def test_ratio_is_that_of_medians_and_a_missed_target_is_said(capsys):
@@ -195,8 +194,8 @@ def test_feed(tmp_path):
     last, _ = run("feed", tmp_path, "--rounds", "1", "--images", "2", "--size", "64")
     found = last["two_views"]
     assert len(found) == 5 and rates_are_positive(found)
-    assert found["decode alone"]["median"] > found["ours, worker's part: uint8 cuts"]["median"]
-    assert 0 < found["PIL, finished views"]["share_of_bound"] < 1
+    pil, bound = found["PIL, finished views"], found["decode alone"]
+    assert pil["share_of_bound"] == pytest.approx(pil["median"] / bound["median"], rel=0.01)
 
 
 def test_synthetic_images_weigh_what_photographs_do(tmp_path):
@@ -219,14 +218,12 @@ def test_precision(tmp_path):
     assert rates_are_positive(last["step"]) and last["bounds"]["bf16"] > 0
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.skipif(not find_spec("lightly"), reason="lightly is not installed")
 def test_peers(tmp_path):
     last, _ = run(
         *("peers", tmp_path, "--rounds", "1", "--encoders", "small", "--precisions", "32-true"),
         *("--images", "64", "--small_batch", "16", "--queue", "32", "--small_steps", "1"),
-        *("--limit", "200"),
-        timeout=220,
+        *("--limit", "400"),
     )
     small = last["small"]
     assert small.keys() == {"lightly, fp32", "ours, fp32"} and rates_are_positive(small)

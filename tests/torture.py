@@ -37,7 +37,7 @@ from moco.command import cli
 
 TIMED = ("train/images_per_second", "train/wait_share")
 PARTS = ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step")
-LIMIT_S = 120  # for one process; a hang is a failure
+LIMIT_S = 600  # for one process; a hang is a failure
 EXPECTED = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130,)}
 COMMON = [
     *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),

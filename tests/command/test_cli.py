@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -12,12 +10,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from processes import ROOT, finish, start, start_command
 
 import train
 from moco.command import cli
 from moco.config import DataConfig, TrainConfig, UserError, check
 
-ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
@@ -119,11 +117,9 @@ def test_option_values():
 
 @pytest.fixture(scope="module")
 def help_text() -> str:
-    env = {**os.environ, "COLUMNS": "200"}
-    command = [sys.executable, "train.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == ""
-    return " ".join(done.stdout.split())
+    code, out, err = finish(start("--help", COLUMNS="200"))
+    assert code == 0 and err == ""
+    return " ".join(out.split())
 
 
 def test_help_lists_every_field_with_its_meaning(help_text):
@@ -143,14 +139,13 @@ def test_help_gives_ranges_defaults_and_choices(help_text):
 
 
 def test_print_config_gives_a_recipe_that_says_the_same(recipe):
-    command = [sys.executable, "train.py", "--config", QUICKSTART, "--print_config"]
-    command += ["--model.temperature", "0.3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == ""
+    words = ["--config", QUICKSTART, "--print_config", "--model.temperature", "0.3"]
+    code, out, err = finish(start(*words))
+    assert code == 0 and err == ""
     expected, _ = parse("--config", QUICKSTART, "--model.temperature", "0.3")
     assert expected.model.temperature == 0.3
-    assert parse("--config", recipe(done.stdout))[0] == expected
-    printed = yaml.safe_load(done.stdout)
+    assert parse("--config", recipe(out))[0] == expected
+    printed = yaml.safe_load(out)
     for group, values in dataclasses.asdict(expected).items():
         assert set(printed[group]) == set(values)
 
@@ -343,18 +338,17 @@ COMMANDS = {
     "a misspelt recipe": (["--config", "configs/quikstart.yaml"], "configs/quickstart.yaml"),
     "no number": (["--config", QUICKSTART, "--model.temperature", "warm"], "model.temperature"),
     "a run that is not there": (["--resume", "nowhere"], "--resume nowhere"),
-    "a missing folder": (["--data.root", "nowhere"], "nowhere"),  # this one brings torch
+    "a missing folder": (["--data.root", "nowhere"], "nowhere"),
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_wrong_command_ends_with_2_and_one_line(name):
     argv, part = COMMANDS[name]
-    command = [sys.executable, "train.py", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert part in done.stderr and "Traceback" not in done.stderr
+    code, out, err = finish(start(*argv, cwd=ROOT))
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert part in err and "Traceback" not in err
 
 
 SETTINGS_ALONE = [
@@ -375,10 +369,10 @@ def test_wrong_settings_are_seen_before_torch_is_imported():
         "    except UserError as error: print(error)\n"
         "    assert 'torch' not in sys.modules, argv\n"
     )
-    command = [sys.executable, "-c", code, json.dumps(SETTINGS_ALONE)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == len(SETTINGS_ALONE)
+    process = start_command("-c", code, json.dumps(SETTINGS_ALONE), cwd=ROOT)
+    ended, out, err = finish(process)
+    assert ended == 0, err
+    assert out.count("\n") == len(SETTINGS_ALONE)
 
 
 def test_config_takes_no_plain_data_config():

@@ -1,7 +1,7 @@
 """eval_linear.py and eval_knn.py from the outside: results, files, baselines, errors, two ranks."""
 
 import json
-import sys
+import socket
 from importlib import import_module
 
 import pytest
@@ -12,21 +12,42 @@ from processes import ROOT, finish, start
 from moco.config import UserError
 
 
-def script(name, *arguments, timeout=90):
+def script(name, *arguments, **env):
     """Run a script in a process group of its own; return its code, last line and errors."""
-    process = start(*map(str, arguments), script=ROOT / f"{name}.py", cwd=ROOT)
-    code, out, errors = finish(process, timeout)
+    return result_of(begin(name, *arguments, **env))
+
+
+def begin(name, *arguments, **env):
+    """Start a script in a process group of its own."""
+    return start(*map(str, arguments), script=ROOT / f"{name}.py", cwd=ROOT, **env)
+
+
+def result_of(process):
+    """Wait for a script; return its code, last line and errors."""
+    code, out, errors = finish(process)
     lines = out.strip().splitlines()
     return code, json.loads(lines[-1]) if lines else None, errors
 
 
+def under_torchrun(name, *arguments):
+    """Run a script on two ranks that were told about each other; return what rank 0 says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    told["LOCAL_WORLD_SIZE"] = "2"
+    first, second = (
+        begin(name, *arguments, RANK=rank, LOCAL_RANK=rank, **told) for rank in ("0", "1")
+    )
+    said = result_of(first)
+    code, result, errors = result_of(second)
+    assert (code, result) == (0, None), errors
+    return said
+
+
 def inside(name, *arguments):
-    """Run a script's main in this process, which spares seconds of imports."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        return import_module(name).main(list(map(str, arguments)))
-    finally:
-        sys.path.remove(str(ROOT))
+    """Run a script's main in this process."""
+    return import_module(name).main(list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +120,9 @@ def test_paper_on_two_ranks_scores_as_on_one(checkpoint, tmp_path):
 def test_knn_scores_several_k_and_draws_a_gallery(checkpoint, tmp_path):
     common = ["--checkpoint", checkpoint, "--output", tmp_path, "--k", "[1,20]", "--layer", "head"]
     one = inside("eval_knn", *common)
-    code, two, errors = script("eval_knn", *common, "--devices", 2)
+    code, two, errors = under_torchrun("eval_knn", *common)
     assert code == 0, errors
+    assert (one["devices"], two["devices"]) == (1, 2)
     assert one["by_k"] == two["by_k"] and one["few_shot"] == two["few_shot"]
     assert one["layer"] == "head" and one["feature_dim"] == 16 and one["temperature"] == 0.1
     assert one["baselines"]["raw_pixels"]["by_k"]["1"]["top1"] > 95

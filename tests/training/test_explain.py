@@ -8,8 +8,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import Precision
-from test_pretrain import MODEL, SIZE
-from test_pretrain import make_module as make_module_of_any_precision
+from steps import MODEL, SIZE
+from steps import make_module as make_module_of_any_precision
 
 from moco.config import DataConfig, ModelConfig, RunError
 from moco.training import explain

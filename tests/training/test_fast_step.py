@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_pretrain import MODEL, STEPS, make_batches, make_module, make_views, train
+from steps import MODEL, STEPS, make_batches, make_module, make_views, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.algorithm.pretrain import MoCo

@@ -15,7 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
-from test_pretrain import make_batches, make_module, make_views
+from steps import make_batches, make_module, make_views
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moco.algorithm import pretrain

@@ -85,9 +85,9 @@ def test_weights_that_overflow_reach_no_checkpoint(images):
 
 def _guarded_on_rank(allowed: int, bad_rank: int, what: str):
     """Train four steps on two ranks; at the third, one rank's images or loss are not finite."""
-    from test_pretrain import MODEL, _as_rank, make_batches, make_module, make_views
+    from steps import MODEL, as_rank, make_batches, make_module, make_views
 
-    rank, world = _as_rank()
+    rank, world = as_rank()
     module = make_module(MODEL)
     batches = make_batches(make_views(16, steps=4), world, rank, True, False)
     if rank == bad_rank and what == "images":

@@ -168,7 +168,7 @@ def test_two_devices_train_the_quickstart():
         *SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--model.key_bn", "auto",
         "--trainer.accelerator", "cpu", "--trainer.devices", "2",
     )  # fmt: skip
-    code, out, err = finish(process, timeout=110)
+    code, out, err = finish(process)
     assert code == 0, err
     assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
     assert "key BatchNorm: shuffle (auto: 2 devices" in err
@@ -217,7 +217,7 @@ def test_wrong_input_names_field_value_and_remedy(case, monkeypatch):
 
 def test_wandb_without_a_key_stays_offline_and_leaves_the_last_line_to_the_result():
     process = start(*SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--run.wandb", "true")
-    code, out, err = finish(process, timeout=110)
+    code, out, err = finish(process)
     assert code == 0, err
     assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
     assert list(Path("run/wandb").glob("offline-run-*"))
