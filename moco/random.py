@@ -11,6 +11,7 @@ Shapes: N counters, D draws for each.
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 
 import torch
@@ -29,11 +30,8 @@ def stream_id(seed: int, purpose: str) -> int:
     It is the same in every process. torch.compile cannot trace this function: what is compiled
     gets the number from outside.
     """
-    value = seed & ((1 << 64) - 1)
-    for byte in purpose.encode():
-        value = ((value ^ byte) * 0x100000001B3 + 0x9E3779B97F4A7C15) % (1 << 64)
-        value ^= value >> 29
-    return value - (1 << 64) if value >= 1 << 63 else value
+    digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def uniform(stream: int, counters: Tensor, draws: int) -> Tensor:
