@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from moco import distributed
 from moco.config import DataConfig, normalisation
@@ -19,7 +19,7 @@ from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
 from moco.images.draws import ViewRecipe, centre_crops, crop_stream, draw_crops
 from moco.images.sources import ImageSource
-from moco.images.workers import fetched, ignore_signals, worker_count
+from moco.images.workers import fetched, worker_loader
 from moco.random import permutation
 
 
@@ -79,13 +79,12 @@ class LabelledData:
             for index in mine.split(batch_size):
                 yield index, images[index.to(images.device)]
             return
-        loader = DataLoader(
+        loader = worker_loader(
             _CentreCuts(source, self.config.image_size),
-            batch_size,
+            self.config,
+            batch_size=batch_size,
             sampler=mine.tolist(),
-            num_workers=worker_count(self.config),
             collate_fn=_collate_whole,
-            worker_init_fn=ignore_signals,
         )
         bad = BadFiles(source, 1.0, None)
         for part in fetched(loader, self.config.worker_timeout):
@@ -194,12 +193,7 @@ class RandomCrops:
         source = self.images.source
         dataset = _Cuts(source, self.recipe, self.stream, epoch, self.config.image_size)
         filled = [rows.tolist() for rows in shares if len(rows)]
-        loader = DataLoader(
-            dataset,
-            batch_sampler=filled,
-            num_workers=worker_count(self.config),
-            worker_init_fn=ignore_signals,
-        )
+        loader = worker_loader(dataset, self.config, batch_sampler=filled)
         cuts = fetched(loader, self.config.worker_timeout)
         side = self.config.image_size
         for rows in shares:

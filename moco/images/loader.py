@@ -26,7 +26,7 @@ from moco.images.decode import BadImage
 from moco.images.draws import crop_stream, draw_crops, view_recipe
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
-from moco.images.workers import PREFETCH, end_workers, fetched, ignore_signals, worker_count
+from moco.images.workers import end_workers, fetched, worker_loader
 from moco.random import combine, permutations, stream_id, uniform
 
 _AT_A_TIME = 16  # images that a worker holds decoded
@@ -224,17 +224,13 @@ class StepLoader:
         return crops
 
     def _start_workers(self) -> DataLoader:
-        data = self.data
-        count = worker_count(data.config)
-        return DataLoader(
-            _Cuts(data),
+        return worker_loader(
+            _Cuts(self.data),
+            self.data.config,
+            persistent=True,
             batch_sampler=_Planned(),
-            num_workers=count,
-            persistent_workers=count > 0,
-            prefetch_factor=PREFETCH if count else None,
-            pin_memory=data.device.type == "cuda",
+            pin_memory=self.data.device.type == "cuda",
             collate_fn=_collate_cuts,
-            worker_init_fn=ignore_signals,
         )
 
     def close(self) -> None:
