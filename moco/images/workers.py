@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,7 @@ def _ignore_signals(worker: int) -> None:
 def _worker_error(error: Exception, workers: list[Any], late: bool) -> Exception:
     """Say which worker did what, and what to set; other errors stay what they are."""
     text = str(error)
-    for worker in workers:
-        worker.join(0.1)  # one that was just killed has no exit code yet
+    wait([worker.sentinel for worker in workers], 0.1)  # one just killed has no exit code yet
     dead = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
     for worker in workers:
         worker.kill()
