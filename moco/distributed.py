@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
-from moco.random import permutations
+from moco.random import permutations, stream_id
 
 
 def world_size() -> int:
@@ -65,7 +65,8 @@ def key_order(
     if count % world:
         raise ValueError(f"{count} images per device do not split into {world} equal blocks")
     senders = torch.arange(world, device=device)
-    local = permutations(seed, "shuffle", senders + step * world, count)  # sender, row
+    stream = stream_id(seed, "shuffle")
+    local = permutations(stream, senders + step * world, count)  # sender, row
     order = (local + senders[:, None] * count).view(world, world, count // world)
     return order.transpose(0, 1).flatten()  # receiver, sender, row
 

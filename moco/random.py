@@ -11,6 +11,9 @@ Shapes: N counters, D draws for each.
 
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,19 +23,29 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _MASK_53 = (1 << 53) - 1
 
 
-def uniform(seed: int, purpose: str, counters: Tensor, draws: int) -> Tensor:
+@lru_cache
+def stream_id(seed: int, purpose: str) -> int:
+    """Return the stream that belongs to a seed and a purpose, a signed 64-bit integer.
+
+    It is the same in every process. torch.compile cannot trace this function: what is compiled
+    gets the number from outside.
+    """
+    digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniform(stream: int, counters: Tensor, draws: int) -> Tensor:
     """Draw `draws` independent numbers in [0, 1) for each counter.
 
     Args:
-        seed: The run's seed.
-        purpose: What the numbers are for; other purposes get independent numbers.
+        stream: From `stream_id`: which of many independent streams of numbers is drawn from.
         counters: N int64; what they belong to, for example image indices.
         draws: D.
 
     Returns:
         N x D float32 on the device of `counters`.
     """
-    start = _finalise(counters + _key(seed, purpose))[:, None]
+    start = _finalise(counters + stream)[:, None]
     columns = torch.arange(1, draws + 1, dtype=torch.int64, device=counters.device)
     # Adding 0 of the data keeps torch.compile from multiplying constants beyond 64 bits.
     mixed = _finalise(start + (columns + (start & 0)) * _GOLDEN)
@@ -42,28 +55,19 @@ def uniform(seed: int, purpose: str, counters: Tensor, draws: int) -> Tensor:
 
 def permutation(seed: int, purpose: str, counter: int, size: int) -> Tensor:
     """Return a permutation of 0..size-1 (int64, on the CPU) that belongs to `counter`."""
-    return permutations(seed, purpose, torch.tensor([counter]), size)[0]
+    return permutations(stream_id(seed, purpose), torch.tensor([counter]), size)[0]
 
 
-def permutations(seed: int, purpose: str, counters: Tensor, size: int) -> Tensor:
+def permutations(stream: int, counters: Tensor, size: int) -> Tensor:
     """Return a permutation of 0..size-1 for each counter: N x size int64, on its device."""
     columns = torch.arange(size, dtype=torch.int64, device=counters.device)
-    start = _finalise(counters + _key(seed, purpose))[:, None]
+    start = _finalise(counters + stream)[:, None]
     return torch.argsort(_finalise(start + (columns + 1) * _GOLDEN), dim=1, stable=True)
 
 
 def combine(high: int | Tensor, low: Tensor) -> Tensor:
     """Make one counter of two, such as (epoch, image index); `low` stays below 2**40."""
     return low + (high << 40)
-
-
-def _key(seed: int, purpose: str) -> int:
-    """Hash (seed, purpose) to a signed 64-bit integer, the same in every process."""
-    value = seed & ((1 << 64) - 1)
-    for byte in purpose.encode():
-        value = ((value ^ byte) * 0x100000001B3 + 0x9E3779B97F4A7C15) % (1 << 64)
-        value ^= value >> 29
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _finalise(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import yaml
 from moco.config import TrainConfig, UserError
 
 RUNS = Path("runs")
+VERSION = 2  # of a checkpoint; version 1 stored none and drew other random numbers
 
 # What may differ when a run goes on: where and how it runs, not what it computes.
 _MAY_DIFFER = {

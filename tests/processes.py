@@ -86,7 +86,7 @@ def _run(writers: list[Any], words: tuple[str, ...], cwd: str, env: dict[str, st
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv = list(words)
+    sys.argv, sys.orig_argv = list(words), [sys.executable, *words]
     sys.path[:0] = [os.path.dirname(os.path.abspath(words[0])), str(ROOT)]
     try:
         runpy.run_path(words[0], run_name="__main__")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from moco.random import combine, permutation, uniform
+from moco.random import combine, permutation, stream_id, uniform
 
 COUNT = 40_000
 INDEX = torch.arange(COUNT)
@@ -14,7 +14,7 @@ LEAST = 1e-4  # seeds are fixed: a p-value below this is a fault, not bad luck
 
 
 def column(seed: int = 0, purpose: str = "crop-0", counters: torch.Tensor = INDEX) -> torch.Tensor:
-    return uniform(seed, purpose, counters, 1)[:, 0]
+    return uniform(stream_id(seed, purpose), counters, 1)[:, 0]
 
 
 def p_of_pairs(a: torch.Tensor, b: torch.Tensor, bins: int = 16) -> float:
@@ -26,7 +26,7 @@ def p_of_pairs(a: torch.Tensor, b: torch.Tensor, bins: int = 16) -> float:
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1])
 @pytest.mark.parametrize("purpose", ["crop-0", "colour-1", ""])
 def test_uniform_on_the_unit_interval(seed, purpose):
-    numbers = uniform(seed, purpose, INDEX, 3)
+    numbers = uniform(stream_id(seed, purpose), INDEX, 3)
     assert numbers.shape == (COUNT, 3) and numbers.dtype == torch.float32
     assert numbers.min() >= 0 and numbers.max() < 1
     for draw in numbers.T:
@@ -70,7 +70,7 @@ def test_independent_of(name):
 
 
 def test_draws_of_one_counter_are_independent():
-    numbers = uniform(3, "crop-0", INDEX, 5)
+    numbers = uniform(stream_id(3, "crop-0"), INDEX, 5)
     for a, b in itertools.combinations(numbers.T, 2):
         assert p_of_pairs(a, b) > LEAST
 
@@ -83,21 +83,40 @@ def test_epochs_of_one_image_are_uniform():
 
 
 def test_a_number_belongs_to_its_counter_alone():
-    whole = uniform(5, "crop-0", INDEX[:100], 6)
+    stream = stream_id(5, "crop-0")
+    whole = uniform(stream, INDEX[:100], 6)
     picked = torch.tensor([70, 3, 99])
-    assert torch.equal(uniform(5, "crop-0", picked, 6), whole[picked])
-    assert torch.equal(uniform(5, "crop-0", INDEX[:100], 4), whole[:, :4])
+    assert torch.equal(uniform(stream, picked, 6), whole[picked])
+    assert torch.equal(uniform(stream, INDEX[:100], 4), whole[:, :4])
     state = torch.get_rng_state()
     torch.manual_seed(12345)
-    assert torch.equal(uniform(5, "crop-0", INDEX[:100], 6), whole)
+    assert torch.equal(uniform(stream, INDEX[:100], 6), whole)
     torch.set_rng_state(state)
 
 
 def test_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
-    uniform(0, "crop-0", INDEX[:8], 2)
+    uniform(stream_id(0, "crop-0"), INDEX[:8], 2)
     permutation(0, "order", 0, 8)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+PURPOSES = ("crop-0", "crop-1", "colour-0", "colour-1", "substitute", "order", "shuffle", "probe")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 17, 2**32 - 1])
+def test_no_two_of_purpose_epoch_and_image_share_their_numbers(seed):
+    """The views' draws were one stream once: view 1 had, an epoch later, the crops of view 0."""
+    places = torch.cat([combine(epoch, INDEX) for epoch in range(3)])
+    drawn = [uniform(stream_id(seed, purpose), places, 3).double() for purpose in PURPOSES]
+    first, second, third = (torch.cat(drawn) * 2**24).long().T
+    together = first << 39 | second << 15 | third >> 9  # 63 random bits each
+    assert together.unique().numel() == len(together) == len(PURPOSES) * 3 * COUNT
+
+
+def test_seeds_share_no_stream():
+    ids = {stream_id(seed, purpose) for seed in range(5000) for purpose in PURPOSES}
+    assert len(ids) == 5000 * len(PURPOSES) and all(-(2**63) <= i < 2**63 for i in ids)
 
 
 def test_combine_tells_every_pair_apart():
@@ -137,16 +156,16 @@ def test_the_stream_never_changes():
     """Golden values: a change makes every old run impossible to resume, so make it on purpose."""
 
     def steps(seed, purpose, counters, draws):
-        return (uniform(seed, purpose, counters, draws) * 2**24).long().tolist()
+        return (uniform(stream_id(seed, purpose), counters, draws) * 2**24).long().tolist()
 
     assert steps(0, "crop-0", torch.tensor([0, 1, 12345]), 4) == [
-        [16434738, 11832386, 16441921, 12970361],
-        [6595288, 2640254, 13568094, 15205580],
-        [1738953, 12166176, 1134040, 15130277],
+        [11279920, 14819305, 6540409, 15768365],
+        [14239138, 15662251, 5601470, 3791756],
+        [8302669, 7963882, 13810147, 3476575],
     ]
     assert steps(7, "colour-1", combine(3, torch.tensor([0, 1])), 3) == [
-        [1635643, 11883296, 5923571],
-        [3148711, 1636617, 12682602],
+        [1525736, 3441045, 5334874],
+        [2031924, 6306811, 13763674],
     ]
-    assert permutation(0, "order", 0, 12).tolist() == [3, 7, 1, 10, 9, 2, 4, 8, 11, 0, 5, 6]
-    assert permutation(2**31, "shuffle", 5, 12).tolist() == [6, 0, 8, 4, 7, 1, 3, 2, 5, 9, 11, 10]
+    assert permutation(0, "order", 0, 12).tolist() == [5, 10, 3, 8, 9, 2, 1, 7, 0, 6, 4, 11]
+    assert permutation(2**31, "shuffle", 5, 12).tolist() == [2, 3, 1, 8, 4, 5, 6, 7, 0, 11, 9, 10]

@@ -7,20 +7,25 @@ Shapes: C channels, H W pixels.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL
 from torch import Tensor
 
 # Only these decoders run, whatever a file claims to be: Pillow's EPS reader starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 178_956_970  # where Pillow refuses too: 0.5 GB as RGB, above it a decompression bomb
+TIFF = (".tif", ".tiff")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+for _name in ("PIL.TiffImagePlugin", "tifffile"):  # they log what they raise, and what is mended
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class BadImage(ValueError):
@@ -49,10 +54,8 @@ def decode(path: str, channels: int, max_value: int) -> Tensor:
     with _naming(path):
         if extension(path) == ".npy":
             pixels = _decode_npy(path, channels, max_value)
-        elif _needs_tifffile(path, channels, max_value):
-            pixels = _decode_tiff(path, channels, max_value)
         else:
-            pixels = _decode_pillow(path, channels, max_value)
+            pixels = _decode_image(path, channels, max_value)
         # The one copy: writable, and H W C in memory, as decoders deliver and cuts are fastest.
         return torch.from_numpy(np.array(pixels.transpose(1, 2, 0), order="C")).permute(2, 0, 1)
 
@@ -66,12 +69,15 @@ def image_size(path: str, channels: int = 3) -> tuple[int, int]:
     with _naming(path):
         if extension(path) == ".npy":
             return _bands_first(path, _npy_header(path), channels).shape[1:]
-        tiff = _tiff_header(path)
-        if tiff:
-            return tiff.height, tiff.width
-        with Image.open(path, formats=FORMATS) as image:
-            _check_pixels(path, image.height, image.width)
-            return image.height, image.width
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                _check_pixels(path, image.height, image.width)
+                return image.height, image.width
+        except UnidentifiedImageError:
+            if extension(path) not in TIFF:
+                raise
+        with _open_tiff(path) as file:
+            return _page_size(path, file.pages.first)
 
 
 def shown(path: str) -> str:
@@ -106,33 +112,70 @@ def _naming(path: str) -> Iterator[None]:
         raise BadImage(path, getattr(error, "strerror", None) or reason) from error
 
 
-def _decode_pillow(path: str, channels: int, max_value: int) -> np.ndarray:
-    """Decode with Pillow to C H W uint8; of an animation, the first frame.
+def _decode_image(path: str, channels: int, max_value: int) -> np.ndarray:
+    """Decode to C H W uint8 with Pillow; with tifffile a TIFF that Pillow does not read whole."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_pixels(path, image.height, image.width)
+            if not _loses_bands(path, image, channels, max_value):
+                return _convert(path, image, channels, max_value)
+    except UnidentifiedImageError:
+        if extension(path) not in TIFF:
+            raise
+    with _open_tiff(path) as file:
+        _page_size(path, file.pages.first)
+        _check_bands(path, file.pages.first.samplesperpixel, channels)
+        stack = file.series[0]
+        _bands_first(path, np.broadcast_to(np.uint8(0), stack.shape), channels)  # before it is read
+        pixels = _bands_first(path, stack.asarray(), channels)
+    return _fit_bands(path, to_uint8(pixels, max_value), channels)
+
+
+def _loses_bands(path: str, image: Image.Image, channels: int, max_value: int) -> bool:
+    """Tell whether Pillow would drop bands of a TIFF, or bits of them that `max_value` needs."""
+    if image.format != "TIFF":
+        return False
+    bands = image.tag_v2.get(SAMPLESPERPIXEL, 1)
+    _check_bands(path, bands, channels)
+    deep = bands > 1 and image.tag_v2.get(BITSPERSAMPLE, (1,))[0] > 8 and max_value != 65535
+    no_alpha = bands == channels != len(image.getbands())  # Pillow would call the fourth band alpha
+    return bands > 4 or channels not in (1, 3, 4) or deep or no_alpha
+
+
+def _convert(path: str, image: Image.Image, channels: int, max_value: int) -> np.ndarray:
+    """Bring an image of Pillow's to C H W uint8; of an animation, the first frame.
 
     EXIF orientation is not applied: torchvision's ImageFolder, on which published numbers stand,
     ignores it too.
     """
-    with Image.open(path, formats=FORMATS) as image:
-        _check_pixels(path, image.height, image.width)
-        if max_value != 65535:
-            if len(image.getbands()) > 1 and ";16" in str(image.tile):
-                raise BadImage(
-                    path,
-                    f"has 16 bits a band, which Pillow cuts to 8: max_value {max_value} needs .npy",
-                )
-            if image.tile and image.tile[0][0] == "ppm":
-                max_value = 65535  # the file names its own maximum, and Pillow has applied it
-        if image.mode == "F" or image.mode.startswith("I"):
-            image = Image.fromarray(to_uint8(np.asarray(image), max_value))
-        if channels not in (1, 3, 4) and len(image.getbands()) != channels:
-            raise _other_bands(path, len(image.getbands()))
-        if image.mode != MODES[channels]:
-            image.load()
-            if channels != 4:
-                image.info.pop("transparency", None)  # else Pillow warns that it is lost
-            image = image.convert(MODES[channels])
-        pixels = np.asarray(image)
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if max_value != 65535 and len(image.getbands()) > 1 and ";16" in str(image.tile):
+        reason = f"has 16 bits a band, which Pillow cuts to 8: max_value {max_value} needs .npy"
+        raise BadImage(path, reason)
+    if image.tile and image.tile[0][0] == "ppm":
+        max_value = 65535  # the file names its own maximum, and Pillow has applied it
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(to_uint8(np.asarray(image), max_value))
+    if channels not in (1, 3, 4) and len(image.getbands()) != channels:
+        raise _other_bands(path, len(image.getbands()))
+    if image.mode != MODES[channels]:
+        image.load()
+        if channels != 4:
+            image.info.pop("transparency", None)  # else Pillow warns that it is lost
+        image = image.convert(MODES[channels])
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _open_tiff(path: str) -> Any:
+    import tifffile  # slow to import, and most sets hold no such files
+
+    return tifffile.TiffFile(path)
+
+
+def _page_size(path: str, page: Any) -> tuple[int, int]:
+    """Return (height, width) of a page of tifffile's; raise BadImage where they are too large."""
+    _check_pixels(path, page.imagelength, page.imagewidth)
+    return page.imagelength, page.imagewidth
 
 
 def _decode_npy(path: str, channels: int, max_value: int) -> np.ndarray:
@@ -148,77 +191,6 @@ def _decode_npy(path: str, channels: int, max_value: int) -> np.ndarray:
 def _npy_header(path: str) -> np.ndarray:
     """Map an array without reading it; raises when the file is shorter than its header says."""
     return np.lib.format.open_memmap(path, mode="r")
-
-
-def _decode_tiff(path: str, channels: int, max_value: int) -> np.ndarray:
-    try:
-        import tifffile
-    except ImportError:
-        tiff = _tiff_header(path)
-        raise BadImage(
-            path, f"has {tiff.bands} bands of {tiff.bits} bits, to read them: pip install tifffile"
-        ) from None
-    with tifffile.TiffFile(path) as file:
-        values = file.series[0]
-        _bands_first(path, np.broadcast_to(np.uint8(0), values.shape), channels)
-        values = values.asarray()
-    return _fit_bands(path, to_uint8(_bands_first(path, values, channels), max_value), channels)
-
-
-def _needs_tifffile(path: str, channels: int, max_value: int) -> bool:
-    """Whether a file is a TIFF that Pillow does not read, or reads with a loss of bands or bits."""
-    tiff = _tiff_header(path)
-    if tiff is None:
-        return False
-    if tiff.bands > 1 and tiff.bands != channels and (tiff.bands > 4 or channels not in (1, 3, 4)):
-        raise _other_bands(path, tiff.bands)
-    several_deep = tiff.bands > 1 and tiff.bits > 8
-    if tiff.bands > 4 or channels not in (1, 3, 4) or (several_deep and max_value != 65535):
-        return True
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return (
-                tiff.bands == channels != len(image.getbands())
-            )  # RGB and a band that is no alpha
-    except UnidentifiedImageError:
-        if tiff.bands > 1:
-            return True
-        raise
-
-
-class _TiffHeader(NamedTuple):
-    height: int
-    width: int
-    bands: int
-    bits: int
-
-
-def _tiff_header(path: str) -> _TiffHeader | None:
-    """Read the first directory of a TIFF or BigTIFF; None for any other file."""
-    if extension(path) not in (".tif", ".tiff"):
-        return None
-    with open(path, "rb") as file:
-        start = file.read(16)
-        if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return None
-        order, big = "<" if start[:1] == b"I" else ">", b"+" in start[2:4]
-        offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xI", "H", "HHI4s")
-        file.seek(struct.unpack_from(order + offset, start)[0])
-        (num_tags,) = struct.unpack(order + count, file.read(struct.calcsize(order + count)))
-        rows = file.read(min(num_tags, 4096) * struct.calcsize(order + entry))
-        tags = {277: 1, 258: 1}
-        for tag, kind, number, value in struct.iter_unpack(order + entry, rows):
-            form = {3: "H", 4: "I", 16: "Q"}.get(kind)
-            if tag not in (256, 257, 258, 277) or form is None:
-                continue
-            if number * struct.calcsize(order + form) > len(
-                value
-            ):  # then it is where the values are
-                file.seek(struct.unpack(order + ("Q" if big else "I"), value)[0])
-                value = file.read(8)
-            tags[tag] = struct.unpack_from(order + form, value)[0]
-    _check_pixels(path, tags[257], tags[256])
-    return _TiffHeader(tags[257], tags[256], tags[277], tags[258])
 
 
 def _bands_first(path: str, array: np.ndarray, channels: int) -> np.ndarray:
@@ -249,6 +221,12 @@ def _fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:
 
 def _other_bands(path: str, bands: int) -> BadImage:
     return BadImage(path, f"has {bands} band{'s'[: bands != 1]}: set --data.channels {bands}")
+
+
+def _check_bands(path: str, bands: int, channels: int) -> None:
+    """Refuse several bands that neither are `channels` nor become grey, RGB or RGBA."""
+    if 1 < bands != channels and (bands > 4 or channels not in (1, 3, 4)):
+        raise _other_bands(path, bands)
 
 
 def _check_pixels(path: str, height: int, width: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
-from moco.random import combine, uniform
+from moco.random import combine, stream_id, uniform
 
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back
 _MAX_RATIO = 4 / 3
@@ -88,26 +88,35 @@ def view_recipe(data: DataConfig) -> ViewRecipe:
     return replace(RECIPES[data.views], **own)
 
 
+def crop_stream(seed: int, view: int) -> int:
+    """Return the stream of random numbers for the boxes of view 0 or 1."""
+    return stream_id(seed, f"crop-{view}")
+
+
+def colour_stream(seed: int, view: int) -> int:
+    """Return the stream of random numbers for the colours of view 0 or 1."""
+    return stream_id(seed, f"colour-{view}")
+
+
 def draw_crops(
     recipe: ViewRecipe,
-    seed: int,
+    stream: int,
     epoch: int | Tensor,
     index: Tensor,
-    view: int,
     height: int | Tensor,
     width: int | Tensor,
 ) -> Crops:
     """Draw the boxes of torchvision's RandomResizedCrop, ratio 3/4 to 4/3.
 
     Args:
+        stream: From `crop_stream`.
         epoch: Number, or int64 scalar where the chain is compiled.
         index: N int64, the images' places in the data set.
-        view: 0 or 1.
         height, width: Of the images in pixels; N int64 where they differ.
     """
     several = isinstance(height, Tensor)
     h_all, w_all = (height[:, None], width[:, None]) if several else (height, width)
-    u = uniform(seed, f"crop-{view}", combine(epoch, index), 2 * _ATTEMPTS + 3)
+    u = uniform(stream, combine(epoch, index), 2 * _ATTEMPTS + 3)
     area = h_all * w_all * (recipe.crop_min + (1 - recipe.crop_min) * u[:, :_ATTEMPTS])
     ratio = torch.exp(math.log(_MAX_RATIO) * (2 * u[:, _ATTEMPTS : 2 * _ATTEMPTS] - 1))
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -140,11 +149,13 @@ def centre_crops(count: int, height: int, width: int, size: int, device: torch.d
     return Crops(fill((height - h) // 2), fill((width - w) // 2), fill(h), fill(w), no_flip)
 
 
-def draw_colours(
-    recipe: ViewRecipe, seed: int, epoch: int | Tensor, index: Tensor, view: int
-) -> Colours:
-    """Draw jitter, greyscale and blur for each sample; arguments as in `draw_crops`."""
-    u = uniform(seed, f"colour-{view}", combine(epoch, index), 12)
+def draw_colours(recipe: ViewRecipe, stream: int, epoch: int | Tensor, index: Tensor) -> Colours:
+    """Draw jitter, greyscale and blur for each sample.
+
+    Args:
+        stream: From `colour_stream`; the others are as in `draw_crops`.
+    """
+    u = uniform(stream, combine(epoch, index), 12)
     low, high = _BLUR_SIGMA
     factors = [
         centre + strength * (2 * u[:, 4 + i] - 1)  # no tensor of constants: making one would wait

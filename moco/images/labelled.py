@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from moco import distributed
 from moco.config import DataConfig, normalisation
 from moco.images import views
 from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
-from moco.images.draws import ViewRecipe, centre_crops, draw_crops
+from moco.images.draws import ViewRecipe, centre_crops, crop_stream, draw_crops
 from moco.images.sources import ImageSource
-from moco.images.workers import fetched, ignore_signals, worker_count
+from moco.images.workers import fetched, worker_loader
 from moco.random import permutation
 
 
@@ -79,13 +79,12 @@ class LabelledData:
             for index in mine.split(batch_size):
                 yield index, images[index.to(images.device)]
             return
-        loader = DataLoader(
+        loader = worker_loader(
             _CentreCuts(source, self.config.image_size),
-            batch_size,
+            self.config,
+            batch_size=batch_size,
             sampler=mine.tolist(),
-            num_workers=worker_count(self.config),
             collate_fn=_collate_whole,
-            worker_init_fn=ignore_signals,
         )
         bad = BadFiles(source, 1.0, None)
         for part in fetched(loader, self.config.worker_timeout):
@@ -154,6 +153,7 @@ class RandomCrops:
 
     def __init__(self, config: DataConfig, images: Labelled, crop_min: float, seed: int) -> None:
         self.config, self.images, self.seed = config, images, seed
+        self.stream = crop_stream(seed, 0)
         self.labels = images.source.labels
         flip = 0.5 if config.flip is None else config.flip
         self.recipe = ViewRecipe(crop_min, flip, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0)
@@ -180,7 +180,7 @@ class RandomCrops:
                 stored = self.images.images
                 part = stored[rows.to(stored.device)].to(device)
                 boxes = draw_crops(
-                    self.recipe, self.seed, epoch, rows.to(device), 0, *part.shape[2:]
+                    self.recipe, self.stream, epoch, rows.to(device), *part.shape[2:]
                 )
                 part = views.crop_and_resize(part, boxes, size)
             yield views.normalise(part, mean, std), rows
@@ -191,14 +191,9 @@ class RandomCrops:
             yield from shares
             return
         source = self.images.source
-        dataset = _Cuts(source, self.recipe, self.seed, epoch, self.config.image_size)
+        dataset = _Cuts(source, self.recipe, self.stream, epoch, self.config.image_size)
         filled = [rows.tolist() for rows in shares if len(rows)]
-        loader = DataLoader(
-            dataset,
-            batch_sampler=filled,
-            num_workers=worker_count(self.config),
-            worker_init_fn=ignore_signals,
-        )
+        loader = worker_loader(dataset, self.config, batch_sampler=filled)
         cuts = fetched(loader, self.config.worker_timeout)
         side = self.config.image_size
         for rows in shares:
@@ -210,13 +205,13 @@ class _Cuts(Dataset):
     """One random cut of a streamed image, C x S x S uint8; runs in workers."""
 
     def __init__(
-        self, source: ImageSource, recipe: ViewRecipe, seed: int, epoch: int, size: int
+        self, source: ImageSource, recipe: ViewRecipe, stream: int, epoch: int, size: int
     ) -> None:
         self.source, self.recipe = source, recipe
-        self.seed, self.epoch, self.size = seed, epoch, size
+        self.stream, self.epoch, self.size = stream, epoch, size
 
     def __getitem__(self, row: int) -> Tensor:
         image = self.source.read(row)
         place = torch.tensor([row])
-        box = draw_crops(self.recipe, self.seed, self.epoch, place, 0, *image.shape[1:])
+        box = draw_crops(self.recipe, self.stream, self.epoch, place, *image.shape[1:])
         return views.cut(image, box, self.size)

@@ -23,11 +23,11 @@ from moco.config import DataConfig, UserError, normalisation
 from moco.images import sources, views
 from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
-from moco.images.draws import draw_crops, view_recipe
+from moco.images.draws import crop_stream, draw_crops, view_recipe
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
-from moco.images.workers import PREFETCH, end_workers, fetched, ignore_signals, worker_count
-from moco.random import combine, permutations, uniform
+from moco.images.workers import end_workers, fetched, worker_loader
+from moco.random import combine, permutations, stream_id, uniform
 
 _AT_A_TIME = 16  # images that a worker holds decoded
 _ATTEMPTS = 64  # other images that are tried in the place of one that cannot be read
@@ -197,7 +197,7 @@ class StepLoader:
         resident = data.images is not None and data.images.device == data.device
         counter = torch.full((1,), epoch, device=data.device if resident else "cpu")
         # On the device from the start, so that no step copies anything there.
-        order = permutations(data.seed, "order", counter, len(data.source))[0]
+        order = permutations(stream_id(data.seed, "order"), counter, len(data.source))[0]
         for number in range(start, len(self)):
             index = order[number * size : (number + 1) * size]
             yield Indices(epoch, epoch * len(self) + number, index)
@@ -224,17 +224,13 @@ class StepLoader:
         return crops
 
     def _start_workers(self) -> DataLoader:
-        data = self.data
-        count = worker_count(data.config)
-        return DataLoader(
-            _Cuts(data),
+        return worker_loader(
+            _Cuts(self.data),
+            self.data.config,
+            persistent=True,
             batch_sampler=_Planned(),
-            num_workers=count,
-            persistent_workers=count > 0,
-            prefetch_factor=PREFETCH if count else None,
-            pin_memory=data.device.type == "cuda",
+            pin_memory=self.data.device.type == "cuda",
             collate_fn=_collate_cuts,
-            worker_init_fn=ignore_signals,
         )
 
     def close(self) -> None:
@@ -266,7 +262,9 @@ class _Cuts(Dataset):
 
     def __init__(self, data: PretrainData) -> None:
         self.source, self.recipe = data.source, data.recipe
-        self.seed, self.size = data.seed, data.config.image_size
+        self.size = data.config.image_size
+        self.streams = [crop_stream(data.seed, view) for view in (0, 1)]
+        self.substitutes = stream_id(data.seed, "substitute")
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, list]]:
         """Cut the images of (epoch, index), one epoch; torch's loaders ask for whole batches."""
@@ -281,7 +279,7 @@ class _Cuts(Dataset):
         index = torch.tensor([index for _, index in keys])
         read = [self._read(*key) for key in keys]
         sizes = torch.tensor([image.shape[1:] for image, _ in read]).unbind(1)
-        boxes = [draw_crops(self.recipe, self.seed, epoch, index, view, *sizes) for view in (0, 1)]
+        boxes = [draw_crops(self.recipe, s, epoch, index, *sizes) for s in self.streams]
         items = []
         for row, (image, bad) in enumerate(read):
             pair = [views.cut(image, box, self.size, row).permute(1, 2, 0) for box in boxes]
@@ -294,7 +292,7 @@ class _Cuts(Dataset):
         except BadImage as error:
             bad = [(index, error.reason)]
         place = combine(epoch, torch.tensor([index]))
-        for other in uniform(self.seed, "substitute", place, _ATTEMPTS)[0].tolist():
+        for other in uniform(self.substitutes, place, _ATTEMPTS)[0].tolist():
             chosen = int(other * len(self.source))
             try:
                 return self.source.read(chosen), bad

@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import interpolate
 
-from moco.images.draws import Colours, Crops, ViewRecipe, draw_colours, draw_crops
+from moco.images.draws import (
+    Colours,
+    Crops,
+    ViewRecipe,
+    colour_stream,
+    crop_stream,
+    draw_colours,
+    draw_crops,
+)
 
 _CPU_BYTES = 2 << 20  # of float images that a CPU works on at a time: they stay in its cache
 _BLUR_RADIUS = 6  # pixels; three times the largest sigma
@@ -45,7 +53,8 @@ class ViewMaker:
         std: Tensor,
         backend: str = "",
     ) -> None:
-        self.recipe, self.seed, self.size, self.mean, self.std = recipe, seed, size, mean, std
+        self.recipe, self.size, self.mean, self.std = recipe, size, mean, std
+        self.streams = [(crop_stream(seed, view), colour_stream(seed, view)) for view in (0, 1)]
         self._chain, self._part = self._make, 0
         if backend:
             self._chain = torch.compile(self._make, fullgraph=True, dynamic=False, backend=backend)
@@ -74,13 +83,14 @@ class ViewMaker:
     def _make(
         self, images: Tensor, epoch: Tensor, index: Tensor, number: int, whole: bool
     ) -> Tensor:
-        recipe, seed = self.recipe, self.seed
+        crop, colour = self.streams[number]
         if whole:
-            boxes = draw_crops(recipe, seed, epoch, index, number, *images.shape[2:])
-            cut = crop_and_resize(images, boxes, self.size)
+            boxes = draw_crops(self.recipe, crop, epoch, index, *images.shape[2:])
+            view = crop_and_resize(images, boxes, self.size)
         else:
-            cut = images.contiguous().float() / 255
-        view = adjust_colours(cut, draw_colours(recipe, seed, epoch, index, number), recipe)
+            view = images.contiguous().float() / 255
+        colours = draw_colours(self.recipe, colour, epoch, index)
+        view = adjust_colours(view, colours, self.recipe)
         view = normalise(view, self.mean, self.std)
         return view.contiguous(memory_format=torch.channels_last)
 

@@ -1,7 +1,6 @@
 """Worker processes that decode: how many fit, and what becomes of one that dies or hangs.
 
-`fetched` is the only way to wait for them. It takes SIGCHLD over, so nothing else here may. Workers
-themselves ignore the signals that stop a run. No images and no tensors in this room.
+Workers ignore the signals that stop a run. No images and no tensors in this room.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from torch._C import _error_if_any_worker_fails
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from moco import distributed
 from moco.config import DataConfig, RunError, UserError
@@ -27,103 +25,97 @@ PREFETCH = 4  # batches that each worker holds ready
 SHARED_MEMORY = Path("/dev/shm")
 
 
-class _Fetching:
-    """Whether the main thread waits for a worker now, and until when: only there may a worker's
-    death or silence raise.
-    """
+def worker_loader(
+    dataset: Dataset, config: DataConfig, persistent: bool = False, **options: Any
+) -> DataLoader:
+    """Build a DataLoader with as many workers as fit; iterate it by `fetched`.
 
-    now = False
-    deadline = float("inf")
-    watched = False
+    Args:
+        dataset: What the workers read.
+        config: Tells how many there are.
+        persistent: Whether they live from epoch to epoch, with PREFETCH batches ready.
+        options: Further arguments of DataLoader.
+    """
+    count = worker_count(config)
+    if persistent and count:
+        options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
+    return DataLoader(dataset, num_workers=count, worker_init_fn=_ignore_signals, **options)
 
 
 def fetched(loader: DataLoader, timeout: float) -> Iterator[Any]:
     """Iterate a DataLoader; what befalls its workers is raised between batches, as a RunError.
 
-    torch's own handler of a worker's death raises wherever the main thread stands, also in the
-    middle of a step, and its timeout does not end a wait for the rest of a half written batch.
+    A DataLoader looks every five seconds whether its workers live. Its own timeout is of no use
+    where a worker hangs (docs/faults.md): it does not end the wait for a tensor that a stopped
+    worker has announced and does not hand over. So a timer kills late workers, which ends any wait.
 
     Args:
+        loader: From `worker_loader`.
         timeout: Seconds to wait for a batch; 0: for ever.
     """
-    last = getattr(loader, "_iterator", None)  # of the epoch before, with the same workers
-    workers = getattr(last, "_workers", [])
-    main = threading.current_thread() is threading.main_thread()
-    if workers and main:
-        _take_over()
-    iterator = _awaited(lambda: iter(loader), workers, timeout)
+    late = threading.Event()
+    before = signal.getsignal(signal.SIGCHLD)
+    # Persistent workers of the epoch before are waited for here.
+    iterator = _awaited(lambda: iter(loader), _workers(loader), timeout, late)
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        # torch's handler of a worker's death raises wherever the main thread stands, also in the
+        # middle of a step, where the state that is then saved is in motion (docs/faults.md).
+        signal.signal(signal.SIGCHLD, before)
     workers = getattr(iterator, "_workers", [])
-    if workers and main:
-        _take_over()  # torch has put its own handler there
     while True:
         try:
-            batch = _awaited(lambda: next(iterator), workers, timeout)
+            batch = _awaited(lambda: next(iterator), workers, timeout, late)
         except StopIteration:
             return
         yield batch
 
 
-def _awaited(call: Callable[[], Any], workers: list[Any], timeout: float) -> Any:
-    """Call what waits for workers; only meanwhile may their death or silence raise."""
+def _awaited(
+    call: Callable[[], Any], workers: list[Any], timeout: float, late: threading.Event
+) -> Any:
+    """Return what `call` waits for; raise RunError if the workers that deliver it die or hang."""
+    timer = threading.Timer(timeout, _kill, [workers, late])
+    if timeout and workers:
+        timer.start()
     try:
-        _Fetching.deadline = time.monotonic() + timeout if timeout and workers else float("inf")
-        _Fetching.now = True
-        if any(worker.exitcode for worker in workers):
-            raise RuntimeError("DataLoader worker exited unexpectedly")
         return call()
-    except (RuntimeError, OSError) as error:
-        _Fetching.now = False
-        raise _worker_error(error, workers) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise _worker_error(error, workers, late.is_set()) from error
     finally:
-        _Fetching.now = False
+        timer.cancel()
 
 
-def _take_over() -> None:
-    """Let a worker's death raise only while a batch is awaited, and watch the time.
-
-    At every start: Lightning puts all handlers back at the end of a run, torch sets its own once.
-    """
-    signal.signal(signal.SIGCHLD, _when_fetching)
-    if not _Fetching.watched:
-        _Fetching.watched = True
-        threading.Thread(target=_watch_time, args=(threading.get_ident(),), daemon=True).start()
+def _kill(workers: list[Any], late: threading.Event) -> None:
+    late.set()
+    for worker in workers:
+        worker.kill()
 
 
-def _when_fetching(number: int, frame: Any) -> None:
-    if not _Fetching.now:
-        return
-    if time.monotonic() > _Fetching.deadline:
-        raise RuntimeError("DataLoader worker timed out")
-    _error_if_any_worker_fails()
-
-
-def _watch_time(main: int) -> None:
-    while True:
-        time.sleep(0.5)
-        if _Fetching.now and time.monotonic() > _Fetching.deadline:
-            signal.pthread_kill(main, signal.SIGCHLD)  # a signal ends any wait
+def _workers(loader: DataLoader | None) -> list[Any]:
+    """Return the processes of a loader's persistent workers: torch has no public name for them."""
+    return getattr(getattr(loader, "_iterator", None), "_workers", [])
 
 
 def end_workers(loader: DataLoader | None) -> None:
     """Kill a loader's workers: one that hangs would hold the exit up for ever."""
-    for worker in getattr(getattr(loader, "_iterator", None), "_workers", []):
+    for worker in _workers(loader):
         worker.kill()
 
 
-def ignore_signals(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """Leave stopping to the main process: a signal to the whole group must not cost its step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _worker_error(error: Exception, workers: list[Any]) -> Exception:
+def _worker_error(error: Exception, workers: list[Any], late: bool) -> Exception:
     """Say which worker did what, and what to set; other errors stay what they are."""
     text = str(error)
-    time.sleep(0.1)  # a worker that was just killed has no exit code yet
+    wait([worker.sentinel for worker in workers], 0.1)  # one just killed has no exit code yet
     dead = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
     for worker in workers:
         worker.kill()
-    if "timed out" in text:
+    if late:
         return RunError(
             "no worker delivered a batch within data.worker_timeout: mend the storage, "
             "raise data.worker_timeout, or set data.num_workers 0",
@@ -137,7 +129,7 @@ def _worker_error(error: Exception, workers: list[Any]) -> Exception:
             "data.num_workers or data.batch_size, or give the container more (--shm-size)",
             local=True,
         )
-    if "DataLoader worker" not in text or "Caught" in text:
+    if not dead:
         return error
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return RunError(

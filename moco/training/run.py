@@ -31,7 +31,7 @@ from moco.images import sources
 from moco.images.labelled import LabelledData
 from moco.images.loader import PretrainData, check_batch
 from moco.images.resident import make_resident
-from moco.run_directory import check_images, check_same, find_run, new_run, write_config
+from moco.run_directory import VERSION, check_images, check_same, find_run, new_run, write_config
 from moco.training.decide import (
     accelerator,
     check_queue,
@@ -114,7 +114,7 @@ def _pretrain(config: TrainConfig, resume: str, recipe: str, init_from: str) -> 
         }
     run = _Run(config, data, module, run_dir, devices)
     run.say_what_was_decided(reason)
-    extras = {"config": asked, "images": images}
+    extras = {"version": VERSION, "config": asked, "images": images}
     return run.fit(checkpoint, stored["global_step"] if stored else 0, extras)
 
 
@@ -317,6 +317,13 @@ def read_stored(checkpoint: Path, asked: dict[str, Any], images: dict[str, Any])
         )
     check_same(TrainConfig.from_dict(asked), stored["config"], checkpoint)
     check_images(images, stored.get("images"), checkpoint)
+    if stored.get("version", 1) != VERSION:
+        log.info(
+            "--resume %s: the run was begun by version %s of moco, whose random numbers were "
+            "others: it goes on, but not exactly",
+            checkpoint,
+            stored.get("version", 1),
+        )
     return {"global_step": stored["global_step"]}
 
 

@@ -28,6 +28,8 @@ from moco.images.draws import (
     Crops,
     ViewRecipe,
     centre_crops,
+    colour_stream,
+    crop_stream,
     draw_colours,
     draw_crops,
     view_recipe,
@@ -36,6 +38,7 @@ from moco.images.views import adjust_colours, crop_and_resize, normalise
 
 LEAST = 1e-4  # seeds are fixed: a p-value below this is a fault, not bad luck
 ALL = ViewRecipe(0.2, 0.5, 1.0, (0.4, 0.4, 0.4, 0.4), 1.0, 1.0)
+CROP, COLOUR = crop_stream(0, 0), colour_stream(0, 0)
 OPERATIONS = (
     reference.adjust_brightness,
     reference.adjust_contrast,
@@ -137,7 +140,7 @@ def test_crops_equal_torchvision(channels, height, width, size):
 )
 def test_boxes_are_distributed_as_torchvisions(height, width, crop_min):
     count = 2500
-    crops = draw_crops(replace(ALL, crop_min=crop_min), 0, 0, torch.arange(count), 0, height, width)
+    crops = draw_crops(replace(ALL, crop_min=crop_min), CROP, 0, torch.arange(count), height, width)
     assert (crops.top >= 0).all() and (crops.top + crops.height <= height).all()
     assert (crops.left >= 0).all() and (crops.left + crops.width <= width).all()
     assert (crops.height >= 1).all() and (crops.width >= 1).all()
@@ -162,7 +165,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width, crop_min):
 
 def test_the_fallback_is_torchvisions_box():
     for height, width in ((10, 1000), (1000, 10), (7, 300), (1, 50)):
-        crops = draw_crops(ALL, 0, 0, torch.arange(5), 0, height, width)
+        crops = draw_crops(ALL, CROP, 0, torch.arange(5), height, width)
         torch.manual_seed(0)
         blank = torch.empty(1, height, width)
         box = RandomResizedCrop.get_params(blank, [0.2, 1], [3 / 4, 4 / 3])
@@ -173,7 +176,7 @@ def test_the_fallback_is_torchvisions_box():
 
 
 def test_flips_have_their_probability_and_stand_apart_from_the_box():
-    crops = draw_crops(replace(ALL, flip=0.3), 0, 0, torch.arange(20_000), 0, 32, 32)
+    crops = draw_crops(replace(ALL, flip=0.3), CROP, 0, torch.arange(20_000), 32, 32)
     assert stats.binomtest(int(crops.flip.sum()), 20_000, 0.3).pvalue > LEAST
     flipped, straight = crops.left[crops.flip], crops.left[~crops.flip]
     assert same_source(flipped, straight) > LEAST
@@ -331,9 +334,10 @@ def test_the_whole_chain_is_one_graph():
     """Dynamo traces it without a break, so a compiled view never waits for the device."""
 
     def chain(batch, index, epoch):
-        boxes = draw_crops(RECIPES["v2"], 0, epoch, index, 0, 32, 32)
+        boxes = draw_crops(RECIPES["v2"], CROP, epoch, index, 32, 32)
         cut = crop_and_resize(batch, boxes, 16)
-        return adjust_colours(cut, draw_colours(RECIPES["v2"], 0, epoch, index, 0), RECIPES["v2"])
+        colours = draw_colours(RECIPES["v2"], COLOUR, epoch, index)
+        return adjust_colours(cut, colours, RECIPES["v2"])
 
     batch, index = images(16, 3, 32, 32), torch.arange(16)
     compiled = torch.compile(chain, backend="eager", fullgraph=True)
@@ -358,7 +362,7 @@ def test_greyscale_stands_where_the_recipe_says(first):
 @pytest.mark.parametrize("name", RECIPES)
 def test_colours_have_the_recipes_distribution(name):
     count, recipe = 24_000, RECIPES[name]
-    colours = draw_colours(recipe, 0, 0, torch.arange(count), 0)
+    colours = draw_colours(recipe, COLOUR, 0, torch.arange(count))
     for i, (strength, middle) in enumerate(zip(recipe.strengths, (1, 1, 1, 0), strict=True)):
         spread = stats.uniform(middle - strength, 2 * strength)
         assert stats.kstest(colours.factors[:, i].double().numpy(), spread.cdf).pvalue > LEAST
@@ -371,7 +375,7 @@ def test_colours_have_the_recipes_distribution(name):
 
 
 def test_colour_parameters_are_independent():
-    colours = draw_colours(RECIPES["v2"], 0, 0, torch.arange(20_000), 0)
+    colours = draw_colours(RECIPES["v2"], COLOUR, 0, torch.arange(20_000))
     flags = [colours.jitter, colours.grey, colours.blur]
     columns = [*flags, *colours.factors.T, *colours.order.T[:1], colours.sigma]
     table = np.corrcoef(torch.stack([c.double() for c in columns]).numpy())
@@ -402,9 +406,10 @@ def test_greyscale_of_other_channels_is_refused():
 
 
 def make(batch, index, recipe, size, *, seed=0, epoch=0, view=0):
-    boxes = draw_crops(recipe, seed, epoch, index, view, *batch.shape[2:])
+    boxes = draw_crops(recipe, crop_stream(seed, view), epoch, index, *batch.shape[2:])
     cut = crop_and_resize(batch, boxes, size)
-    return adjust_colours(cut, draw_colours(recipe, seed, epoch, index, view), recipe)
+    colours = draw_colours(recipe, colour_stream(seed, view), epoch, index)
+    return adjust_colours(cut, colours, recipe)
 
 
 def test_a_view_does_not_depend_on_its_batch():
@@ -424,8 +429,12 @@ def test_other_seeds_epochs_and_views_look_different(change):
 
 
 DRAWS = {
-    "crops": lambda **k: draw_crops(RECIPES["v2"], height=32, width=32, **k).left,
-    "colours": lambda **k: draw_colours(RECIPES["v2"], **k).factors[:, 0],
+    "crops": lambda seed, epoch, index, view: (
+        draw_crops(RECIPES["v2"], crop_stream(seed, view), epoch, index, 32, 32).left
+    ),
+    "colours": lambda seed, epoch, index, view: draw_colours(
+        RECIPES["v2"], colour_stream(seed, view), epoch, index
+    ).factors[:, 0],
 }
 
 

@@ -103,18 +103,35 @@ def test_shared_memory_that_fills_up_ends_the_run_in_one_line(images, tmp_path):
     assert load("run/checkpoints/last.ckpt")["global_step"] >= 1
 
 
-def test_a_child_that_ends_is_not_taken_for_a_late_worker(images):
-    """A signal of another child's end, while a batch is awaited in good time."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_workers_death_interrupts_nothing_between_batches(number):
+    """torch's own handler would raise in the middle of a step."""
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = torch.utils.data.DataLoader([1, 2, 3], num_workers=1, persistent_workers=True)
+    iterator = workers.fetched(loader, 60)
+    next(iterator)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    (worker,) = loader._iterator._workers
+    os.kill(worker.pid, number)
+    worker.join(60)
+    assert worker.exitcode == -number, "and nothing was raised here"
+    with pytest.raises(RunError):
+        list(iterator)
+
+
+def test_a_child_that_ends_is_not_taken_for_a_worker():
     iterator = workers.fetched(torch.utils.data.DataLoader([1, 2, 3], num_workers=1), 60)
     next(iterator)
-    workers._Fetching.now = True
-    workers._when_fetching(signal.SIGCHLD, None)
-    workers._Fetching.deadline = 0
-    with pytest.raises(RuntimeError, match="timed out"):
-        workers._when_fetching(signal.SIGCHLD, None)
-    workers._Fetching.now = False
-    workers._when_fetching(signal.SIGCHLD, None)
+    subprocess.run(["false"])
     assert len(list(iterator)) == 2
+
+
+def test_workers_of_an_epoch_before_that_hang_are_waited_for_only_so_long():
+    loader = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)
+    assert len(list(workers.fetched(loader, 60))) == 2
+    os.kill(loader._iterator._workers[0].pid, signal.SIGSTOP)
+    with pytest.raises(RunError, match="no worker delivered a batch"):
+        list(workers.fetched(loader, 0.5))
 
 
 def test_workers_that_would_not_fit_into_shared_memory_are_refused(images, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from steps import MODEL, STEPS, make_batches, make_module, make_views, train
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.algorithm.pretrain import MoCo
@@ -120,8 +121,8 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
 # Nothing waits
 
 
-class NothingWaits(TorchDispatchMode):
-    """Fail where a GPU would have to be waited for: a value read, or memory of the host copied."""
+class NothingIsRead(TorchDispatchMode):
+    """Fail where a value is read from the device, or where a tensor of the host is copied to it."""
 
     READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.def")
 
@@ -132,13 +133,39 @@ class NothingWaits(TorchDispatchMode):
         if isinstance(source, torch.Tensor):
             target = torch.device(kwargs.get("device") or args[0].device).type
             assert not ("copy" in name and source.device.type != target), f"{name}: host to device"
-            assert not ("lift_fresh" in name and target == "meta"), f"{name}: a constant is copied"
         return func(*args, **kwargs)
+
+
+class NothingIsMade(TorchFunctionMode):
+    """Fail where Python's numbers become a tensor on the device: that copies them from the host.
+
+    Operators below do not show it in every release of torch.
+    """
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in self.MAKERS:
+            assert made.device.type != "meta", f"{func.__name__}: a constant is copied"
+        if func is torch.Tensor.__getitem__ and args[0].device.type == "meta":
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(place, list) for place in places), "a list is copied"
+        return made
+
+
+@contextlib.contextmanager
+def nothing_waits():
+    """Fail where a GPU would have to be waited for."""
+    with NothingIsRead(), NothingIsMade():
+        yield
 
 
 CONTROLS = {
     "a value is read": lambda x: x.sum().item(),
     "a constant is made": lambda x: x + torch.tensor([1.0, 2.0], device=x.device),
+    "a constant is made of a list": lambda x: x + x.new_tensor([1.0, 2.0]),
+    "a list is an index": lambda x: x[[0, 1]],
     "the host's memory is copied": lambda x: x + torch.ones(2).to(x.device),
     "copied in place": lambda x: x.copy_(torch.ones(2)),
     "places are counted": lambda x: x[x > 0],
@@ -147,7 +174,7 @@ CONTROLS = {
 
 @pytest.mark.parametrize("control", CONTROLS.values(), ids=CONTROLS)
 def test_waiting_is_noticed(control):
-    with NothingWaits(), pytest.raises((AssertionError, RuntimeError)):
+    with nothing_waits(), pytest.raises((AssertionError, RuntimeError)):
         control(torch.zeros(2, device="meta"))
 
 
@@ -185,7 +212,7 @@ def test_a_step_never_waits(views, symmetric, streamed, monkeypatch):
 
     step()
     guard._lost = None  # the first step of a run may ask
-    with NothingWaits():
+    with nothing_waits():
         step()
         guard.on_train_batch_end(trainer, module)
 

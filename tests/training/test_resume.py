@@ -118,6 +118,23 @@ def test_another_data_set_is_refused(copied):
         train.main(["--resume", "run"])
 
 
+def test_a_run_of_another_version_goes_on_and_says_that_it_is_not_exact(images, said):
+    run_tiny(images)
+    state = load("run/checkpoints/step_000000003.ckpt")
+    assert state.pop("version") == 2
+    torch.save(state, "old.ckpt")
+    shutil.rmtree("run/checkpoints")
+    Path("run/checkpoints").mkdir()
+    Path("old.ckpt").rename("run/checkpoints/last.ckpt")
+    assert train.main(["--resume", "run"])["steps"] == 6
+    assert load("run/checkpoints/last.ckpt")["version"] == 2
+    (line,) = [line for line in said if "version" in line]
+    assert "begun by version 1" in line and "not exactly" in line and "\n" not in line
+    before = len(said)
+    train.main(["--resume", "run"])
+    assert not any("version" in line for line in said[before:])
+
+
 def test_settings_of_a_run_name_no_place_to_write(images, tmp_path):
     """A run that was sent by someone is gone on with where it lies, whatever its settings say."""
     run_tiny(images, "--trainer.max_epochs", "1")
