@@ -17,9 +17,9 @@ from moco.config import JudgeConfig, KNNConfig, LinearConfig, TrainConfig
 PAGE = Path(__file__).with_name("settings.md")
 INTRODUCTION = """# Settings
 
-This page is written by `python docs/settings.py` from `moco/config.py`, where every setting is declared once.
-In a YAML recipe a setting stands below its group; on the command line it is `--GROUP.SETTING VALUE`. `auto` is decided when a
-run starts, and said in its log.
+`python docs/settings.py` writes this page from `moco/config.py`, where every setting is declared.
+In a YAML recipe a setting stands below its group; on the command line it is `--GROUP.SETTING
+VALUE`. What `auto` comes to is decided when a run starts, and said in its log.
 """
 
 
@@ -43,10 +43,8 @@ def section(title: str, kind: type, prefix: str) -> str:
     for item in dataclasses.fields(kind):
         given = item.default is not dataclasses.MISSING
         default = item.default if given else item.default_factory()
-        lines.append(
-            f"| `{prefix}{item.name}` | {shown(default)} | {values(hints[item.name], item.metadata)} "
-            f"| {cell(item.metadata['meaning'])} |"
-        )
+        allowed, meaning = values(hints[item.name], item.metadata), cell(item.metadata["meaning"])
+        lines.append(f"| `{prefix}{item.name}` | {shown(default)} | {allowed} | {meaning} |")
     return "\n".join([*lines, ""])
 
 
