@@ -141,3 +141,11 @@ def wait_for(path: str, process: Script | subprocess.Popen, timeout: float = LIM
             end_group(process)
             pytest.fail(f"{path} did not come: {process.communicate()[1]}")
         time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

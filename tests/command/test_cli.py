@@ -12,8 +12,7 @@ import yaml
 from PIL import Image
 from processes import ROOT, finish, start, start_command
 
-import train
-from moco.command import cli
+from moco.command import cli, train
 from moco.config import DataConfig, TrainConfig, UserError, check
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -304,6 +303,7 @@ RUNS = {
     "an unknown backbone": (["--model.backbone", "resnet5O"], "model.backbone 'resnet5O'"),
     "a stem that does not fit": (["--model.backbone", "vit_tiny_patch16_224"], "model.stem"),
     "devices that do not exist": (["--trainer.devices", "1000"], "trainer.devices is 1000"),
+    "machines without a launcher": (["--trainer.num_nodes", "2"], "trainer.num_nodes is 2"),
     "a batch that does not divide": (["--data.batch_size", "102"], "data.batch_size 102"),
     "fp16 on a CPU": (["--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed"),
     "a run that is not there": (["--resume", "nowhere"], "--resume nowhere"),
