@@ -241,9 +241,6 @@ class RunConfig:
         0.0, "Minutes between checkpoints besides; 0: none", at_least=0
     )
     keep_checkpoints: int = setting(2, "Newest checkpoints that are kept", at_least=1)
-    skip_nonfinite: int = setting(
-        0, "Steps with a loss or gradient not finite that are left out, not an error", at_least=0
-    )
     knn_every: int = setting(
         10, "Epochs between kNN readings, besides the first and the last; 0: none", at_least=0
     )

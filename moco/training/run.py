@@ -143,7 +143,7 @@ class _Run:
     ) -> dict[str, Any]:
         """Train to the end, or to a signal."""
         config = self.config
-        guard = NonFiniteGuard(config.run.skip_nonfinite, self.run_dir)
+        guard = NonFiniteGuard(self.run_dir)
         readings = Readings(self.data, config.trainer.log_every_n_steps)
         monitor = KNNMonitor(self.labelled(), config.run, readings)
         signals = Signals()

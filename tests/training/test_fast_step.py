@@ -170,24 +170,23 @@ def test_a_step_never_waits(views, symmetric, streamed, monkeypatch):
     module = MoCo(model, OptimConfig(), 3, 16).to(meta)
     module.wants_metrics = False
     optimizer = torch.optim.SGD(module.query_encoder.parameters(), 0.1, momentum=0.9, foreach=True)
-    trainer = SimpleNamespace(world_size=1, global_step=5, precision_plugin=None)
-    guard = NonFiniteGuard(0, None)
+    trainer = SimpleNamespace(
+        global_step=5, precision_plugin=None, optimizers=[optimizer], num_training_batches=9
+    )
+    guard = NonFiniteGuard(None)
     guard.on_train_start(trainer, module)
 
     def step():
         indices = Indices(1, 5, torch.arange(16, device=meta), crops)
         batch = data.on_after_batch_transfer(indices, 0)
-        guard.on_train_batch_start(trainer, module, batch, 0)
         module.training_step(batch, 0).backward()
         guard.on_before_optimizer_step(trainer, module, optimizer)
-        optimizer.found_inf = None  # torch's fused update asks the device itself
         optimizer.step()
+        guard.on_train_batch_end(trainer, module, None, batch, 0)
 
     step()
-    guard._lost = None  # the first step of a run may ask
     with NothingWaits():
         step()
-        guard.on_train_batch_end(trainer, module)
 
 
 def test_the_order_of_a_resident_set_is_made_on_the_device(monkeypatch):
