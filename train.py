@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         # checked.
         stored = read_config(found[0], parsed=bool(recipe))
         if stored:
-            config, extra = cli.parse(parser, TrainConfig, ["--config", str(stored), *argv])
+            config, extra = cli.parse(parser, TrainConfig, argv, stored)
     check(config)
     if extra["resume"] and extra["init_from"]:
         raise UserError(

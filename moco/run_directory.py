@@ -159,25 +159,24 @@ def read_config(run_dir: Path, parsed: bool) -> Path | None:
         UserError: There is none, or it is damaged.
     """
     path = run_dir / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        groups = settings if isinstance(settings, dict) else {}
-        whole = all(
-            isinstance(groups.get(item.name), dict) for item in dataclasses.fields(TrainConfig)
-        )
-        problem = "" if whole else "is damaged"
-    except FileNotFoundError:
-        problem = "is missing"
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        problem = "is damaged"
-    if not problem:
+    if stored_groups(run_dir):
         return path
+    problem = "is damaged" if path.exists() else "is missing"
     if parsed:
         return None
     raise UserError(
         f"--resume {run_dir}: {path} {problem}: put it back, or give the run's own settings with "
         "--config and the options it was started with"
     )
+
+
+def stored_groups(run_dir: Path) -> dict[str, dict[str, object]]:
+    """Read the groups of settings in config.yaml; empty where it is missing or damaged."""
+    try:
+        content = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return {item.name: dict(content[item.name]) for item in dataclasses.fields(TrainConfig)}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, ValueError):
+        return {}
 
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:
@@ -195,15 +194,11 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
 
 
 def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:
-    """Raise UserError when a run would go on with another recipe; name the first difference.
-
-    What an older checkpoint does not know had its default.
-    """
-    defaults = asdict(TrainConfig())
+    """Raise UserError when a run would go on with another recipe; name the first difference."""
+    stored = asdict(TrainConfig.from_dict(stored))
     for group, fields in asdict(config).items():
         for field, value in fields.items():
-            default = defaults[group][field]
-            name, before = f"{group}.{field}", stored.get(group, {}).get(field, default)
+            name, before = f"{group}.{field}", stored[group][field]
             if value == before or name in _MAY_DIFFER or (group == "run" and field != "seed"):
                 continue
             raise UserError(

@@ -26,12 +26,19 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from moco.algorithm.pretrain import MoCo
 from moco.checkpoints.load import restore_pretraining
-from moco.config import RunError, TrainConfig, UserError
+from moco.config import RunError, TrainConfig, UserError, unknown_settings
 from moco.images import sources
 from moco.images.labelled import LabelledData
 from moco.images.loader import PretrainData, check_batch
 from moco.images.resident import make_resident
-from moco.run_directory import check_images, check_same, find_run, new_run, write_config
+from moco.run_directory import (
+    check_images,
+    check_same,
+    find_run,
+    new_run,
+    stored_groups,
+    write_config,
+)
 from moco.training.decide import (
     accelerator,
     check_queue,
@@ -320,6 +327,12 @@ def read_stored(checkpoint: Path, asked: dict[str, Any], images: dict[str, Any])
         )
     check_same(TrainConfig.from_dict(asked), stored["config"], checkpoint)
     check_images(images, stored.get("images"), checkpoint)
+    run_dir = checkpoint.parent.parent
+    gone = {*unknown_settings(stored["config"]), *unknown_settings(stored_groups(run_dir))}
+    if gone:
+        log.info(
+            "%s: stored settings that are gone are left out: %s", run_dir, ", ".join(sorted(gone))
+        )
     return {"global_step": stored["global_step"]}
 
 
