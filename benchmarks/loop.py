@@ -187,12 +187,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         run.sources.open_source = lambda data, split: long
     else:
         run.sources.open_source = random_source
-    build = run._Run.trainer
-    run._Run.trainer = lambda self, found, step: build(self, [*found, turns], step)
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
         check(config)
-        run.pretrain(config)
+        run.pretrain(config, callbacks=[turns])
     results = show(options, config, turns)
     report(f"loop-{options.case}{'-fed' if options.feed else ''}", results, options)
     return results

@@ -100,13 +100,11 @@ def main(argv: list[str]) -> dict[str, Any]:
                 saver.save(trainer)
                 saves.append(saver.seconds - before)
 
-    build = run._Run.trainer
-    run._Run.trainer = lambda self, found, step: build(self, [turns, *found, TimeSaves()], step)
     config.trainer.max_steps = (blocks + 3) * block_steps
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
         check(config)
-        run.pretrain(config)
+        run.pretrain(config, callbacks=[turns, TimeSaves()])
         size = (Path(config.run.dir) / "checkpoints" / "last.ckpt").stat().st_size
     pairs = zip(turns.seconds[True], turns.seconds[False], strict=False)
     ratios = [with_it / without for with_it, without in pairs]

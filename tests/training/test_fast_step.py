@@ -206,7 +206,7 @@ def test_the_order_of_a_resident_set_is_made_on_the_device(monkeypatch):
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("compiled", ["on", "off"])
-def test_a_run_on_a_gpu_never_waits(compiled, tmp_path, monkeypatch):
+def test_a_run_on_a_gpu_never_waits(compiled, tmp_path):
     """The whole loop, Lightning's part too, between two readings."""
 
     class Watch(pl.Callback):
@@ -214,10 +214,6 @@ def test_a_run_on_a_gpu_never_waits(compiled, tmp_path, monkeypatch):
             inside = 10 <= trainer.global_step < 18
             torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
-    build = run._Run.trainer
-    monkeypatch.setattr(
-        run._Run, "trainer", lambda self, found, step: build(self, [*found, Watch()], step)
-    )
     config = TrainConfig()
     config.data = DataConfig(dataset="digits", image_size=16, upscale=2.0, batch_size=32)
     config.model = ModelConfig(**{**vars(MODEL), "queue_size": 64, "compile": compiled})
@@ -225,7 +221,7 @@ def test_a_run_on_a_gpu_never_waits(compiled, tmp_path, monkeypatch):
     config.run.dir, config.run.knn_every = str(tmp_path / "run"), 0
     config.run.checkpoint_every, config.run.checkpoint_minutes = 1000, 0
     try:
-        assert run.pretrain(config)["steps"] == 20
+        assert run.pretrain(config, callbacks=[Watch()])["steps"] == 20
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
