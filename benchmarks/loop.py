@@ -208,7 +208,7 @@ def show(options: Any, config: TrainConfig, turns: TakeTurns) -> dict[str, Any]:
         Row(LOOP, turns.seconds[LOOP], images, {BARE: TARGET}, bound),
     ]
     title = f"{options.case}, {config.data.image_size} px, batch {config.data.batch_size}"
-    title += f", {choose_precision(config)}, compile {choose_compile(config, 0)[0] or 'off'}"
+    title += f", {choose_precision(config)[0]}, compile {choose_compile(config, 0)[0] or 'off'}"
     results: dict[str, Any] = {"title": title, "loop": table(title, rows, "images/s")}
     if gpu:
         results |= {"gpu": gpu, "peak_memory_gib": round(turns.peak / 2**30, 2)}

@@ -1,7 +1,7 @@
 """Run directories: their names, what they hold, and which checkpoint a run goes on from. No torch
 here.
 
-RUN_DIR/config.yaml      every setting, as it was used
+RUN_DIR/config.yaml      every setting as it was asked for, and what the run has decided
 RUN_DIR/metrics.csv      one row per reading
 RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
 """
@@ -22,7 +22,8 @@ from moco.config import TrainConfig, UserError
 
 RUNS = Path("runs")
 
-# What may differ when a run goes on: where and how it runs, not what it computes.
+# What may differ when a run goes on: where and how it runs, not what it computes. What `auto` in
+# data.resident and model.compile came to is kept (`moco.training.decide`).
 _MAY_DIFFER = {
     "data.root",
     "data.download",
@@ -35,7 +36,6 @@ _MAY_DIFFER = {
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.log_every_n_steps",
-    "model.key_bn",  # auto is decided anew
     "model.compile",
 }
 
@@ -179,12 +179,18 @@ def stored_groups(run_dir: Path) -> dict[str, dict[str, object]]:
         return {}
 
 
-def write_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.yaml, whole or not at all; raise UserError when the directory takes no file."""
+def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path) -> None:
+    """Write config.yaml, whole or not at all: the settings as they were asked for, and what the run
+    has decided.
+
+    Raises:
+        UserError: The directory takes no file.
+    """
     target, temporary = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        content = {**asdict(config), "decided": decided}
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         os.replace(temporary, target)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -14,7 +14,7 @@ from moco.algorithm.pretrain import MoCo
 from moco.config import TrainConfig
 from moco.images.loader import PretrainData
 from moco.training.build import Run
-from moco.training.decide import choose_precision
+from moco.training.decide import Decided
 
 log = logging.getLogger("moco")
 
@@ -37,22 +37,17 @@ def set_up_logging() -> None:
 
 
 def say_what_was_decided(
-    config: TrainConfig,
-    module: MoCo,
-    data: PretrainData,
-    run_dir: Path,
-    world: int,
-    reasons: dict[str, str],
+    config: TrainConfig, decided: Decided, module: MoCo, data: PretrainData, run_dir: Path
 ) -> None:
-    """Log what the run is, in its first lines."""
-    model = config.model
+    """Log what the run is and what was decided, in its first lines."""
+    model, why, streamed = config.model, decided.reasons, decided.resident == "streamed"
     millions = sum(p.numel() for p in module.query_encoder.parameters()) / 1e6
-    where = "streamed by workers" if data.images is None else f"resident ({data.resident})"
     log.info(
-        "%s: %d images, %s; views %s at %d px, %d steps per epoch",
+        "%s: %d images, %s (%s); views %s at %d px, %d steps per epoch",
         data.source.name,
         len(data.source),
-        where,
+        "streamed by workers" if streamed else f"resident in {decided.resident}",
+        why["resident"],
         config.data.views,
         config.data.image_size,
         module.steps_per_epoch,
@@ -67,16 +62,18 @@ def say_what_was_decided(
         model.key_momentum,
     )
     log.info(
-        "%d %s device(s), %s; global batch %d, per device %d; lr %g as given",
-        world,
-        data.device.type,
-        choose_precision(config),
+        "%d %s device(s), %s (%s); global batch %d, per device %d; lr %g as given",
+        decided.world,
+        decided.accelerator,
+        decided.precision,
+        why["precision"],
         config.data.batch_size,
-        config.data.batch_size // world,
+        config.data.batch_size // decided.world,
         config.optim.lr,
     )
-    log.info("key BatchNorm: %s (%s)", model.key_bn, reasons["key_bn"])
-    log.info("encoders and views: %s", reasons["compile"])
+    log.info("key BatchNorm: %s (%s)", decided.key_bn, why["key_bn"])
+    compiled = "compiled" if decided.compile else "not compiled"
+    log.info("encoders and views: %s (%s)", compiled, why["compile"])
     log.info("run directory: %s", run_dir)
 
 

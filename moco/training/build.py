@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from moco.images.labelled import LabelledData
 from moco.images.loader import PretrainData
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
-from moco.training.decide import accelerator, choose_precision, own_device
+from moco.training.decide import Decided, own_device
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.monitor import KNNMonitor, Progress, Readings
 from moco.training.ranks import RankLauncher, free_port
@@ -52,11 +52,11 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
-def build_module(config: TrainConfig, init_from: str) -> MoCo:
+def build_module(config: TrainConfig, decided: Decided, init_from: str) -> MoCo:
     """Build encoders and queue from the run's seed, or with the weights of a checkpoint."""
     pl.seed_everything(config.run.seed, verbose=False)
-    data = config.data
-    module = MoCo(config.model, config.optim, data.channels, data.image_size, config.run.seed)
+    data, model = config.data, replace(config.model, key_bn=decided.key_bn)
+    module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed)
     if init_from:
         state, report = restore_pretraining(init_from, module.state_dict())
         module.load_state_dict(state)
@@ -65,17 +65,19 @@ def build_module(config: TrainConfig, init_from: str) -> MoCo:
 
 
 def build_data(
-    config: TrainConfig, source: ImageSource, run_dir: Path, backend: str
+    config: TrainConfig, decided: Decided, source: ImageSource, run_dir: Path
 ) -> PretrainData:
-    """Decode what is to be resident, and prepare what makes views."""
+    """Decode what is to be resident, note in `decided` what is, and prepare what makes views."""
+    resident = {"": config.data.resident, "streamed": "off"}.get(decided.resident, decided.resident)
     data = PretrainData(
-        config.data,
+        replace(config.data, resident=resident),
         config.run.seed,
-        shuffle=config.model.key_bn in ("shuffle", "split"),
+        shuffle=decided.key_bn in ("shuffle", "split"),
         symmetric=config.model.symmetric != "none",
         source=source,
     )
-    data.prepare(own_device(config), str(run_dir / "bad_files.txt"), backend)
+    data.prepare(own_device(config), str(run_dir / "bad_files.txt"), decided.compile)
+    decided.resident = data.resident
     return data
 
 
@@ -88,9 +90,9 @@ def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:
 
 def assemble(
     config: TrainConfig,
+    decided: Decided,
     module: MoCo,
     data: PretrainData,
-    devices: int,
     run_dir: Path,
     start_step: int,
     extras: dict[str, Any],
@@ -99,7 +101,6 @@ def assemble(
     """Build the callbacks and the Trainer around module and data.
 
     Args:
-        devices: Per machine.
         start_step: Of a resumed run, else 0.
         extras: Stored in every checkpoint, see `Checkpoints`.
         callbacks: Called after the run's own.
@@ -118,14 +119,13 @@ def assemble(
     own = [signals, NonFiniteGuard(run_dir), readings, monitor, saver]
     own += [Watch(data.bad), Progress(readings)]
     found = loggers(config.run, run_dir, start_step)
-    trainer = build_trainer(config, devices, logger=found, callbacks=[*own, *callbacks])
+    trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
     return Run(trainer, module, data, readings, monitor, saver)
 
 
-def build_trainer(config: TrainConfig, devices: int, **options: Any) -> pl.Trainer:
+def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.Trainer:
     """Build Lightning's Trainer without what this project does itself."""
     settings = config.trainer
-    several = devices * settings.num_nodes > 1
     # The queue and the key encoder are equal on all ranks by construction: no buffer is broadcast.
     ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     plugins: list[Any] = [AtomicCheckpointIO()]
@@ -133,11 +133,11 @@ def build_trainer(config: TrainConfig, devices: int, **options: Any) -> pl.Train
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `Checkpoints` does it
     free_port()
     trainer = pl.Trainer(
-        accelerator=accelerator(config),
-        devices=devices,
-        num_nodes=settings.num_nodes,
-        strategy=ddp if several else "auto",
-        precision=choose_precision(config),
+        accelerator=decided.accelerator,
+        devices=decided.devices,
+        num_nodes=decided.num_nodes,
+        strategy=ddp if decided.world > 1 else "auto",
+        precision=decided.precision,
         max_epochs=settings.max_epochs,
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate_grad_batches,

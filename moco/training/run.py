@@ -40,14 +40,7 @@ from moco.training.build import (
     set_length,
     total_steps,
 )
-from moco.training.decide import (
-    accelerator,
-    check_queue,
-    check_shares,
-    choose_compile,
-    choose_devices,
-    choose_key_bn,
-)
+from moco.training.decide import Decided, check_queue, decide
 from moco.training.explain import explain
 from moco.training.saving import requeue
 from moco.training.tracking import finish
@@ -92,37 +85,31 @@ def _pretrain(
     init_from: str,
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
-    asked = asdict(config)
     source = sources.open_source(config.data, "train")
     check_batch(config.data, len(source))
     check_queue(config, len(source))
-    devices = choose_devices(config)
-    world = devices * config.trainer.num_nodes
-    _share_cores(config, devices)
-    config.model.key_bn, why_key_bn = choose_key_bn(config.model.key_bn, world)
-    check_shares(config, world)
     found = find_run(resume, config.run.dir) if resume else None
     run_dir, checkpoint = found or (new_run(config, recipe), None)
     images = sources.identify(source, config.data.root)
-    stored = read_stored(checkpoint, asked, images) if checkpoint else None
-    start_step = stored["global_step"] if stored else 0
+    start_step, before = 0, ()
+    if checkpoint:
+        start_step, *before = read_stored(checkpoint, config, images)
     steps = total_steps(config, len(source) // config.data.batch_size)
     if start_step >= steps:
         log.info("%s is finished after %d steps: nothing to do", run_dir, start_step)
         return {"run_dir": str(run_dir), "checkpoint": str(checkpoint), "steps": start_step}
-    module = build_module(config, init_from)
-    backend, why_compiled = choose_compile(config, steps)
-    data = build_data(config, source, run_dir, backend)
-    if backend:
-        module.compile_encoders(backend)
+    decided = decide(config, steps, *before)
+    _share_cores(decided)
+    module = build_module(config, decided, init_from)
+    data = build_data(config, decided, source, run_dir)
+    if decided.compile:
+        module.compile_encoders(decided.compile)
     set_length(module, config, data)
-    compiled = f"{'compiled' if backend else 'not compiled'} ({why_compiled})"
-    reasons = {"key_bn": why_key_bn, "compile": compiled}
-    say_what_was_decided(config, module, data, run_dir, world, reasons)
-    extras = {"config": asked, "images": images}
-    run = assemble(config, module, data, devices, run_dir, start_step, extras, callbacks)
+    say_what_was_decided(config, decided, module, data, run_dir)
+    extras = {"config": asdict(config), "decided": asdict(decided), "images": images}
+    run = assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
     if run.trainer.is_global_zero:
-        write_config(TrainConfig.from_dict(asked), run_dir)
+        write_config(config, asdict(decided), run_dir)
     return _fit(run, run_dir, checkpoint)
 
 
@@ -166,8 +153,13 @@ def _train(run: Run, checkpoint: Path | None) -> None:
         finish()
 
 
-def read_stored(checkpoint: Path, asked: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint's step and check that it belongs to these settings and images.
+def read_stored(
+    checkpoint: Path, config: TrainConfig, images: dict[str, Any]
+) -> tuple[int, Decided | None, TrainConfig]:
+    """Check that a checkpoint belongs to these settings and images.
+
+    Returns: Its step, what the run has decided (None in a run of an older version), and the
+        settings that it was asked for.
 
     Raises:
         UserError: Not one of our checkpoints, or of another recipe or data set.
@@ -183,15 +175,17 @@ def read_stored(checkpoint: Path, asked: dict[str, Any], images: dict[str, Any])
         raise UserError(
             f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
         )
-    check_same(TrainConfig.from_dict(asked), stored["config"], checkpoint)
+    check_same(config, stored["config"], checkpoint)
     check_images(images, stored.get("images"), checkpoint)
     run_dir = checkpoint.parent.parent
     gone = {*unknown_settings(stored["config"]), *unknown_settings(stored_groups(run_dir))}
     if gone:
-        log.info(
-            "%s: stored settings that are gone are left out: %s", run_dir, ", ".join(sorted(gone))
-        )
-    return {"global_step": stored["global_step"]}
+        names = ", ".join(sorted(gone))
+        log.info("%s: stored settings that are gone are left out: %s", run_dir, names)
+    decided = Decided.from_dict(stored.get("decided"))
+    if decided is None:
+        log.info("%s keeps no decisions, of an older version: `auto` is decided anew", run_dir)
+    return stored["global_step"], decided, TrainConfig.from_dict(stored["config"])
 
 
 def _stop_before_training(number: int, frame: Any) -> None:
@@ -200,7 +194,7 @@ def _stop_before_training(number: int, frame: Any) -> None:
     os._exit(128 + number)
 
 
-def _share_cores(config: TrainConfig, devices: int) -> None:
+def _share_cores(decided: Decided) -> None:
     """Share the cores between the processes; two processes with all cores each would crawl."""
-    if accelerator(config) == "cpu" and devices > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
+    if decided.accelerator == "cpu" and decided.devices > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // decided.devices))
