@@ -187,12 +187,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         run.sources.open_source = lambda data, split: long
     else:
         run.sources.open_source = random_source
-    build = run._Run.trainer
-    run._Run.trainer = lambda self, found, step: build(self, [*found, turns], step)
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
         check(config)
-        run.pretrain(config)
+        run.pretrain(config, callbacks=[turns])
     results = show(options, config, turns)
     report(f"loop-{options.case}{'-fed' if options.feed else ''}", results, options)
     return results
@@ -210,7 +208,7 @@ def show(options: Any, config: TrainConfig, turns: TakeTurns) -> dict[str, Any]:
         Row(LOOP, turns.seconds[LOOP], images, {BARE: TARGET}, bound),
     ]
     title = f"{options.case}, {config.data.image_size} px, batch {config.data.batch_size}"
-    title += f", {choose_precision(config)}, compile {choose_compile(config, 0)[0] or 'off'}"
+    title += f", {choose_precision(config)[0]}, compile {choose_compile(config, 0)[0] or 'off'}"
     results: dict[str, Any] = {"title": title, "loop": table(title, rows, "images/s")}
     if gpu:
         results |= {"gpu": gpu, "peak_memory_gib": round(turns.peak / 2**30, 2)}

@@ -254,13 +254,11 @@ def train_ours(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]], 
     from moco import config as settings
     from moco.training import run
 
-    build = run._Run.trainer
-    run._Run.trainer = lambda self, found, step: build(self, [*found, Turns(ask)], step)
     config = contender.settings()
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
         settings.check(config)
-        run.pretrain(config)
+        run.pretrain(config, callbacks=[Turns(ask)])
 
 
 def train(contender: Contender) -> None:

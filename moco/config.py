@@ -241,9 +241,6 @@ class RunConfig:
         0.0, "Minutes between checkpoints besides; 0: none", at_least=0
     )
     keep_checkpoints: int = setting(2, "Newest checkpoints that are kept", at_least=1)
-    skip_nonfinite: int = setting(
-        0, "Steps with a loss or gradient not finite that are left out, not an error", at_least=0
-    )
     knn_every: int = setting(
         10, "Epochs between kNN readings, besides the first and the last; 0: none", at_least=0
     )
@@ -267,12 +264,25 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     @classmethod
-    def from_dict(cls, values: dict[str, dict[str, Any]]) -> TrainConfig:
-        """Rebuild from `dataclasses.asdict`, as a checkpoint stores it; unknown fields raise
-        TypeError.
+    def from_dict(cls, stored: dict[str, dict[str, Any]]) -> TrainConfig:
+        """Rebuild from `dataclasses.asdict`, as a checkpoint of any version stores it.
+
+        What the checkpoint does not know gets its default; what is gone is left out.
         """
-        hints = get_type_hints(cls)
-        return cls(**{name: hints[name](**group) for name, group in values.items()})
+        gone = unknown_settings(stored)
+        groups = {}
+        for group, kind in get_type_hints(cls).items():
+            fields = stored.get(group, {}).items()
+            groups[group] = kind(**{k: v for k, v in fields if f"{group}.{k}" not in gone})
+        return cls(**groups)
+
+
+def unknown_settings(stored: dict[str, dict[str, Any]]) -> list[str]:
+    """Name the fields of stored settings that are no settings, as those of an older version."""
+    hints = get_type_hints(TrainConfig)
+    known = {f"{group}.{item.name}" for group in hints for item in dataclasses.fields(hints[group])}
+    names = [f"{group}.{field}" for group, fields in stored.items() for field in fields]
+    return [name for name in names if name not in known]
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:

@@ -1,7 +1,7 @@
 """Run directories: their names, what they hold, and which checkpoint a run goes on from. No torch
 here.
 
-RUN_DIR/config.yaml      every setting, as it was used
+RUN_DIR/config.yaml      every setting as it was asked for, and what the run has decided
 RUN_DIR/metrics.csv      one row per reading
 RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
 """
@@ -23,7 +23,8 @@ from moco.config import TrainConfig, UserError
 RUNS = Path("runs")
 VERSION = 2  # of a checkpoint; version 1 stored none and drew other random numbers
 
-# What may differ when a run goes on: where and how it runs, not what it computes.
+# What may differ when a run goes on: where and how it runs, not what it computes. What `auto` in
+# data.resident and model.compile came to is kept (`moco.training.decide`).
 _MAY_DIFFER = {
     "data.root",
     "data.download",
@@ -36,7 +37,6 @@ _MAY_DIFFER = {
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.log_every_n_steps",
-    "model.key_bn",  # auto is decided anew
     "model.compile",
 }
 
@@ -160,19 +160,9 @@ def read_config(run_dir: Path, parsed: bool) -> Path | None:
         UserError: There is none, or it is damaged.
     """
     path = run_dir / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        groups = settings if isinstance(settings, dict) else {}
-        whole = all(
-            isinstance(groups.get(item.name), dict) for item in dataclasses.fields(TrainConfig)
-        )
-        problem = "" if whole else "is damaged"
-    except FileNotFoundError:
-        problem = "is missing"
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        problem = "is damaged"
-    if not problem:
+    if stored_groups(run_dir):
         return path
+    problem = "is damaged" if path.exists() else "is missing"
     if parsed:
         return None
     raise UserError(
@@ -181,12 +171,27 @@ def read_config(run_dir: Path, parsed: bool) -> Path | None:
     )
 
 
-def write_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.yaml, whole or not at all; raise UserError when the directory takes no file."""
+def stored_groups(run_dir: Path) -> dict[str, dict[str, object]]:
+    """Read the groups of settings in config.yaml; empty where it is missing or damaged."""
+    try:
+        content = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return {item.name: dict(content[item.name]) for item in dataclasses.fields(TrainConfig)}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, ValueError):
+        return {}
+
+
+def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path) -> None:
+    """Write config.yaml, whole or not at all: the settings as they were asked for, and what the run
+    has decided.
+
+    Raises:
+        UserError: The directory takes no file.
+    """
     target, temporary = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        content = {**asdict(config), "decided": decided}
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         os.replace(temporary, target)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -196,15 +201,11 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
 
 
 def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:
-    """Raise UserError when a run would go on with another recipe; name the first difference.
-
-    What an older checkpoint does not know had its default.
-    """
-    defaults = asdict(TrainConfig())
+    """Raise UserError when a run would go on with another recipe; name the first difference."""
+    stored = asdict(TrainConfig.from_dict(stored))
     for group, fields in asdict(config).items():
         for field, value in fields.items():
-            default = defaults[group][field]
-            name, before = f"{group}.{field}", stored.get(group, {}).get(field, default)
+            name, before = f"{group}.{field}", stored[group][field]
             if value == before or name in _MAY_DIFFER or (group == "run" and field != "seed"):
                 continue
             raise UserError(

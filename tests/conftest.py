@@ -12,6 +12,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("WANDB_API_KEY", None)
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +82,10 @@ def said():
 
 @pytest.fixture
 def with_callback(monkeypatch):
-    """Add a callback to the next run, behind its own."""
+    """Add a callback to the next runs of train.py, behind their own."""
     from moco.training import run
 
     def add(callback: pl.Callback) -> None:
-        trainer = run._Run.trainer
-        monkeypatch.setattr(
-            run._Run, "trainer", lambda self, found, step: trainer(self, [*found, callback], step)
-        )
+        monkeypatch.setattr(run, "pretrain", partial(run.pretrain, callbacks=[callback]))
 
     return add

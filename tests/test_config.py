@@ -18,6 +18,7 @@ from moco.config import (
     check,
     check_ranges,
     normalisation,
+    unknown_settings,
 )
 
 FIELDS = [
@@ -212,9 +213,15 @@ def test_settings_survive_a_checkpoint(tmp_path):
     torch.save(dataclasses.asdict(config), tmp_path / "settings")
     stored = torch.load(tmp_path / "settings", weights_only=True)
     assert TrainConfig.from_dict(stored) == config
-    stored["model"]["no_such_field"] = 1
-    with pytest.raises(TypeError):
-        TrainConfig.from_dict(stored)
+    assert unknown_settings(stored) == []
+
+
+def test_settings_of_another_version_keep_what_is_known():
+    stored = dataclasses.asdict(valid(model={"temperature": 0.5}))
+    stored["run"]["skip_nonfinite"] = 3
+    del stored["optim"]
+    assert unknown_settings(stored) == ["run.skip_nonfinite"]
+    assert TrainConfig.from_dict(stored) == valid(model={"temperature": 0.5})
 
 
 def test_normalisation():

@@ -193,12 +193,12 @@ def test_is_whole():
 
 def test_config_is_written_whole_and_reads_back():
     config = TrainConfig(data=DataConfig(root="a: b # c", mean=[0.1, 0.2, 0.3], crop_min=0.08))
-    write_config(config, Path("runs/new"))
-    write_config(config, Path("runs/new"))
+    for precision in ("32-true", "bf16-mixed"):
+        write_config(config, {"precision": precision}, Path("runs/new"))
     assert [p.name for p in Path("runs/new").iterdir()] == ["config.yaml"]
     stored = yaml.safe_load(Path("runs/new/config.yaml").read_text(encoding="utf-8"))
     assert TrainConfig.from_dict(stored) == config
-    assert stored == asdict(config)
+    assert stored == {**asdict(config), "decided": {"precision": "bf16-mixed"}}
 
 
 def test_the_same_recipe_may_go_on():

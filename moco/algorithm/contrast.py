@@ -80,7 +80,7 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest keys; one that is not finite leaves the old key in its place.
+        """Replace the oldest keys.
 
         Args:
             keys: B x C unit vectors of all ranks, in rank order, any B up to K.
@@ -92,10 +92,7 @@ class KeyQueue(nn.Module):
         if count > size:
             raise ValueError(f"enqueue of {count} keys into a queue of {size}: raise queue_size")
         rows = (self.num_enqueued + torch.arange(count, device=keys.device)) % size
-        # A row of NaN would make every later loss NaN; `where` asks the device, not the host.
-        sound = keys.isfinite().all(1, keepdim=True)
-        keys = torch.where(sound, keys.to(self.keys.dtype), self.keys[rows])
-        self.keys.index_copy_(0, rows, keys)
+        self.keys.index_copy_(0, rows, keys.to(self.keys.dtype))
         self.num_enqueued += count
 
     def fill(self) -> Tensor:

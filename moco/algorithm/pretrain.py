@@ -63,8 +63,8 @@ class MoCo(pl.LightningModule):
         self.accumulate = 1
         self.wants_metrics = True
         self.metrics: dict[str, Tensor] = {}
-        for name in ("loss_sum", "loss_count", "bad_losses"):  # finite ones, and the others
-            self.register_buffer(name, torch.zeros(()), persistent=False)
+        self.register_buffer("loss_sum", torch.zeros(()), persistent=False)  # of this epoch
+        self.loss_count = 0
         self.to(memory_format=torch.channels_last)  # faster on every device and in every precision
 
     def compile_encoders(self, backend: str) -> None:
@@ -122,10 +122,8 @@ class MoCo(pl.LightningModule):
     @torch.no_grad()
     def take_note(self, loss: Tensor, logits: Tensor, query: Tensor) -> None:
         """Read what tells a healthy run from a sick one, on the device, without synchronising."""
-        finite = loss.isfinite()
-        self.loss_sum += torch.where(finite, loss, 0)
-        self.loss_count += finite
-        self.bad_losses += ~finite
+        self.loss_sum += loss
+        self.loss_count += 1
         if not self.wants_metrics:
             return
         top1, top5 = contrast_accuracy(logits)
@@ -145,14 +143,13 @@ class MoCo(pl.LightningModule):
         kNN.
         """
         if self.optim.schedule == "plateau":  # else no epoch has to wait for the device
-            sums = torch.stack([self.loss_sum, self.loss_count])[None]
-            total, count = all_gather(sums).sum(0).tolist()
-            mean = total / count if count else None  # None: every step was left out
+            sums = all_gather(self.loss_sum[None])
+            mean = sums.sum().item() / (self.loss_count * len(sums))
             metric = mean if self.optim.plateau_metric == "train/loss" else knn_top1
             if metric is not None:
                 self.plateau.read(metric)
         self.loss_sum.zero_()
-        self.loss_count.zero_()
+        self.loss_count = 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimiser over the query encoder alone."""
@@ -174,11 +171,10 @@ class MoCo(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the state dict does not hold, as plain numbers."""
         checkpoint["plateau"] = self.plateau.state_dict()
-        checkpoint["epoch_loss"] = [self.loss_sum.item(), int(self.loss_count)]
+        checkpoint["epoch_loss"] = [self.loss_sum.item(), self.loss_count]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the plateau's counters and the epoch's losses from a checkpoint."""
         self.plateau.load_state_dict(checkpoint["plateau"])
-        total, count = checkpoint["epoch_loss"]
+        total, self.loss_count = checkpoint["epoch_loss"]
         self.loss_sum.fill_(total)
-        self.loss_count.fill_(count)

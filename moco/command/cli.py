@@ -78,8 +78,14 @@ def option_help(metadata: Any) -> str:
     return metadata["meaning"].replace("%", "%%") + (f" [{', '.join(limits)}]" if limits else "")
 
 
-def parse(parser: Any, config: type, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+def parse(
+    parser: Any, config: type, argv: Sequence[str], stored: Path | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Parse `argv` to the config dataclass and the extra options.
+
+    Args:
+        stored: The config.yaml of a run, in the place of the defaults; of another version, it may
+            hold settings that are gone, which are left out.
 
     Raises:
         UserError: Unknown, misspelt, duplicate or mistyped settings; a recipe that does not exist.
@@ -88,9 +94,11 @@ def parse(parser: Any, config: type, argv: Sequence[str]) -> tuple[Any, dict[str
 
     names = _names(parser)
     _check_arguments(argv, names)
-    empty = [str(path) for path in _config_paths(argv) if not _check_yaml(path, names)]
+    words = _with_contents(argv, names)
+    if stored:
+        words.insert(0, _as_option(_known(_read_yaml(stored), names)))
     try:
-        values = parser.parse_args(_without_configs(argv, empty))
+        values = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         raise UserError(_one_line(error)) from None
     hints = get_type_hints(config)
@@ -140,53 +148,66 @@ def option_values(argv: Sequence[str], option: str) -> list[str]:
     return [value for _, value in sorted(values)]
 
 
-def _config_paths(argv: Sequence[str]) -> list[Path]:
-    paths = [Path(value) for value in option_values(argv, "--config")]
-    for path in paths:
-        if path.is_dir():
-            raise UserError(f"--config {path} is a directory: name a YAML file in it")
-        if not path.is_file():
-            folders = (Path("configs"), path.parent)
-            recipes = {p.stem: p for f in folders for p in sorted(f.glob("*.yaml"))}
-            near = difflib.get_close_matches(path.stem, recipes, n=1)
-            listed = (
-                f"there are {', '.join(recipes)}" if recipes else "give the path of a YAML file"
-            )
-            hint = f"did you mean {recipes[near[0]]}?" if near else listed
-            raise UserError(f"--config {path} does not exist: {hint}")
-    return paths
-
-
-def _without_configs(argv: Sequence[str], empty: list[str]) -> list[str]:
-    """Leave out recipes of comments alone, which the parser would take for an error."""
-    words = list(argv)
-    for path in empty:
-        place = words.index("--config", 0) if f"--config={path}" not in words else None
-        if place is None:
-            words.remove(f"--config={path}")
-            continue
-        while words[place + 1] != path:
-            place = words.index("--config", place + 1)
-        del words[place : place + 2]
+def _with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
+    """Put the checked settings of each recipe in the place of its path."""
+    words, rest = [], iter(argv)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        path = value if equals else next(rest, None) if option == "--config" else None
+        if option == "--config" and path is not None:
+            _check_path(Path(path))
+            content = _read_yaml(Path(path))
+            _check_settings(content, names, path)
+            word = _as_option(content)
+        words.append(word)
     return words
 
 
-def _check_yaml(path: Path, names: list[str]) -> bool:
-    """Refuse what YAML would pass over: duplicate and unknown keys, a file that is no mapping.
+def _as_option(content: dict[str, Any]) -> str:
+    return f"--config={yaml.safe_dump(content, sort_keys=False)}"
 
-    Returns:
-        Whether the file holds any setting.
+
+def _check_path(path: Path) -> None:
+    """Raise UserError when a recipe is no file, and name the recipe that may be meant."""
+    if path.is_dir():
+        raise UserError(f"--config {path} is a directory: name a YAML file in it")
+    if not path.is_file():
+        folders = (Path("configs"), path.parent)
+        recipes = {p.stem: p for f in folders for p in sorted(f.glob("*.yaml"))}
+        near = difflib.get_close_matches(path.stem, recipes, n=1)
+        listed = f"there are {', '.join(recipes)}" if recipes else "give the path of a YAML file"
+        hint = f"did you mean {recipes[near[0]]}?" if near else listed
+        raise UserError(f"--config {path} does not exist: {hint}")
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    """Read a recipe, or the config.yaml of a run without what the run has decided.
+
+    Raises:
+        UserError: No YAML, a key given twice, or no mapping.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"--config {path}: {_one_line(error)}") from None
-    if content is None:
-        return False
-    if not isinstance(content, dict):
+    if not isinstance(content, dict | None):
         raise UserError(
             f"--config {path} holds no settings: write GROUP:, then FIELD: VALUE below it"
         )
+    return {group: fields for group, fields in (content or {}).items() if group != "decided"}
+
+
+def _known(content: dict[Any, Any], names: list[str]) -> dict[Any, Any]:
+    """Leave out what is no setting; `moco.training.run` tells which were left out."""
+    return {
+        group: {field: value for field, value in fields.items() if f"{group}.{field}" in names}
+        for group, fields in content.items()
+        if isinstance(fields, dict)
+    }
+
+
+def _check_settings(content: dict[Any, Any], names: list[str], path: str) -> None:
+    """Raise UserError for unknown settings."""
     groups = {name.split(".")[0] for name in names if "." in name}
     for group, fields in content.items():
         nested = fields if isinstance(fields, dict) and group in groups else None
@@ -197,7 +218,6 @@ def _check_yaml(path: Path, names: list[str]) -> bool:
         for name in [str(group)] if nested is None else [f"{group}.{field}" for field in nested]:
             if name not in names or name in ("config", "help", "print_config"):
                 raise UserError(f"--config {path}: unknown setting {name}{_nearest(name, names)}")
-    return True
 
 
 class _UniqueKeys(yaml.SafeLoader):

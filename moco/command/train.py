@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         # `pretrain` checks that the run may go on with them.
         stored = read_config(found[0], parsed=bool(recipe))
         if stored:
-            config, extra = cli.parse(parser, TrainConfig, ["--config", str(stored), *argv])
+            config, extra = cli.parse(parser, TrainConfig, argv, stored)
     check(config)
     if extra["resume"] and extra["init_from"]:
         raise UserError(
@@ -61,4 +61,5 @@ def _start_ranks(config: TrainConfig) -> None:
         )
     from moco.training.decide import choose_devices
 
-    start_ranks(choose_devices(config), "go on with --resume from the last checkpoint")
+    devices, _ = choose_devices(config)
+    start_ranks(devices, "go on with --resume from the last checkpoint")

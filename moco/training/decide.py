@@ -1,25 +1,155 @@
-"""What `auto` means here, and what cannot work here: decided and refused before the first step.
+"""What `auto` means on this machine, and what cannot work here: decided and refused before the
+first step.
 
+The settings stay as the user gave them; what they came to is a `Decided`, which config.yaml and
+every checkpoint keep. A resumed run takes it as it stands for whatever changes a number.
 Shapes: W devices over all machines.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import shutil
 import sysconfig
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moco.config import TrainConfig, UserError
 
+log = logging.getLogger("moco")
 WORTH_COMPILING = 3000  # steps on a GPU; an estimate, 20 ms won at each against a minute
 
 
-def choose_devices(config: TrainConfig) -> int:
-    """Decide how many processes each machine runs, from the settings or from torchrun's and SLURM's
-    environment.
+@dataclass
+class Decided:
+    """What the settings came to, in plain values.
+
+    Attributes:
+        accelerator: cuda or cpu.
+        devices, num_nodes: Processes per machine, and machines.
+        precision, key_bn: As the settings of these names, never auto.
+        compile: Backend of torch.compile; empty: nothing is compiled.
+        resident: Where the images are held: device, memory, or streamed; empty until they are read.
+        reasons: Name of an attribute to why.
+    """
+
+    accelerator: str
+    devices: int
+    num_nodes: int
+    precision: str
+    key_bn: str
+    compile: str
+    resident: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def world(self) -> int:
+        """Processes over all machines, W."""
+        return self.devices * self.num_nodes
+
+    @classmethod
+    def from_dict(cls, stored: Any) -> Decided | None:
+        """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        return cls(**stored) if isinstance(stored, dict) and stored.keys() == known else None
+
+
+def decide(
+    config: TrainConfig,
+    steps: int,
+    before: Decided | None = None,
+    asked: TrainConfig | None = None,
+) -> Decided:
+    """Decide all that is left to `auto`, but `resident`, which reading the images decides.
+
+    Args:
+        steps: Of the run.
+        before: What a resumed run has decided; None for a new run.
+        asked: The settings of the resumed run as they were stored. Where `config` names another
+            model.compile or data.resident, the user wants it so.
+
+    Raises:
+        UserError: Devices, precision or shares that cannot work here.
+    """
+    devices, num_nodes = choose_devices(config)
+    world, resident = devices * num_nodes, ""
+    wanted = config
+    if before and asked:
+        wanted = _as_before(config, before, asked, world)
+        if config.data.resident == asked.data.resident:
+            resident = _resident_here(config, before)
+    precision, why_precision = choose_precision(wanted)
+    key_bn, why_key_bn = choose_key_bn(wanted.model.key_bn, world)
+    backend, why_compile = choose_compile(wanted, steps)
+    fits = "auto: what fits into data.resident_budget"
+    reasons = {
+        "precision": why_precision,
+        "key_bn": why_key_bn,
+        "compile": why_compile,
+        "resident": fits if config.data.resident == "auto" else "as set",
+    }
+    decided = Decided(
+        accelerator(config), devices, num_nodes, precision, key_bn, backend, resident, reasons
+    )
+    if before:
+        kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
+        reasons.update(dict.fromkeys(kept, "as the run began"))
+    check_shares(config, decided)
+    return decided
+
+
+def _as_before(config: TrainConfig, before: Decided, asked: TrainConfig, world: int) -> TrainConfig:
+    """Return the settings with what a resumed run has decided in the place of `auto`.
+
+    Raises:
+        UserError: This machine cannot go on with it.
+    """
+    on_gpu, compiled = accelerator(config) == "cuda", config.model.compile
+    if before.precision == "16-mixed" and not on_gpu:
+        raise UserError(
+            "--resume: the run computes in 16-mixed, which no CPU can: go on where there is a GPU, "
+            "or start a new run with --init_from and trainer.precision bf16-mixed"
+        )
+    if before.key_bn == "shuffle" and world == 1 < before.world:
+        raise UserError(
+            f"--resume: the run shuffles keys over {before.world} devices, and on one device that "
+            "would hide nothing: go on with trainer.devices 2 or more, or start a new run with "
+            "--init_from and model.key_bn split"
+        )
+    if compiled == asked.model.compile:
+        compiled = "on" if before.compile else "off"
+        if before.compile and (missing := missing_compiler(on_gpu)):
+            raise UserError(
+                f"--resume: the run's encoders are compiled and there is no {missing}: install it, "
+                "or give --model.compile off, which changes the last digits of numbers"
+            )
+    if world != before.world:
+        log.info(
+            "the run began on %d devices and goes on on %d: with the same batches, though not to "
+            "the same bits",
+            before.world,
+            world,
+        )
+    trainer = replace(config.trainer, precision=before.precision)
+    model = replace(config.model, key_bn=before.key_bn, compile=compiled)
+    return replace(config, trainer=trainer, model=model)
+
+
+def _resident_here(config: TrainConfig, before: Decided) -> str:
+    """Say where a resumed run holds its images; device and memory give the same numbers."""
+    if before.resident == "streamed" or config.data.resident != "auto":
+        return before.resident
+    return "device" if accelerator(config) == "cuda" else "memory"
+
+
+def choose_devices(config: TrainConfig) -> tuple[int, int]:
+    """Decide how many processes each machine runs, and on how many machines, from the settings or
+    from torchrun's and SLURM's environment.
 
     Raises:
         UserError: Devices that do not exist.
@@ -38,26 +168,28 @@ def choose_devices(config: TrainConfig) -> int:
             f"trainer.devices is {trainer.devices} but {launched} processes were launched: "
             "leave it out"
         )
+    num_nodes = trainer.num_nodes
     if launched and "WORLD_SIZE" in os.environ:
-        trainer.num_nodes = max(1, int(os.environ["WORLD_SIZE"]) // launched)
+        num_nodes = max(1, int(os.environ["WORLD_SIZE"]) // launched)
     devices = trainer.devices or launched or (gpus if on_gpu else 1)
     if devices > available:
         kind = "GPUs" if on_gpu else "CPU cores"
         raise UserError(f"trainer.devices is {devices} but there are {available} {kind}: lower it")
-    return devices
+    return devices, num_nodes
 
 
-def check_shares(config: TrainConfig, world: int) -> None:
+def check_shares(config: TrainConfig, decided: Decided) -> None:
     """Raise UserError when the batch does not divide as the devices and groups need it."""
-    batch, model = config.data.batch_size, config.model
-    if "sync" in (model.key_bn, model.query_bn) and world > 1 and accelerator(config) == "cpu":
+    batch, model, world = config.data.batch_size, config.model, decided.world
+    kinds = (decided.key_bn, model.query_bn)
+    if "sync" in kinds and world > 1 and decided.accelerator == "cpu":
         raise UserError(
             "model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle"
         )
     parts, why = world, f"{world} devices"
-    if model.key_bn == "shuffle":
+    if decided.key_bn == "shuffle":
         parts, why = world * world, f"{world} devices, {world} equal blocks on each to shuffle keys"
-    if "split" in (model.key_bn, model.query_bn):
+    if "split" in kinds:
         parts, why = (
             world * model.bn_splits,
             f"{world} devices x {model.bn_splits} BatchNorm groups",
@@ -129,8 +261,8 @@ def missing_compiler(on_gpu: bool) -> str:
     return "" if known or any(map(shutil.which, names)) else "C or C++ compiler"
 
 
-def choose_precision(config: TrainConfig) -> str:
-    """Decide what `auto` means: bf16 where the hardware multiplies it natively.
+def choose_precision(config: TrainConfig) -> tuple[str, str]:
+    """Decide what `auto` means, and say why: bf16 where the hardware multiplies it natively.
 
     Raises:
         UserError: fp16 on a CPU.
@@ -141,12 +273,14 @@ def choose_precision(config: TrainConfig) -> str:
             "trainer.precision is 16-mixed on a CPU, which has no fp16: use bf16-mixed or 32-true"
         )
     if precision != "auto":
-        return precision
+        return precision, "as set"
     if on_gpu:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported()
-    return "bf16-mixed" if native else "32-true"
+    if native:
+        return "bf16-mixed", "auto: the hardware multiplies bf16"
+    return "32-true", "auto: the hardware is no faster at bf16"
 
 
 def accelerator(config: TrainConfig) -> str:

@@ -1,7 +1,8 @@
-"""Guards of a run's numbers: a bad step touches nothing, a collapse is told. Lightning callbacks.
+"""Guards of a run's numbers: what is not finite stops the run, a collapse is told.
 
-`NonFiniteGuard` works on the device and asks nothing of it between readings: keep it so. `Watch`
-looks at readings alone. docs/faults.md lists what they answer.
+Both classes are Lightning callbacks. `NonFiniteGuard` computes one number a step on the device and
+never waits for the device between readings. `Watch` looks at readings alone. docs/faults.md lists
+the faults that they answer.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
-from moco import distributed
 from moco.config import RunError
 from moco.images.bad_files import BadFiles
 from moco.run_directory import last_whole
@@ -26,138 +27,104 @@ LEAST_SCALE = 1e-4  # of fp16's loss; below it nothing is learnt (fairseq's min_
 
 
 class NonFiniteGuard(pl.Callback):
-    """Leave a step out whose loss or gradient is not finite; stop, or go on up to `allowed` times.
+    """Stop the run when a loss, gradient or BatchNorm statistic is not finite; save no such state.
 
-    The device decides, and the host reads the count where it waits for the device anyway: at a
-    reading and before a checkpoint (on a CPU after every step). Until then bad steps change
-    nothing: fused optimisers skip an update whose `found_inf` is 1, BatchNorm's statistics are put
-    back, and the queue refuses keys that are not finite.
+    Each optimiser step leaves the largest absolute value of all these on the device: it is finite
+    if they are. The host fetches these values at the next reading, at the end of an epoch and
+    before every checkpoint, where it waits for the device anyway, and all ranks agree on them.
 
     Args:
-        allowed: Steps of the run that may be left out.
         run_dir: Where the last good checkpoint is looked for.
     """
 
-    def __init__(self, allowed: int, run_dir: Path) -> None:
-        self.allowed, self.run_dir = allowed, run_dir
-        self._skipped = self._told = 0  # a tensor on the device once training has started
-        self._first: Any = -1
-        self._rates: dict[int, float] = {}
-        self._before: Tensor | None = None
-        self._lost: Tensor | None = None  # whether SGD's first update was skipped
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._largest: dict[tuple[int, float], Tensor] = {}  # (step, rate) since the last reading
         self._scaler: torch.amp.GradScaler | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Move the counters to the device, and list what is judged and what is put back."""
+        """List what is judged at each step."""
         self._parameters = list(module.query_encoder.parameters())
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._told = int(self._skipped)
-        self._skipped = torch.tensor(self._told, device=module.device)
-        self._first = torch.tensor(-1, device=module.device)
-        self._stats = [
+        self._is_first_update = not trainer.optimizers[0].state
+        self._statistics = [
             buffer
             for encoder in (module.query_encoder, module.key_encoder)
             for name, buffer in encoder.named_buffers()
-            if name.endswith(("running_mean", "running_var"))  # others are constants
+            if name.endswith(("running_mean", "running_var"))  # other buffers may hold -inf: masks
         ]
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Remember BatchNorm's statistics as they were before this optimiser step."""
-        if batch_idx % module.accumulate == 0 and self._stats:
-            self._before = self._flat_stats()
-
-    def _flat_stats(self) -> Tensor:
-        return torch.cat([buffer.flatten() for buffer in self._stats])
-
-    @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: Any, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Judge the step on the device, alike on all ranks, and take back what it changed."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        overflow = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-        bad = module.bad_losses > 0
-        if self._stats:
-            after = self._flat_stats()
-            bad = bad | ~after.isfinite().all()
-        # A scaler raises its scale until gradients overflow, and skips that step by itself.
-        found = (bad if self._scaler else bad | overflow).float()
-        module.bad_losses.zero_()
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        bad = found > 0
-        optimizer.found_inf = found
-        if self._scaler:  # it sets its own `found_inf`, and looks at gradients alone
-            gradients[0] += torch.where(bad, math.nan, 0.0)
-        if not optimizer.state and optimizer.defaults.get("momentum"):
-            self._lost = bad | overflow
-        self._rates[trainer.global_step + 1] = optimizer.param_groups[0]["lr"]
-        self._first = torch.where(bad & (self._first < 0), trainer.global_step + 1, self._first)
-        self._skipped += bad
-        if self._stats and (bad.device.type != "cpu" or bad):
-            kept = torch.where(bad, self._before, after)
-            torch._foreach_copy_(self._stats, kept.split([b.numel() for b in self._stats]))
+        """Keep the step's largest value; the sum of losses covers all accumulated batches."""
+        # fp16's scaler raises its scale until gradients overflow, and skips those steps by itself.
+        gradients = [] if self._scaler else [p.grad for p in self._parameters if p.grad is not None]
+        step, rate = trainer.global_step + 1, optimizer.param_groups[0]["lr"]
+        judged = [module.loss_sum, *gradients, *self._statistics]
+        self._largest[step, rate] = get_total_norm(judged, math.inf)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-        """Read the count where it costs nothing."""
-        if self._lost is not None:
-            # Once per run the host asks: a first update that the device skipped leaves SGD's
-            # momentum uninitialised (torch 2.15, optim/sgd.py, is_first_step).
-            if self._lost:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read where the host waits for the device anyway, before other callbacks do."""
+        if self._scaler and self._is_first_update:
+            # A first update that the scaler skips leaves the momentum of a fused SGD uninitialised.
+            self._is_first_update = self._scaler.state_dict()["_growth_tracker"] == 0
+            if self._is_first_update:
                 trainer.optimizers[0].state.clear()
-            self._lost = None
-        if module.wants_metrics or module.device.type == "cpu":
+        if module.wants_metrics or batch_idx + 1 == trainer.num_training_batches:
             self.read()
 
     def read(self) -> None:
-        """Fetch the count; raise RunError when more steps were bad than are allowed."""
+        """Fetch the values of the steps since the last reading.
+
+        Raises:
+            RunError: One of them is not finite on any rank, or fp16's scale is too low.
+        """
         if self._scaler and self._scaler.get_scale() < LEAST_SCALE:
             raise RunError(
-                "gradients are not finite in fp16 at any loss scale: start anew with "
-                f"trainer.precision bf16-mixed or 32-true, {self._last_good()}"
+                "gradients are not finite in fp16 at any loss scale, "
+                f"{self._last_good('set trainer.precision bf16-mixed or 32-true')}"
             )
-        skipped = int(self._skipped)
-        rates, self._rates = self._rates, {}
-        if skipped == self._told:
+        if not self._largest:
             return
-        self._told, step = skipped, int(self._first)
-        self._first.fill_(-1)
-        what = f"loss or gradient is not finite at step {step} (lr {rates.get(step, math.nan):g})"
-        if skipped > self.allowed:
-            raise self._error(what)
-        if distributed.rank() == 0:
-            log.warning("%s: left out, %d of %d that are allowed", what, skipped, self.allowed)
+        are_bad = _on_any_rank(~torch.stack([*self._largest.values()]).isfinite())
+        for (step, rate), is_bad in zip(self._largest, are_bad, strict=True):
+            if is_bad:
+                raise self._error(f"loss or gradient is not finite at step {step} (lr {rate:g})")
+        self._largest.clear()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Let nothing but finite numbers into a checkpoint: the last one is always a good one."""
-        if isinstance(self._skipped, Tensor):
-            self.read()
-        state = [v for v in module.state_dict().values() if v.is_floating_point()]
-        if not torch.stack(torch._foreach_norm(state)).isfinite().all():
+        self.read()
+        slots = [slot.values() for slot in trainer.optimizers[0].state.values()]
+        state = [*checkpoint["state_dict"].values(), *(value for slot in slots for value in slot)]
+        tensors = [v for v in state if isinstance(v, Tensor) and v.is_floating_point()]
+        if _on_any_rank(~get_total_norm(tensors, math.inf).isfinite()[None])[0]:
             raise self._error(f"weights are not finite after step {trainer.global_step}")
 
-    def _last_good(self) -> str:
-        last = last_whole(self.run_dir)
-        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-
     def _error(self, what: str) -> RunError:
-        return RunError(
-            f"{what}, {self._last_good()}: start anew with a lower optim.lr or more "
-            f"optim.warmup_epochs, or leave such steps out with --resume {self.run_dir} "
-            "--run.skip_nonfinite N"
+        return RunError(f"{what}, {self._last_good('lower optim.lr or raise optim.warmup_epochs')}")
+
+    def _last_good(self, remedy: str) -> str:
+        last = last_whole(self.run_dir)
+        if last is None:
+            return f"no checkpoint was written yet: {remedy} and start again"
+        return (
+            f"the last good checkpoint is {last}: {remedy} in a new run with --init_from {last}, "
+            f"or go on with --resume {self.run_dir} if the cause has passed"
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """Keep the count through a resume."""
-        return {"skipped": int(self._skipped)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take it back."""
-        self._skipped = state["skipped"]
+def _on_any_rank(flags: Tensor) -> list[bool]:
+    """Fetch flags; each is true where it is true on any rank, so that all ranks do the same."""
+    if torch.distributed.is_initialized():
+        flags = flags.float()
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return flags.bool().tolist()
 
 
 class Watch(pl.Callback):

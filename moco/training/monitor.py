@@ -127,11 +127,13 @@ class KNNMonitor(pl.Callback):
     def _enabled(self) -> bool:
         return self.data is not None and self.config.knn_every > 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Read at the ends of the chosen epochs, and let the plateau schedule know."""
         step, per_epoch = trainer.global_step, module.steps_per_epoch
         final = step >= module.total_steps
-        epoch_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        epoch_end = batch_idx + 1 == trainer.num_training_batches
         if not (epoch_end or final):
             return
         due = round(step / per_epoch) % max(self.config.knn_every, 1) == 0

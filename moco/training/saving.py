@@ -147,12 +147,13 @@ class Checkpoints(pl.Callback):
         """Note that the state is in motion."""
         self._in_step = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save if it is time to, at the ends of optimiser steps only."""
-        last_batch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-        if (args[2] + 1) % trainer.accumulate_grad_batches and not last_batch:
+        last_batch = batch_idx + 1 == trainer.num_training_batches
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not last_batch:
             return
-        self._in_step = False
         step = trainer.global_step
         due = step % self.every == 0 if self.every else last_batch
         late = 0 < 60 * self.minutes <= time.monotonic() - self._saved_at
@@ -160,6 +161,7 @@ class Checkpoints(pl.Callback):
         self.stop_signal, due = STOPPING[signal_place], due or bool(late)
         if due or self.stop_signal or step >= module.total_steps:
             self.save(trainer)
+        self._in_step = False
         if self.stop_signal:
             trainer.should_stop = True
 
@@ -209,10 +211,14 @@ class Checkpoints(pl.Callback):
         """
         known = isinstance(exception, UserError | RunError) and not getattr(exception, "local", 0)
         between = not self._in_step and trainer.global_step > self.saved_step
-        if between and (trainer.world_size == 1 or known):
+        if not between or (trainer.world_size > 1 and not known):
+            return
+        try:
             self.save(trainer)
-            if self.saved_step == trainer.global_step:
-                log.info("saved after step %d: go on with --resume", trainer.global_step)
+        except RunError as error:  # numbers that are not finite
+            log.warning("not saved after step %d: %s", trainer.global_step, error)
+        if self.saved_step == trainer.global_step:
+            log.info("saved after step %d: go on with --resume", trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]

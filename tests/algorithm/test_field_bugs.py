@@ -63,7 +63,7 @@ def check_negatives(kind: type[MoCo], monkeypatch) -> None:
 
     monkeypatch.setattr(pretrain, "info_nce", watched)
     module = build(kind)
-    module.model_config.symmetric = "mean"
+    module.model.symmetric = "mean"
     module.training_step(batches(symmetric=True)[0], 0)
     keys = torch.cat([key for key, _ in met])
     for _, negatives in met:
@@ -113,7 +113,7 @@ def check_unit_keys(kind: type[MoCo]) -> None:
 
 
 class RandomBank(MoCo):
-    """The first keys are not normalised: lightly-ai/lightly, pull request 1009."""
+    """The first keys are not normalised: lightly, pull request 1009."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -200,7 +200,7 @@ class PlainEncoder(nn.Module):
 
 
 class DividesByWorld(MoCo):
-    """Gradients of R ranks are R times too small: KevinMusgrave/pytorch-metric-learning, issue 363."""
+    """R ranks move R times too little: KevinMusgrave/pytorch-metric-learning, issue 363."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) / distributed.world_size()
@@ -249,7 +249,7 @@ def check_shuffle(key_order) -> None:
 
 
 def ring_shift(seed: int, step: int, count: int, world: int) -> Tensor:
-    """All of a rank's keys go to its neighbour, and with them the leak (1911.05722, section 3.3)."""
+    """All of a rank's keys go to its neighbour, and the leak with them (1911.05722, 3.3)."""
     return torch.arange(world * count).roll(count)
 
 
@@ -274,7 +274,7 @@ def check_update(kind: type[MoCo]) -> None:
     move_query(module)
     before = state(module)
     module.update_key_encoder()
-    momentum = module.model_config.key_momentum
+    momentum = module.model.key_momentum
     parameters = dict(module.key_encoder.named_parameters())
     for name, after in module.key_encoder.state_dict().items():
         old = before[f"key_encoder.{name}"]
@@ -286,7 +286,7 @@ def check_update(kind: type[MoCo]) -> None:
 
 
 class AveragesStatistics(MoCo):
-    """BatchNorm's statistics follow the query encoder's: asked for in facebookresearch/moco, issue 70."""
+    """Statistics follow the query encoder: asked for in facebookresearch/moco, issue 70."""
 
     def update_key_encoder(self):
         super().update_key_encoder()
@@ -294,7 +294,7 @@ class AveragesStatistics(MoCo):
             buffers = zip(self.key_encoder.buffers(), self.query_encoder.buffers(), strict=True)
             for key, query in buffers:
                 if key.is_floating_point():
-                    key.lerp_(query, 1 - self.model_config.key_momentum)
+                    key.lerp_(query, 1 - self.model.key_momentum)
 
 
 class TurnsAround(MoCo):
@@ -304,7 +304,7 @@ class TurnsAround(MoCo):
         with torch.no_grad():
             pairs = zip(self.key_encoder.parameters(), self.query_encoder.parameters(), strict=True)
             for key, query in pairs:
-                key.lerp_(query, self.model_config.key_momentum)
+                key.lerp_(query, self.model.key_momentum)
 
 
 @pytest.mark.parametrize("broken", [AveragesStatistics, TurnsAround])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -39,9 +40,8 @@ def test_a_killed_worker_ends_the_run_with_its_state_saved(images, with_callback
     arguments = [*STREAMED, "--run.checkpoint_every", "100", "--trainer.max_epochs", "4"]
     run_tiny(images, *arguments, run_dir="whole")
     with pytest.MonkeyPatch.context() as patch:
-        trainer = run._Run.trainer
         killer = KillWorker(4, signal.SIGKILL)
-        patch.setattr(run._Run, "trainer", lambda s, found, n: trainer(s, [*found, killer], n))
+        patch.setattr(run, "pretrain", partial(run.pretrain, callbacks=[killer]))
         with pytest.raises(RunError, match=r"worker process \d+ of 2 .* killed by signal 9") as e:
             run_tiny(images, *arguments)
     assert "data.num_workers" in str(e.value)

@@ -197,24 +197,23 @@ def test_a_step_never_waits(views, symmetric, streamed, monkeypatch):
     module = MoCo(model, OptimConfig(), 3, 16).to(meta)
     module.wants_metrics = False
     optimizer = torch.optim.SGD(module.query_encoder.parameters(), 0.1, momentum=0.9, foreach=True)
-    trainer = SimpleNamespace(world_size=1, global_step=5, precision_plugin=None)
-    guard = NonFiniteGuard(0, None)
+    trainer = SimpleNamespace(
+        global_step=5, precision_plugin=None, optimizers=[optimizer], num_training_batches=9
+    )
+    guard = NonFiniteGuard(None)
     guard.on_train_start(trainer, module)
 
     def step():
         indices = Indices(1, 5, torch.arange(16, device=meta), crops)
         batch = data.on_after_batch_transfer(indices, 0)
-        guard.on_train_batch_start(trainer, module, batch, 0)
         module.training_step(batch, 0).backward()
         guard.on_before_optimizer_step(trainer, module, optimizer)
-        optimizer.found_inf = None  # torch's fused update asks the device itself
         optimizer.step()
+        guard.on_train_batch_end(trainer, module, None, batch, 0)
 
     step()
-    guard._lost = None  # the first step of a run may ask
     with nothing_waits():
         step()
-        guard.on_train_batch_end(trainer, module)
 
 
 def test_the_order_of_a_resident_set_is_made_on_the_device(monkeypatch):
@@ -234,7 +233,7 @@ def test_the_order_of_a_resident_set_is_made_on_the_device(monkeypatch):
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("compiled", ["on", "off"])
-def test_a_run_on_a_gpu_never_waits(compiled, tmp_path, monkeypatch):
+def test_a_run_on_a_gpu_never_waits(compiled, tmp_path):
     """The whole loop, Lightning's part too, between two readings."""
 
     class Watch(pl.Callback):
@@ -242,10 +241,6 @@ def test_a_run_on_a_gpu_never_waits(compiled, tmp_path, monkeypatch):
             inside = 10 <= trainer.global_step < 18
             torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
-    build = run._Run.trainer
-    monkeypatch.setattr(
-        run._Run, "trainer", lambda self, found, step: build(self, [*found, Watch()], step)
-    )
     config = TrainConfig()
     config.data = DataConfig(dataset="digits", image_size=16, upscale=2.0, batch_size=32)
     config.model = ModelConfig(**{**vars(MODEL), "queue_size": 64, "compile": compiled})
@@ -253,7 +248,7 @@ def test_a_run_on_a_gpu_never_waits(compiled, tmp_path, monkeypatch):
     config.run.dir, config.run.knn_every = str(tmp_path / "run"), 0
     config.run.checkpoint_every, config.run.checkpoint_minutes = 1000, 0
     try:
-        assert run.pretrain(config)["steps"] == 20
+        assert run.pretrain(config, callbacks=[Watch()])["steps"] == 20
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

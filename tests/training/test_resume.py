@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from processes import ROOT, finish, start
 from runs import TINY, assert_same_end, at, load, run_tiny
 
@@ -150,3 +151,23 @@ def test_settings_of_a_run_name_no_place_to_write(images, tmp_path):
     assert load("sent/checkpoints/last.ckpt")["global_step"] == 3
     assert f"dir: {elsewhere}" in config.read_text()
     assert not elsewhere.exists() and not Path("run").exists()
+
+
+def test_a_run_of_an_older_version_goes_on_without_the_settings_that_are_gone(images, said):
+    """A checkpoint and a config.yaml that know `run.skip_nonfinite`, which was a setting once."""
+    run_tiny(images, run_dir="whole")
+    shutil.copytree("whole", "run")
+    state = at(2, "run")
+    state["config"]["run"]["skip_nonfinite"] = 0
+    shutil.rmtree("run/checkpoints")
+    Path("run/checkpoints").mkdir()
+    torch.save(state, "run/checkpoints/last.ckpt")
+    stored = yaml.safe_load(Path("run/config.yaml").read_text())
+    stored["run"]["skip_nonfinite"] = 0
+    Path("run/config.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(UserError, match=r"unknown setting run\.skip_nonfinite"):
+        train.main(["--config", "run/config.yaml", "--run.dir", "other"])
+    assert train.main(["--resume", "run"])["steps"] == 6
+    assert_same_end("whole", "run")
+    assert len([line for line in said if "run.skip_nonfinite" in line]) == 1
+    assert "skip_nonfinite" not in Path("run/config.yaml").read_text()

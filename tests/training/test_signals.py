@@ -79,7 +79,7 @@ def test_a_save_that_failed_is_not_told_as_one(images, monkeypatch):
     class Full(saving.AtomicCheckpointIO):
         save_checkpoint = fail
 
-    monkeypatch.setattr("moco.training.run.AtomicCheckpointIO", Full)
+    monkeypatch.setattr("moco.training.build.AtomicCheckpointIO", Full)
 
     batches = loader.StepLoader._batches
 

@@ -1,0 +1,96 @@
+"""What a run says: its first lines, on standard error, and the results that it returns."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from moco.algorithm.pretrain import MoCo
+from moco.config import TrainConfig
+from moco.images.loader import PretrainData
+from moco.training.build import Run
+from moco.training.decide import Decided
+
+log = logging.getLogger("moco")
+
+
+def set_up_logging() -> None:
+    """Send our own lines to standard error, on rank 0 alone, and silence what libraries chat."""
+    rank = int(
+        os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
+    )
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def say_what_was_decided(
+    config: TrainConfig, decided: Decided, module: MoCo, data: PretrainData, run_dir: Path
+) -> None:
+    """Log what the run is and what was decided, in its first lines."""
+    model, why, streamed = config.model, decided.reasons, decided.resident == "streamed"
+    millions = sum(p.numel() for p in module.query_encoder.parameters()) / 1e6
+    log.info(
+        "%s: %d images, %s (%s); views %s at %d px, %d steps per epoch",
+        data.source.name,
+        len(data.source),
+        "streamed by workers" if streamed else f"resident in {decided.resident}",
+        why["resident"],
+        config.data.views,
+        config.data.image_size,
+        module.steps_per_epoch,
+    )
+    log.info(
+        "%s, %.2f M parameters; head %s, %d keys queued, temperature %g, key momentum %g",
+        model.backbone,
+        millions,
+        model.head,
+        model.queue_size,
+        model.temperature,
+        model.key_momentum,
+    )
+    log.info(
+        "%d %s device(s), %s (%s); global batch %d, per device %d; lr %g as given",
+        decided.world,
+        decided.accelerator,
+        decided.precision,
+        why["precision"],
+        config.data.batch_size,
+        config.data.batch_size // decided.world,
+        config.optim.lr,
+    )
+    log.info("key BatchNorm: %s (%s)", decided.key_bn, why["key_bn"])
+    compiled = "compiled" if decided.compile else "not compiled"
+    log.info("encoders and views: %s (%s)", compiled, why["compile"])
+    log.info("run directory: %s", run_dir)
+
+
+def results(run: Run, run_dir: Path, seconds: float) -> dict[str, Any]:
+    """Return what a run came to, as plain values."""
+    return {
+        "knn_top1": _rounded(run.monitor.last),
+        "knn_top1_untrained": _rounded(run.monitor.first),
+        **{name: _rounded(value) for name, value in run.monitor.few_shot.items()},
+        "loss": _rounded(run.readings.latest.get("train/loss"), 4),
+        "images_per_second": _rounded(run.readings.rate(), 1),
+        "seconds": _rounded(seconds, 1),
+        "steps": run.trainer.global_step,
+        "run_dir": str(run_dir),
+        "checkpoint": str(run_dir / "checkpoints" / "last.ckpt"),
+    }
+
+
+def _rounded(value: float | None, digits: int = 2) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, digits)

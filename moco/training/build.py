@@ -1,0 +1,172 @@
+"""The parts of a run: data on its device, module, callbacks and Lightning's Trainer.
+
+Nothing is trained here; `moco.training.run` says in which order the parts are built and used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+
+from moco.algorithm.pretrain import MoCo
+from moco.checkpoints.load import restore_pretraining
+from moco.config import TrainConfig
+from moco.images import sources
+from moco.images.labelled import LabelledData
+from moco.images.loader import PretrainData
+from moco.images.resident import make_resident
+from moco.images.sources import ImageSource
+from moco.training.decide import Decided, own_device
+from moco.training.guard import NonFiniteGuard, Watch
+from moco.training.monitor import KNNMonitor, Progress, Readings
+from moco.training.saving import AtomicCheckpointIO, Checkpoints, Signals
+from moco.training.tracking import loggers
+
+log = logging.getLogger("moco")
+
+
+@dataclass
+class Run:
+    """What takes part in training, built and ready."""
+
+    trainer: pl.Trainer
+    module: MoCo
+    data: PretrainData
+    readings: Readings
+    monitor: KNNMonitor
+    saver: Checkpoints
+
+
+def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
+    """Return the optimiser steps of the whole run."""
+    trainer = config.trainer
+    steps = trainer.max_epochs * -(-batches_per_epoch // trainer.accumulate_grad_batches)
+    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+
+def build_module(config: TrainConfig, decided: Decided, init_from: str) -> MoCo:
+    """Build encoders and queue from the run's seed, or with the weights of a checkpoint."""
+    pl.seed_everything(config.run.seed, verbose=False)
+    data, model = config.data, replace(config.model, key_bn=decided.key_bn)
+    module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed)
+    if init_from:
+        state, report = restore_pretraining(init_from, module.state_dict())
+        module.load_state_dict(state)
+        log.info("starts from %s: %s", init_from, report)
+    return module
+
+
+def build_data(
+    config: TrainConfig, decided: Decided, source: ImageSource, run_dir: Path
+) -> PretrainData:
+    """Decode what is to be resident, note in `decided` what is, and prepare what makes views."""
+    resident = {"": config.data.resident, "streamed": "off"}.get(decided.resident, decided.resident)
+    data = PretrainData(
+        replace(config.data, resident=resident),
+        config.run.seed,
+        shuffle=decided.key_bn in ("shuffle", "split"),
+        symmetric=config.model.symmetric != "none",
+        source=source,
+    )
+    data.prepare(own_device(config), str(run_dir / "bad_files.txt"), decided.compile)
+    decided.resident = data.resident
+    return data
+
+
+def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:
+    """Tell the module how long the run is; its schedules need to know."""
+    module.accumulate = config.trainer.accumulate_grad_batches
+    module.steps_per_epoch = -(-data.steps_per_epoch // module.accumulate)
+    module.total_steps = total_steps(config, data.steps_per_epoch)
+
+
+def assemble(
+    config: TrainConfig,
+    decided: Decided,
+    module: MoCo,
+    data: PretrainData,
+    run_dir: Path,
+    start_step: int,
+    extras: dict[str, Any],
+    callbacks: Sequence[pl.Callback],
+) -> Run:
+    """Build the callbacks and the Trainer around module and data.
+
+    Args:
+        start_step: Of a resumed run, else 0.
+        extras: Stored in every checkpoint, see `Checkpoints`.
+        callbacks: Called after the run's own.
+    """
+    readings = Readings(data, config.trainer.log_every_n_steps)
+    monitor = KNNMonitor(open_labelled(config, data), config.run, readings)
+    signals = Signals()
+    saver = Checkpoints(
+        signals,
+        run_dir / "checkpoints",
+        config.run.checkpoint_every,
+        config.run.checkpoint_minutes,
+        config.run.keep_checkpoints,
+        extras,
+    )
+    own = [signals, NonFiniteGuard(run_dir), readings, monitor, saver]
+    own += [Watch(data.bad), Progress(readings)]
+    found = loggers(config.run, run_dir, start_step)
+    trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
+    return Run(trainer, module, data, readings, monitor, saver)
+
+
+def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.Trainer:
+    """Build Lightning's Trainer without what this project does itself."""
+    settings = config.trainer
+    # The queue and the key encoder are equal on all ranks by construction: no buffer is broadcast.
+    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # `Checkpoints` does it
+    trainer = pl.Trainer(
+        accelerator=decided.accelerator,
+        devices=decided.devices,
+        num_nodes=decided.num_nodes,
+        strategy=ddp if decided.world > 1 else "auto",
+        precision=decided.precision,
+        max_epochs=settings.max_epochs,
+        max_steps=settings.max_steps,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        deterministic=settings.deterministic,
+        benchmark=not settings.deterministic,
+        plugins=plugins,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **options,
+    )
+    # With several ranks Lightning asks rank 0 at each step whether SIGTERM came, and waits for the
+    # device to answer (docs/faults.md, "How numbers are watched"). `Checkpoints` asks instead.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
+
+
+def open_labelled(config: TrainConfig, data: PretrainData) -> LabelledData | None:
+    """Open what kNN needs, sharing the decoded training images; None without labels."""
+    if config.run.knn_every == 0:
+        return None
+    pair = sources.open_labelled(data.config, data.source)
+    if pair is None:
+        log.info("no labelled train and test splits: kNN is not read")
+        return None
+    bank, queries = pair
+    queries, query_images, _ = make_resident(queries, data.config, data.device, None)
+    if bank is data.source:
+        return LabelledData(data.config, bank, queries, data.images, query_images)
+    bank, bank_images, _ = make_resident(bank, data.config, data.device, None)
+    return LabelledData(data.config, bank, queries, bank_images, query_images)

@@ -1,0 +1,159 @@
+"""What `auto` came to: kept beside the settings as asked, and by a run that goes on elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from runs import assert_same_end, at, load, run_tiny
+
+import train
+from moco.config import DataConfig, TrainConfig, UserError
+from moco.training import decide
+from moco.training.decide import Decided
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+BEFORE = Decided("cuda", 2, 1, "bf16-mixed", "shuffle", "", "device")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No launcher, whatever ran before."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings(devices: int = 1, **data: object) -> TrainConfig:
+    config = TrainConfig(data=DataConfig(dataset="digits", batch_size=32, **data))
+    config.trainer.accelerator, config.trainer.devices = "cpu", devices
+    return config
+
+
+@pytest.fixture
+def many_cores(monkeypatch):
+    monkeypatch.setattr(decide.os, "cpu_count", lambda: 16)
+
+
+def test_settings_stay_as_asked(monkeypatch, many_cores):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = settings(devices=0)
+    before = copy.deepcopy(config)
+    decided = decide.decide(config, 10)
+    assert config == before
+    assert (decided.devices, decided.num_nodes, decided.world) == (2, 2, 4)
+    assert decided.key_bn == "shuffle" and "4 devices" in decided.reasons["key_bn"]
+    assert decided.precision in ("bf16-mixed", "32-true") and decided.compile == ""
+    assert Decided.from_dict(asdict(decided)) == decided
+
+
+def test_a_run_stores_both_and_its_config_serves_as_a_recipe(images):
+    run_tiny(images, "--trainer.max_steps", "1")
+    stored, state = yaml.safe_load(Path("run/config.yaml").read_text()), at(1)
+    assert stored["model"]["key_bn"] == state["config"]["model"]["key_bn"] == "auto"
+    assert stored["data"]["resident"] == state["config"]["data"]["resident"] == "auto"
+    assert stored["decided"] == state["decided"]
+    expected = {"key_bn": "split", "resident": "memory", "precision": "32-true", "devices": 1}
+    assert {name: state["decided"][name] for name in expected} == expected
+    assert train.main(["--config", "run/config.yaml", "--run.dir", "other"])["steps"] == 1
+    first, other = load("run/checkpoints/last.ckpt"), load("other/checkpoints/last.ckpt")
+    assert all(v.equal(other["state_dict"][k]) for k, v in first["state_dict"].items())
+
+
+def native(monkeypatch, has_bf16: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_resume_on_a_machine_with_other_defaults_ends_in_the_same_bits(
+    images, monkeypatch, said, here
+):
+    """`auto` meant bf16 and resident there, and would mean fp32 and streamed here; or reversed."""
+    budget = {True: "4", False: "0"}
+    native(monkeypatch, here)
+    arguments = ["--trainer.precision", "auto", "--data.resident_budget", budget[here]]
+    run_tiny(images, *arguments, "--data.num_workers", "0", run_dir="whole")
+    shutil.copytree("whole", "run")
+    native(monkeypatch, not here)
+    said.clear()
+    step = "run/checkpoints/step_000000002.ckpt"
+    train.main(["--resume", step, "--data.resident_budget", budget[not here]])
+    assert_same_end("whole", "run")
+    decided = at(6, "run")["decided"]
+    assert decided["precision"] == ("bf16-mixed" if here else "32-true")
+    assert decided["resident"] == ("memory" if here else "streamed")
+    assert sum("as the run began" in line for line in said) == 4
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["decided"] == decided
+
+
+def test_a_run_without_decisions_decides_anew_and_says_so(images, said):
+    run_tiny(images, run_dir="whole")
+    state = at(2, "whole")
+    del state["decided"]
+    Path("run/checkpoints").mkdir(parents=True)
+    torch.save(state, "run/checkpoints/last.ckpt")
+    stored = yaml.safe_load(Path("whole/config.yaml").read_text())
+    del stored["decided"]
+    Path("run/config.yaml").write_text(yaml.safe_dump(stored))
+    assert train.main(["--resume", "run"])["steps"] == 6
+    assert_same_end("whole", "run")
+    assert sum("`auto` is decided anew" in line for line in said) == 1
+
+
+def goes_on(config: TrainConfig, before: Decided, asked: TrainConfig | None = None) -> Decided:
+    return decide.decide(config, 10, before, asked or settings())
+
+
+def test_precision_key_batch_norm_and_images_stay_on_other_devices(many_cores, said):
+    decided = goes_on(settings(devices=4), replace(BEFORE, resident="streamed"))
+    assert (decided.precision, decided.key_bn) == ("bf16-mixed", "shuffle")
+    assert (decided.world, decided.resident) == (4, "streamed")
+    assert sum("began on 2 devices and goes on on 4" in line for line in said) == 1
+    assert goes_on(settings(devices=2), BEFORE).resident == "memory", "the same numbers"
+    one = replace(BEFORE, devices=1, key_bn="split")
+    assert goes_on(settings(devices=2), one).key_bn == "split", "groups are groups anywhere"
+
+
+def test_settings_given_anew_have_the_last_word(many_cores, monkeypatch):
+    monkeypatch.setattr(decide, "missing_compiler", lambda on_gpu: "")
+    before = replace(BEFORE, compile="inductor")
+    decided = goes_on(settings(devices=2), before)
+    assert decided.compile == "inductor" and decided.reasons["compile"] == "as the run began"
+    config = settings(devices=2, resident="off")
+    config.model.compile = "off"
+    decided = goes_on(config, before)
+    assert decided.compile == "" and decided.reasons["compile"] == "as set"
+    assert decided.resident == "", "the setting decides"
+    assert decided.reasons["resident"] == "as set"
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "parts"),
+    [
+        ({"precision": "16-mixed"}, 2, ("16-mixed", "a GPU", "--init_from")),
+        ({}, 1, ("2 devices", "trainer.devices 2 or more", "model.key_bn split")),
+        ({"compile": "inductor"}, 2, ("no compiler", "install it", "--model.compile off")),
+        ({"key_bn": "split"}, 3, ("does not divide by 24",)),
+        ({"key_bn": "sync"}, 2, ("sync on CPUs",)),
+    ],
+)
+def test_what_cannot_go_on_here_is_refused_with_a_remedy(
+    changes, devices, parts, many_cores, monkeypatch
+):
+    monkeypatch.setattr(decide, "missing_compiler", lambda on_gpu: "compiler")
+    with pytest.raises(UserError) as error:
+        goes_on(settings(devices=devices), replace(BEFORE, **changes))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_shuffled_keys_on_one_device_go_on_where_the_run_began_so():
+    asked = settings()
+    asked.model.key_bn = "shuffle"
+    began = replace(BEFORE, devices=1)
+    assert goes_on(copy.deepcopy(asked), began, asked).key_bn == "shuffle"
