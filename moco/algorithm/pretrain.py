@@ -30,7 +30,7 @@ class MoCo(pl.LightningModule):
     """Query encoder trained by gradient, key encoder following it, and the queue of keys.
 
     Args:
-        model: Encoders, queue and loss; `key_bn` already decided (not auto).
+        model_config: Encoders, queue and loss; `key_bn` already decided (not auto).
         optim_config: Optimiser and schedule.
         channels: Of the images.
         image_size: Side of the views in pixels.
@@ -44,20 +44,20 @@ class MoCo(pl.LightningModule):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model_config: ModelConfig,
         optim_config: OptimConfig,
         channels: int,
         image_size: int,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model, self.optim = model, optim_config
-        encoder = build_encoder(model, channels, image_size)
+        self.model_config, self.optim_config = model_config, optim_config
+        encoder = build_encoder(model_config, channels, image_size)
         key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.query_encoder = set_batch_norm(encoder, model.query_bn, model.bn_splits)
-        self.key_encoder = set_batch_norm(key_encoder, model.key_bn, model.bn_splits)
+        self.query_encoder = set_batch_norm(encoder, model_config.query_bn, model_config.bn_splits)
+        self.key_encoder = set_batch_norm(key_encoder, model_config.key_bn, model_config.bn_splits)
         generator = torch.Generator().manual_seed(seed)
-        self.queue = KeyQueue(model.queue_size, model.embedding_dim, generator)
+        self.queue = KeyQueue(model_config.queue_size, model_config.embedding_dim, generator)
         self.plateau = optim.Plateau(optim_config)
         self.total_steps = self.steps_per_epoch = 1
         self.accumulate = 1
@@ -85,12 +85,12 @@ class MoCo(pl.LightningModule):
         losses = []
         for query, key in zip(queries, keys, strict=True):
             own = local_rows(key, len(query))  # N C
-            loss, logits = info_nce(query, own, negatives, self.model.temperature)
+            loss, logits = info_nce(query, own, negatives, self.model_config.temperature)
             losses.append(loss)
         for key in keys:
             self.queue.enqueue(key)  # after the losses, always
         total = torch.stack(losses).sum()
-        loss = total if self.model.symmetric == "sum" else total / len(losses)
+        loss = total if self.model_config.symmetric == "sum" else total / len(losses)
         self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
         return loss
 
@@ -100,7 +100,7 @@ class MoCo(pl.LightningModule):
 
         BatchNorm's running statistics are the key encoder's own. The first update changes nothing.
         """
-        momentum = optim.key_momentum(self.model, self.global_step, self.total_steps)
+        momentum = optim.key_momentum(self.model_config, self.global_step, self.total_steps)
         torch._foreach_lerp_(
             list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1 - momentum
         )
@@ -127,7 +127,7 @@ class MoCo(pl.LightningModule):
         if not self.wants_metrics:
             return
         top1, top5 = contrast_accuracy(logits)
-        chance = math.log(logits.shape[1]) * (2 if self.model.symmetric == "sum" else 1)
+        chance = math.log(logits.shape[1]) * (2 if self.model_config.symmetric == "sum" else 1)
         self.metrics = {
             "train/loss": loss,
             "train/chance_loss": loss.new_tensor(chance),
@@ -142,10 +142,10 @@ class MoCo(pl.LightningModule):
         """Give the plateau schedule its reading at the end of an epoch: the epoch's mean loss, or
         kNN.
         """
-        if self.optim.schedule == "plateau":  # else no epoch has to wait for the device
+        if self.optim_config.schedule == "plateau":  # else no epoch has to wait for the device
             sums = all_gather(self.loss_sum[None])
             mean = sums.sum().item() / (self.loss_count * len(sums))
-            metric = mean if self.optim.plateau_metric == "train/loss" else knn_top1
+            metric = mean if self.optim_config.plateau_metric == "train/loss" else knn_top1
             if metric is not None:
                 self.plateau.read(metric)
         self.loss_sum.zero_()
@@ -153,7 +153,7 @@ class MoCo(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimiser over the query encoder alone."""
-        return optim.build_optimizer(self.query_encoder.parameters(), self.optim)
+        return optim.build_optimizer(self.query_encoder.parameters(), self.optim_config)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the rate of this step."""
@@ -164,7 +164,7 @@ class MoCo(pl.LightningModule):
     def learning_rate(self) -> float:
         """Return the rate of the current optimiser step."""
         rate = optim.learning_rate(
-            self.optim, self.global_step, self.steps_per_epoch, self.total_steps
+            self.optim_config, self.global_step, self.steps_per_epoch, self.total_steps
         )
         return rate * self.plateau.factor
 

@@ -25,7 +25,7 @@ from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
 from moco.training.decide import Decided, own_device
 from moco.training.guard import NonFiniteGuard, Watch
-from moco.training.monitor import KNNMonitor, Progress, Readings
+from moco.training.monitor import KNNMonitor, MetricsLogger, Progress
 from moco.training.saving import AtomicCheckpointIO, Checkpoints, Signals
 from moco.training.tracking import loggers
 
@@ -39,7 +39,7 @@ class Run:
     trainer: pl.Trainer
     module: MoCo
     data: PretrainData
-    readings: Readings
+    metrics: MetricsLogger
     monitor: KNNMonitor
     saver: Checkpoints
 
@@ -104,8 +104,8 @@ def assemble(
         extras: Stored in every checkpoint, see `Checkpoints`.
         callbacks: Called after the run's own.
     """
-    readings = Readings(data, config.trainer.log_every_n_steps)
-    monitor = KNNMonitor(open_labelled(config, data), config.run, readings)
+    metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
+    monitor = KNNMonitor(open_labelled(config, data), config.run, metrics)
     signals = Signals()
     saver = Checkpoints(
         signals,
@@ -115,11 +115,11 @@ def assemble(
         config.run.keep_checkpoints,
         extras,
     )
-    own = [signals, NonFiniteGuard(run_dir), readings, monitor, saver]
-    own += [Watch(data.bad), Progress(readings)]
+    own = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
+    own += [Watch(data.bad), Progress(metrics)]
     found = loggers(config.run, run_dir, start_step)
     trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
-    return Run(trainer, module, data, readings, monitor, saver)
+    return Run(trainer, module, data, metrics, monitor, saver)
 
 
 def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.Trainer:

@@ -89,7 +89,7 @@ def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) 
     On copies of the encoders: what DistributedDataParallel hangs on the parameters would wait for
     the other ranks, and so would SyncBatchNorm.
     """
-    device, model = trainer.strategy.root_device, module.model
+    device, model = trainer.strategy.root_device, module.model_config
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     encoders = nn.ModuleList([module.query_encoder, module.key_encoder])
@@ -99,7 +99,9 @@ def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) 
             layer.eval()
     parameters = sum(p.nbytes for p in encoders[0].parameters())
     state = torch.empty(  # of the optimiser
-        parameters * (2 if module.optim.name == "adamw" else 1), dtype=torch.uint8, device=device
+        parameters * (2 if module.optim_config.name == "adamw" else 1),
+        dtype=torch.uint8,
+        device=device,
     )
     negatives = module.queue.snapshot().to(device)  # K C
     pairs = 1 if model.symmetric == "none" else 2

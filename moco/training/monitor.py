@@ -32,7 +32,7 @@ _SHOTS = 10
 _RAW_LIMIT = 2**29  # values of raw pixels that the baseline may hold
 
 
-class Readings(pl.Callback):
+class MetricsLogger(pl.Callback):
     """Log loss, contrast accuracy, queue, spread, rates and waiting every few steps.
 
     Args:
@@ -80,7 +80,9 @@ class Readings(pl.Callback):
         step = trainer.global_step
         readings |= {
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/key_momentum": optim.key_momentum(module.model, step - 1, module.total_steps),
+            "train/key_momentum": optim.key_momentum(
+                module.model_config, step - 1, module.total_steps
+            ),
             "train/images_per_second": (self.images - images) / elapsed,
             "train/wait_share": (self.data.wait_seconds - waited) / elapsed,
         }
@@ -106,14 +108,16 @@ class KNNMonitor(pl.Callback):
     Args:
         data: Labelled bank and queries, or None without labels: then nothing is read.
         config: k, temperature and how often.
-        readings: Where results go.
+        metrics: Where results go.
 
     Attributes: first, last: Top-1 in percent at the start and now. few_shot: Name to percent, read
         after the last step: ten labels per class, for features and raw pixels.
     """
 
-    def __init__(self, data: LabelledData | None, config: RunConfig, readings: Readings) -> None:
-        self.data, self.config, self.readings = data, config, readings
+    def __init__(
+        self, data: LabelledData | None, config: RunConfig, metrics: MetricsLogger
+    ) -> None:
+        self.data, self.config, self.metrics = data, config, metrics
         self.first: float | None = None
         self.last: float | None = None
         self.few_shot: dict[str, float] = {}
@@ -160,8 +164,8 @@ class KNNMonitor(pl.Callback):
         if final:
             queries, targets = gather_ragged(queries), gather_ragged(targets)
             self.few_shot = self._few_shot(bank, labels, queries, targets, device)
-        self.readings.paused += time.perf_counter() - start
-        self.readings.publish(trainer, module, {"val/knn_top1": self.last})
+        self.metrics.paused += time.perf_counter() - start
+        self.metrics.publish(trainer, module, {"val/knn_top1": self.last})
 
     def _few_shot(self, bank, labels, queries, targets, device) -> dict[str, float]:
         """Compare ten labels per class on features and on raw pixels; empty where classes are too
@@ -193,8 +197,8 @@ class KNNMonitor(pl.Callback):
 class Progress(pl.Callback):
     """One bar over the whole run on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, readings: Readings) -> None:
-        self.readings = readings
+    def __init__(self, metrics: MetricsLogger) -> None:
+        self.metrics = metrics
         self._bar: Any = None
         self._spoke = 0.0
 
@@ -227,7 +231,7 @@ class Progress(pl.Callback):
             print(self._text(trainer, module), file=sys.stderr, flush=True)
 
     def _text(self, trainer: pl.Trainer, module: Any) -> str:
-        latest, step = self.readings.latest, trainer.global_step
+        latest, step = self.metrics.latest, trainer.global_step
         epochs = module.total_steps / module.steps_per_epoch
         parts = [f"epoch {step / module.steps_per_epoch:.1f}/{epochs:.3g}"]
         for name, label in (
@@ -238,9 +242,9 @@ class Progress(pl.Callback):
         ):
             if name in latest:
                 parts.append(label.format(latest[name]))
-        if self._bar is None and self.readings.rate():
-            left = (module.total_steps - step) * self.readings.data.config.batch_size
-            parts.append(f"{left / self.readings.rate() / 60:.1f} min left")
+        if self._bar is None and self.metrics.rate():
+            left = (module.total_steps - step) * self.metrics.data.config.batch_size
+            parts.append(f"{left / self.metrics.rate() / 60:.1f} min left")
         return ", ".join(parts)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:

@@ -63,7 +63,7 @@ def check_negatives(kind: type[MoCo], monkeypatch) -> None:
 
     monkeypatch.setattr(pretrain, "info_nce", watched)
     module = build(kind)
-    module.model.symmetric = "mean"
+    module.model_config.symmetric = "mean"
     module.training_step(batches(symmetric=True)[0], 0)
     keys = torch.cat([key for key, _ in met])
     for _, negatives in met:
@@ -274,7 +274,7 @@ def check_update(kind: type[MoCo]) -> None:
     move_query(module)
     before = state(module)
     module.update_key_encoder()
-    momentum = module.model.key_momentum
+    momentum = module.model_config.key_momentum
     parameters = dict(module.key_encoder.named_parameters())
     for name, after in module.key_encoder.state_dict().items():
         old = before[f"key_encoder.{name}"]
@@ -294,7 +294,7 @@ class AveragesStatistics(MoCo):
             buffers = zip(self.key_encoder.buffers(), self.query_encoder.buffers(), strict=True)
             for key, query in buffers:
                 if key.is_floating_point():
-                    key.lerp_(query, 1 - self.model.key_momentum)
+                    key.lerp_(query, 1 - self.model_config.key_momentum)
 
 
 class TurnsAround(MoCo):
@@ -304,7 +304,7 @@ class TurnsAround(MoCo):
         with torch.no_grad():
             pairs = zip(self.key_encoder.parameters(), self.query_encoder.parameters(), strict=True)
             for key, query in pairs:
-                key.lerp_(query, self.model.key_momentum)
+                key.lerp_(query, self.model_config.key_momentum)
 
 
 @pytest.mark.parametrize("broken", [AveragesStatistics, TurnsAround])

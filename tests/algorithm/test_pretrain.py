@@ -31,7 +31,7 @@ def transcription(module: MoCo, pairs, world: int, groups: int, symmetric: str) 
 
     Returns the mean over ranks of each step's loss. `groups` is the number of key BatchNorm groups.
     """
-    model, rate = module.model, OPTIM.lr
+    model, rate = module.model_config, OPTIM.lr
     f_q, f_k = copy.deepcopy(module.query_encoder), copy.deepcopy(module.query_encoder)
     queue, pointer = module.queue.keys.T.clone(), 0
     velocity = [torch.zeros_like(p) for p in f_q.parameters()]

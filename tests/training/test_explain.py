@@ -56,7 +56,7 @@ def test_memory_grows_along_a_line_and_twice_as_fast_with_two_query_views(counte
     )
     assert eight - four > 4 * SIZE * SIZE
     assert (twelve - eight) / (eight - four) == pytest.approx(1, abs=0.01)
-    module.model = ModelConfig(**{**vars(MODEL), "symmetric": "sum"})
+    module.model_config = ModelConfig(**{**vars(MODEL), "symmetric": "sum"})
     both = [explain.peak_memory(a_trainer(), module, count, DATA) for count in (4, 8)]
     assert (both[1] - both[0]) / (eight - four) == pytest.approx(2, abs=0.05)
 

@@ -47,7 +47,7 @@ def test_losses_of_compiled_encoders(symmetric, precise, monkeypatch):
         pairs = make_views(16, steps=2 * STEPS)
         if not precise:
             module.float()
-            module.optim = OptimConfig(lr=1e-4, schedule="constant")
+            module.optim_config = OptimConfig(lr=1e-4, schedule="constant")
             pairs = [tuple(view.float() for view in pair) for pair in pairs]
         if backend:
             module.compile_encoders(backend)

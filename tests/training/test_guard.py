@@ -70,7 +70,7 @@ class Look(pl.Callback):
 def fit(accumulate: int = 1, plugin: Any = None, **optim: Any) -> Look:
     """Train a few steps under the guard, which reads after each."""
     module, look = make_module().float(), Look()
-    module.optim = OptimConfig(lr=0.01, schedule="constant", weight_decay=1e-3, **optim)
+    module.optim_config = OptimConfig(lr=0.01, schedule="constant", weight_decay=1e-3, **optim)
     module.accumulate = accumulate
     module.steps_per_epoch = module.total_steps = STEPS
     trainer = pl.Trainer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from processes import ROOT, finish, start, wait_for
 
 import train
 from moco.config import UserError
+from moco.training.saving import AtomicCheckpointIO
 
 SMALL = [
     *("--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.precision", "32-true"),
@@ -173,6 +175,22 @@ def test_two_devices_train_the_quickstart():
     assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
     assert "key BatchNorm: shuffle (auto: 2 devices" in err
     assert "global batch 400, per device 200" in err
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("forced", ["0", "1"])
+@pytest.mark.parametrize("weights_only", [False, True, None])
+def test_loading_a_checkpoint_runs_no_code_whatever_is_asked(monkeypatch, forced, weights_only):
+    """Lightning reads through this plug-in what `read_stored` has read before."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
+    torch.save({"state_dict": Bomb()}, "bomb.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        AtomicCheckpointIO().load_checkpoint("bomb.ckpt", weights_only=weights_only)
+    assert not Path("exploded").exists()
 
 
 WRONG = {
