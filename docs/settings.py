@@ -1,0 +1,79 @@
+"""Write the page of all settings from `moco.config`:  python -m docs.settings > docs/settings.md"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from moco.config import JudgeConfig, KNNConfig, LinearConfig, TrainConfig
+
+INTRODUCTION = """\
+# Settings
+
+This page is made from `moco/config.py` by `python -m docs.settings`; `--help` of each command says
+the same. A recipe (YAML) writes `FIELD: VALUE` below `GROUP:`, the command line
+`--GROUP.FIELD VALUE`. A list is written `[1, 2]`. What is asked for stands in a run's
+`config.yaml`, and what `auto` came to in its section `decided`.
+
+`train.py` takes the groups `model`, `optim`, `data`, `trainer` and `run`. Besides, `--config FILE`
+names a recipe (later ones win), `--resume RUN` goes on with a run, and `--init_from FILE` starts
+from the weights of a checkpoint.
+"""
+EVALUATION = """\
+# Settings of evaluation
+
+`eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
+whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
+`grey` and `blur` belong to pretraining and are refused.
+"""
+
+
+def page() -> str:
+    """Return the whole page: a table for each group."""
+    groups = [_section(f"`{name}`", kind) for name, kind in get_type_hints(TrainConfig).items()]
+    judging = {"Both": JudgeConfig, "`eval_linear.py`": LinearConfig, "`eval_knn.py`": KNNConfig}
+    parts = [_section(title, kind) for title, kind in judging.items()]
+    return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
+
+
+def _section(title: str, kind: type) -> str:
+    """Return the table of one dataclass, under its name and the first line of its docstring."""
+    hints = get_type_hints(kind)
+    rows = [_row(item, hints[item.name]) for item in dataclasses.fields(kind)]
+    head = "| setting | meaning | default | values |\n|---|---|---|---|"
+    return "\n".join([f"## {title}\n", f"{kind.__doc__}\n", head, *rows, ""])
+
+
+def _row(item: dataclasses.Field, kind: Any) -> str:
+    factory = item.default_factory
+    default = item.default if factory is dataclasses.MISSING else factory()
+    cells = [f"`{item.name}`", item.metadata["meaning"], _value(default), _values(item, kind)]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _value(value: Any) -> str:
+    """Write a value as YAML does."""
+    if value == "":
+        return "empty"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+
+
+def _values(item: dataclasses.Field, kind: Any) -> str:
+    """Say what a field takes: its choices, or its type and range."""
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(kind))
+    if kind is bool:
+        return "`true`, `false`"
+    null = " or `null`" if type(None) in get_args(kind) else ""
+    names = {int: "whole number", float: "number", str: "text", float | None: "number"}
+    names |= {list[int]: "list of whole numbers", list[float]: "list of numbers"}
+    limits = {"above": "above", "at_least": "at least", "at_most": "at most"}
+    given = [
+        f"{words} {item.metadata[key]}" for key, words in limits.items() if key in item.metadata
+    ]
+    return ", ".join([names[kind] + null, *given])
+
+
+if __name__ == "__main__":
+    print(page(), end="")
