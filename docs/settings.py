@@ -1,77 +1,79 @@
-"""Write docs/settings.md from moco/config.py:  python docs/settings.py
-
-tests/test_docs.py checks that the page is what this writes.
-"""
+"""Write the page of all settings from `moco.config`:  python -m docs.settings > docs/settings.md"""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
+import json
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moco.config import JudgeConfig, KNNConfig, LinearConfig, TrainConfig
 
-PAGE = Path(__file__).with_name("settings.md")
-INTRODUCTION = """# Settings
+INTRODUCTION = """\
+# Settings
 
-`python docs/settings.py` writes this page from `moco/config.py`, where every setting is declared.
-In a YAML recipe a setting stands below its group; on the command line it is `--GROUP.SETTING
-VALUE`. What `auto` comes to is decided when a run starts, and said in its log.
+This page is made from `moco/config.py` by `python -m docs.settings`; `--help` of each command says
+the same. A recipe (YAML) writes `FIELD: VALUE` below `GROUP:`, the command line
+`--GROUP.FIELD VALUE`. A list is written `[1, 2]`. What is asked for stands in a run's
+`config.yaml`, and what `auto` came to in its section `decided`.
+
+`train.py` takes the groups `model`, `optim`, `data`, `trainer` and `run`. Besides, `--config FILE`
+names a recipe (later ones win), `--resume RUN` goes on with a run, and `--init_from FILE` starts
+from the weights of a checkpoint.
+"""
+EVALUATION = """\
+# Settings of evaluation
+
+`eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
+whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
+`grey` and `blur` belong to pretraining and are refused.
 """
 
 
 def page() -> str:
-    """Return the whole page in Markdown."""
-    parts = [INTRODUCTION]
-    for group, kind in get_type_hints(TrainConfig).items():
-        parts.append(section(f"`{group}`", kind, f"{group}."))
-    parts.append(section("`eval_knn.py` and `eval_linear.py`", JudgeConfig, "--"))
-    parts.append(section("`eval_knn.py` alone", KNNConfig, "--"))
-    parts.append(section("`eval_linear.py` alone", LinearConfig, "--"))
-    return "\n".join(parts)
+    """Return the whole page: a table for each group."""
+    groups = [_section(f"`{name}`", kind) for name, kind in get_type_hints(TrainConfig).items()]
+    judging = {"Both": JudgeConfig, "`eval_linear.py`": LinearConfig, "`eval_knn.py`": KNNConfig}
+    parts = [_section(title, kind) for title, kind in judging.items()]
+    return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
 
 
-def section(title: str, kind: type, prefix: str) -> str:
-    """Return a heading and a table of one group of settings."""
-    about = " ".join((kind.__doc__ or "").split())
-    lines = [f"## {title}", "", about, "", "| setting | default | values | meaning |"]
-    lines.append("|---|---|---|---|")
+def _section(title: str, kind: type) -> str:
+    """Return the table of one dataclass, under its name and the first line of its docstring."""
     hints = get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        given = item.default is not dataclasses.MISSING
-        default = item.default if given else item.default_factory()
-        allowed, meaning = values(hints[item.name], item.metadata), cell(item.metadata["meaning"])
-        lines.append(f"| `{prefix}{item.name}` | {shown(default)} | {allowed} | {meaning} |")
-    return "\n".join([*lines, ""])
+    rows = [_row(item, hints[item.name]) for item in dataclasses.fields(kind)]
+    head = "| setting | meaning | default | values |\n|---|---|---|---|"
+    return "\n".join([f"## {title}\n", f"{kind.__doc__}\n", head, *rows, ""])
 
 
-def shown(default: Any) -> str:
-    """Return a default as YAML has it."""
-    words = {None: "null", True: "true", False: "false", "": '""'}
-    plain = isinstance(default, str | bool | None)
-    return f"`{words.get(default, default) if plain else default}`"
+def _row(item: dataclasses.Field, kind: Any) -> str:
+    factory = item.default_factory
+    default = item.default if factory is dataclasses.MISSING else factory()
+    cells = [f"`{item.name}`", item.metadata["meaning"], _value(default), _values(item, kind)]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def values(kind: Any, metadata: Any) -> str:
-    """Return the choices of a setting, or its type and range."""
+def _value(value: Any) -> str:
+    """Write a value as YAML does."""
+    if value == "":
+        return "empty"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+
+
+def _values(item: dataclasses.Field, kind: Any) -> str:
+    """Say what a field takes: its choices, or its type and range."""
     if get_origin(kind) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
-    name = getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind)
-    limits = [
-        f"{words} {metadata[key]:,}" if abs(metadata[key]) >= 10000 else f"{words} {metadata[key]}"
-        for key, words in (("above", "above"), ("at_least", "from"), ("at_most", "to"))
-        if key in metadata
+    if kind is bool:
+        return "`true`, `false`"
+    null = " or `null`" if type(None) in get_args(kind) else ""
+    names = {int: "whole number", float: "number", str: "text", float | None: "number"}
+    names |= {list[int]: "list of whole numbers", list[float]: "list of numbers"}
+    limits = {"above": "above", "at_least": "at least", "at_most": "at most"}
+    given = [
+        f"{words} {item.metadata[key]}" for key, words in limits.items() if key in item.metadata
     ]
-    return cell(" ".join([name.replace(" | None", " or null") + (":" if limits else ""), *limits]))
-
-
-def cell(text: str) -> str:
-    """Keep a text inside one cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return ", ".join([names[kind] + null, *given])
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    print(page(), end="")

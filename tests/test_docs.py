@@ -1,166 +1,321 @@
-"""README and docs: every command is run word for word, every link and name in them exists.
+"""README and docs say what is so: every command runs, every link, file and name exists.
 
-Words in capitals stand for the reader's own files, and the test puts small ones in their place.
-Training commands are made short by options behind them. What this machine cannot run is parsed, or
-listed by name: no command is passed over.
+A command is a line of a fenced bash block, or inline code that begins like one. Words in capitals
+stand for the reader's own files; here they become small ones. Training is cut to a few steps by
+options behind the command. A line that no rule knows fails.
 """
 
-from __future__ import annotations
-
 import ast
-import importlib.util
+import importlib
 import re
 import shlex
-from importlib import import_module
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from docs import settings
 from pictures import write_pictures
-from processes import ROOT
+from test_architecture import WINGS
 
-from moco.command import cli, judge, train
-from moco.config import EvalDataConfig, JudgeConfig, LinearConfig, TrainConfig
+from moco.command import cli
+from moco.config import TrainConfig
 
+ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = [
-    *("--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--run.knn_every", "0"),
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+MAINS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export": "export"}
+WORDS = {"PATH": "path", "RUN": "runs/done", "FILE": "r18.safetensors"}
+TINY = [
     *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
-    *("--model.embedding_dim", "16", "--model.queue_size", "32", "--model.bn_splits", "2"),
-    *("--data.batch_size", "16", "--data.image_size", "16", "--data.upscale", "2"),
+    *("--model.queue_size", "32", "--model.bn_splits", "2", "--data.batch_size", "16"),
+    *("--data.image_size", "16", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
+    *("--trainer.precision", "32-true"),
 ]
-MANY = ("torchrun", "srun")  # start several ranks, on machines that have them
-ELSEWHERE = {  # needs the network
-    "uv venv .venv && UV_TORCH_BACKEND=cpu uv pip install --python .venv/bin/python torch "
-    "torchvision",
+SHORT = {"paper": ["--epochs", "1"], "finetune": ["--epochs", "1"]}  # by --protocol
+# What this machine cannot do is only parsed: the command, and what it needs.
+ELSEWHERE = {
+    "python train.py --config configs/imagenet_v2.yaml --data.root IMAGENET --trainer.devices 8": (
+        "8 GPUs"
+    ),
+    "torchrun --standalone --nproc-per-node 8 train.py --config configs/imagenet_v2.yaml "
+    "--data.root IMAGENET": "8 GPUs",
+    "srun --nodes 2 --ntasks-per-node 8 python train.py --config configs/imagenet_v2.yaml "
+    "--data.root IMAGENET --trainer.num_nodes 2": "SLURM",
+    "python eval_linear.py --checkpoint RUN/checkpoints/last.ckpt --protocol paper --devices 8": (
+        "8 GPUs"
+    ),
+    "torchrun --standalone --nproc-per-node 8 eval_linear.py "
+    "--checkpoint RUN/checkpoints/last.ckpt --protocol paper": "8 GPUs",
 }
+# Inline code that names an option of somebody else's command, or a form and not a command.
+NOT_OURS = {
+    "sbatch --signal=USR1@60": "an option of SLURM",
+    "python train.py --config configs/NAME.yaml": "a form: NAME is any recipe",
+}
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|make|pip|uv|torchrun|srun|sbatch|source) .+")
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the fenced blocks of a page."""
-    text = page.read_text(encoding="utf-8")
-    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert {name for name, _ in fences} <= {"bash", "python", "text"}, "a block names its language"
-    return [body for name, body in fences if name == language]
+def text(page):
+    return page.read_text(encoding="utf-8")
 
 
-def commands(page: Path) -> list[str]:
-    """Return the commands of a page's bash blocks, without comments."""
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
-    bare = [re.sub(r"\s+#\s.*", "", line).strip() for line in lines]
-    return [line for line in bare if line]
+def fenced(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text(page), re.M | re.S)
+
+
+def prose(page):
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text(page), flags=re.M | re.S)
+
+
+def commands(page):
+    """Commands of a page, in its order, without comments."""
+    lines = [line for block in fenced(page, "bash") for line in block.splitlines() if line]
+    inline = [code for code in re.findall(r"`([^`\n]+)`", prose(page)) if COMMAND.fullmatch(code)]
+    return [
+        " ".join(shlex.split(line, comments=True))
+        if '="' not in line
+        else line.split("  #")[0].strip()
+        for line in lines
+    ] + inline
+
+
+ALL = [(page.name, command) for page in PAGES for command in commands(page)]
 
 
 @pytest.fixture(scope="module")
-def own_files(tmp_path_factory):
-    """A place like the reader's: recipes, labelled pictures (PATH) and a run on them (RUN)."""
-    place = tmp_path_factory.mktemp("reader")
-    (place / "configs").symlink_to(ROOT / "configs")
+def workspace(tmp_path_factory):
+    """Labelled pictures, a finished run and an exported file, under the names in WORDS."""
+    folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 8)):
-        for name in ("cat", "dog"):
-            write_pictures(place / "PATH" / split / name, [f"{i}.png" for i in range(count)], rng)
+    for split, count in (("train", 104), ("test", 10)):
+        for name in ("a", "b"):
+            files = [f"{i:03d}.png" for i in range(count)]
+            write_pictures(folder / "path" / split / name, files, rng, size=(32, 32))
+    (folder / "configs").symlink_to(ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        data = ["--data.root", "PATH", "--run.dir", "RUN", "--optim.warmup_epochs", "0"]
-        train.main(["--config", "configs/folder.yaml", *data, *SHORT])
-    return place
+        patch.chdir(folder)
+        network = ["--model.backbone", "resnet18", "--model.stem", "imagenet", "--model.width", "1"]
+        size = ["--data.image_size", "32", "--run.dir", "runs/done", "--run.knn_every", "0"]
+        run("train", "--data.root", "path", *TINY, *network, *size)
+        last = "runs/done/checkpoints/last.ckpt"
+        run("export", "--checkpoint", last, "--format", "safetensors", "--output", WORDS["FILE"])
+    return folder
 
 
-def run(line: str) -> None:
-    """Run a command of a page, or check what of it can be checked here."""
-    words = shlex.split(line)
-    if line in ELSEWHERE:
-        return
-    if words[0] == "make":
-        made = (ROOT / "Makefile").read_text(encoding="utf-8")
-        assert re.search(rf"^{re.escape(words[1])}:", made, re.MULTILINE), f"make {words[1]}"
-        return
-    while words[0] in MANY:
-        words = words[words.index("python") if "python" in words else words.index("train.py") - 1 :]
-        words[0] = "python"
-    assert words[0] == "python", f"what is {line!r}? Run it, or list it"
-    script, arguments = words[1], words[2:]
-    if script.startswith("benchmarks/"):
-        source = (ROOT / script).read_text(encoding="utf-8")
-        source += (ROOT / "benchmarks" / "harness.py").read_text(encoding="utf-8")
-        assert all(f'"{word}"' in source for word in arguments if word.startswith("--")), line
-        return
-    name = {"eval_knn.py": "knn", "eval_linear.py": "linear"}.get(script, script[:-3])
-    if "8" in arguments or "IMAGENET" in arguments:
-        parse(name, arguments)
-        return
-    others = {"OTHER": "runs/mine/checkpoints/last.ckpt"}
-    arguments = [others.get(word, word) for word in arguments]
-    if name == "train" and "--resume" not in arguments:
-        arguments += [*SHORT, "--optim.warmup_epochs", "0"]
-    if name == "linear":
-        arguments += ["--epochs", "2", "--batch_size", "8"]
-    if name == "knn":
-        arguments += ["--k", "[5]"]
-    import_module(f"moco.command.{name}").main(arguments)
+@pytest.fixture
+def inside(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    return workspace
 
 
-def parse(name: str, arguments: list[str]) -> None:
-    """Parse a command that needs more than this machine has."""
-    if name == "train":
-        parser = cli.build_parser("", TrainConfig, train.EXTRAS)
-        cli.parse(parser, TrainConfig, arguments)
-    else:
-        options = judge.flat_options(JudgeConfig, LinearConfig)
-        cli.parse(cli.build_parser("", EvalDataConfig, options), EvalDataConfig, arguments)
+def run(command, *arguments):
+    """Run a command's main in this process; return its result."""
+    return importlib.import_module(MAINS[command]).main(list(arguments))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_command_runs(page, own_files, monkeypatch):
-    monkeypatch.chdir(own_files)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for line in commands(page):
-        run(line)
-    for block in blocks(page, "python"):
-        exec(block, {"images": torch.zeros(2, 3, 16, 16)})
-
-
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "BENCHMARKS.md"], ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
-
-
-def test_settings_are_written_from_the_code():
-    spec = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "settings.py")
-    settings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(settings)
-    written = settings.PAGE.read_text(encoding="utf-8")
-    assert written == settings.page(), "run: python docs/settings.py"
-
-
-def test_what_architecture_names_exists():
-    """`moco/WING/ROOM.py: name` and `Class.name` are there; so is every path."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    named = re.findall(r"`([\w./]+)`(?:: `([\w.]+)`)?", text)
-    paths = [(path, name) for path, name in named if "/" in path]
-    assert len(paths) > 20
-    for path, name in paths:
-        assert (ROOT / path).exists(), path
-        if name:
-            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-            defined = names_in(tree)
-            assert name in defined, f"{path}: {name}"
-
-
-def names_in(tree: ast.Module) -> set[str]:
-    """List what a file defines: functions, classes, methods as Class.name, constants."""
-    found = set()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            inner = [n.name for n in node.body if isinstance(n, ast.FunctionDef)]
-            found |= {f"{node.name}.{name}" for name in inner}
-        if isinstance(node, ast.Assign):
-            found |= {t.id for t in node.targets if isinstance(t, ast.Name)}
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found.add(node.target.id)
+def filled(words):
+    """Put small files in the place of words in capitals."""
+    found = [re.sub(r"[A-Z][A-Z0-9_]+", lambda m: WORDS[m[0]], w) if place(w) else w for w in words]
     return found
+
+
+def place(word):
+    """Tell whether a word of a command stands for the reader's own file."""
+    return re.fullmatch(r"[A-Z][A-Z0-9_]+(/.*)?", word) is not None
+
+
+def ours(words):
+    """Return the name of our command and its arguments, or None."""
+    names = {f"{script}.py": name for name, script in MAINS.items()}
+    if words[:3] == ["python", "-m", "moco"]:
+        return words[3], words[4:]
+    return (names[words[1]], words[2:]) if words[0] == "python" and words[1] in names else None
+
+
+def parsed(words):
+    """Parse the part of a command line that is ours, as far as it needs no device."""
+    start = next(i for i, word in enumerate(words) if word in {f"{s}.py" for s in MAINS.values()})
+    name, arguments = ours(["python", *words[start:]])
+    with pytest.MonkeyPatch.context() as patch:
+        # Everything behind the checks of settings starts processes or reads images.
+        patch.setattr(importlib.import_module("moco.command.launch"), "start_ranks", stop)
+        for module in ("moco.command.judge", "moco.command.train"):
+            patch.setattr(importlib.import_module(module), "start_ranks", stop)
+        patch.setattr(importlib.import_module("moco.command.judge"), "check_devices", lambda _: 0)
+        patch.setattr(
+            importlib.import_module("moco.training.decide"), "choose_devices", lambda _: 8
+        )
+        with pytest.raises(Stopped):
+            run(name, *arguments)
+
+
+class Stopped(Exception):
+    """A command line was right, and its ranks would start now."""
+
+
+def stop(*arguments):
+    raise Stopped
+
+
+@pytest.mark.parametrize("page, command", ALL, ids=[f"{p}-{c[:60]}" for p, c in ALL])
+def test_a_command_runs_as_it_stands(page, command, inside):
+    if command in NOT_OURS:
+        return
+    words = shlex.split(command)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        del words[0]
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", text(ROOT / "Makefile"), re.M)
+        assert words[1] in targets and all("=" in word for word in words[2:])
+    elif words[0] in ("pip", "source"):
+        assert_known_to_pip(words[1:])
+    elif command in ELSEWHERE:
+        words = ["path" if word == "IMAGENET" else word for word in words]
+        parsed(filled(words))
+    elif words[1].startswith("benchmarks/") or words[1].startswith("tests/"):
+        assert_options_exist(words[1:])
+    elif words[1:3] == ["-m", "docs.settings"]:
+        assert words[3:] in ([], [">", "docs/settings.md"])
+    else:
+        name, arguments = ours(words)
+        shortened(name, filled(arguments))
+
+
+def shortened(name, arguments):
+    """Run a command of ours on small files and for few steps."""
+    if arguments == ["--help"]:
+        with pytest.raises(SystemExit) as end:
+            run(name, *arguments)
+        assert end.value.code == 0
+        return
+    if name == "train" and "--resume" not in arguments:
+        arguments = [*arguments, *TINY]
+        if "--run.dir" in arguments:
+            shutil.rmtree(arguments[arguments.index("--run.dir") + 1], ignore_errors=True)
+    if "--protocol" in arguments:
+        arguments = arguments + SHORT.get(arguments[arguments.index("--protocol") + 1], [])
+    if name == "export":
+        arguments = [*arguments, "--overwrite"]
+    assert run(name, *arguments)
+
+
+def assert_known_to_pip(words):
+    """A requirements file that exists, packages that one of them lists, or the environment."""
+    if words == [".venv/bin/activate"]:
+        return
+    assert words[0] == "install"
+    files = [*ROOT.glob("requirements*.txt"), ROOT / "benchmarks" / "requirements.txt"]
+    listed = set(re.findall(r"^[A-Za-z][\w-]*", "\n".join(map(text, files)), re.M))
+    if words[1] == "-r":
+        assert (ROOT / words[2]) in files
+        return
+    names = words[1 : words.index("--index-url")] if "--index-url" in words else words[1:]
+    assert set(names) <= listed
+
+
+def assert_options_exist(words):
+    """A script that exists, with options that it or its harness declares."""
+    declared = text(ROOT / words[0]) + text(ROOT / "benchmarks" / "harness.py")
+    for word in words[1:]:
+        assert not word.startswith("--") or f'"{word}"' in declared
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_runs_as_it_stands(page, inside):
+    for block in fenced(page, "python"):
+        if "hub" in block and not Path("hub").exists():
+            for command in commands(page):
+                shortened(*((n, filled(a)) for n, a in [ours(shlex.split(command))]).__next__())
+        for word, file in WORDS.items():
+            block = re.sub(rf'"{word}\b', f'"{file}', block)
+        exec(block, {"images": torch.rand(2, 3, 32, 32)})
+
+
+def test_exceptions_are_still_there():
+    found = {command for _, command in ALL}
+    assert {*ELSEWHERE, *NOT_OURS} <= found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_header_of_a_recipe(path):
+    lines = [line for line in text(path).splitlines() if line.startswith("#")]
+    command = next(line for line in lines if "python train.py" in line)
+    words = shlex.split(re.sub(r"\(.*\)|[][]", "", command.lstrip("# ")))
+    parser = cli.build_parser("", TrainConfig, {})
+    cli.parse(
+        parser, TrainConfig, [str(path) if w.startswith("configs/") else w for w in words[2:]]
+    )
+    assert f"configs/{path.name}" in words
+    assert all(
+        any(part in line for line in lines) for part in ("Hardware:", "Expected:", "Source:")
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for goal in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in goal:
+            continue
+        path, _, anchor = goal.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), goal
+        heads = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings(target)]
+        assert not anchor or anchor in heads, goal
+
+
+def headings(page):
+    return re.findall(r"^#+ (.+)$", prose(page), re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_a_page_exist(page):
+    own = r"`((?:moco|tests|benchmarks|configs|docs)/[\w./-]*)"
+    names = [name for name in re.findall(own, prose(page)) if "NAME" not in name]
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_names_in_the_architecture_exist():
+    page = prose(ROOT / "docs" / "architecture.md")
+    names = re.findall(r"`([\w./]+\.py): ([\w.]+)`", page)
+    assert len(names) > 40
+    assert [f"{file}: {name}" for file, name in names if not defines(ROOT / file, name)] == []
+
+
+def defines(path, name):
+    """Tell whether a file defines a function, class or constant, or a class a method."""
+    body = ast.parse(text(path)).body
+    for part in name.split("."):
+        found = [node for node in body if part in defined(node)]
+        if not found:
+            return False
+        body = getattr(found[0], "body", [])
+    return True
+
+
+def defined(node):
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]
+
+
+def test_the_table_of_wings_is_that_of_the_tests():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", text(ROOT / "docs" / "architecture.md"), re.M)
+    drawn = {wing: set(re.findall(r"`(\w+)`", below)) for wing, below in rows}
+    assert drawn == {wing: set(below) for wing, below in WINGS.items()}
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    assert text(ROOT / "docs" / "settings.md") == settings.page(), "python -m docs.settings"
+
+
+def test_the_table_of_recipes_has_them_all():
+    rows = re.findall(r"^\| `(\w+)` \|", text(ROOT / "README.md"), re.M)
+    assert sorted(rows) == [path.stem for path in RECIPES]
+    assert all(yaml.safe_load(text(path)) for path in RECIPES)
+
+
+def test_readme_is_short():
+    assert len(text(ROOT / "README.md").splitlines()) <= 120
