@@ -11,8 +11,10 @@ from processes import ROOT, finish, start
 
 from moco.config import UserError
 
+pytestmark = pytest.mark.timeout(300)  # processes start slowly on a busy machine
 
-def script(name, *arguments, timeout=90):
+
+def script(name, *arguments, timeout=280):
     """Run a script in a process group of its own; return its code, last line and errors."""
     process = start(*map(str, arguments), script=ROOT / f"{name}.py", cwd=ROOT)
     code, out, errors = finish(process, timeout)
