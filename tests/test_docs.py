@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from docs import settings
 from pictures import write_pictures
 from test_architecture import WINGS
 
+from docs import settings
 from moco.command import cli
 from moco.config import TrainConfig
 

@@ -1,5 +1,5 @@
-"""Command: from a command line to a call, and starting the processes that answer it.
+"""Command: from a command line to a call, and the start of several ranks of it.
 
-Comes in: words of a command line, YAML recipes. Goes out: checked settings, exit codes, one line
-per error. No room here imports torch; what a command runs is imported when its settings stand.
+Comes in: words of a command line and YAML recipes. Goes out: results as one line of JSON, exit
+codes, and errors of one line. No room here imports torch before the settings have been checked.
 """

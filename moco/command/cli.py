@@ -1,11 +1,11 @@
-"""The command line of every script: parse quickly, teach plainly, exit with a meaning.
+"""The command line of every command: its parser, its error messages and its exit codes.
 
-The parser is made from the dataclasses of `moco.config` (jsonargparse, without torch, so that help
-and errors take under a second). A recipe is a YAML of differences from the defaults; `--config` may
-be repeated, later ones win.
-Exit codes: 0 done, 2 wrong input, 1 a run that could not go on (each one line on standard error),
-130 and 143 stopped by SIGINT and SIGTERM, 138 by SIGUSR1. Standard output carries one JSON object
-on its last line; everything else goes to standard error.
+The parser is built from the dataclasses of `moco.config` with jsonargparse. No torch is imported,
+so help and errors take under a second. A recipe is a YAML file of differences from the defaults;
+`--config` may be repeated, and later recipes override earlier ones.
+Exit codes: 0 for success, 2 for wrong input, 1 for a run that could not go on (both with one line
+on standard error), 130, 143 and 138 for a stop by SIGINT, SIGTERM and SIGUSR1. The last line of
+standard output is one JSON object; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ import yaml
 from moco.command import launch
 from moco.config import RunError, UserError
 
-# Seconds that a rank waits before it tells an error, so that the right rank is heard.
+# Seconds that a rank waits before it ends with an error that another rank may have caused, and with
+# one that rank 0 tells.
 CONSEQUENCE_S, LAST_WORD_S = 2.0, 30.0
 
 
 def build_parser(description: str, config: type, extras: dict[str, dict[str, Any]]) -> Any:
-    """Build a parser whose options are the fields of `config`, a dataclass of dataclasses, and
-    `extras`.
+    """Build the parser of a command.
 
-    Args: extras: Option name to the keyword arguments of `add_argument`, for what belongs to the
-        command alone.
+    Args:
+        description: First line of the help.
+        config: Dataclass of dataclasses; each field becomes an option `--GROUP.FIELD`.
+        extras: Options of this command alone: name to the keyword arguments of `add_argument`.
     """
     from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -64,7 +66,7 @@ def build_parser(description: str, config: type, extras: dict[str, dict[str, Any
 
 
 def option_help(metadata: Any) -> str:
-    """Say what a field means and which range it has."""
+    """Return the help of an option: what its field means, and its range."""
     limits = [
         text
         for key, text in (
@@ -81,14 +83,14 @@ def option_help(metadata: Any) -> str:
 def parse(
     parser: Any, config: type, argv: Sequence[str], stored: Path | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """Parse `argv` to the config dataclass and the extra options.
+    """Parse `argv` and return the config dataclass and the extra options.
 
     Args:
         stored: The config.yaml of a run, in the place of the defaults; of another version, it may
             hold settings that are gone, which are left out.
 
     Raises:
-        UserError: Unknown, misspelt, duplicate or mistyped settings; a recipe that does not exist.
+        UserError: A setting is unknown, given twice or of the wrong type, or a recipe is missing.
     """
     from argparse import ArgumentError
 
@@ -108,7 +110,7 @@ def parse(
 
 
 def _names(parser: Any) -> list[str]:
-    """List every option's dotted name."""
+    """Return the dotted names of all options."""
     return [o[2:] for a in parser._actions for o in a.option_strings if o.startswith("--")]
 
 
@@ -120,7 +122,7 @@ def _check_arguments(argv: Sequence[str], names: list[str]) -> None:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """Suggest the right spelling; a field without its group counts as misspelt too."""
+    """Name the option that is spelt most like `name`, with or without its group."""
     leaves: dict[str, str] = {}
     for full in names:
         leaves.setdefault(full.rsplit(".", 1)[-1], full)
@@ -133,7 +135,7 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 def option_values(argv: Sequence[str], option: str) -> list[str]:
-    """List the values that an option is given on the command line, in order."""
+    """Return the values that the command line gives to an option, in order."""
     words = list(argv)
     values = [
         (place, following)
@@ -221,7 +223,7 @@ def _check_settings(content: dict[Any, Any], names: list[str], path: str) -> Non
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice."""
+    """SafeLoader that refuses a key which is given twice."""
 
 
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -238,7 +240,7 @@ _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 
 
 def _one_line(error: BaseException) -> str:
-    """Fold an error to one line without the usage text that jsonargparse adds."""
+    """Return an error's message on one line, without the usage text that jsonargparse adds."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("usage:", "tip:")))[:500]
     mistyped = re.search(
@@ -264,9 +266,9 @@ _PLAIN_TYPES = (
 
 
 def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
-    """Run a command's main: print its result as one JSON line, or its error as one line, and exit.
+    """Run a command's main and print its result as one JSON line, or its error as one line.
 
-    Where several ranks raise the same error, rank 0 tells it; a rank tells a `local` one itself.
+    When all ranks raise the same error, rank 0 prints it; a `local` error is printed by its rank.
     """
     launch.end_with_launcher()
     try:
@@ -275,8 +277,8 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
         local = getattr(error, "local", False)
         if local or rank:
-            # The death of another rank may have caused a local error; rank 0 tells a common one,
-            # and may have to save or to close wandb before.
+            # The death of another rank may be the cause of a local error. A common error is told
+            # by rank 0, which may first have to save or to close wandb.
             launch.wait_for_others(CONSEQUENCE_S if local else LAST_WORD_S)
         if local or not rank:
             launch.say(f"error: {f'rank {rank}: ' if rank else ''}{_fold(error)}")
@@ -297,6 +299,6 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
 
 
 def _fold(error: Exception) -> str:
-    """Keep the message on one line and printable, whatever a file name holds."""
+    """Return the message on one line, with characters that cannot be printed escaped."""
     text = " ".join(str(error).split())
     return text.encode("utf-8", "backslashreplace").decode()

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Nothing:
-    """No groups of settings: an export has only the options above."""
+    """An export has no groups of settings, only the options above."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

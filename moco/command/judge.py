@@ -94,7 +94,7 @@ def check_knn(config: KNNConfig) -> None:
 
 
 def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
-    """Turn the fields of dataclasses into options without a group, as `build_parser` takes them."""
+    """Return the fields of dataclasses as options without a group, in the form of `extras`."""
     options = {}
     for kind in kinds:
         hints = get_type_hints(kind)
@@ -109,5 +109,5 @@ def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
 
 
 def take(kind: type, values: dict[str, Any]) -> Any:
-    """Build a dataclass from those values that are its fields."""
+    """Build a dataclass from those entries of `values` that are its fields."""
     return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})

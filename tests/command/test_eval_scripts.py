@@ -11,6 +11,8 @@ from processes import ROOT, finish, start
 
 from moco.config import UserError
 
+pytestmark = pytest.mark.timeout(300)  # processes start slowly on a busy machine
+
 
 def script(name, *arguments, **env):
     """Run a script in a process group of its own; return its code, last line and errors."""
