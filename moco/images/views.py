@@ -17,15 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import interpolate
 
-from moco.images.draws import (
-    Colours,
-    Crops,
-    ViewRecipe,
-    colour_stream,
-    crop_stream,
-    draw_colours,
-    draw_crops,
-)
+from moco.images.draws import Colours, Crops, ViewRecipe, draw_colours, draw_crops, view_streams
 
 _CPU_BYTES = 2 << 20  # of float images that a CPU works on at a time: they stay in its cache
 _BLUR_RADIUS = 6  # pixels; three times the largest sigma
@@ -54,7 +46,7 @@ class ViewMaker:
         backend: str = "",
     ) -> None:
         self.recipe, self.size, self.mean, self.std = recipe, size, mean, std
-        self.streams = [(crop_stream(seed, view), colour_stream(seed, view)) for view in (0, 1)]
+        self.streams = [view_streams(seed, view) for view in (0, 1)]
         self._chain, self._part = self._make, 0
         if backend:
             self._chain = torch.compile(self._make, fullgraph=True, dynamic=False, backend=backend)
