@@ -56,8 +56,7 @@ class BadFiles:
         report_path: str | None,
         remedy: str = "mend or remove them",
     ) -> None:
-        self.source, self.most, self.report_path = source, most, report_path
-        self.remedy = remedy
+        self.source, self.most, self.report_path, self.remedy = source, most, report_path, remedy
         self.found: dict[int, str] = {}
         self._told: set[int] = set()
 

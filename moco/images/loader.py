@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ from moco.images.bad_files import BadFiles
 from moco.images.draws import view_recipe
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
-from moco.images.streamed import cut_loader
-from moco.images.workers import end_workers, fetched
+from moco.images.streamed import Cuts
+from moco.images.workers import as_it_is, end_workers, fetched, worker_loader
 from moco.random import permutations, stream_id
 
 
@@ -163,6 +164,7 @@ class StepLoader:
     def __init__(self, data: PretrainData, position: Callable[[], int]) -> None:
         self.data, self.position = data, position
         self._workers: DataLoader | None = None
+        self._planned: list[tuple[int, np.ndarray]] = []  # the batches that the workers make
         self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
@@ -195,11 +197,17 @@ class StepLoader:
         """Have workers cut this rank's share of each batch."""
         data, planned = self.data, list(batches)
         if self._workers is None:
-            on_gpu = data.device.type == "cuda"
-            self._workers = cut_loader(data.source, data.config, data.seed, pin=on_gpu)
+            self._workers = worker_loader(
+                Cuts(data.source, data.config, data.seed),
+                data.config,
+                persistent=True,
+                batch_sampler=self._planned,
+                pin_memory=data.device.type == "cuda",
+                collate_fn=as_it_is,
+            )
         count = data.config.batch_size // distributed.world_size()
-        self._workers.batch_sampler.planned = [
-            (plan.epoch, distributed.local_rows(plan.index, count)) for plan in planned
+        self._planned[:] = [
+            (plan.epoch, distributed.local_rows(plan.index, count).numpy()) for plan in planned
         ]
         made = fetched(self._workers, data.config.worker_timeout)
         for plan, (crops, bad) in zip(planned, made, strict=True):

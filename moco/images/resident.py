@@ -30,8 +30,9 @@ def make_resident(
 ) -> tuple[ImageSource, Tensor | None, str]:
     """Decide between device, memory and streaming, and decode.
 
-    Returns: The source without unreadable files, its images M x C x H x W uint8 or None if
-        streamed, and where they are.
+    Returns:
+        The source without unreadable files, its images M x C x H x W uint8 or None if streamed, and
+        where they are.
     """
     needed, size = estimate_bytes(source)
     budget = config.resident_budget * 2**30
@@ -65,9 +66,9 @@ def check_view_size(config: DataConfig, size: tuple[int, int] | None) -> None:
     """Raise UserError when views would be larger than the images they are cut from."""
     if size is not None and min(size) * config.upscale < config.image_size:
         raise UserError(
-            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set "
-            f"it to {min(size)}, "
-            f"or allow enlarging with data.upscale {config.image_size / min(size):.3g}"
+            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set it "
+            f"to {min(size)}, or allow enlarging with data.upscale "
+            f"{config.image_size / min(size):.3g}"
         )
 
 

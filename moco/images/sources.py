@@ -135,7 +135,7 @@ def _split_folders(data: DataConfig) -> tuple[str, str | None]:
             )
         return train, by_name["val"]
     test = by_name.get("test") or by_name.get("val") or by_name.get("validation")
-    # Beside other folders `train` may be a class (railways), unless one is a held-out split.
+    # Among other folders `train` may be a class of images, unless one of them is a held-out split.
     if train and (test or len(names) == 1):
         return train, test
     return root, None

@@ -5,41 +5,20 @@ Shapes: N images per device, C channels, S side of a view.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from moco.config import DataConfig
 from moco.images import views
 from moco.images.decode import BadImage
 from moco.images.draws import draw_crops, view_recipe, view_streams
 from moco.images.sources import ImageSource
-from moco.images.workers import as_it_is, worker_loader
 from moco.random import combine, stream_id, uniform
 
 _AT_A_TIME = 16  # images that a worker holds decoded
 _ATTEMPTS = 64  # other images that are tried in the place of one that cannot be read
-
-
-def cut_loader(source: ImageSource, config: DataConfig, seed: int, pin: bool) -> DataLoader:
-    """Start workers that yield what `Cuts` makes of the batches in `batch_sampler.planned`."""
-    cuts = Cuts(source, config, seed)
-    return worker_loader(
-        cuts, config, persistent=True, batch_sampler=_Planned(), pin_memory=pin, collate_fn=as_it_is
-    )
-
-
-class _Planned:
-    """Batch sampler whose batches are set anew for every epoch: each an epoch and N indices."""
-
-    def __init__(self) -> None:
-        self.planned: Iterable[tuple[int, Tensor]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, indices in self.planned:
-            yield [(epoch, index) for index in indices.tolist()]
 
 
 class Cuts(Dataset):
@@ -53,24 +32,25 @@ class Cuts(Dataset):
         self.streams = [view_streams(seed, view)[0] for view in (0, 1)]
         self.substitutes = stream_id(seed, "substitute")
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, list[tuple[int, str]]]:
-        """Cut the images of (epoch, index), all of one epoch.
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, list[tuple[int, str]]]:
+        """Cut a batch, given by its epoch and the indices of N images.
 
         Returns:
             N x 2 x C x S x S uint8, and (index, reason) of each image that could not be read.
         """
+        epoch, rows = batch
         pairs, bad = [], []
-        for start in range(0, len(keys), _AT_A_TIME):
-            pairs += self._some(keys[start : start + _AT_A_TIME], bad)
+        for start in range(0, len(rows), _AT_A_TIME):
+            pairs += self._some(epoch, rows[start : start + _AT_A_TIME].tolist(), bad)
         cuts = default_collate(pairs)  # N 2 S S C; in a worker it lies in shared memory at once
         return cuts.permute(0, 1, 4, 2, 3), bad
 
-    def _some(self, keys: list[tuple[int, int]], bad: list[tuple[int, str]]) -> list[Tensor]:
+    def _some(self, epoch: int, rows: list[int], bad: list[tuple[int, str]]) -> list[Tensor]:
         """Cut as many as may lie decoded in memory; drawing their boxes together is cheaper."""
-        index = torch.tensor([index for _, index in keys])
-        images = [self._read(*key, bad) for key in keys]
+        index = torch.tensor(rows)
+        images = [self._read(epoch, row, bad) for row in rows]
         sizes = torch.tensor([image.shape[1:] for image in images]).unbind(1)
-        boxes = [draw_crops(self.recipe, s, keys[0][0], index, *sizes) for s in self.streams]
+        boxes = [draw_crops(self.recipe, s, epoch, index, *sizes) for s in self.streams]
         return [
             torch.stack([views.cut(image, b, self.size, row).permute(1, 2, 0) for b in boxes])
             for row, image in enumerate(images)

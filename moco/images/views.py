@@ -162,8 +162,9 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _on_rows(mask: Tensor, images: Tensor, step, *parameters: Tensor) -> Tensor:
-    """Apply `step` to the samples in `mask`: to all and select on a GPU, in place to those only on
-    a CPU.
+    """Return the images with `step` applied to those in `mask`; on a CPU in place.
+
+    On a GPU it is applied to all, and the result is selected: finding the rows would wait there.
     """
     if images.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.where(mask[:, None, None, None], step(images, *parameters), images)
