@@ -7,7 +7,7 @@ that runs the official MoCo v2 chain with Pillow.
 
 What is compared is what a worker has to do, and that is not the same work: there it makes finished
 views (decode, then twice crop, jitter, grey, blur, flip, floats, normalise); here it decodes and
-cuts twice to uint8 (`moco.images.loader._Cuts`), and the device makes the colours of whole batches
+cuts twice to uint8 (`moco.images.streamed.Cuts`), and the device makes the colours of whole batches
 afterwards. So the table also has the whole chain on this one core, colours included
 (`PretrainData.on_after_batch_transfer`): that is what the same work costs, and what feeding costs
 where the device is that same core. No decoder hands images over faster than it decodes: the share
@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Row, arguments, interleave, progress, report, table
 from benchmarks.views import reference_chain
 from moco.config import DataConfig, normalisation
-from moco.images.loader import Indices, PretrainData, _collate_cuts, _Cuts
+from moco.images.loader import Indices, PretrainData
+from moco.images.streamed import Cuts
 
 TARGET = 4.5
 DECODE, PIL, TENSORS = "decode alone", "PIL, finished views", "torchvision v2, finished views"
@@ -74,7 +75,7 @@ def ways(data: PretrainData, count: int) -> dict[str, Callable[[], Any]]:
     size = config.image_size
     pil_chain = reference_chain(data.recipe, size, transforms, mean, std)
     tensor_chain = reference_chain(data.recipe, size, v2, mean, std)
-    cuts = _Cuts(data)
+    cuts = Cuts(data.source, data.config, data.seed)
 
     def over_folder(handle: Callable[[list[int], int], Any]) -> Callable[[], Any]:
         turns = itertools.count()
@@ -98,16 +99,14 @@ def ways(data: PretrainData, count: int) -> dict[str, Callable[[], Any]]:
 
     def whole(index: list[int], turn: int) -> None:
         for part in torch.tensor(index).split(COLOUR_BATCH):
-            crops, _ = _collate_cuts(cuts.__getitems__([(turn, i) for i in part.tolist()]))
+            crops, _ = cuts.__getitems__((turn, part.numpy()))
             data.on_after_batch_transfer(Indices(turn, 0, part, crops), 0)
 
     return {
         DECODE: over_folder(lambda index, turn: [source.read(i) for i in index]),
         PIL: over_folder(pil),
         TENSORS: over_folder(tensors),
-        WORKER: over_folder(
-            lambda index, turn: _collate_cuts(cuts.__getitems__([(turn, i) for i in index]))
-        ),
+        WORKER: over_folder(lambda index, turn: cuts.__getitems__((turn, np.array(index)))),
         WHOLE: over_folder(whole),
     }
 

@@ -21,3 +21,10 @@ def write_pictures(
     for name in names:
         pixels = rng.integers(0, 256, (small, small, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize(size).save(folder / name)
+
+
+def save(path: Path, size: tuple[int, int] = (4, 4)) -> Path:
+    """Write a grey image of one value and `size` (height, width); return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(size, 128, np.uint8)).save(path)
+    return path

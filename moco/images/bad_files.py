@@ -1,11 +1,14 @@
-"""Bad files: what of a streamed set could not be read, counted over all ranks, and named.
+"""Bad files: which images of a set cannot be read, counted over all ranks, and named.
 
-Resident sets are judged before training, by `moco.images.sources.check_files`.
+Of resident sets this is known before training, and `without_bad` leaves them out. Of streamed sets
+`BadFiles` collects what the workers meet.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,25 +22,49 @@ log = logging.getLogger("moco")
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of any bytes come back as such
 
 
+def without_bad(
+    source: ImageSource, bad: list[tuple[int, str]], most: float, report_path: str | None
+) -> ImageSource:
+    """Return the files without the bad ones, (index, reason) each, which are named.
+
+    Raises:
+        UserError: More than the share `most` are bad, or no image is left.
+    """
+    if not bad:
+        return source
+    BadFiles(source, most, report_path).note(bad, agreed=True)
+    dropped = {index for index, _ in bad}
+    kept = [index for index in range(len(source)) if index not in dropped]
+    labels = None if source.labels is None else source.labels[torch.tensor(kept)]
+    return replace(source, paths=[source.paths[index] for index in kept], labels=labels)
+
+
 class BadFiles:
-    """Streamed files that could not be read: counted, named once, and an error above a share.
+    """Files that could not be read: counted, named once, and an error above a share.
 
     Args:
         source: The images.
         most: Share of them that may be bad.
         report_path: File with path, tab, reason per line; None for the log alone.
+        remedy: What to do about them.
     """
 
-    def __init__(self, source: ImageSource, most: float, report_path: str | None) -> None:
-        self.source, self.most, self.report_path = source, most, report_path
+    def __init__(
+        self,
+        source: ImageSource,
+        most: float,
+        report_path: str | None,
+        remedy: str = "mend or remove them",
+    ) -> None:
+        self.source, self.most, self.report_path, self.remedy = source, most, report_path, remedy
         self.found: dict[int, str] = {}
         self._told: set[int] = set()
 
-    def note(self, bad: list[tuple[int, str]]) -> None:
-        """Remember what a batch met; without other ranks, tell it at once."""
+    def note(self, bad: list[tuple[int, str]], agreed: bool = False) -> None:
+        """Remember bad files, (index, reason) each; tell them if all ranks know the same ones."""
         self.found.update(bad)
-        if distributed.world_size() == 1:
-            self.tell()
+        if agreed or distributed.world_size() == 1:
+            self._tell()
 
     def agree(self) -> None:
         """Tell what any rank has met; every rank calls this at the same step."""
@@ -48,9 +75,9 @@ class BadFiles:
         torch.distributed.all_gather_object(met, new)
         for part in met:
             self.found |= part
-        self.tell()
+        self._tell()
 
-    def tell(self) -> None:
+    def _tell(self) -> None:
         """Name the new ones; raise UserError when there are too many."""
         new = [index for index in self.found if index not in self._told]
         if not new:
@@ -58,24 +85,24 @@ class BadFiles:
         self._told.update(new)
         if distributed.rank() == 0:
             self._write(new)
-        first = shown(self.source.paths[new[0]])
+        first, reason = shown(self.source.paths[new[0]]), self.found[new[0]]
         share = len(self.found) / len(self.source)
-        count = f"{len(self.found)} of {len(self.source)} images"
-        what = f"{count} of {self.source.name} cannot be read"
-        if share > self.most:
-            listed = f" (all are listed in {self.report_path})" if self.report_path else ""
+        count = f"{len(self.found)} of {len(self.source)} images of {self.source.name}"
+        if share > self.most or share == 1:
+            listed = f" (all are listed in {shown(self.report_path)})" if self.report_path else ""
             raise UserError(
-                f"{what}, {100 * share:.3g} %, first {first}: {self.found[new[0]]}{listed}: mend "
-                f"them and go on with --resume, or raise data.max_bad_fraction (now {self.most:g})"
+                f"{count} ({100 * share:.3g} %) cannot be read, first {first}: {reason}{listed}: "
+                f"{self.remedy}, or raise data.max_bad_fraction (now {self.most:g})"
             )
         if distributed.rank() == 0:
-            log.warning("%s: %s is left out: %s", what, first, self.found[new[0]])
+            log.warning("%s cannot be read: %s is left out: %s", count, first, reason)
 
     def _write(self, new: list[int]) -> None:
         if self.report_path is None:
             return
         lines = [f"{one_line(self.source.paths[i])}\t{self.found[i]}\n" for i in new]
         try:
+            os.makedirs(os.path.dirname(self.report_path) or ".", exist_ok=True)
             with open(self.report_path, "a+", **_TEXT) as file:
                 file.seek(0)
                 before = set(file)  # of the same run, before it was resumed

@@ -40,7 +40,7 @@ class BadImage(ValueError):
 
 
 def decode(path: str, channels: int, max_value: int) -> Tensor:
-    """Decode one file to C H W uint8, H W C in memory. The only door to a decoder.
+    """Decode one file to C H W uint8, H W C in memory; all images are decoded here.
 
     Args:
         path: An image, or an array in .npy: H W, H W C or C H W of uint8, other integers of

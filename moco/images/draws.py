@@ -88,14 +88,9 @@ def view_recipe(data: DataConfig) -> ViewRecipe:
     return replace(RECIPES[data.views], **own)
 
 
-def crop_stream(seed: int, view: int) -> int:
-    """Return the stream of random numbers for the boxes of view 0 or 1."""
-    return stream_id(seed, f"crop-{view}")
-
-
-def colour_stream(seed: int, view: int) -> int:
-    """Return the stream of random numbers for the colours of view 0 or 1."""
-    return stream_id(seed, f"colour-{view}")
+def view_streams(seed: int, view: int) -> tuple[int, int]:
+    """Return the streams of random numbers for the boxes and for the colours of view 0 or 1."""
+    return stream_id(seed, f"crop-{view}"), stream_id(seed, f"colour-{view}")
 
 
 def draw_crops(
@@ -109,7 +104,7 @@ def draw_crops(
     """Draw the boxes of torchvision's RandomResizedCrop, ratio 3/4 to 4/3.
 
     Args:
-        stream: From `crop_stream`.
+        stream: The first of `view_streams`.
         epoch: Number, or int64 scalar where the chain is compiled.
         index: N int64, the images' places in the data set.
         height, width: Of the images in pixels; N int64 where they differ.
@@ -136,25 +131,17 @@ def draw_crops(
 
 def centre_crops(count: int, height: int, width: int, size: int, device: torch.device) -> Crops:
     """Make the evaluation box: 7/8 of the short side, centred; images no larger than S whole."""
-    # differs: the official chain resizes to 256 and then cuts 224; cutting first differs by under a
-    # pixel.
+    # differs: the official chain resizes to 256, then cuts 224; to cut first moves it by < 1 pixel
     small = max(height, width) <= size
     side = min(height, width) if small else max(1, round(min(height, width) * 0.875))
     h, w = (height, width) if small else (side, side)
-
-    def fill(value: int) -> Tensor:
-        return torch.full((count,), value, device=device)
-
+    sides = ((height - h) // 2, (width - w) // 2, h, w)
     no_flip = torch.zeros(count, dtype=torch.bool, device=device)
-    return Crops(fill((height - h) // 2), fill((width - w) // 2), fill(h), fill(w), no_flip)
+    return Crops(*(torch.full((count,), side, device=device) for side in sides), no_flip)
 
 
 def draw_colours(recipe: ViewRecipe, stream: int, epoch: int | Tensor, index: Tensor) -> Colours:
-    """Draw jitter, greyscale and blur for each sample.
-
-    Args:
-        stream: From `colour_stream`; the others are as in `draw_crops`.
-    """
+    """Draw jitter, greyscale and blur for each sample, from the second of `view_streams`."""
     u = uniform(stream, combine(epoch, index), 12)
     low, high = _BLUR_SIGMA
     factors = [

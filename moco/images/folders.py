@@ -29,18 +29,21 @@ def check_root(root: str) -> str:
         with contextlib.suppress(OSError):
             near = difflib.get_close_matches(name, os.listdir(parent), n=1)
         hint = (
-            f": did you mean {os.path.join(parent, near[0])!r}?"
+            f"did you mean {os.path.join(parent, near[0])!r}?"
             if near
-            else ": give a folder of images"
+            else "give a folder of images"
         )
-        problem = f"does not exist{hint}"
+        problem = f"does not exist: {hint}"
     except (OSError, ValueError) as error:
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error}): make it readable"
     raise UserError(f"data.root {root!r} {problem}")
 
 
 def walk(top: str) -> tuple[list[str], list[str]]:
-    """Return the sorted images below `top`, each once though links go round, and what failed."""
+    """Return the images below `top`, sorted, and the folders that cannot be read.
+
+    Each image comes once, even where links go in circles.
+    """
     paths, links, unread = [], [], []
     listed, waiting = set(), [top]
     while waiting:

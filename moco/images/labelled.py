@@ -1,25 +1,26 @@
-"""Labelled images for evaluation: resized, centre-cropped, every image once.
+"""Labelled images for evaluation: centre-cropped, every image once, or at random crops.
 
-Shapes: N images of a batch, C channels, S side of a view, W devices.
+Shapes: N images of a batch, n of them on this rank, C channels, S side of a view, W devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from moco import distributed
 from moco.config import DataConfig, normalisation
 from moco.images import views
 from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
-from moco.images.draws import ViewRecipe, centre_crops, crop_stream, draw_crops
+from moco.images.draws import Crops, ViewRecipe, centre_crops, draw_crops, view_streams
 from moco.images.sources import ImageSource
-from moco.images.workers import fetched, worker_loader
+from moco.images.workers import as_it_is, fetched, worker_loader
 from moco.random import permutation
 
 
@@ -58,8 +59,10 @@ class LabelledData:
         images = self.bank_images if split == "bank" else self.query_images
         mine = torch.arange(distributed.rank(), len(source), distributed.world_size())
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
+        size = self.config.image_size
         for index, part in self._read(source, images, mine, batch_size):
-            size = self.config.image_size
+            if not len(index):
+                continue
             part = part.to(device, non_blocking=True)
             if part.shape[2:] != (size, size):
                 boxes = centre_crops(len(part), *part.shape[2:], size, device)
@@ -71,46 +74,12 @@ class LabelledData:
     def _read(
         self, source: ImageSource, images: Tensor | None, mine: Tensor, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield indices and uint8 images, from memory or through workers, which cut to size.
-
-        Streamed files that cannot be read are left out and named in the log.
-        """
-        if images is not None:
-            for index in mine.split(batch_size):
-                yield index, images[index.to(images.device)]
+        """Yield indices and uint8 images, from memory or through workers, which cut to size."""
+        if images is None:
+            yield from _streamed(source, self.config, mine.split(batch_size), None)
             return
-        loader = worker_loader(
-            _CentreCuts(source, self.config.image_size),
-            self.config,
-            batch_size=batch_size,
-            sampler=mine.tolist(),
-            collate_fn=_collate_whole,
-        )
-        bad = BadFiles(source, 1.0, None)
-        for part in fetched(loader, self.config.worker_timeout):
-            bad.note([(index, reason) for index, _, reason in part if reason])
-            good = [(index, image) for index, image, reason in part if not reason]
-            if good:
-                yield torch.tensor([i for i, _ in good]), torch.stack([x for _, x in good])
-
-
-class _CentreCuts(Dataset):
-    """Evaluation cuts of streamed images: index, C x S x S uint8, and why it could not be read."""
-
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source, self.size = source, size
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        try:
-            image = self.source.read(index)
-        except BadImage as error:
-            return index, None, error.reason
-        box = centre_crops(1, *image.shape[1:], self.size, torch.device("cpu"))
-        return index, views.cut(image, box, self.size), ""
-
-
-def _collate_whole(items: list) -> list:
-    return items
+        for index in mine.split(batch_size):
+            yield index, images[index.to(images.device)]
 
 
 @dataclass
@@ -141,8 +110,7 @@ class Labelled:
 
 
 class RandomCrops:
-    """Random resized crops, mirrored or not, of labelled images: the augmentation of the linear
-    protocol.
+    """Random resized crops of labelled images, mirrored or not: the linear protocol's augmentation.
 
     Args:
         config: Side, normalisation, and `flip` where images must not be mirrored; null is 0.5.
@@ -153,7 +121,7 @@ class RandomCrops:
 
     def __init__(self, config: DataConfig, images: Labelled, crop_min: float, seed: int) -> None:
         self.config, self.images, self.seed = config, images, seed
-        self.stream = crop_stream(seed, 0)
+        self.stream, _ = view_streams(seed, 0)
         self.labels = images.source.labels
         flip = 0.5 if config.flip is None else config.flip
         self.recipe = ViewRecipe(crop_min, flip, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0)
@@ -172,46 +140,60 @@ class RandomCrops:
         """
         shares = [rows[distributed.rank() :: distributed.world_size()] for rows in batches]
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
-        size = self.config.image_size
-        for rows, part in zip(shares, self._cuts(epoch, shares), strict=True):
-            if self.images.images is None:
+        draw = partial(draw_crops, self.recipe, self.stream, epoch)
+        stored = self.images.images
+        if stored is None:
+            for rows, part in _streamed(self.images.source, self.config, shares, draw):
                 part = part.to(device, non_blocking=True).float() / 255
-            else:
-                stored = self.images.images
-                part = stored[rows.to(stored.device)].to(device)
-                boxes = draw_crops(
-                    self.recipe, self.stream, epoch, rows.to(device), *part.shape[2:]
-                )
-                part = views.crop_and_resize(part, boxes, size)
+                yield views.normalise(part, mean, std), rows
+            return
+        for rows in shares:
+            part = stored[rows.to(stored.device)].to(device)
+            boxes = draw(rows.to(device), *part.shape[2:])
+            part = views.crop_and_resize(part, boxes, self.config.image_size)
             yield views.normalise(part, mean, std), rows
 
-    def _cuts(self, epoch: int, shares: list[Tensor]) -> Iterator[Tensor]:
-        """Have workers cut streamed images; for resident ones there is nothing to do here."""
-        if self.images.images is not None:
-            yield from shares
-            return
-        source = self.images.source
-        dataset = _Cuts(source, self.recipe, self.stream, epoch, self.config.image_size)
-        filled = [rows.tolist() for rows in shares if len(rows)]
-        loader = worker_loader(dataset, self.config, batch_sampler=filled)
-        cuts = fetched(loader, self.config.worker_timeout)
-        side = self.config.image_size
-        for rows in shares:
-            empty = torch.empty(0, source.channels, side, side, dtype=torch.uint8)
-            yield next(cuts) if len(rows) else empty
+
+def _streamed(
+    source: ImageSource, config: DataConfig, batches: Iterable[Tensor], draw: partial | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the indices and cuts, n C S S uint8, of each batch, made by workers.
+
+    Files that cannot be read are left out and named in the log, so that n may be 0.
+    """
+    loader = worker_loader(
+        _Cuts(source, config.image_size, draw),
+        config,
+        batch_sampler=[rows.tolist() for rows in batches],
+        collate_fn=as_it_is,
+    )
+    bad = BadFiles(source, 1.0, None)
+    for index, cuts, unread in fetched(loader, config.worker_timeout):
+        bad.note(unread)
+        yield index, cuts
 
 
 class _Cuts(Dataset):
-    """One random cut of a streamed image, C x S x S uint8; runs in workers."""
+    """A cut of each streamed image: in the centre, or of a box from `draw_crops` in part."""
 
-    def __init__(
-        self, source: ImageSource, recipe: ViewRecipe, stream: int, epoch: int, size: int
-    ) -> None:
-        self.source, self.recipe = source, recipe
-        self.stream, self.epoch, self.size = stream, epoch, size
+    def __init__(self, source: ImageSource, size: int, draw: partial | None) -> None:
+        self.source, self.size, self.draw = source, size, draw
 
-    def __getitem__(self, row: int) -> Tensor:
-        image = self.source.read(row)
-        place = torch.tensor([row])
-        box = draw_crops(self.recipe, self.stream, self.epoch, place, *image.shape[1:])
-        return views.cut(image, box, self.size)
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        """Return the indices of what could be read, its cuts, and (index, reason) of the rest."""
+        read, cuts, bad = [], [], []
+        for row in rows:
+            try:
+                image = self.source.read(row)
+            except BadImage as error:
+                bad.append((row, error.reason))
+                continue
+            read.append(row)
+            cuts.append(views.cut(image, self._box(row, *image.shape[1:]), self.size))
+        empty = torch.empty(0, self.source.channels, self.size, self.size, dtype=torch.uint8)
+        return torch.tensor(read, dtype=torch.long), default_collate(cuts) if cuts else empty, bad
+
+    def _box(self, row: int, height: int, width: int) -> Crops:
+        if self.draw is None:
+            return centre_crops(1, height, width, self.size, torch.device("cpu"))
+        return self.draw(torch.tensor([row]), height, width)

@@ -1,8 +1,9 @@
 """Data: batches of view pairs that can stop and go on mid-epoch.
 
-What fits is resident: decoded once, one uint8 tensor, no workers. What does not is streamed:
-workers decode and cut each image twice, to uint8. Colours are always made batched on the device.
-Order and views are functions of (seed, epoch, index): nothing about them is saved.
+What fits is resident: decoded once, one uint8 tensor, no workers (`moco.images.resident`). What
+does not is streamed: workers decode and cut each image twice, to uint8 (`moco.images.streamed`).
+Colours are always made batched on the device. Order and views are functions of (seed, epoch,
+index): nothing about them is saved. This is the only room of the wing that knows Lightning.
 Shapes: M images in the set, N images per device, W devices, B = N*W, C channels, S side of a view.
 """
 
@@ -12,25 +13,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
 from moco import distributed
 from moco.algorithm.batch import Batch
 from moco.config import DataConfig, UserError, normalisation
 from moco.images import sources, views
 from moco.images.bad_files import BadFiles
-from moco.images.decode import BadImage
-from moco.images.draws import crop_stream, draw_crops, view_recipe
+from moco.images.draws import view_recipe
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
-from moco.images.workers import end_workers, fetched, worker_loader
-from moco.random import combine, permutations, stream_id, uniform
-
-_AT_A_TIME = 16  # images that a worker holds decoded
-_ATTEMPTS = 64  # other images that are tried in the place of one that cannot be read
+from moco.images.streamed import Cuts
+from moco.images.workers import as_it_is, end_workers, fetched, worker_loader
+from moco.random import permutations, stream_id
 
 
 @dataclass
@@ -61,7 +60,7 @@ class PretrainData(pl.LightningDataModule):
 
     Attributes:
         wait_seconds: Time that training has waited for the loader.
-        bad: Streamed files that could not be read, met by this rank.
+        bad: Streamed files that could not be read, met by this rank; set by `prepare`.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class PretrainData(pl.LightningDataModule):
         self.images: Tensor | None = self.source.images
         self.resident = "memory"
         self.wait_seconds = 0.0
-        self.bad = BadFiles(self.source, config.max_bad_fraction, None)
         self.loader: StepLoader | None = None
         check_batch(config, len(self.source))
 
@@ -92,16 +90,19 @@ class PretrainData(pl.LightningDataModule):
     def prepare(
         self, device: torch.device, report_path: str | None = None, backend: str = ""
     ) -> None:
-        """Decode what is to be resident, drop what cannot be read, and say what was decided.
+        """Decode what is to be resident, and drop what cannot be read.
 
-        Args: device: Makes the views. report_path: Takes the names of unreadable files. backend: Of
-            torch.compile, for the views; empty: not compiled.
+        Args:
+            device: Makes the views.
+            report_path: Takes the names of unreadable files.
+            backend: Of torch.compile, for the views; empty: not compiled.
         """
         self.source, self.images, self.resident = make_resident(
             self.source, self.config, device, report_path
         )
         check_batch(self.config, len(self.source))
-        self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path)
+        remedy = "mend them and go on with --resume"
+        self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path, remedy)
         self.device = device
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
         size = self.config.image_size
@@ -127,53 +128,43 @@ class PretrainData(pl.LightningDataModule):
         """
         world = distributed.world_size()
         count = len(batch.index) // world
-        queries = _Images(batch.epoch, distributed.local_rows(batch.index, count), batch.crops)
-        order = None
+        order, crops = None, batch.crops
         if self.shuffle:
             order = distributed.key_order(self.seed, batch.step, count, world, batch.index.device)
         numbers = (0, 1) if self.symmetric else (0,)
-        query_views = [self._view(queries, n) for n in numbers]
+        index = distributed.local_rows(batch.index, count)
+        query_views = [self._view(batch.epoch, index, crops, n) for n in numbers]
         if self.symmetric and world == 1:  # the keys are these same views in other places
             swapped = query_views[::-1]
             key_views = swapped if order is None else [view[order] for view in swapped]
         else:
-            keys = queries if order is None else self._exchanged(batch, order, count)
-            key_views = [self._view(keys, 1 - n) for n in numbers]
+            if order is not None:
+                index = distributed.local_rows(batch.index[order], count)
+                crops = None if crops is None else distributed.exchange(crops, order)
+            key_views = [self._view(batch.epoch, index, crops, 1 - n) for n in numbers]
         return Batch(query_views, key_views, order)
 
-    def _exchanged(self, batch: Indices, order: Tensor, count: int) -> _Images:
-        """Return the images whose keys this rank encodes."""
-        crops = None if batch.crops is None else distributed.exchange(batch.crops, order)
-        return _Images(batch.epoch, distributed.local_rows(batch.index[order], count), crops)
-
-    def _view(self, chosen: _Images, number: int) -> Tensor:
-        """Make one view of the chosen images, N x C x S x S."""
-        epoch, index, crops = chosen.epoch, chosen.index, chosen.crops
+    def _view(self, epoch: int, index: Tensor, crops: Tensor | None, number: int) -> Tensor:
+        """Make one view, N x C x S x S, of N images or of their cuts."""
         if crops is not None:
             return self._make_view(crops[:, number], epoch, index, number, whole=False)
         images = self.images[index.to(self.images.device)].to(index.device)
         return self._make_view(images, epoch, index, number, whole=True)
 
 
-@dataclass
-class _Images:
-    """N images of the set, with their cuts if they are streamed."""
-
-    epoch: int
-    index: Tensor
-    crops: Tensor | None
-
-
 class StepLoader:
-    """An epoch's batches from wherever the run stands.
+    """Yields the rest of an epoch's batches from wherever the run stands.
 
-    Args: data: The images and settings. position: Tells how many batches the run has taken so far;
-        asked whenever an iteration starts, so that a resumed epoch begins where it was left.
+    Args:
+        data: The images and settings.
+        position: Tells how many batches the run has taken so far. It is asked whenever an iteration
+            starts, so that a resumed epoch begins where it was left.
     """
 
     def __init__(self, data: PretrainData, position: Callable[[], int]) -> None:
         self.data, self.position = data, position
         self._workers: DataLoader | None = None
+        self._planned: list[tuple[int, np.ndarray]] = []  # the batches that the workers make
         self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
@@ -204,13 +195,23 @@ class StepLoader:
 
     def _streamed(self, batches: Iterator[Indices]) -> Iterator[Indices]:
         """Have workers cut this rank's share of each batch."""
-        planned = list(batches)
+        data, planned = self.data, list(batches)
         if self._workers is None:
-            self._workers = self._start_workers()
-        self._workers.batch_sampler.planned = planned
-        batches = fetched(self._workers, self.data.config.worker_timeout)
-        for plan, (crops, bad) in zip(planned, batches, strict=True):
-            self.data.bad.note(bad)
+            self._workers = worker_loader(
+                Cuts(data.source, data.config, data.seed),
+                data.config,
+                persistent=True,
+                batch_sampler=self._planned,
+                pin_memory=data.device.type == "cuda",
+                collate_fn=as_it_is,
+            )
+        count = data.config.batch_size // distributed.world_size()
+        self._planned[:] = [
+            (plan.epoch, distributed.local_rows(plan.index, count).numpy()) for plan in planned
+        ]
+        made = fetched(self._workers, data.config.worker_timeout)
+        for plan, (crops, bad) in zip(planned, made, strict=True):
+            data.bad.note(bad)
             yield replace(plan, crops=self._copied(crops) if crops.is_pinned() else crops)
 
     def _copied(self, crops: Tensor) -> Tensor:
@@ -223,89 +224,9 @@ class StepLoader:
         crops.record_stream(training)
         return crops
 
-    def _start_workers(self) -> DataLoader:
-        return worker_loader(
-            _Cuts(self.data),
-            self.data.config,
-            persistent=True,
-            batch_sampler=_Planned(),
-            pin_memory=self.data.device.type == "cuda",
-            collate_fn=_collate_cuts,
-        )
-
     def close(self) -> None:
         """End the workers."""
         end_workers(self._workers)
-
-
-class _Planned:
-    """Batch sampler that hands out this rank's rows of the planned batches."""
-
-    def __init__(self) -> None:
-        self.planned: list[Indices] = []
-
-    def __len__(self) -> int:
-        return len(self.planned)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for plan in self.planned:
-            rows = distributed.local_rows(plan.index, len(plan.index) // distributed.world_size())
-            yield [(plan.epoch, index) for index in rows.tolist()]
-
-
-class _Cuts(Dataset):
-    """Two cuts of an image, 2 x S x S x C uint8, a function of (seed, epoch, index).
-
-    In the place of an image that cannot be read stands another, by the same function; what could
-    not be read comes along as (index, reason).
-    """
-
-    def __init__(self, data: PretrainData) -> None:
-        self.source, self.recipe = data.source, data.recipe
-        self.size = data.config.image_size
-        self.streams = [crop_stream(data.seed, view) for view in (0, 1)]
-        self.substitutes = stream_id(data.seed, "substitute")
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, list]]:
-        """Cut the images of (epoch, index), one epoch; torch's loaders ask for whole batches."""
-        items = []
-        for start in range(0, len(keys), _AT_A_TIME):
-            items += self._some(keys[start : start + _AT_A_TIME])
-        return items
-
-    def _some(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, list]]:
-        """Cut as many as may lie decoded in memory; drawing their boxes together is cheaper."""
-        epoch = keys[0][0]
-        index = torch.tensor([index for _, index in keys])
-        read = [self._read(*key) for key in keys]
-        sizes = torch.tensor([image.shape[1:] for image, _ in read]).unbind(1)
-        boxes = [draw_crops(self.recipe, s, epoch, index, *sizes) for s in self.streams]
-        items = []
-        for row, (image, bad) in enumerate(read):
-            pair = [views.cut(image, box, self.size, row).permute(1, 2, 0) for box in boxes]
-            items.append((torch.stack(pair), bad))
-        return items
-
-    def _read(self, epoch: int, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
-        try:
-            return self.source.read(index), []
-        except BadImage as error:
-            bad = [(index, error.reason)]
-        place = combine(epoch, torch.tensor([index]))
-        for other in uniform(self.substitutes, place, _ATTEMPTS)[0].tolist():
-            chosen = int(other * len(self.source))
-            try:
-                return self.source.read(chosen), bad
-            except BadImage as error:
-                bad.append((chosen, error.reason))
-        # Then most of the set is gone, as with storage that went away: grey keeps all ranks in
-        # step until they have agreed to stop.
-        return torch.full((self.source.channels, self.size, self.size), 128, dtype=torch.uint8), bad
-
-
-def _collate_cuts(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list[tuple[int, str]]]:
-    crops = default_collate([cuts for cuts, _ in items])  # N 2 S S C
-    return crops.permute(0, 1, 4, 2, 3), [b for _, bad in items for b in bad]
 
 
 def check_batch(config: DataConfig, count: int) -> None:

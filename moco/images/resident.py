@@ -1,13 +1,28 @@
-"""Resident or streamed: whether a set's images are held decoded, and where."""
+"""Resident or streamed: whether a set's images are held decoded, where, and how they are read.
+
+Shapes: M images in the set, C channels, H W pixels.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
-from moco.images import sources
+from moco.images.bad_files import without_bad
+from moco.images.decode import BadImage, image_size, shown
 from moco.images.sources import ImageSource
+
+FILES_PER_TASK = 256
+
+
+class MixedSizes(ValueError):
+    """Images of two sizes, which no tensor holds."""
 
 
 def make_resident(
@@ -15,10 +30,11 @@ def make_resident(
 ) -> tuple[ImageSource, Tensor | None, str]:
     """Decide between device, memory and streaming, and decode.
 
-    Returns: The source without unreadable files, its images M x C x H x W uint8 or None if
-        streamed, and where they are.
+    Returns:
+        The source without unreadable files, its images M x C x H x W uint8 or None if streamed, and
+        where they are.
     """
-    needed, size = sources.estimate_bytes(source)
+    needed, size = estimate_bytes(source)
     budget = config.resident_budget * 2**30
     wanted = config.resident
     check_view_size(config, size)
@@ -26,15 +42,15 @@ def make_resident(
         if wanted == "off" or (wanted == "auto" and (size is None or needed > budget)):
             return source, None, "streamed"
         try:
-            images, bad = sources.load_all(source)
-        except sources.MixedSizes as error:
+            images, bad = load_all(source)
+        except MixedSizes as error:
             if wanted != "auto":
                 raise UserError(
                     f"data.resident is {wanted} but the images differ in size ({error}): set "
                     "data.resident off"
                 ) from None
             return source, None, "streamed"
-        source = sources.check_files(source, bad, config.max_bad_fraction, report_path)
+        source = without_bad(source, bad, config.max_bad_fraction, report_path)
         if bad:
             whole = torch.ones(len(images), dtype=torch.bool)
             whole[[index for index, _ in bad]] = False
@@ -50,7 +66,74 @@ def check_view_size(config: DataConfig, size: tuple[int, int] | None) -> None:
     """Raise UserError when views would be larger than the images they are cut from."""
     if size is not None and min(size) * config.upscale < config.image_size:
         raise UserError(
-            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set "
-            f"it to {min(size)}, "
-            f"or allow enlarging with data.upscale {config.image_size / min(size):.3g}"
+            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set it "
+            f"to {min(size)}, or allow enlarging with data.upscale "
+            f"{config.image_size / min(size):.3g}"
         )
+
+
+def load_all(source: ImageSource) -> tuple[Tensor | None, list[tuple[int, str]]]:
+    """Decode every image into one tensor, on all cores; all must share one size.
+
+    Returns:
+        M C H W uint8, and (index, reason) of each bad image in rising order: their rows are noise,
+        for the caller to drop. The tensor is None when not one image is good.
+
+    Raises:
+        MixedSizes: Two images differ in size.
+    """
+    if source.images is not None:
+        return source.images, []
+    total, bad = len(source), []
+    for index in range(total):  # the first good image tells the size
+        try:
+            shape = source.read(index).shape
+            break
+        except BadImage as error:
+            bad.append((index, error.reason))
+    else:
+        return None, bad
+    images, starts = torch.empty(total, *shape, dtype=torch.uint8), range(0, total, FILES_PER_TASK)
+    # Pillow decodes outside the GIL; small files are half Python, and more threads only contend.
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        parts = pool.map(partial(_load, source, images), starts)
+        return images, [bad for part in parts for bad in part]
+
+
+def _load(source: ImageSource, images: Tensor, start: int) -> list[tuple[int, str]]:
+    """Decode the files from `start` on into their rows; return the bad ones."""
+    rows, bad = images.numpy(), []
+    for index in range(start, min(start + FILES_PER_TASK, len(source))):
+        try:
+            image = source.read(index).numpy()
+        except BadImage as error:
+            bad.append((index, error.reason))
+            continue
+        if image.shape != rows.shape[1:]:
+            raise MixedSizes(
+                f"{shown(source.paths[index])} has {image.shape[1:]} pixels (H W) where others "
+                f"have {rows.shape[2:]}"
+            )
+        rows[index] = image
+    return bad
+
+
+def estimate_bytes(source: ImageSource, samples: int = 64) -> tuple[int, tuple[int, int] | None]:
+    """Estimate the bytes of all images decoded, from the headers of some.
+
+    Returns:
+        The bytes, exact for arrays; and (H, W) if the images looked at agree, else None.
+    """
+    if source.images is not None:
+        return source.images.nbytes, tuple(source.images.shape[2:])
+    sizes = []
+    count = min(samples, len(source))
+    for index in range(count):
+        with contextlib.suppress(BadImage):
+            path = source.paths[index * len(source) // count]
+            sizes.append(image_size(path, source.channels))
+    if not sizes:
+        return 0, None
+    area = sum(height * width for height, width in sizes) / len(sizes)
+    common = sizes[0] if len(set(sizes)) == 1 else None
+    return round(area * source.channels * len(source)), common

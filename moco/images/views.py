@@ -17,15 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import interpolate
 
-from moco.images.draws import (
-    Colours,
-    Crops,
-    ViewRecipe,
-    colour_stream,
-    crop_stream,
-    draw_colours,
-    draw_crops,
-)
+from moco.images.draws import Colours, Crops, ViewRecipe, draw_colours, draw_crops, view_streams
 
 _CPU_BYTES = 2 << 20  # of float images that a CPU works on at a time: they stay in its cache
 _BLUR_RADIUS = 6  # pixels; three times the largest sigma
@@ -54,7 +46,7 @@ class ViewMaker:
         backend: str = "",
     ) -> None:
         self.recipe, self.size, self.mean, self.std = recipe, size, mean, std
-        self.streams = [(crop_stream(seed, view), colour_stream(seed, view)) for view in (0, 1)]
+        self.streams = [view_streams(seed, view) for view in (0, 1)]
         self._chain, self._part = self._make, 0
         if backend:
             self._chain = torch.compile(self._make, fullgraph=True, dynamic=False, backend=backend)
@@ -170,8 +162,9 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _on_rows(mask: Tensor, images: Tensor, step, *parameters: Tensor) -> Tensor:
-    """Apply `step` to the samples in `mask`: to all and select on a GPU, in place to those only on
-    a CPU.
+    """Return the images with `step` applied to those in `mask`; on a CPU in place.
+
+    On a GPU it is applied to all, and the result is selected: finding the rows would wait there.
     """
     if images.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.where(mask[:, None, None, None], step(images, *parameters), images)

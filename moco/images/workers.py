@@ -96,6 +96,11 @@ def _workers(loader: DataLoader | None) -> list[Any]:
     return getattr(getattr(loader, "_iterator", None), "_workers", [])
 
 
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: return what the dataset made of a batch."""
+    return batch
+
+
 def end_workers(loader: DataLoader | None) -> None:
     """Kill a loader's workers: one that hangs would hold the exit up for ever."""
     for worker in _workers(loader):

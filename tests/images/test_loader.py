@@ -4,6 +4,8 @@ batches.
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from PIL import Image
 from moco import distributed
 from moco.config import DataConfig, UserError
 from moco.images import sources
-from moco.images.labelled import LabelledData
+from moco.images.labelled import Labelled, LabelledData, RandomCrops
 from moco.images.loader import PretrainData, StepLoader
+from moco.images.resident import load_all
 
 CPU = torch.device("cpu")
 
@@ -133,14 +136,12 @@ def test_two_ranks_make_the_views_of_one(two_ranks, folder, resident, symmetric)
         assert (keys_0[n] == keys_1[n]).all()
 
 
-def test_unreadable_files_are_left_out_with_their_rows(folder, tmp_path):
-    import shutil
-
-    root = tmp_path / "copy"
-    shutil.copytree(folder, root)
+def test_unreadable_files_are_left_out_with_their_rows(folder, tmp_path, said):
+    root = shutil.copytree(folder, tmp_path / "copy")
     (root / "train" / "cat" / "11.png").write_bytes(b"no image")
     data = make_data(root, max_bad_fraction=0.1)
     assert len(data.source) == len(data.images) == 39
+    assert any("1 of 40 images" in line and "11.png is left out" in line for line in said)
     for i in (0, 5, 38):
         assert data.images[i].equal(data.source.read(i))
     with pytest.raises(UserError, match="max_bad_fraction"):
@@ -168,9 +169,7 @@ def test_views_larger_than_the_images_are_refused(folder):
 def test_evaluation_takes_every_image_once_in_order(folder):
     config = DataConfig(root=str(folder), image_size=16, num_workers=0)
     bank, queries = sources.open_labelled(config)
-    held = LabelledData(
-        config, bank, queries, sources.load_all(bank)[0], sources.load_all(queries)[0]
-    )
+    held = LabelledData(config, bank, queries, load_all(bank)[0], load_all(queries)[0])
     streamed = LabelledData(config, bank, queries)
     for split, count in (("bank", 40), ("queries", 10)):
         images, labels = (torch.cat(x) for x in zip(*held.batches(split, CPU, 7), strict=True))
@@ -178,6 +177,24 @@ def test_evaluation_takes_every_image_once_in_order(folder):
         assert len(images) == len(again) == count
         assert labels.tolist() == (bank if split == "bank" else queries).labels.tolist()
         assert (images - again).abs().mean() < 0.02
+
+
+def test_unreadable_files_are_left_out_of_streamed_evaluation(folder, tmp_path, said):
+    root = shutil.copytree(folder, tmp_path / "copy")
+    (root / "train" / "cat" / "11.png").write_bytes(b"no image")
+    (root / "train" / "cat" / "12.png").write_bytes(b"")
+    config = DataConfig(root=str(root), image_size=16, num_workers=0)
+    bank, queries = sources.open_labelled(config)
+    bad = [bank.paths.index(str(root / f"train/cat/{n}.png")) for n in (11, 12)]
+    good = [row for row in range(40) if row not in bad]
+    _, labels = zip(*LabelledData(config, bank, queries).batches("bank", CPU, 7), strict=True)
+    assert torch.cat(labels).equal(bank.labels[good])
+    crops = RandomCrops(config, Labelled(bank, None), 0.2, 0)
+    shares = [torch.arange(40)[:20], torch.tensor(bad), torch.arange(40)[20:]]
+    images, rows = zip(*crops.batches(0, shares, CPU), strict=True)
+    assert torch.cat(rows).tolist() == good and len(torch.cat(images)) == 38
+    assert len(images) == 3 and images[1].shape == (0, 3, 16, 16)
+    assert sum("11.png is left out: is no image" in line for line in said) == 2
 
 
 def _labels_on_rank(root: str):

@@ -1,0 +1,129 @@
+"""Resident sets: all images at once, the bad ones among them, and what they would take."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import save
+from PIL import Image
+
+from moco.config import DataConfig, UserError
+from moco.images import resident, sources
+from moco.images.bad_files import without_bad
+from moco.images.decode import image_size, shown
+from moco.images.resident import MixedSizes, estimate_bytes, load_all
+from moco.images.sources import ImageSource
+
+RNG = np.random.default_rng(0)
+
+
+def folder(root: Path, **settings) -> DataConfig:
+    return DataConfig(dataset="folder", root=str(root), **settings)
+
+
+def test_load_all_equals_reading_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(resident, "FILES_PER_TASK", 4)
+    for number in range(11):
+        Image.fromarray(RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(
+            tmp_path / f"{number:02}.png"
+        )
+    for number in (0, 7):
+        (tmp_path / f"{number:02}.png").write_bytes(b"")
+    source = sources.open_source(folder(tmp_path), "train")
+    images, bad = load_all(source)
+    assert bad == [(0, "is empty"), (7, "is empty")]
+    assert images.shape == (11, 3, 6, 5) and images.dtype == torch.uint8
+    good = [index for index in range(11) if index not in (0, 7)]
+    assert all(torch.equal(images[index], source.read(index)) for index in good)
+    kept = without_bad(source, bad, 0.2, None)
+    assert torch.equal(load_all(kept)[0], images[good])
+
+
+def test_load_all_without_a_good_image_and_of_arrays(tmp_path):
+    (tmp_path / "a.png").touch()
+    source = sources.open_source(folder(tmp_path), "train")
+    assert load_all(source) == (None, [(0, "is empty")])
+    digits = sources.open_source(DataConfig(dataset="digits", channels=1), "train")
+    assert load_all(digits) == (digits.images, [])
+
+
+def test_mixed_sizes_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(resident, "FILES_PER_TASK", 2)
+    for number in range(8):
+        save(tmp_path / f"{number}.png", size=(4, 9) if number in (5, 7) else (4, 4))
+    source = sources.open_source(folder(tmp_path), "train")
+    with pytest.raises(MixedSizes, match=r"5.png has \(4, 9\) pixels .* have \(4, 4\)"):
+        load_all(source)
+    num_bytes, common = estimate_bytes(source)
+    assert num_bytes == 3 * (6 * 16 + 2 * 36) and common is None
+    assert source.read(5).shape == (3, 4, 9)
+
+
+def test_estimate_bytes(tmp_path):
+    for number in range(10):
+        save(tmp_path / f"{number}.png", size=(4, 6))
+    (tmp_path / "0.png").write_bytes(b"")
+    source = sources.open_source(folder(tmp_path, channels=1), "train")
+    assert estimate_bytes(source, samples=5) == (10 * 24, (4, 6))
+    digits = sources.open_source(DataConfig(dataset="digits", channels=3), "train")
+    assert estimate_bytes(digits) == (1257 * 3 * 64, (8, 8))
+
+
+def test_check_files_thresholds(tmp_path):
+    labels = torch.arange(10) % 2
+    paths = [f"/images/{number}.png" for number in range(10)]
+    source = ImageSource("folder /images", None, paths, labels, ["a", "b"], 3, 65535)
+    report = tmp_path / "bad_files.txt"
+    assert without_bad(source, [], 0.0, str(report)) is source and not report.exists()
+    bad = [(1, "is empty"), (4, "truncated")]
+    kept = without_bad(source, bad, 0.2, str(report))
+    assert report.read_text() == "/images/1.png\tis empty\n/images/4.png\ttruncated\n"
+    assert kept.paths == [path for path in paths if path[8] not in "14"]
+    assert kept.labels.tolist() == [0, 0, 1, 1, 0, 1, 0, 1] and kept.classes == ["a", "b"]
+    message = (
+        r"2 of 10 images of folder /images \(20 %\).*1.png: is empty.*bad_files.*max_bad_fraction"
+    )
+    with pytest.raises(UserError, match=message) as caught:
+        without_bad(source, bad, 0.19, str(report))
+    assert "\n" not in str(caught.value) and len(source) == 10
+    with pytest.raises(UserError, match=r"10 of 10"):
+        without_bad(source, [(index, "is empty") for index in range(10)], 1.0, None)
+
+
+def test_real_photographs_decode(tmp_path):
+    if "MOCO_TEST_IMAGES" not in os.environ:
+        pytest.skip("MOCO_TEST_IMAGES names no folder of real images")
+    folder_of_sets = Path(os.environ["MOCO_TEST_IMAGES"])
+    with tarfile.open(folder_of_sets / "imagenet-sample-250.tar") as archive:
+        members = [member for member in archive.getmembers() if member.isfile()][::6]
+        archive.extractall(tmp_path, members=members, filter="data")
+    source = sources.open_source(folder(tmp_path), "train")
+    assert len(source) == len(members) > 20 and source.labels is None
+    for index, path in enumerate(source.paths):
+        image = source.read(index)
+        assert image.shape == (3, *image_size(path)) and image.float().std() > 5
+    with pytest.raises(MixedSizes):
+        load_all(source)
+
+
+def test_names_in_any_encoding_work(tmp_path):
+    name = os.fsdecode(b"\xff\tline\nbreak.png")
+    try:
+        save(tmp_path / "a.png").rename(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system refuses the name")
+    (tmp_path / os.fsdecode(b"\xfe.png")).write_text("broken")
+    save(tmp_path / "good.png")
+    source = sources.open_source(folder(tmp_path), "train")
+    images, bad = load_all(source)
+    assert len(images) == 3 and len(bad) == 1
+    report = tmp_path / "bad_files.txt"
+    assert len(without_bad(source, bad, 0.5, str(report))) == 2
+    assert report.read_bytes() == bytes(tmp_path) + b"/\xfe.png\tis no image of a known format\n"
+    with pytest.raises(UserError, match=r"\\xfe.png") as caught:
+        without_bad(source, bad, 0.0, None)
+    str(caught.value).encode()  # printable anywhere
+    assert shown(name) == "\\xff\\tline\\nbreak.png"
