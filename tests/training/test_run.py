@@ -77,7 +77,7 @@ def test_every_recipe_runs_on_generated_data(recipe, images):
     arguments = ["--config", str(ROOT / f"configs/{recipe}.yaml"), "--run.dir", "run"]
     arguments += ["--trainer.max_steps", "2", "--data.num_workers", "0", "--run.knn_k", "5"]
     if recipe != "quickstart":
-        arguments += ["--data.root", str(images), "--data.image_size", "32"]
+        arguments += ["--data.root", str(images), "--data.image_size", "16"]
         arguments += ["--data.batch_size", "16", "--model.queue_size", "32"]
     if recipe.startswith("cifar10"):
         arguments += ["--data.dataset", "folder"]
