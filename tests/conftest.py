@@ -1,10 +1,13 @@
-"""What every test runs under: one thread, no network, real images only where they are given."""
+"""Settings and fixtures of all tests: they run on one thread and without a network.
+
+This file imports no torch, since the process that only hands out tests to others loads it too.
+"""
 
 import logging
 import os
 import shutil
 
-# Before torch is imported: it reads them once.
+# Torch and the hubs read these once, when they are imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,12 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
-import torch
 from pictures import write_pictures
 from ranks import Ranks
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def real_images() -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """Two processes in one gloo group, started once."""
+    """Start two processes in one gloo group, once for all tests."""
     ranks = Ranks(2)
     yield ranks
     ranks.close()
@@ -52,7 +51,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """48 colour images of 20 pixels."""
+    """Write 48 colour images of 20 pixels."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     write_pictures(root, [f"{i:02d}.jpg" for i in range(48)], rng)
@@ -61,13 +60,13 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def copied(images, tmp_path):
-    """A copy of the images, to be damaged."""
+    """Copy the images, so that a test may damage them."""
     return shutil.copytree(images, tmp_path / "images")
 
 
 @pytest.fixture
 def said():
-    """The lines that a run says."""
+    """Collect the lines that a run logs."""
 
     class Keep(logging.Handler):
         def emit(self, record) -> None:

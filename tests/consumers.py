@@ -1,6 +1,7 @@
-"""How others load each format of an export: a function a format, of the path and a timm name.
+"""Load each format of an export as other projects do.
 
-Each returns the network, and what the file says about its images.
+Each function takes a path and a timm name, and returns the network and what the file says about
+its images.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ LOADERS = {
 
 @contextlib.contextmanager
 def fresh_weights_of_ones():
-    """Draw no weights that a file overwrites: that takes half of the time of loading one."""
+    """Draw no weights, since a file overwrites them: drawing takes half of the time of loading."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("kaiming_normal_", "kaiming_uniform_", "uniform_", "normal_"):
             patch.setattr(nn.init, name, lambda tensor, *_, **__: tensor.data.fill_(1))

@@ -1,4 +1,4 @@
-"""Smooth random colour images, for tests and for the torture of runs."""
+"""Write smooth random colour images, for tests and for the torture of runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_pictures(
     small: int = 5,
     size: tuple[int, int] = (20, 20),
 ) -> None:
-    """Write an image a name: `small` x `small` random pixels enlarged to `size` (width, height)."""
+    """Write an image under each name: random pixels, `small` x `small`, enlarged to `size`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         pixels = rng.integers(0, 256, (small, small, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Small runs in a temporary directory: settings, images, and comparing how runs end."""
+"""Settings of small runs, and functions that run them and compare how they end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_tiny(root, *arguments: str, run_dir: str = "run") -> dict:
 
 
 def error_line(err: str) -> str:
-    """The one line that tells the error; there is no traceback."""
+    """Return the one line that tells the error; a traceback beside it fails the test."""
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, err
     assert "Traceback" not in err, err

@@ -1,7 +1,7 @@
-"""Random configurations: never a traceback, never a hang, exit code 0 or 2.
+"""Random configurations end with exit code 0 or 2, without a traceback and without a hang.
 
-Each case is drawn from its own seed, so a failure names what repeats it. Most values are near the
-edges of their range or beyond; what is accepted trains for two steps on handwritten digits.
+Each case is drawn from its own seed, so a failure names what repeats it. Most values lie near the
+edges of their range or beyond. A case that is accepted trains for two steps on handwritten digits.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ import train
 from moco.config import RunError, TrainConfig, UserError
 
 ROOT = Path(__file__).parent.parent
-CASES = int(
-    os.environ.get("MOCO_FUZZ_CASES", "20")
-)  # of those, a few in ten are accepted and train
+CASES = int(os.environ.get("MOCO_FUZZ_CASES", "20"))  # a few in ten are accepted and train
 BASE = {
     "model.backbone": "resnet10t", "model.stem": "cifar", "model.width": 0.125,
     "model.embedding_dim": 16, "model.queue_size": 256, "model.bn_splits": 2,
@@ -33,7 +31,7 @@ BASE = {
     "trainer.accelerator": "cpu", "trainer.precision": "32-true", "run.knn_every": 0,
 }  # fmt: skip
 FIXED = {
-    # Where and for how long: not for chance to decide.
+    # These say where and for how long a run trains, which chance must not decide.
     "run.dir", "run.wandb", "run.wandb_project", "run.tensorboard", "data.root", "data.download",
     "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
     "data.worker_timeout", "data.num_workers", "model.width",
@@ -47,7 +45,7 @@ STRANGE = [
 
 
 def fields() -> dict[str, tuple[Any, Any]]:
-    """Every setting: dotted name to type and limits."""
+    """Map the dotted name of every setting to its type and limits."""
     found = {}
     for group, kind in get_type_hints(TrainConfig).items():
         hints = get_type_hints(kind)
@@ -57,7 +55,7 @@ def fields() -> dict[str, tuple[Any, Any]]:
 
 
 def value(chance: random.Random, kind: Any, limits: Any) -> Any:
-    """Draw a value: mostly of the right type, in range or just beyond, now and then strange."""
+    """Draw a value: mostly of the right type, in range or just beyond, and at times strange."""
     if chance.random() < 0.15:
         return chance.choice(STRANGE)
     if get_origin(kind) is Literal:
@@ -79,7 +77,7 @@ def value(chance: random.Random, kind: Any, limits: Any) -> Any:
 
 
 def settings(seed: int) -> dict[str, Any]:
-    """Draw a configuration: the base, and one to four settings changed."""
+    """Draw a configuration: the base with one to four settings changed."""
     chance = random.Random(seed)
     known = fields()
     chosen = dict(BASE)
@@ -89,7 +87,7 @@ def settings(seed: int) -> dict[str, Any]:
 
 
 def arguments(seed: int, folder: Path) -> list[str]:
-    """Write the configuration half as YAML, half as options, as chance has it."""
+    """Write each setting of a configuration into a YAML file or as an option, by chance."""
     chance = random.Random(-seed)
     chosen, recipe, options = settings(seed), {}, []
     for name, setting in chosen.items():
@@ -107,7 +105,6 @@ def arguments(seed: int, folder: Path) -> list[str]:
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # What grows with width or depth beyond a second is not what is looked for here.
     monkeypatch.setattr(logging.getLogger("moco"), "disabled", True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -125,7 +122,7 @@ def test_random_configurations_train_or_are_refused_in_one_line(tmp_path, part):
             refused += 1
             assert str(error).strip(), words
             assert not Path(f"run{seed}/checkpoints").exists(), words
-        except RunError as error:  # numbers may blow up where chance took a rate of 100
+        except RunError as error:  # a learning rate of 100 may end in numbers that are not finite
             assert "not finite" in str(error), words
         except BaseException as error:
             raise AssertionError(f"seed {seed}, {words}: {error!r}") from error
@@ -163,7 +160,7 @@ def test_mangled_command_lines_are_refused(words):
     with pytest.raises((UserError, SystemExit)) as caught:
         result = train.main([*base, "--trainer.max_steps", "1", *words])
         if words == ["--config", "/dev/null"] or words[0].startswith("--resume="):
-            assert result["steps"] == 1  # nothing given is nothing changed
+            assert result["steps"] == 1  # an empty recipe or resume changes nothing
             raise UserError("")
     if isinstance(caught.value, SystemExit):
         assert caught.value.code in (0, 2)

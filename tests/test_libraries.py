@@ -1,4 +1,4 @@
-"""What is used of libraries beyond what they promise: a release without it fails here first."""
+"""The code uses private names of libraries; a release without one of them fails here first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN = {
 
 
 def private_names(path: Path) -> set[str]:
-    """Names with one leading underscore that a room uses and does not define."""
+    """List the names with one leading underscore that a room uses and does not define."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     used, defined = set(), set()
     for node in ast.walk(tree):

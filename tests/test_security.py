@@ -1,4 +1,4 @@
-"""What a run must never do: run code from a file, leak a secret, ask the network."""
+"""A run never runs code from a file, leaks a secret, or asks the network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_no_secret_reaches_what_a_run_writes_or_says(images, monkeypatch, capfd)
 
 
 def test_no_network_is_asked_for(images, monkeypatch):
-    """Not for weights, nor data sets, nor to report: whoever tries to connect fails the test."""
+    """A run connects to nothing: not for weights, not for data sets, not to report."""
     tried = []
 
     def refuse(self, address):
@@ -48,7 +48,7 @@ def test_no_network_is_asked_for(images, monkeypatch):
 
 
 def test_a_file_cut_to_any_length_is_called_damaged(tmp_path):
-    """At some lengths torch says Invalid argument, for it seeks to before the file's start."""
+    """At some lengths torch says Invalid argument, since it seeks to before the file's start."""
     path = tmp_path / "whole.ckpt"
     torch.save({f"layer{i}.weight": torch.zeros(64, 64) for i in range(60)}, path)
     content, invalid = path.read_bytes(), 0

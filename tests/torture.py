@@ -37,7 +37,7 @@ from moco.command import cli
 
 TIMED = ("train/images_per_second", "train/wait_share")
 PARTS = ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step")
-LIMIT_S = 600  # for one process; a hang is a failure
+LIMIT_S = 600  # for one process, which is taken for hung after it
 EXPECTED = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130,)}
 COMMON = [
     *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
@@ -173,7 +173,7 @@ def torture(folder: Path, kills: int, epochs: int, seed: int) -> None:
         left_alone, seconds = whole[name]
         run, runs = folder / f"run-{runs}", runs + 1
         numbers = [list(EXPECTED)[n % 3] for n in range(done, kills)]
-        # A third of the whole run's time: a run is killed several times before its end.
+        # The longest wait is a third of the whole run, so a run is killed several times.
         resumed = [*options, str(run), "--resume", "auto"]
         done += run_killed(resumed, numbers, seconds / 3, log, chance)
         if found := differences(left_alone, run):
@@ -185,7 +185,7 @@ def torture(folder: Path, kills: int, epochs: int, seed: int) -> None:
 
 
 def main() -> None:
-    """Parse and run."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description="Kill short runs and compare how they end.")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=12, help="length of each run")

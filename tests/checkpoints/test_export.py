@@ -1,4 +1,4 @@
-"""Exports: each loads where it is meant to, gives the same features, or leaves nothing behind."""
+"""Each export loads where it is meant to and gives the same features there."""
 
 import dataclasses
 import functools
@@ -107,7 +107,7 @@ def test_formats_that_cannot_hold_a_network_are_refused(written, tmp_path, name)
 
 
 def check_normalisation(about, form, channels, size):
-    """Mean, std, size and channels are in the file, where the format has a place for them."""
+    """Check that the file tells mean, std, size and channels, if its format has room for them."""
     if form == "torchvision":
         return
     mean = [0.485, 0.456, 0.406] if channels == 3 else [0.5]

@@ -1,4 +1,4 @@
-"""Exports that cannot be: each ends with its exit code and one line, and leaves nothing behind."""
+"""An export that fails ends with its exit code and one line, and leaves nothing behind."""
 
 import json
 import os

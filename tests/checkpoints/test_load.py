@@ -1,4 +1,4 @@
-"""Checkpoints: every layout, built by hand, gives the features of the network it was taken from."""
+"""A checkpoint of every layout, built by hand, gives the features of its network."""
 
 import dataclasses
 import json

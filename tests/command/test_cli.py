@@ -1,4 +1,4 @@
-"""The command line: what it takes, what it teaches, and how it ends on wrong input."""
+"""The command line: what it accepts, what its help says, and how it ends on wrong input."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def parse(*argv: str) -> tuple[TrainConfig, dict]:
 
 
 def refusal(*argv: str) -> str:
-    """The one line that a user sees."""
+    """Return the one line that a user sees."""
     with pytest.raises(UserError) as caught:
         check(parse(*argv)[0])
     return cli._fold(caught.value)
@@ -376,6 +376,6 @@ def test_wrong_settings_are_seen_before_torch_is_imported():
 
 
 def test_config_takes_no_plain_data_config():
-    """`parse` gives back the dataclasses themselves, groups included."""
+    """`parse` returns the dataclasses themselves, its groups too."""
     config, _ = parse("--data.dataset", "digits")
     assert isinstance(config, TrainConfig) and isinstance(config.data, DataConfig)

@@ -1,4 +1,4 @@
-"""eval_linear.py and eval_knn.py from the outside: results, files, baselines, errors, two ranks."""
+"""eval_linear.py and eval_knn.py: results, files, baselines and errors, on one and two ranks."""
 
 import json
 import socket
@@ -137,7 +137,7 @@ def test_knn_scores_several_k_and_draws_a_gallery(checkpoint, tmp_path):
 
 
 def folder(root, splits):
-    """Make a tree of 8 x 8 grey images: split to class to count."""
+    """Write 8 x 8 grey images: `splits` maps each split to its classes and their counts."""
     generator = torch.Generator().manual_seed(0)
     for split, classes in splits.items():
         for name, count in classes.items():

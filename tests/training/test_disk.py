@@ -1,4 +1,4 @@
-"""A disk that fills up: what is written is whole, and the run goes on or says so."""
+"""A disk that fills up leaves whole files, and the run goes on or says why it ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real full file system: a tmpfs of 3 MiB; where mounting is not allowed, skip."""
+    """Mount a tmpfs of 3 MiB to be filled; skip the test where mounting is not allowed."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
@@ -95,7 +95,7 @@ def test_a_disk_full_to_the_end_exits_with_1_and_resumes(images, small_disk, wit
 
 @pytest.fixture
 def file_limit():
-    """Let no file of this process grow beyond so many bytes, a full disk without rights."""
+    """Let no file of this process grow beyond so many bytes, which needs no rights."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size: int | None) -> None:

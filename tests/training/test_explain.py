@@ -1,4 +1,4 @@
-"""Explanations of what libraries raise; memory is counted, not measured, where there is no GPU."""
+"""Errors of libraries are explained. Without a GPU, memory is counted instead of measured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def a_trainer(world: int = 1, device: str = "cpu") -> SimpleNamespace:
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Count what autograd keeps, in the place of a GPU's memory; what an error holds stays."""
+    """Count the bytes that autograd keeps, in the place of a GPU's memory."""
     kept = {"now": 0, "most": 0}
 
     class Kept:
@@ -70,7 +70,7 @@ def test_measuring_leaves_the_run_as_it_is(counted):
 
 
 def test_the_failed_steps_activations_are_let_go_before_measuring(counted, monkeypatch):
-    """Lightning's frames hold them as long as the error lives."""
+    """The frames of Lightning hold the activations as long as the error lives."""
     module = make_module()
 
     def step():
@@ -88,7 +88,7 @@ def test_the_failed_steps_activations_are_let_go_before_measuring(counted, monke
 
 
 def test_the_device_named_is_the_one_that_was_full(monkeypatch):
-    """By then Lightning has moved the module to the CPU."""
+    """The module does not tell the device: Lightning has moved it to the CPU by then."""
     seen = []
     monkeypatch.setattr(explain, "peak_memory", lambda trainer, *a: 100 + 10 * a[1])
     monkeypatch.setattr(explain, "device_memory", lambda device: seen.append(device) or 500)
@@ -100,7 +100,7 @@ def test_the_device_named_is_the_one_that_was_full(monkeypatch):
 
 
 def test_lightning_moves_the_module_away_before_the_error_comes_out(monkeypatch):
-    """What the explanation relies on: at teardown the strategy frees the device."""
+    """The explanation relies on this: at teardown the strategy frees the device."""
     module = make_module()
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.connect(module)

@@ -1,4 +1,4 @@
-"""Resuming: with other ranks and workers, from a torn file, twice, after kills."""
+"""Runs that resume: on two ranks, with other workers, from a torn file, twice, after kills."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_two_ranks_resume_to_the_same_bits(images, two_ranks, tmp_path, resident
     Path("run/checkpoints").mkdir(parents=True)
     shutil.copy("whole/config.yaml", "run/config.yaml")
     shutil.copy("whole/checkpoints/step_000000001.ckpt", "run/checkpoints/last.ckpt")
-    # A worker each before, none now: neither workers nor the stop leave a trace.
+    # Each rank had a worker before and has none now; neither that nor the stop changes a bit.
     resumed = ["--resume", "run", "--data.num_workers", "0"]
     result, other = two_ranks.run(_main_on_rank, resumed, str(tmp_path))
     assert (result["steps"], other) == (3, {})
@@ -60,7 +60,7 @@ def test_a_torn_last_checkpoint_falls_back_to_the_one_before(images):
     shutil.copytree("whole", "run")
     newest, last = Path("run/checkpoints/step_000000006.ckpt"), Path("run/checkpoints/last.ckpt")
     last.unlink()
-    os.link(newest, last)  # as the run leaves them: one file, two names, torn together
+    os.link(newest, last)  # as a run leaves them: both names are of one file
     os.truncate(last, last.stat().st_size // 2)
     assert train.main(["--resume", "run"])["steps"] == 6
     assert_same_end("whole", "run")
@@ -79,7 +79,7 @@ def test_resuming_twice_from_the_end_of_an_epoch(images):
 
 
 def test_a_short_torture():
-    """Five kills at random moments; `make torture` takes thirty and more."""
+    """Kill five times at random moments; `make torture` kills thirty times and more."""
     words = ["--kills", "5", "--epochs", "6"]
     code, out, err = finish(start(*words, script=ROOT / "tests/torture.py"))
     assert code == 0, err
@@ -137,7 +137,7 @@ def test_a_run_of_another_version_goes_on_and_says_that_it_is_not_exact(images, 
 
 
 def test_settings_of_a_run_name_no_place_to_write(images, tmp_path):
-    """A run that was sent by someone is gone on with where it lies, whatever its settings say."""
+    """A run that someone sent goes on where it lies, whatever directory its settings name."""
     run_tiny(images, "--trainer.max_epochs", "1")
     Path("run").rename("sent")
     elsewhere, config = tmp_path / "elsewhere", Path("sent/config.yaml")

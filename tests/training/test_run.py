@@ -1,4 +1,4 @@
-"""Whole runs: every recipe, exact resume from every step, stopping, and wrong input."""
+"""Whole runs: every recipe, exact resuming from every step, stopping, and wrong input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """48 colour images of 40 pixels in two classes for training, 8 for testing, as val/."""
+    """Write colour images of 40 pixels in two classes: 48 in train/ and 8 in val/."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 4)):
@@ -79,7 +79,7 @@ def test_every_recipe_runs_on_generated_data(recipe, images):
     arguments = ["--config", str(ROOT / f"configs/{recipe}.yaml"), "--run.dir", "run"]
     arguments += ["--trainer.max_steps", "2", "--data.num_workers", "0", "--run.knn_k", "5"]
     if recipe != "quickstart":
-        arguments += ["--data.root", str(images), "--data.image_size", "32"]
+        arguments += ["--data.root", str(images), "--data.image_size", "16"]
         arguments += ["--data.batch_size", "16", "--model.queue_size", "32"]
     if recipe.startswith("cifar10"):
         arguments += ["--data.dataset", "folder"]
@@ -116,7 +116,7 @@ def test_resume_from_every_step_ends_in_the_same_bits(images, resident):
 
 
 def test_dropping_a_piece_of_state_changes_the_result(images):
-    """Negative control: the comparison above can fail."""
+    """The comparison of the test above can fail: this is its negative control."""
     run_small("whole", "--run.checkpoint_every", "1", "--run.keep_checkpoints", "9")
     end = load("whole/checkpoints/last.ckpt")
     for name in ("queue.keys", "momentum_buffer"):
@@ -148,7 +148,7 @@ def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused():
 def test_resume_auto_starts_anew_and_then_goes_on():
     first = run_small("run", "--resume", "auto", "--trainer.max_epochs", "1")
     assert first["steps"] == 3
-    os.truncate("run/checkpoints/last.ckpt", 1000)  # also the newest step_N: one file, two names
+    os.truncate("run/checkpoints/last.ckpt", 1000)  # and the newest step_N, which is the same file
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         train.main(["--resume", "run"])
 

@@ -1,4 +1,4 @@
-"""Signals before, between and after steps, and checkpoints of a run that went back."""
+"""Signals before the first step and after a run, and checkpoints of a run that went back."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):
 
 
 def test_a_save_that_failed_is_not_told_as_one(images, monkeypatch):
-    """An error between two steps, on a disk that has just filled up."""
+    """The images fail between two steps while the disk is full, so nothing can be saved."""
     said: list[str] = []
     monkeypatch.setattr(saving.log, "info", lambda text, *values: said.append(text))
 

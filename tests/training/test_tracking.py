@@ -1,4 +1,4 @@
-"""Readings: metrics.csv through a kill and a resume, and loggers that never ask anything."""
+"""metrics.csv survives a kill and a resume, and no logger asks the network or a person."""
 
 import csv
 import os
@@ -120,7 +120,7 @@ def wandb_mode(tmp_path, monkeypatch):
     """Tell how wandb would be started, with an empty home and every way out closed."""
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
-        monkeypatch.setenv(name, "")  # so that what the logger sets is taken back
+        monkeypatch.setenv(name, "")  # so that monkeypatch undoes what the logger sets
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
 
