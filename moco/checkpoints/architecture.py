@@ -1,8 +1,7 @@
-"""Find out which network a file's tensors belong to, and build it.
+"""Find out which network a file's tensors belong to, and build it with fresh weights.
 
-What the file says about itself comes first, then the names and shapes of its tensors, then
-defaults; the caller's own word comes before all of them.
-Shapes: D feature, C embedding, K queue; positions of a ViT 1 x (tokens + side^2) x D.
+The caller's arguments count most, then what the file says about itself, then the names and shapes
+of its tensors, then defaults. Shapes: D feature; positions of a ViT 1 x (tokens + side^2) x D.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from moco.config import DataConfig, ModelConfig, UserError, normalisation
 
 @dataclasses.dataclass
 class Architecture:
-    """All that it takes to build a network; fields as of `moco.checkpoints.load.Loaded`."""
+    """Everything needed to build a network; fields as in `moco.checkpoints.load.Loaded`."""
 
     model: ModelConfig
     data: dict[str, Any]
@@ -36,8 +35,8 @@ def identify(contents: Contents, part: State, backbone: str, image_size: int) ->
     Args:
         contents: The whole file.
         part: The backbone's tensors in it.
-        backbone: timm name that is believed rather than the file; empty: the file's.
-        image_size: Side in pixels, likewise; 0: the file's.
+        backbone: timm name that replaces the file's; empty: the file's.
+        image_size: Side in pixels that replaces the file's; 0: the file's.
 
     Raises:
         UserError: The file contradicts itself or tells too little; a negative size.
@@ -58,14 +57,14 @@ def identify(contents: Contents, part: State, backbone: str, image_size: int) ->
     channels = said.get("channels") or _channels(model.backbone, part)
     mean, std = normalisation(DataConfig(channels=channels))
     data = {"channels": channels, "mean": mean, "std": std} | said
-    # Positions tell the size better than timm's config, which may keep that of the first training.
+    # timm's config may keep the size of the first training; the positions show the last.
     default = said.get("image_size") or (32 if model.stem == "cifar" else 224)
     data["image_size"] = image_size or _vit_image_size(part) or default
     return Architecture(model, data, contents.variant() | variant)
 
 
 def build(architecture: Architecture, head_state: State) -> tuple[nn.Module, nn.Module | None, int]:
-    """Build the backbone with fresh weights, the head with a file's, and tell D.
+    """Build the backbone with fresh weights and the head with the file's; return them and D.
 
     Raises:
         UserError: timm does not take these arguments.
@@ -92,7 +91,7 @@ def build(architecture: Architecture, head_state: State) -> tuple[nn.Module, nn.
 def _rebuild(
     network: nn.Module, architecture: Architecture, arguments: dict[str, Any]
 ) -> nn.Module:
-    """Build a network again, with arguments that only timm's constructor knows."""
+    """Build a network with arguments that only timm's constructor takes."""
     name, data = architecture.model.backbone, architecture.data
     if has_fixed_size(network):
         arguments = arguments | {"img_size": data["image_size"]}
@@ -103,15 +102,12 @@ def _rebuild(
 
 
 def has_fixed_size(network: nn.Module) -> bool:
-    """Tell whether a network is built for one image size, as a ViT is."""
+    """Tell whether a network, such as a ViT, is built for one image size."""
     return bool(getattr(getattr(network, "patch_embed", None), "img_size", None))
 
 
-# What a file says of itself
-
-
 def _said(contents: Contents) -> tuple[ModelConfig | None, dict[str, Any], dict[str, Any]]:
-    """Read a run's settings, the note of one of our exports, or timm's config."""
+    """Return what a run's settings, the note of our exports, or timm's config say."""
     if "model" in contents.config:
         model = _known_fields(ModelConfig, contents.config["model"])
         data = _known_fields(DataConfig, contents.config["data"])
@@ -132,7 +128,7 @@ def _said(contents: Contents) -> tuple[ModelConfig | None, dict[str, Any], dict[
 
 
 def _known_fields(kind: type, values: dict[str, Any]) -> Any:
-    """Make a group of settings; names from other versions of this program are passed over."""
+    """Make a group of settings; names of other versions of this program are ignored."""
     names = {item.name for item in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in values.items() if name in names})
 
@@ -145,7 +141,7 @@ def _data(source: dict[str, Any], channels: Any, image_size: Any) -> dict[str, A
     return data
 
 
-# What a file may not say to timm's constructor: where weights come from, and what we decide.
+# Arguments of timm's constructor that a file may not set: sources of weights, and our own choices.
 _NOT_SHAPE = re.compile(
     ".*(pretrained|checkpoint|cache|features_only|scriptable|exportable|no_jit).*"
     "|device|dtype|num_classes|in_chans|img_size|zero_init_last"
@@ -153,15 +149,13 @@ _NOT_SHAPE = re.compile(
 
 
 def _safe(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Keep the plain arguments of a model's constructor that are about its shape."""
+    """Return those arguments of a model's constructor that only shape the network."""
     plain = (bool, int, float, str, list)
     pairs = ((k, v) for k, v in arguments.items() if isinstance(v, plain))
     return {name: value for name, value in pairs if not _NOT_SHAPE.fullmatch(name)}
 
 
-# What names and shapes show
-
-# Blocks per stage, of what kind, and where not 1 and 64, groups and their width at 64 planes.
+# Blocks per stage and their kind; then groups x their width at 64 planes, if not 1 x 64.
 _RESNETS = {
     "2-2-2-2 basic": "resnet18",
     "3-4-6-3 basic": "resnet34",
@@ -177,7 +171,7 @@ _RESNETS = {
     "3-4-6-3 bottleneck 1x128": "wide_resnet50_2",
     "3-4-23-3 bottleneck 1x128": "wide_resnet101_2",
 }
-# Width x depth; 2010.11929, table 1, and DeiT's two smaller ones.
+# Width x depth, from 2010.11929, table 1; the two smaller ones are DeiT's.
 _VITS = {
     "192x12": "tiny",
     "384x12": "small",
@@ -185,12 +179,12 @@ _VITS = {
     "1024x24": "large",
     "1280x32": "huge",
 }
-# The names in v3's files; their ViTs are timm's of patches of 16.
+# `arch` in files of v3 to the name of the same network in timm.
 _V3_VITS = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
 
 
 def _seen(contents: Contents, part: State) -> ModelConfig:
-    """Describe a model by its `arch` and its tensors; its backbone is empty if they do not tell."""
+    """Describe a model by its `arch` and tensors; an empty backbone means that they do not tell."""
     shape = resnet_shape(part) or _vit_shape(part)
     arch = contents.raw.get("arch")
     if isinstance(arch, str) and timm.is_model(_V3_VITS.get(arch, arch)):
@@ -199,7 +193,7 @@ def _seen(contents: Contents, part: State) -> ModelConfig:
 
 
 def resnet_shape(part: State) -> dict[str, Any]:
-    """Read backbone, stem and width off a ResNet; empty where it is none."""
+    """Return backbone, stem and width of a ResNet, from its shapes; empty if it is none."""
     kind, last = ("bottleneck", 3) if "layer4.0.conv3.weight" in part else ("basic", 2)
     names = ("conv1", "layer1.0.conv2", f"layer1.0.conv{last}", f"layer4.0.conv{last}")
     weights = [part.get(f"{name}.weight", ABSENT) for name in names]
@@ -221,7 +215,7 @@ def resnet_shape(part: State) -> dict[str, Any]:
 
 
 def _vit_shape(part: State) -> dict[str, Any]:
-    """Read the name off a ViT; empty where it is none."""
+    """Return the name of a ViT, from its shapes; empty if it is none."""
     patches = part.get("patch_embed.proj.weight", ABSENT)
     depth = len({name.split(".")[1] for name in part if name.startswith("blocks.")})
     if patches.ndim != 4 or f"{len(patches)}x{depth}" not in _VITS:
@@ -231,7 +225,7 @@ def _vit_shape(part: State) -> dict[str, Any]:
 
 
 def _vit_image_size(part: State) -> int:
-    """Read the image size off a ViT's positions; 0 where it has none."""
+    """Return the image size of a ViT, from its positions; 0 if it has none."""
     patches = part.get("patch_embed.proj.weight", ABSENT)
     positions = part.get("pos_embed", ABSENT)
     if patches.ndim == 4 and positions.ndim == 3:
@@ -243,7 +237,7 @@ def _vit_image_size(part: State) -> int:
 
 
 def _channels(name: str, part: State) -> int:
-    """Read the number of channels off the first convolution."""
+    """Return the number of channels, from the first convolution."""
     details = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
     first = getattr(details, "first_conv", None) or "conv1"
     weight = part.get(f"{first if isinstance(first, str) else first[0]}.weight", ABSENT)
@@ -251,7 +245,7 @@ def _channels(name: str, part: State) -> int:
 
 
 def _head(contents: Contents) -> dict[str, Any]:
-    """Read head and queue off a file, in the terms of `ModelConfig`."""
+    """Describe the head and the queue of a file by fields of `ModelConfig`."""
     head = contents.take("query_encoder.head.")
     weights = [head[name] for name in ("weight", "0.weight", "2.weight") if name in head]
     found: dict[str, Any] = {}
@@ -263,7 +257,7 @@ def _head(contents: Contents) -> dict[str, Any]:
 
 
 def _head_kind(head: State) -> str:
-    """Name a projection head; empty where there is none that we can rebuild."""
+    """Return linear or mlp; empty where the file has no head that we can rebuild."""
     names = {"weight bias": "linear", "0.weight 0.bias 2.weight 2.bias": "mlp"}
     kinds = [kind for text, kind in names.items() if set(text.split()) == set(head)]
     return kinds[0] if kinds and all(t.ndim == 2 for n, t in head.items() if "weight" in n) else ""

@@ -1,8 +1,8 @@
-"""Bring any layout's names to ours, so that everything above knows one layout only.
+"""Recognise whose code wrote a file by the names of its tensors, and translate them to our names.
 
-Ours is `query_encoder.backbone.*`, `query_encoder.head.*`, the same of `key_encoder`, and
-`queue.*`; every layout in the field is a renaming of it. A bare backbone counts as the query
-encoder's. Inside a backbone the names are torchvision's and timm's. Shapes: C embedding, K queue.
+Our names are `query_encoder.backbone.*`, `query_encoder.head.*`, the same of `key_encoder`, and
+`queue.*`. A bare backbone counts as the query encoder's. Inside a backbone the names are those of
+torchvision and timm. Shapes: C embedding, K queue.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moco.checkpoints.files import tensors_of
 from moco.checkpoints.matching import ABSENT, State, take
+from moco.checkpoints.read import tensors_of
 from moco.config import UserError
 
 _WRAPPERS = ("module.", "model.", "_forward_module.")
 
 
 class _Layout(NamedTuple):
-    """The beginnings of a layout's names, of the query encoder and of the key encoder.
+    """The prefixes of a layout's tensor names, for the query encoder and the key encoder.
 
     Attributes:
-        backbones: The first of them tells the layout, together with `sign`.
-        heads: None where they are inside the backbone, as fc or head.
-        sign: Beginnings of which a file must have one besides.
+        backbones: A file of this layout has names with the first of these prefixes.
+        heads: None where the head is inside the backbone, as fc or head.
+        sign: A file of this layout also has a name with one of these prefixes.
     """
 
     name: str
@@ -44,7 +44,7 @@ class _Layout(NamedTuple):
 _SOLO = (("projector.", "momentum_projector."), ("momentum_", "projector."))
 _OURS = ("query_encoder.head.", "key_encoder.head.")
 _LIGHTLY = ("projection_head.layers.", "projection_head_momentum.layers.")
-_LAYOUTS = (  # the first that fits
+_LAYOUTS = (  # the first one that fits is taken
     _Layout("moco", ("query_encoder.backbone.", "key_encoder.backbone."), _OURS),
     _Layout("official", ("encoder_q.", "encoder_k.")),
     _Layout("official-v3", ("base_encoder.", "momentum_encoder.")),
@@ -56,13 +56,13 @@ _LAYOUTS = (  # the first that fits
 
 @dataclass
 class Contents:
-    """A file in our names.
+    """The content of a file, its tensors under our names.
 
     Attributes:
         layout: moco, official, official-v3, lightly or solo-learn; for a bare backbone timm,
-            safetensors, or torchvision for all that torch wrote.
-        state: Tensors in our names.
-        others: Names without a counterpart here.
+            safetensors, or torchvision for every file that torch wrote.
+        state: Tensors under our names.
+        others: Names of tensors that have no name of ours.
         raw: The file's own dict.
     """
 
@@ -74,23 +74,23 @@ class Contents:
 
     @property
     def plain(self) -> bool:
-        """Tell whether the file holds one bare backbone."""
+        """Tell whether the file holds a bare backbone."""
         return self.layout in ("torchvision", "timm", "safetensors")
 
     @property
     def epoch(self) -> int | None:
-        """Tell the epoch, where the file does."""
+        """Return the epoch, if the file states it."""
         epoch = self.raw.get("epoch")
         return epoch if isinstance(epoch, int) else None
 
     @property
     def config(self) -> dict[str, Any]:
-        """Return the settings of the run that wrote the file, where it holds them."""
+        """Return the settings of the run that wrote the file, if it holds them."""
         config = self.raw.get("config")
         return config if isinstance(config, dict) else {}
 
     def take(self, prefix: str) -> State:
-        """Return the tensors under a prefix, without it."""
+        """Return the tensors under a prefix, which their names then lack."""
         return take(self.state, prefix)
 
     def backbone(self, encoder: str) -> State:
@@ -105,20 +105,20 @@ class Contents:
         return part
 
     def variant(self) -> dict[str, Any]:
-        """Tell what the layout's own code does otherwise than timm, and no shape shows."""
+        """Return what the layout's code builds differently from timm and no shape shows."""
         part = self.take("query_encoder.backbone.")
         if self.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1] == 384:
-            return {"num_heads": 12}  # v3's ViT-S; timm's has 6
+            return {"num_heads": 12}  # v3's ViT-S has 12, timm's has 6
         if self.layout == "solo-learn" and part.get("conv1.weight", ABSENT).shape[-1] == 3:
-            return {"stem_padding": 2}  # its CIFAR stem; others pad by 1
+            return {"stem_padding": 2}  # its CIFAR stem pads by 2, others by 1
         return {}
 
 
 def recognise(raw: dict[str, Any], path: str | Path) -> Contents:
-    """Find out the layout of what `read_state` returned and rename its tensors to ours.
+    """Recognise the layout of what `read_state` returned and translate its names to ours.
 
     Raises:
-        UserError: No tensors, or two of one name; `path` is for the message.
+        UserError: No tensors, or two of one name; the message names `path`.
     """
     state: State = {}
     for name, tensor in tensors_of(raw, path).items():
@@ -137,7 +137,7 @@ def recognise(raw: dict[str, Any], path: str | Path) -> Contents:
 
 
 def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
-    """Fill `contents` with our names for the encoders, their heads and the queue."""
+    """Fill `contents` with the encoders, their heads and the queue under our names."""
     rest = dict(state)
 
     def pull(prefix: str) -> State:
@@ -160,20 +160,20 @@ def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
 
 
 def _official_queue(queue: Tensor, pointer: Tensor | int, raw: dict[str, Any]) -> State:
-    """Turn the official queue, C x K, and the place to write next into ours."""
+    """Translate the official queue, C x K, and its pointer to the tensors of our queue."""
     keys, place, note = queue.T.contiguous(), int(pointer), raw.get("moco")
     count = note.get("num_enqueued") if isinstance(note, dict) else None
     if not isinstance(count, int) or count % len(keys) != place:
-        count = place + len(keys)  # the official code does not count; by then the queue is full
+        count = place + len(keys)  # the official code keeps no count; the queue counts as full
     return {"queue.keys": keys, "queue.num_enqueued": torch.tensor(count)}
 
 
 def _plain_names(part: State) -> State:
-    """Bring a backbone's names to torchvision's and timm's."""
+    """Translate a backbone's names to those of torchvision and timm."""
     if part and all(name.startswith("net.") for name in part):  # the official CIFAR demo
         part = take(part, "net.")
     if part and all(name.split(".")[0].isdigit() for name in part):
-        # Children of an nn.Sequential that was a ResNet; those without tensors do not count.
+        # These are the children of a ResNet in an nn.Sequential; some have no tensors.
         order = sorted({int(name.split(".")[0]) for name in part})
         names = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
         if len(order) == 7 and part.get(f"{order[6]}.weight", ABSENT).ndim != 2:
@@ -181,5 +181,5 @@ def _plain_names(part: State) -> State:
         place = dict(zip(map(str, order), names, strict=False))
         split = [(name.partition("."), tensor) for name, tensor in part.items()]
         part = {f"{place.get(n, n)}.{rest}": tensor for (n, _, rest), tensor in split}
-    # lightly's own ResNet says shortcut where torchvision says downsample.
+    # The ResNet of lightly says shortcut where torchvision says downsample.
     return {name.replace(".shortcut.", ".downsample."): t for name, t in part.items()}

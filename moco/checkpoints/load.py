@@ -1,8 +1,7 @@
-"""Read a checkpoint, whoever wrote it: one loader behind every `--checkpoint` and `--init_from`.
+"""Load an encoder from any checkpoint: the one loader behind `--checkpoint` and `--init_from`.
 
-A file is read (`files`), renamed to our names (`layouts`), understood (`architecture`) and matched
-(`matching`); here these come together. Nothing is unpickled or fetched.
-Shapes: N images, H W pixels, D feature, C embedding, K queue.
+It reads the file (`read`), translates its names (`layouts`), finds the network (`architecture`)
+and fills it (`matching`). Shapes: N images, D feature, C embedding, K queue.
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS
 from moco.checkpoints.architecture import build, identify
-from moco.checkpoints.files import read_state
 from moco.checkpoints.layouts import Contents, recognise
 from moco.checkpoints.matching import Match, State, groups, match_state, shape_text, take
+from moco.checkpoints.read import read_state
 from moco.config import ModelConfig, UserError
 
 
 @dataclass
 class Loaded:
-    """An encoder out of a file, and what was found out about it.
+    """An encoder from a file, and what was found out about it.
 
     Attributes:
-        backbone: In eval mode: normalised images N x channels x H x W to features N x D.
-        head: Features to embeddings N x C, where the file has a linear or MLP head; else None.
+        backbone: In eval mode; takes normalised images N x channels x H x W to features N x D.
+        head: Takes features to embeddings N x C; None where the file has no linear or MLP head.
         model: Backbone, stem, width, head; the rest as in the file's settings or at its default.
         data: channels, image_size, mean and std (on a 0-1 scale) of the images that it expects.
         layout: moco, official, official-v3, lightly, solo-learn, torchvision, timm, safetensors.
         encoder: query, key, or backbone where the file holds only one.
-        report: One line: what matched, what was left out, what is missing.
-        variant: What name and settings leave open: arguments for timm, and `stem_padding`.
-        config: Settings of the run that wrote the file, where it holds them.
+        report: One line that says what matched, what was left out and what is missing.
+        variant: What `model` and `data` do not say: arguments for timm, and `stem_padding`.
+        config: Settings of the run that wrote the file, or empty.
     """
 
     backbone: nn.Module
@@ -58,7 +57,7 @@ def load_backbone(
     backbone: str = "",
     image_size: int = 0,
 ) -> nn.Module:
-    """Return a checkpoint's feature extractor in eval mode; arguments as of `load_encoder`."""
+    """Return a checkpoint's backbone in eval mode; arguments as for `load_encoder`."""
     return load_encoder(path, encoder, allow_partial, backbone, image_size).backbone
 
 
@@ -69,14 +68,14 @@ def load_encoder(
     backbone: str = "",
     image_size: int = 0,
 ) -> Loaded:
-    """Load one encoder from a file of any layout. Random generators are left as they were.
+    """Load one encoder from a file of any layout; torch's random generator is not advanced.
 
     Args:
         path: Checkpoint of ours, of the official code, lightly or solo-learn; a state dict of
             torchvision or timm; safetensors; a directory as timm writes it.
         encoder: Which of two encoders.
-        allow_partial: Take a file that fits only in part; the report says what stays random.
-        backbone: timm name, where the file leaves its architecture open or is wrong about it.
+        allow_partial: Accept a file that fits only in part; the report says what stays random.
+        backbone: timm name, which replaces what the file says or shows.
         image_size: Side in pixels; a ViT's positions are resampled to it. 0: as in the file.
 
     Raises:
@@ -108,23 +107,23 @@ def load_encoder(
 
 
 def restore_pretraining(path: str | Path, module_state: State) -> tuple[State, str]:
-    """Fill a fresh MoCo module's state dict with all that a file offers.
+    """Fill a fresh MoCo module's state dict with everything in a file that fits.
 
     A checkpoint of ours or of the official code gives both encoders and, where their shapes agree,
-    the heads and the queue; another layout gives its backbone to both. The rest stays fresh.
+    the heads and the queue. Another layout gives its backbone to both. The rest stays fresh.
 
     Args:
-        path: As of `load_encoder`.
-        module_state: Of a module just built; not changed.
+        path: As for `load_encoder`.
+        module_state: State dict of a module just built; it is not changed.
 
     Returns:
         The filled state dict, and one line that says what came from the file and what did not.
 
     Raises:
-        UserError: As of `load_encoder`; also when the backbone fits only in part.
+        UserError: As for `load_encoder`.
     """
     contents = read_contents(path)
-    contents.backbone("query")  # must be there
+    contents.backbone("query")  # raises where the file has none
     if "num_heads" in contents.variant():
         raise UserError(f"{path} is v3's ViT-S of 12 attention heads, timm's has 6: take another")
     both = contents.layout in ("moco", "official", "official-v3")
@@ -144,7 +143,7 @@ def restore_pretraining(path: str | Path, module_state: State) -> tuple[State, s
 
 
 def _restore_heads_and_queue(contents: Contents, state: State) -> str:
-    """Fill heads and queue in place; a queue is worth something only beside its own heads."""
+    """Fill heads and queue in place; the keys in a queue only mean something to their own heads."""
     for side in ("query", "key"):
         prefix = f"{side}_encoder.head."
         found = match_state(take(state, prefix), contents.take(prefix))
@@ -161,12 +160,12 @@ def _restore_heads_and_queue(contents: Contents, state: State) -> str:
 
 
 def read_contents(path: str | Path) -> Contents:
-    """Read a file and rename its tensors to ours; errors as of `read_state` and `recognise`."""
+    """Read a file with its tensors under our names; raises as `read_state` and `recognise` do."""
     return recognise(read_state(path), path)
 
 
 def _layout_name(contents: Contents, backbone: str) -> str:
-    """Tell a bare backbone of torchvision from one of timm alone."""
+    """Return the layout, where torchvision becomes timm for networks that it does not have."""
     ambiguous = contents.layout == "torchvision"
     return "timm" if ambiguous and backbone not in TORCHVISION_RESNETS else contents.layout
 

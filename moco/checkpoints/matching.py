@@ -1,7 +1,6 @@
-"""Match a file's tensors with a network's, by name and shape, and say what came of it.
+"""Match a file's tensors with a network's by name and shape, and report what fits and what not.
 
-Below everything that reads checkpoints: state dicts and words about them, no files, no layouts.
-Shapes: any; a state dict maps names to tensors.
+This room knows state dicts (names to tensors), but neither files nor layouts.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from torch import Tensor, nn
 from moco.config import UserError
 
 State = dict[str, Tensor]
-ABSENT = torch.empty(0)  # stands for a tensor that is not there: no dimension of it fits
+ABSENT = torch.empty(0)  # stands for a missing tensor: every check of its shape fails
 
 
 def take(state: State, prefix: str) -> State:
-    """Return the tensors under a prefix, without it."""
+    """Return the tensors under a prefix, which their names then lack."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 @dataclass
 class Match:
-    """How a file's tensors meet a network's.
+    """The result of matching a file's tensors with a network's.
 
     Attributes:
-        matched: Ready to load.
-        faults: What keeps the match from being whole: kind, and names.
-        classifier: Names of a classifier, which no backbone has.
-        total: Tensors that the network needs.
-        note: What was changed on the way.
+        matched: Tensors ready to load.
+        faults: Kind of fault to the names that have it; a whole match has none.
+        classifier: Names of a classifier, which a backbone does not need.
+        total: Number of tensors that the network needs.
+        note: How tensors were changed to fit.
     """
 
     matched: State
@@ -46,18 +45,18 @@ class Match:
 
     @property
     def whole(self) -> bool:
-        """Tell whether there was something to match and all of it did."""
+        """Tell whether there are tensors and all of them fit."""
         return bool(self.matched) and not self.faults
 
     def check(self, path: str | Path, name: str, remedy: str, allow_partial: bool = False) -> None:
-        """Raise UserError unless the match is whole, or partial and allowed."""
+        """Raise UserError unless the match is whole, or partial where that is allowed."""
         if not self.matched:
             raise UserError(f"{path}: nothing in it fits {name} ({self.text()}): {remedy}")
         if self.faults and not allow_partial:
             raise UserError(f"{path} fits {name} only in part ({self.text()}): {remedy}")
 
     def text(self) -> str:
-        """Say what matched and what did not."""
+        """Say what matched and what did not, on one line."""
         faults = [f"{kind}: {some(names)}" for kind, names in self.faults.items()]
         missing = [] if "missing" in self.faults else ["missing: none"]
         note = [self.note] if self.note else []
@@ -68,13 +67,13 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
     """Match tensors by name and shape.
 
     Args:
-        target: What is to be filled; gives shapes and dtypes, and is not changed.
-        source: What a file offers.
-        network: The owner of `target`: knows its classifier, and how a ViT's positions are
-            resampled; without it they are not.
+        target: State dict that is to be filled; gives shapes and dtypes, and is not changed.
+        source: State dict of the file.
+        network: The owner of `target`, which knows the name of its classifier. A ViT's positions
+            are resampled only where it is given.
     """
     classifiers = ("fc.", "head.", "classifier.", *_classifiers(network))
-    # Files of before torch 0.4.1 do not count batches; nothing else may be absent.
+    # Files from before torch 0.4.1 do not count batches; nothing else may be absent.
     needed = [n for n in target if n in source or not n.endswith("num_batches_tracked")]
     missing, unknown, misshapen = [n for n in needed if n not in source], [], []
     found = Match({}, {}, [], len(needed), "")
@@ -97,13 +96,13 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
 
 
 def _classifiers(network: nn.Module | None) -> tuple[str, ...]:
-    """Name the beginnings of what timm calls this network's classifier."""
+    """Return the prefixes of this network's classifier, as timm names it."""
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
 
 def _resample(positions: Tensor, goal: Tensor, network: nn.Module) -> tuple[Tensor, str]:
-    """Bring a ViT's positions to another image size."""
+    """Resample a ViT's positions to the image size of `network`."""
     if positions.ndim != 3 or positions.shape[2] != goal.shape[2]:
         return positions, ""
     prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
@@ -113,13 +112,10 @@ def _resample(positions: Tensor, goal: Tensor, network: nn.Module) -> tuple[Tens
 
 
 def _merge_groups(statistics: Tensor, goal: Tensor) -> Tensor:
-    """Average the rows of lightly's split BatchNorm, which stores one per group."""
+    """Average the statistics of lightly's split BatchNorm, which stores them per group."""
     if statistics.numel() > goal.numel() > 0 and statistics.numel() % goal.numel() == 0:
         return statistics.view(-1, goal.numel()).mean(0)
     return statistics
-
-
-# Words
 
 
 def shape_text(tensor: Tensor) -> str:
@@ -135,12 +131,12 @@ def some(names: Iterable[str]) -> str:
 
 
 def groups(names: Iterable[str]) -> str:
-    """Sum names up by their beginnings."""
+    """Count names by their first parts."""
     depth = {True: 2, False: 1}
     counts = Counter(".".join(n.split(".")[: depth["_encoder." in n]]) for n in names)
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
 
 
 def one_line(error: BaseException) -> str:
-    """Put an error, whose text can be anything, on one line."""
+    """Return an error's class and text on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,7 +1,7 @@
-"""The model card of a timm directory, as the Hub shows it: recipe, data, scores, licence.
+"""Write the model card of a timm directory, as the Hub shows it: recipe, data, scores, licence.
 
-It says only what the checkpoint holds and what the JSON files beside it report; no path of the
-machine that trained it. Shapes: none here.
+It says only what the checkpoint holds and what the JSON files beside it report. It names no path
+of the machine that trained the network.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
     """Write the card in Markdown, with the front matter that the Hub reads.
 
     Args:
-        loaded: What is exported.
-        checkpoint: Where it came from; scores are looked for beside it.
-        licence: Identifier; empty: unknown.
+        loaded: The encoder that is exported.
+        checkpoint: Its file; scores are looked for beside it.
+        licence: Identifier; empty if unknown.
     """
     model, data, config = loaded.model, loaded.data, loaded.config
     tags = "".join(f"- {tag}\n" for tag in ("image-feature-extraction", "timm", "moco"))
@@ -55,7 +55,7 @@ _SCORE = re.compile(r"top1|top5|accuracy|knn|linear|shot|loss", re.IGNORECASE)
 
 
 def _scores(checkpoint: Path) -> dict[str, float]:
-    """Collect numbers that look like scores from the JSON files beside a checkpoint or its run."""
+    """Collect the scores in JSON files beside a checkpoint or in its run directory."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     places = [folder, folder.parent] if folder.name == "checkpoints" else [folder]
     scores: dict[str, float] = {}

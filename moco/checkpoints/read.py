@@ -1,7 +1,7 @@
-"""Read a checkpoint file without running anything in it: torch, safetensors, timm directories.
+"""Read a checkpoint file into a dict, without running code from it or fetching anything.
 
-What comes out is the file's own dict, with its own names; `layouts` understands them. Nothing is
-unpickled or fetched, and whatever is wrong with a file becomes one line. Shapes: none here.
+Files are torch's, safetensors, and directories as timm writes them. The dict keeps the file's own
+names, which `layouts` translates. Whatever is wrong with a file becomes a UserError of one line.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from moco.config import UserError
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read a file without running anything in it.
+    """Read a file without running code from it.
 
     Returns:
-        The file's dict. Of safetensors and timm directories: `state_dict`, `format`, and under
-        `moco` or `timm` what they say about themselves.
+        The file's dict. For safetensors and timm directories it holds `state_dict`, `format`, and
+        under `moco` or `timm` what the file says about itself.
 
     Raises:
-        UserError: A URL, no such file, no checkpoint, a damaged one, one that needs code.
+        UserError: A URL, no such file, no checkpoint, a damaged one, or one that would run code.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|hf-hub:", str(path)):
         raise UserError(f"{path} is an address: download the file and give its path")
@@ -51,10 +51,10 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def tensors_of(raw: dict[str, Any], path: str | Path) -> State:
-    """Find the dict of tensors inside the usual wrappings.
+    """Return the dict of tensors, which may lie under `state_dict` or `model`.
 
     Raises:
-        UserError: There is none; `path` is for the message.
+        UserError: There is none; the message names `path`.
     """
     for _ in range(3):
         inner = (raw.get(name) for name in ("state_dict", "model", "model_state_dict"))
@@ -70,8 +70,8 @@ def _read_torch(path: Path, start: bytes) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes can raise anything
-        # EINVAL: torch sought beyond the ends of a file cut short.
+    except Exception as error:  # a foreign file can make torch raise anything
+        # torch raises EINVAL when it seeks beyond the end of a file that was cut short.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         text = str(error)
@@ -92,7 +92,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             note = json.loads((file.metadata() or {}).get("moco", "null"))
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is a damaged safetensors file: {one_line(error)}") from None
