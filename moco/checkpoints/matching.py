@@ -5,6 +5,7 @@ This room knows state dicts (names to tensors), but neither files nor layouts.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,15 @@ ABSENT = torch.empty(0)  # stands for a missing tensor: every check of its shape
 def take(state: State, prefix: str) -> State:
     """Return the tensors under a prefix, which their names then lack."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def checksum(network: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass

@@ -7,7 +7,6 @@ L classes, W ranks.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -102,15 +101,6 @@ class Bench:
         """Return all features and labels, on every rank, in the order of the images."""
         features, labels = self.features(name, images)
         return in_order(features, len(images)), in_order(labels, len(images))
-
-
-def checksum(network: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers, with their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def in_order(rows: Tensor, count: int) -> Tensor:

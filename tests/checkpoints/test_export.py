@@ -34,6 +34,7 @@ from torchvision import models
 
 from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder, restore_pretraining
+from moco.checkpoints.matching import checksum
 from moco.command import cli
 from moco.config import ModelConfig, UserError
 
@@ -334,7 +335,9 @@ def test_foreign_weights_can_be_exported(exported):
 def test_timm_directory_is_ready_for_the_hub(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     query, _ = save_ours(tmp_path / "checkpoints" / "last.ckpt", VIT)
-    (tmp_path / "knn.json").write_text(json.dumps({"knn_top1": 88.7, "note": "x", "seconds": 3}))
+    scores = {"knn_top1": 88.7, "note": "x", "seconds": 3}
+    scores["backbone_sha256"] = checksum(nn.ModuleDict({"backbone": query.backbone}))
+    (tmp_path / "knn.json").write_text(json.dumps(scores))
     (tmp_path / "broken.json").write_text("{")
     out = tmp_path / "hub"
     room.export(tmp_path / "checkpoints" / "last.ckpt", "timm", out, licence="cc-by-4.0")
