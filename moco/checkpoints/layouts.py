@@ -152,16 +152,19 @@ def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
         for kind, part in (("head", head), ("backbone", backbone)):
             contents.state |= {f"{side}.{kind}.{name}": tensor for name, tensor in part.items()}
     if contents.layout == "official" and rest.get("queue", ABSENT).ndim == 2:
-        contents.state |= _official_queue(rest.pop("queue"), rest.pop("queue_ptr", 0), contents.raw)
+        place = rest.pop("queue_ptr", torch.tensor(0))
+        contents.state |= _official_queue(contents, rest.pop("queue"), place)
     if contents.layout == "moco":
         contents.state |= {f"queue.{name}": tensor for name, tensor in pull("queue.").items()}
     contents.others = list(rest)
     return contents
 
 
-def _official_queue(queue: Tensor, pointer: Tensor | int, raw: dict[str, Any]) -> State:
+def _official_queue(contents: Contents, queue: Tensor, pointer: Tensor) -> State:
     """Translate the official queue, C x K, and its pointer to the tensors of our queue."""
-    keys, place, note = queue.T.contiguous(), int(pointer), raw.get("moco")
+    if pointer.is_complex() or pointer.numel() != 1 or not 0 <= pointer < queue.shape[1]:
+        raise UserError(f"{contents.path}: queue_ptr is no place in a queue of {queue.shape[1]}")
+    keys, place, note = queue.T.contiguous(), int(pointer), contents.raw.get("moco")
     count = note.get("num_enqueued") if isinstance(note, dict) else None
     if not isinstance(count, int) or count % len(keys) != place:
         count = place + len(keys)  # the official code keeps no count; the queue counts as full

@@ -6,6 +6,7 @@ This room knows state dicts (names to tensors), but neither files nor layouts.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,12 +87,17 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
     # Files from before torch 0.4.1 do not count batches; nothing else may be absent.
     needed = [n for n in target if n in source or not n.endswith("num_batches_tracked")]
     missing, unknown, misshapen = [n for n in needed if n not in source], [], []
+    no_weights: list[str] = []
     found = Match({}, {}, [], len(needed), "")
     for name, tensor in source.items():
         if name not in target:
             (found.classifier if name.startswith(classifiers) else unknown).append(name)
             continue
         goal = target[name]
+        floating = tensor.is_floating_point()
+        if tensor.is_complex() or (goal.is_floating_point() and not floating):
+            no_weights.append(f"{name} ({tensor.dtype})")
+            continue
         if name == "pos_embed" and network is not None and tensor.shape != goal.shape:
             tensor, found.note = _resample(tensor, goal, network)
         elif name.endswith(("running_mean", "running_var")):
@@ -101,6 +107,7 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
         else:
             misshapen.append(f"{name} ({shape_text(tensor)} for {shape_text(goal)})")
     faults = {"missing": missing, "unknown": unknown, "of other shape": misshapen}
+    faults["no floating-point numbers"] = no_weights
     found.faults = {kind: names for kind, names in faults.items() if names}
     return found
 
@@ -112,12 +119,14 @@ def _classifiers(network: nn.Module | None) -> tuple[str, ...]:
 
 
 def _resample(positions: Tensor, goal: Tensor, network: nn.Module) -> tuple[Tensor, str]:
-    """Resample a ViT's positions to the image size of `network`."""
-    if positions.ndim != 3 or positions.shape[2] != goal.shape[2]:
+    """Resample a ViT's square grid of positions to the image size of `network`."""
+    grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    tokens = getattr(network, "num_prefix_tokens", 0)
+    tokens = 0 if getattr(network, "no_embed_class", False) else tokens
+    count = positions.shape[1] - tokens if positions.shape[::2] == goal.shape[::2] else 0
+    if grid is None or count < 1 or math.isqrt(count) ** 2 != count:
         return positions, ""
-    prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
-    grid = network.patch_embed.grid_size
-    positions = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
+    positions = resample_abs_pos_embed(positions, grid, num_prefix_tokens=tokens)
     return positions, f"positions resampled to {grid[0]}x{grid[1]}"
 
 

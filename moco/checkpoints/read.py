@@ -10,14 +10,16 @@ import errno
 import json
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moco.checkpoints.matching import State, one_line, some
+from moco.checkpoints.matching import State, one_line, shape_text, some
 from moco.config import UserError
+from moco.run_directory import is_whole
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def tensors_of(raw: dict[str, Any], path: str | Path) -> State:
     """Return the dict of tensors, which may lie under `state_dict` or `model`.
 
     Raises:
-        UserError: There is none; the message names `path`.
+        UserError: There is none, or a tensor is not plain numbers in memory; it names `path`.
     """
     for _ in range(3):
         inner = (raw.get(name) for name in ("state_dict", "model", "model_state_dict"))
@@ -62,10 +64,37 @@ def tensors_of(raw: dict[str, Any], path: str | Path) -> State:
     state = {k: v for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
         raise UserError(f"{path} holds no tensors by name, only {some(map(str, raw))}")
+    for name, tensor in state.items():
+        plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+        if not plain or tensor.is_quantized or tensor.is_nested:
+            raise UserError(f"{path}: {name} is no plain tensor: store it dense, in floating point")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            shape = shape_text(tensor)
+            raise UserError(f"{path}: {name} claims a shape of {shape}, but less is stored")
     return state
 
 
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that is damaged, or that holds far more than its own size.
+
+    torch stores its records uncompressed, and it does not compare their checksums.
+    """
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(record.file_size for record in archive.infolist())
+        whole = claimed <= 2 * size + 2**20 and is_whole(path)
+    except Exception:  # a foreign file can make zipfile raise anything
+        claimed, whole = 0, False
+    if claimed > 2 * size + 2**20:
+        raise UserError(f"{path} of {size} bytes would inflate to {claimed}: take another copy")
+    if not whole:
+        raise UserError(f"{path} is damaged or cut short: take another copy")
+
+
 def _read_torch(path: Path, start: bytes) -> Any:
+    if start[:2] == b"PK":
+        _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -94,7 +123,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             note = json.loads((file.metadata() or {}).get("moco", "null"))
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is a damaged safetensors file: {one_line(error)}") from None
     epoch = {"epoch": note["epoch"]} if isinstance(note, dict) and "epoch" in note else {}
     return {"state_dict": state, "format": "safetensors", "moco": note} | epoch
@@ -106,8 +135,10 @@ def _read_timm_directory(path: Path) -> dict[str, Any]:
         hint = f"give {last}" if last.is_file() else "give a file, or a directory as timm writes it"
         raise UserError(f"{path} is a directory without config.json: {hint}")
     try:
+        if file.stat().st_size > 2**20:
+            raise UserError(f"{file} has {file.stat().st_size} bytes: timm did not write it")
         note = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON: {one_line(error)}") from None
     if not isinstance(note, dict) or not isinstance(note.get("architecture"), str):
         raise UserError(f"{file} names no architecture: timm did not write it")
