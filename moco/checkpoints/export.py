@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from moco.checkpoints.load import Loaded, load_encoder
-from moco.checkpoints.write import CLASSIFIER, FORMATS, TIMM_FILES, Features, Files, obstacle
+from moco.checkpoints.write import (
+    CLASSIFIER,
+    FORMATS,
+    TIMM_FILES,
+    Features,
+    Files,
+    loading_line,
+    obstacle,
+)
 from moco.config import UserError
 
 
@@ -42,6 +50,8 @@ def export(
     allow_partial: bool = False,
     backbone: str = "",
     image_size: int = 0,
+    stem_padding: int = 0,
+    num_heads: int = 0,
 ) -> dict[str, Any]:
     """Write a checkpoint's backbone to `output` and compare what was written with the source.
 
@@ -61,7 +71,9 @@ def export(
     """
     output = Path(output)
     _check_request(Path(checkpoint), form, output, overwrite, licence)
-    loaded = load_encoder(checkpoint, encoder, allow_partial, backbone, image_size)
+    loaded = load_encoder(
+        checkpoint, encoder, allow_partial, backbone, image_size, stem_padding, num_heads
+    )
     print(loaded.report, file=sys.stderr)
     if reason := obstacle(loaded, form):
         fitting = ", ".join(name for name in FORMATS if not obstacle(loaded, name))
@@ -96,6 +108,9 @@ def _result(
     }
     if form in ("torchvision", "official"):
         result["left_to_the_consumer"] = list(CLASSIFIER)
+    if form == "safetensors":
+        result["load_with"] = loading_line(loaded, output)
+        print(f"load with: {result['load_with']}", file=sys.stderr)
     places = [str(output / name) if name else str(output) for name in files]
     return result | loaded.data | {"files": places}
 

@@ -7,7 +7,8 @@ torchvision and timm. Shapes: C embedding, K queue.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +45,13 @@ class _Layout(NamedTuple):
 _SOLO = (("projector.", "momentum_projector."), ("momentum_", "projector."))
 _OURS = ("query_encoder.head.", "key_encoder.head.")
 _LIGHTLY = ("projection_head.layers.", "projection_head_momentum.layers.")
+_NECKS = [(f"encoder_q.1.{neck}.", f"encoder_k.1.{neck}.") for neck in ("mlp", "fc")]
 _LAYOUTS = (  # the first one that fits is taken
     _Layout("moco", ("query_encoder.backbone.", "key_encoder.backbone."), _OURS),
+    *(  # also mmselfsup before 1.0: a Sequential of backbone and neck, which names its head
+        _Layout("openselfsup", ("encoder_q.0.", "encoder_k.0."), heads, heads[:1])
+        for heads in _NECKS
+    ),
     _Layout("official", ("encoder_q.", "encoder_k.")),
     _Layout("official-v3", ("base_encoder.", "momentum_encoder.")),
     _Layout("solo-learn", ("backbone.", "momentum_backbone."), *_SOLO),
@@ -59,11 +65,12 @@ class Contents:
     """The content of a file, its tensors under our names.
 
     Attributes:
-        layout: moco, official, official-v3, lightly or solo-learn; for a bare backbone timm,
-            safetensors, or torchvision for every file that torch wrote.
+        layout: moco, official, official-v3, openselfsup, lightly or solo-learn; for a bare
+            backbone timm, safetensors, or torchvision for every file that torch wrote.
         state: Tensors under our names.
         others: Names of tensors that have no name of ours.
         raw: The file's own dict.
+        facts: What names tell of the network beyond its shapes: stem_padding, stem_relu, num_heads.
     """
 
     path: str | Path
@@ -71,6 +78,7 @@ class Contents:
     state: State
     others: list[str]
     raw: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:
@@ -104,15 +112,6 @@ class Contents:
             raise UserError(f"{self.path} ({self.layout} layout) holds no {encoder} encoder")
         return part
 
-    def variant(self) -> dict[str, Any]:
-        """Return what the layout's code builds differently from timm and no shape shows."""
-        part = self.take("query_encoder.backbone.")
-        if self.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1] == 384:
-            return {"num_heads": 12}  # v3's ViT-S has 12, timm's has 6
-        if self.layout == "solo-learn" and part.get("conv1.weight", ABSENT).shape[-1] == 3:
-            return {"stem_padding": 2}  # its CIFAR stem pads by 2, others by 1
-        return {}
-
 
 def recognise(raw: dict[str, Any], path: str | Path) -> Contents:
     """Recognise the layout of what `read_state` returned and translate its names to ours.
@@ -132,8 +131,10 @@ def recognise(raw: dict[str, Any], path: str | Path) -> Contents:
         if layout.fits(state):
             return _rename(Contents(path, layout.name, {}, [], raw), state, layout)
     kind = raw.get("format") if raw.get("format") in ("safetensors", "timm") else "torchvision"
-    state = {f"query_encoder.backbone.{k}": v for k, v in _plain_names(state).items()}
-    return Contents(path, kind, state, [], raw)
+    contents = Contents(path, kind, {}, [], raw)
+    names = _plain_names(contents, state).items()
+    contents.state = {f"query_encoder.backbone.{name}": tensor for name, tensor in names}
+    return contents
 
 
 def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
@@ -145,13 +146,13 @@ def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
 
     for i, side in enumerate(("query_encoder", "key_encoder")):
         head = pull(layout.heads[i]) if layout.heads else {}
-        backbone = _plain_names(pull(layout.backbones[i]))
+        backbone = _plain_names(contents, pull(layout.backbones[i]))
         if not layout.heads:
             inside = [name for name in backbone if name.startswith(("fc.", "head."))]
             head = {name.split(".", 1)[1]: backbone.pop(name) for name in inside}
         for kind, part in (("head", head), ("backbone", backbone)):
             contents.state |= {f"{side}.{kind}.{name}": tensor for name, tensor in part.items()}
-    if contents.layout == "official" and rest.get("queue", ABSENT).ndim == 2:
+    if contents.layout in ("official", "openselfsup") and rest.get("queue", ABSENT).ndim == 2:
         place = rest.pop("queue_ptr", torch.tensor(0))
         contents.state |= _official_queue(contents, rest.pop("queue"), place)
     if contents.layout == "moco":
@@ -171,18 +172,51 @@ def _official_queue(contents: Contents, queue: Tensor, pointer: Tensor) -> State
     return {"queue.keys": keys, "queue.num_enqueued": torch.tensor(count)}
 
 
-def _plain_names(part: State) -> State:
-    """Translate a backbone's names to those of torchvision and timm."""
-    if part and all(name.startswith("net.") for name in part):  # the official CIFAR demo
+def _plain_names(contents: Contents, part: State) -> State:
+    """Translate a backbone's names to those of torchvision and timm, and note what they tell."""
+    if contents.layout == "moco":
+        contents.facts["stem_padding"] = 1
+        return part
+    if part and all(name.startswith("net.") for name in part):
+        contents.facts["stem_padding"] = 1  # the official CIFAR demo pads by 1
         part = take(part, "net.")
-    if part and all(name.split(".")[0].isdigit() for name in part):
-        # These are the children of a ResNet in an nn.Sequential; some have no tensors.
-        order = sorted({int(name.split(".")[0]) for name in part})
-        names = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
-        if len(order) == 7 and part.get(f"{order[6]}.weight", ABSENT).ndim != 2:
-            names[6] = str(order[6])
-        place = dict(zip(map(str, order), names, strict=False))
-        split = [(name.partition("."), tensor) for name, tensor in part.items()]
-        part = {f"{place.get(n, n)}.{rest}": tensor for (n, _, rest), tensor in split}
-    # The ResNet of lightly says shortcut where torchvision says downsample.
-    return {name.replace(".shortcut.", ".downsample."): t for name, t in part.items()}
+    if contents.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1] == 384:
+        contents.facts["num_heads"] = 12  # v3's ViT-S has 12, timm's has 6
+    part = _unnumber(contents, part)
+    own = re.compile(r"(layer\d\.\d+)\.shortcut\.")
+    if contents.layout == "lightly" and any(map(own.match, part)):
+        # The ResNet of lightly says shortcut where torchvision says downsample.
+        contents.facts["stem_padding"] = 1
+        part = {own.sub(r"\1.downsample.", name): tensor for name, tensor in part.items()}
+    return part
+
+
+def _unnumber(contents: Contents, part: State) -> State:
+    """Name the children of a ResNet in an `nn.Sequential`; those without tensors leave gaps.
+
+    The gap after the first BatchNorm tells the network: ReLU and max-pool stood there, or ReLU
+    alone in a CIFAR stem, or nothing where the ReLU was a function that the Sequential lost.
+
+    Raises:
+        UserError: The gap does not fit the first convolution.
+    """
+    first = part.get("0.weight", ABSENT)
+    order = sorted({int(n) for n in (name.split(".")[0] for name in part) if n.isdecimal()})
+    if first.ndim != 4 or len(order) < 6 or f"{order[2]}.0.conv1.weight" not in part:
+        return part
+    gap = order[2] - 2
+    if order[:2] != [0, 1] or gap not in ((0, 1, 2) if first.shape[-1] == 3 else (2,)):
+        raise UserError(
+            f"{contents.path}: between the children {order[1]} and {order[2]} of its nn.Sequential "
+            f"{gap} without tensors are left, which fits no ResNet with a first convolution of "
+            f"{first.shape[-1]} pixels: store the weights of the whole ResNet"
+        )
+    if gap == 0:
+        contents.facts["stem_relu"] = False
+    places = dict(
+        zip(order, ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"), strict=False)
+    )
+    if len(order) == 7 and part.get(f"{order[6]}.weight", ABSENT).ndim == 2:
+        places[order[6]] = "fc"
+    split = [(name.partition("."), tensor) for name, tensor in part.items()]
+    return {f"{places.get(int(n), n)}.{rest}": tensor for (n, _, rest), tensor in split}

@@ -20,6 +20,8 @@ from moco.config import UserError
 
 State = dict[str, Tensor]
 ABSENT = torch.empty(0)  # stands for a missing tensor: every check of its shape fails
+# The token of masked pixels, tables that code computes by itself, and counts of a profiler.
+_EXTRAS = ("mask_token", "relative_position_index", "attn_mask", "total_ops", "total_params")
 
 
 def take(state: State, prefix: str) -> State:
@@ -44,6 +46,8 @@ class Match:
         matched: Tensors ready to load.
         faults: Kind of fault to the names that have it; a whole match has none.
         classifier: Names of a classifier, which a backbone does not need.
+        absent: Count of the numbers that the network needs and the file lacks.
+        extras: Names of what training or older code leaves in a file and no backbone needs.
         total: Number of tensors that the network needs.
         note: How tensors were changed to fit.
     """
@@ -51,8 +55,10 @@ class Match:
     matched: State
     faults: dict[str, list[str]]
     classifier: list[str]
+    extras: list[str]
     total: int
     note: str
+    absent: int = 0
 
     @property
     def whole(self) -> bool:
@@ -88,10 +94,11 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
     needed = [n for n in target if n in source or not n.endswith("num_batches_tracked")]
     missing, unknown, misshapen = [n for n in needed if n not in source], [], []
     no_weights: list[str] = []
-    found = Match({}, {}, [], len(needed), "")
+    found = Match({}, {}, [], [], len(needed), "")
     for name, tensor in source.items():
         if name not in target:
-            (found.classifier if name.startswith(classifiers) else unknown).append(name)
+            known = found.extras if name.endswith(_EXTRAS) else unknown
+            (found.classifier if name.startswith(classifiers) else known).append(name)
             continue
         goal = target[name]
         floating = tensor.is_floating_point()
@@ -108,6 +115,7 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
             misshapen.append(f"{name} ({shape_text(tensor)} for {shape_text(goal)})")
     faults = {"missing": missing, "unknown": unknown, "of other shape": misshapen}
     faults["no floating-point numbers"] = no_weights
+    found.absent = sum(t.numel() for name, t in target.items() if name not in found.matched)
     found.faults = {kind: names for kind, names in faults.items() if names}
     return found
 

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.algorithm.encoder import TORCHVISION_RESNETS
-from moco.checkpoints.architecture import has_fixed_size
+from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
 from moco.checkpoints.load import Loaded, load_encoder, read_contents
 from moco.checkpoints.matching import take
 from moco.checkpoints.model_card import model_card
@@ -43,6 +42,8 @@ def obstacle(loaded: Loaded, form: str) -> str:
         return f"a {model.backbone} of width {model.width:g}"
     if form in ("timm", "torchvision", "detectron2") and model.stem == "cifar":
         return f"a {model.backbone} with CIFAR stem"
+    if form == "official" and {"stem_padding", "stem_relu"} & loaded.variant.keys():
+        return f"a {model.backbone} whose first layers are not those that its users build"
     if form == "torchvision" and channels != 3:
         return f"a {model.backbone} of {channels} channels"
     return ""
@@ -87,7 +88,7 @@ def _write_timm(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
 def _timm_config(loaded: Loaded, licence: str) -> dict[str, Any]:
     data, known = loaded.data, getattr(loaded.backbone, "pretrained_cfg", {})
     size = [data["channels"], data["image_size"], data["image_size"]]
-    fixed = has_fixed_size(loaded.backbone)
+    fixed = "img_size" in timm_arguments(loaded.model, size[1])
     arguments = {"in_chans": data["channels"]} | ({"img_size": size[1]} if fixed else {})
     # The tag, licence and scores of timm's own weights do not hold for these.
     details = {name: known.get(name) for name in ("first_conv", "classifier")}
@@ -249,6 +250,26 @@ def _write_torch_export(loaded: Loaded, checkpoint: Path, licence: str) -> Files
 def _read_torch_export(path: Path, loaded: Loaded) -> Features:
     with path.open("rb") as stream:
         return torch.export.load(stream).module()
+
+
+def loading_line(loaded: Loaded, path: Path) -> str:
+    """Return the Python that builds a safetensors file's network by timm and fills it."""
+    model, data, variant = loaded.model, loaded.data, loaded.variant
+    arguments = {"num_classes": 0, "in_chans": data["channels"]}
+    arguments |= timm_arguments(model, data["image_size"])
+    arguments |= {name: v for name, v in variant.items() if not name.startswith("stem_")}
+    words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    steps = [f"network = timm.create_model({model.backbone!r}, {words})"]
+    if model.stem == "cifar" or model.width != 1:
+        c = loaded.backbone.conv1
+        sizes = (c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0])
+        layer = f"torch.nn.Conv2d({', '.join(map(str, sizes))}, bias=False)"
+        steps.append(f"network.conv1 = {layer}")
+    absent = ["maxpool"] if model.stem == "cifar" else []
+    absent += [] if variant.get("stem_relu", True) else ["act1"]
+    steps += [f"network.{name} = torch.nn.Identity()" for name in absent]
+    steps.append(f"network.load_state_dict(safetensors.torch.load_file({str(path)!r}))")
+    return "; ".join(steps)
 
 
 # Format to writer, reader, and the difference allowed, as a share of the largest feature.

@@ -149,16 +149,10 @@ def open_bench(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator[B
         folder = output_path(judge, f"{name}.json").parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"{folder} is no directory to write in: name one with --output DIR")
-        loaded = load_encoder(judge.checkpoint, judge.encoder, judge.allow_partial, judge.backbone)
+        loaded = _load(judge, 0)
         data = _data_settings(loaded, read_data)
         if data.image_size != loaded.data["image_size"]:
-            loaded = load_encoder(
-                judge.checkpoint,
-                judge.encoder,
-                judge.allow_partial,
-                judge.backbone,
-                data.image_size,
-            )
+            loaded = _load(judge, data.image_size)
         log.info("%s", loaded.report)
         networks = _networks(judge, loaded, data)
         bank, queries, classes = _open_images(data, device)
@@ -171,6 +165,18 @@ def open_bench(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator[B
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _load(judge: JudgeConfig, image_size: int) -> Loaded:
+    return load_encoder(
+        judge.checkpoint,
+        judge.encoder,
+        judge.allow_partial,
+        judge.backbone,
+        image_size,
+        judge.stem_padding,
+        judge.num_heads,
+    )
 
 
 def _start_process(judge: JudgeConfig) -> torch.device:

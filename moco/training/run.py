@@ -53,7 +53,11 @@ log = logging.getLogger("moco")
 
 
 def pretrain(
-    config: TrainConfig, resume: str = "", recipe: str = "", init_from: str = ""
+    config: TrainConfig,
+    resume: str = "",
+    recipe: str = "",
+    init_from: str = "",
+    allow_partial: bool = False,
 ) -> dict[str, Any]:
     """Train as `config` says and return the results.
 
@@ -62,6 +66,7 @@ def pretrain(
         resume: Empty, a run directory, a checkpoint, or "auto" for the latest run.
         recipe: Name for a new run's directory.
         init_from: A checkpoint in any layout whose weights a new run starts from.
+        allow_partial: Accept such a checkpoint although it fits only in part.
 
     Returns: Final kNN, loss, images per second, steps and paths, as plain values; `stopped_by` is
         the signal, if any.
@@ -72,12 +77,14 @@ def pretrain(
     _set_up_logging()
     before = signal.signal(signal.SIGUSR1, _stop_before_training)
     try:
-        return _pretrain(config, resume, recipe, init_from)
+        return _pretrain(config, resume, recipe, init_from, allow_partial)
     finally:
         signal.signal(signal.SIGUSR1, before)
 
 
-def _pretrain(config: TrainConfig, resume: str, recipe: str, init_from: str) -> dict[str, Any]:
+def _pretrain(
+    config: TrainConfig, resume: str, recipe: str, init_from: str, allow_partial: bool
+) -> dict[str, Any]:
     asked = asdict(config)
     source = sources.open_source(config.data, "train")
     check_batch(config.data, len(source))
@@ -103,7 +110,9 @@ def _pretrain(config: TrainConfig, resume: str, recipe: str, init_from: str) -> 
         config.model, config.optim, config.data.channels, config.data.image_size, config.run.seed
     )
     if init_from:
-        state, report = restore_pretraining(init_from, module.state_dict())
+        state, report = restore_pretraining(
+            init_from, module.state_dict(), module.query_encoder.backbone, allow_partial
+        )
         module.load_state_dict(state)
         log.info("starts from %s: %s", init_from, report)
     if stored and stored["global_step"] >= _total_steps(config, data.steps_per_epoch):

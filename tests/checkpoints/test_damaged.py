@@ -1,10 +1,12 @@
 """Damaged and crafted files: each is refused in one line, soon, and before it fills the memory."""
 
+import dataclasses
 import json
 import random
 import zipfile
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from test_load import SMALL, module_state, official, save_ours, torchvision_resnet
@@ -12,7 +14,7 @@ from torch import nn
 
 from moco.checkpoints.load import load_encoder, read_contents, restore_pretraining
 from moco.checkpoints.read import read_state, tensors_of
-from moco.config import UserError
+from moco.config import DataConfig, TrainConfig, UserError
 
 
 def refused(path, words: str, **options) -> None:
@@ -102,7 +104,7 @@ def test_an_archive_that_inflates_is_refused(tmp_path):
     ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
-        target.writestr("a/data/9999", bytes(2**28))
+        target.writestr("a/data/9999", bytes(2**26))
     assert (tmp_path / "b.pth").stat().st_size < 2**22
     refused(tmp_path / "b.pth", "would inflate to")
 
@@ -127,3 +129,82 @@ def test_notes_of_absurd_depth_or_length_are_refused(tmp_path):
     refused(tmp_path, "is no JSON")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "a" * 2**20}))
     refused(tmp_path, "timm did not write it")
+
+
+GIANT = {"model__backbone": "vit_gigantic_patch14_224", "model__stem": "imagenet"}
+GIANT |= {"model__width": 1.0}
+
+
+def ours(**changes):
+    """Make a checkpoint of ours whose settings were tampered with."""
+    _, query, _ = module_state(SMALL)
+    config = dataclasses.asdict(TrainConfig(model=SMALL, data=DataConfig(image_size=32)))
+    for name, value in changes.items():
+        group, field = name.split("__")
+        config[group][field] = value
+    state = {f"query_encoder.{name}": value for name, value in query.state_dict().items()}
+    return {"state_dict": state, "config": config}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__channels": 2**30}, "channels is 1073741824: at most 4096"),
+        ({"data__channels": 0}, "channels is 3|only in part|channels is 0"),
+        ({"data__image_size": 2**30}, "image_size is 1073741824"),
+        ({"model__width": 1e9}, "width is"),
+        ({"model__width": float("nan")}, "width is nan"),
+        ({"model__width": 8.0}, "only in part"),
+        (GIANT, "nothing in it fits vit_gigantic"),
+        ({"data__image_size": float("inf")}, "describes itself wrongly"),
+        ({"data__channels": "many"}, "describes itself wrongly"),
+    ],
+)
+def test_settings_of_absurd_size_are_refused(tmp_path, changes, words):
+    torch.save(ours(**changes), tmp_path / "a.ckpt")
+    if changes == {"data__channels": 0}:
+        assert load_encoder(tmp_path / "a.ckpt").data["channels"] == 3  # as the weights say
+    else:
+        refused(tmp_path / "a.ckpt", words)
+
+
+def test_shapes_of_absurd_size_are_refused(tmp_path):
+    state = torchvision_resnet().state_dict()
+    torch.save(state | {"conv1.weight": torch.zeros(0, 2**30, 7, 7)}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "do not tell the architecture")
+    refused(tmp_path / "a.pth", "channels is 1073741824", backbone="resnet18")
+    small = {"cls_token": torch.zeros(1, 1, 8), "blocks.0.norm1.weight": torch.zeros(8)}
+    torch.save({"arch": "vit_gigantic_patch14_224", "state_dict": small}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "nothing in it fits vit_gigantic")
+    refused(tmp_path / "a.pth", "nothing in it fits vit_gigantic", allow_partial=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"depth": 10**9}, {"embed_dim": 2**30}, {"depth": float("inf")}]
+)
+def test_arguments_of_absurd_size_are_refused(tmp_path, arguments):
+    network = timm.create_model("test_vit", num_classes=0, img_size=32)
+    timm.models._hub.save_for_hf(network, str(tmp_path), safe_serialization=True)
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["model_args"] = {"img_size": 32} | arguments
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    refused(tmp_path, f"describes itself wrongly: ValueError: {next(iter(arguments))} is")
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 64), (0,), (1, 0, 0), (1, 7, 64), (2, 5)])
+def test_positions_without_a_grid_are_refused(tmp_path, shape):
+    network = timm.create_model("test_vit", num_classes=0, img_size=32)
+    state = network.state_dict() | {"pos_embed": torch.zeros(shape)}
+    torch.save(state, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "of other shape: pos_embed", backbone="test_vit", image_size=32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_base_patch16_siglip_224"],
+)
+def test_vits_without_a_grid_plus_one_token_are_no_traceback(tmp_path, name):
+    with torch.device("meta"):
+        state = timm.create_model(name, img_size=32, num_classes=0).state_dict()
+    torch.save({k: torch.zeros(v.shape) for k, v in state.items()}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "fits vit_.* only in part")
