@@ -387,6 +387,15 @@ class JudgeConfig:
     checkpoint: str = setting("", "Checkpoint of ours, official, torchvision, timm, safetensors")
     encoder: Literal["query", "key"] = setting("query", "Which of two encoders")
     backbone: str = setting("", "timm name, where the file leaves its architecture open")
+    stem_padding: int = setting(
+        0,
+        "Padding of a 3x3 stem: 2 in solo-learn, 1 in most other code; 0: as in the file",
+        at_least=0,
+        at_most=3,
+    )
+    num_heads: int = setting(
+        0, "Attention heads of a ViT; 0: as in the file", at_least=0, at_most=1024
+    )
     allow_partial: bool = setting(False, "Take a file that fits its architecture only in part")
     layer: Literal["backbone", "head"] = setting(
         "backbone", "Features of the backbone, or embeddings of the projection head"

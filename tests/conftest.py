@@ -84,7 +84,7 @@ def with_callback(monkeypatch):
     """Add a callback to the next runs of train.py, behind their own."""
     from moco.training import run
 
-    def add(callback: pl.Callback) -> None:
+    def add(callback) -> None:
         monkeypatch.setattr(run, "pretrain", partial(run.pretrain, callbacks=[callback]))
 
     return add

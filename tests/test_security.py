@@ -12,7 +12,7 @@ import torch
 from runs import at, run_tiny
 
 import train
-from moco.checkpoints.files import read_state
+from moco.checkpoints.read import read_state
 from moco.config import UserError
 
 pytestmark = pytest.mark.usefixtures("in_tmp")

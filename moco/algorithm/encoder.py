@@ -95,7 +95,7 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
             pretrained=False,
             num_classes=0,
             in_chans=channels,
-            **_arguments(config, is_resnet, image_size),
+            **timm_arguments(config, image_size),
         )
         if is_resnet:
             _set_stem(backbone, config, channels)
@@ -111,11 +111,11 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
         ) from error
 
 
-def _arguments(config: ModelConfig, is_resnet: bool, image_size: int) -> dict[str, Any]:
-    """Choose what timm's constructor is told beyond the name."""
-    from timm.models import get_pretrained_cfg
+def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    """Choose what timm's constructor is told beyond the name and the number of channels."""
+    from timm.models import get_pretrained_cfg, is_model_in_modules
 
-    if is_resnet:
+    if is_model_in_modules(config.backbone, ["resnet"]):
         # torchvision and the papers do not zero the last BatchNorm of a block; timm would.
         arguments: dict[str, Any] = {"zero_init_last": False}
         if config.width != 1:

@@ -1,5 +1,7 @@
-"""Checkpoints: read a network from any layout, write it in any format.
+"""Checkpoints: read a network from any layout, write it in any format. Nothing is unpickled.
 
 Comes in: a file, whoever wrote it. Goes out: an encoder with what its file says of it (`load`), or
-a file for somebody else's code (`export`). Nothing is unpickled or fetched.
+a file for somebody else's code (`export`). `load` calls `read` (file to dict), `layouts` (names to
+ours), `architecture` (which network) and `matching` (tensors to network); `export` calls `load`,
+`write` (network to files) and `model_card`.
 """

@@ -1,138 +1,195 @@
-"""Find out which network a file's tensors belong to, and build it.
+"""Find out which network a file's tensors belong to, and build it with fresh weights.
 
-What the file says about itself comes first, then the names and shapes of its tensors, then
-defaults; the caller's own word comes before all of them.
-Shapes: D feature, C embedding, K queue; positions of a ViT 1 x (tokens + side^2) x D.
+The caller's arguments count most, then what the file says about itself, then the names and shapes
+of its tensors (`shapes`), then defaults. What none of them tells is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any
 
 import timm
 from torch import nn
 
-from moco.algorithm.encoder import build_backbone, build_encoder
+from moco.algorithm.encoder import build_backbone, build_encoder, timm_arguments
 from moco.checkpoints.layouts import Contents
-from moco.checkpoints.matching import ABSENT, State, match_state, one_line, some
+from moco.checkpoints.matching import State, one_line, some
+from moco.checkpoints.shapes import (
+    count_channels,
+    fixed_positions,
+    head_shape,
+    resnet_shape,
+    vit_image_size,
+    vit_shape,
+)
 from moco.config import DataConfig, ModelConfig, UserError, normalisation
+
+MOST = {"channels": 4096, "image_size": 8192, "width": 8, "stem_padding": 3}
 
 
 @dataclasses.dataclass
 class Architecture:
-    """All that it takes to build a network; fields as of `moco.checkpoints.load.Loaded`."""
+    """Everything needed to build a network; fields as in `moco.checkpoints.load.Loaded`."""
 
     model: ModelConfig
     data: dict[str, Any]
     variant: dict[str, Any]
 
 
-def identify(contents: Contents, part: State, backbone: str, image_size: int) -> Architecture:
+def identify(
+    contents: Contents, part: State, backbone: str, image_size: int, told: dict[str, int]
+) -> Architecture:
     """Find out the model, its images and its variant.
 
     Args:
         contents: The whole file.
         part: The backbone's tensors in it.
-        backbone: timm name that is believed rather than the file; empty: the file's.
-        image_size: Side in pixels, likewise; 0: the file's.
+        backbone: timm name that replaces the file's; empty: the file's.
+        image_size: Side in pixels that replaces the file's; 0: the file's.
+        told: `stem_padding` and `num_heads` that replace the file's; 0: the file's.
 
     Raises:
-        UserError: The file contradicts itself or tells too little; a negative size.
+        UserError: The file contradicts itself or tells too little; a size out of range.
     """
-    try:
-        model, said, variant = _said(contents)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{contents.path} describes itself wrongly: {one_line(error)}") from None
-    model = model or _seen(contents, part)
-    model = dataclasses.replace(model, backbone=backbone or model.backbone, **_head(contents))
+    described = _described(contents, part)
+    model, said, _ = described or (_seen(contents, part), {}, {})
+    head = head_shape(contents.take("query_encoder.head."), contents.take("queue."))
+    model = dataclasses.replace(model, backbone=backbone or model.backbone, **head)
     if not model.backbone:
         raise UserError(
             f"{contents.path}: {some(part)} do not tell the architecture: "
             "give its timm name with --backbone"
         )
-    if image_size < 0:
-        raise UserError(f"image_size is {image_size}: give pixels, or 0 for the file's own")
-    channels = said.get("channels") or _channels(model.backbone, part)
-    mean, std = normalisation(DataConfig(channels=channels))
-    data = {"channels": channels, "mean": mean, "std": std} | said
-    # Positions tell the size better than timm's config, which may keep that of the first training.
-    default = said.get("image_size") or (32 if model.stem == "cifar" else 224)
-    data["image_size"] = image_size or _vit_image_size(part) or default
-    return Architecture(model, data, contents.variant() | variant)
+    told = {name: value for name, value in told.items() if value}
+    variant, questions = open_points(contents, part, model.stem)
+    for name, question in questions.items():
+        if name not in told:
+            raise UserError(f"{contents.path} ({contents.layout} layout) does not {question}")
+    channels = said.get("channels") or count_channels(model.backbone, part)
+    default = vit_image_size(part) or (32 if model.stem == "cifar" else 224)
+    sizes = {"channels": channels, "image_size": image_size or said.get("image_size") or default}
+    _check_sizes(contents, sizes | {"width": model.width}, model, told)
+    given = {name: said.get(name, []) for name in ("mean", "std")}
+    mean, std = normalisation(DataConfig(channels=channels, **given))
+    variant |= told
+    if variant.get("stem_padding") == 1:
+        del variant["stem_padding"]  # as `build_backbone` pads
+    return Architecture(model, sizes | {"mean": mean, "std": std}, variant)
 
 
-def build(architecture: Architecture, head_state: State) -> tuple[nn.Module, nn.Module | None, int]:
-    """Build the backbone with fresh weights, the head with a file's, and tell D.
+def open_points(
+    contents: Contents, part: State, stem: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what a file tells of its network beyond shapes, and what it leaves open, to ask."""
+    if described := _described(contents, part):
+        return described[2], {}
+    known, questions = dict(contents.facts), {}
+    positions = part.get("pos_embed")
+    if positions is not None and positions.shape[-1] in (192, 384) and "num_heads" not in known:
+        kind = fixed_positions(part)
+        if kind == "v3":
+            known["num_heads"] = 12  # as in v3's ViT-S, and in solo-learn's ViT-Ti; timm: 6 and 3
+        elif kind == "mae":
+            questions["num_heads"] = (
+                "tell the attention heads of its ViT, and its fixed positions come with several "
+                "numbers: give --num_heads, such as 12 (solo-learn, MAE-Lite), or timm's 6 or 3"
+            )
+    if stem == "cifar" and "stem_padding" not in known:
+        questions["stem_padding"] = (
+            "tell how its 3x3 stem pads: give --stem_padding 2 for solo-learn, 1 for most other "
+            "code"
+        )
+    return known, questions
+
+
+def _check_sizes(
+    contents: Contents, sizes: dict[str, Any], model: ModelConfig, told: dict[str, int]
+) -> None:
+    """Raise UserError for sizes that no network here has, before anything is built with them."""
+    for name, value in (sizes | told).items():
+        if not 0 < value <= MOST.get(name, value):
+            raise UserError(f"{contents.path}: {name} is {value}: at most {MOST[name]} is possible")
+    if "stem_padding" in told and model.stem != "cifar":
+        raise UserError(f"{contents.path} has no 3x3 stem: leave --stem_padding out")
+
+
+def build(architecture: Architecture, with_head: bool) -> tuple[nn.Module, nn.Module | None, int]:
+    """Build the backbone and, if asked for, the head with fresh weights; return them and D.
 
     Raises:
         UserError: timm does not take these arguments.
     """
     model, data, variant = architecture.model, architecture.data, architecture.variant
     head = None
-    if _head_kind(head_state):
+    if with_head:
         encoder = build_encoder(model, data["channels"], data["image_size"])
-        network, feature_dim = encoder.backbone, encoder.feature_dim
-        found = match_state(encoder.head.state_dict(), head_state)
-        if found.whole:
-            head = encoder.head.eval()
-            head.load_state_dict(found.matched)
+        network, head, feature_dim = encoder.backbone, encoder.head, encoder.feature_dim
     else:
         network, feature_dim = build_backbone(model, data["channels"], data["image_size"])
-    arguments = {name: value for name, value in variant.items() if name != "stem_padding"}
+    arguments = {name: v for name, v in variant.items() if not name.startswith("stem_")}
     if arguments:
-        network = _rebuild(network, architecture, arguments)
-    if "stem_padding" in variant:
+        network = _rebuild(architecture, arguments)
+    if model.stem == "cifar" and "stem_padding" in variant:
         network.conv1.padding = (int(variant["stem_padding"]),) * 2
+    if model.stem == "cifar" and not variant.get("stem_relu", True):
+        network.act1 = nn.Identity()
     return network, head, feature_dim
 
 
-def _rebuild(
-    network: nn.Module, architecture: Architecture, arguments: dict[str, Any]
-) -> nn.Module:
-    """Build a network again, with arguments that only timm's constructor knows."""
+def _rebuild(architecture: Architecture, arguments: dict[str, Any]) -> nn.Module:
+    """Build a network with arguments that only timm's constructor takes."""
     name, data = architecture.model.backbone, architecture.data
-    if has_fixed_size(network):
-        arguments = arguments | {"img_size": data["image_size"]}
+    arguments = timm_arguments(architecture.model, data["image_size"]) | arguments
     try:
         return timm.create_model(name, num_classes=0, in_chans=data["channels"], **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"{name} does not take {arguments}: {one_line(error)}") from None
 
 
-def has_fixed_size(network: nn.Module) -> bool:
-    """Tell whether a network is built for one image size, as a ViT is."""
-    return bool(getattr(getattr(network, "patch_embed", None), "img_size", None))
+def _described(
+    contents: Contents, part: State
+) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]] | None:
+    """Return model, data and variant as a file describes itself, or None.
+
+    Raises:
+        UserError: The description makes no sense.
+    """
+    try:
+        return _said(contents, part)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{contents.path} describes itself wrongly: {one_line(error)}") from None
 
 
-# What a file says of itself
-
-
-def _said(contents: Contents) -> tuple[ModelConfig | None, dict[str, Any], dict[str, Any]]:
-    """Read a run's settings, the note of one of our exports, or timm's config."""
-    if "model" in contents.config:
+def _said(
+    contents: Contents, part: State
+) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]] | None:
+    """Return what a run's settings, the note of our exports, or timm's config say, if any."""
+    if contents.layout == "moco" and "model" in contents.config:
         model = _known_fields(ModelConfig, contents.config["model"])
         data = _known_fields(DataConfig, contents.config["data"])
-        mean, std = normalisation(data)
-        return model, _data({"mean": mean, "std": std}, data.channels, data.image_size), {}
+        return model, _data(vars(data), data.channels, data.image_size), {}
     if isinstance(contents.raw.get("moco"), dict):
         note = contents.raw["moco"]
         names = {name: str(note[name]) for name in ("backbone", "stem")}
         model = ModelConfig(**names, width=float(note["width"]))
-        return model, _data(note, note["channels"], note["image_size"]), _safe(note["variant"])
+        data = _data(note, note["channels"], note["image_size"])
+        return model, data, _safe(note["variant"], part)
     if isinstance(contents.raw.get("timm"), dict):
         note = contents.raw["timm"]
         details, arguments = note.get("pretrained_cfg", {}), note.get("model_args", {})
         size = details.get("input_size", (3, 224, 224))
-        data = _data(details, arguments.get("in_chans", size[0]), size[-1])
-        return ModelConfig(backbone=note["architecture"]), data, _safe(arguments)
-    return None, {}, {}
+        # The config may keep the size of the first training; the positions show the last.
+        image_size = arguments.get("img_size") or vit_image_size(part) or size[-1]
+        image_size = image_size[-1] if isinstance(image_size, list) else image_size
+        data = _data(details, arguments.get("in_chans", size[0]), image_size)
+        return ModelConfig(backbone=note["architecture"]), data, _safe(arguments, part)
+    return None
 
 
 def _known_fields(kind: type, values: dict[str, Any]) -> Any:
-    """Make a group of settings; names from other versions of this program are passed over."""
+    """Make a group of settings; names of other versions of this program are ignored."""
     names = {item.name for item in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in values.items() if name in names})
 
@@ -145,125 +202,37 @@ def _data(source: dict[str, Any], channels: Any, image_size: Any) -> dict[str, A
     return data
 
 
-# What a file may not say to timm's constructor: where weights come from, and what we decide.
+# Arguments of timm's constructor that a file may not set: sources of weights, and our own choices.
 _NOT_SHAPE = re.compile(
     ".*(pretrained|checkpoint|cache|features_only|scriptable|exportable|no_jit).*"
     "|device|dtype|num_classes|in_chans|img_size|zero_init_last"
 )
 
 
-def _safe(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Keep the plain arguments of a model's constructor that are about its shape."""
-    plain = (bool, int, float, str, list)
-    pairs = ((k, v) for k, v in arguments.items() if isinstance(v, plain))
-    return {name: value for name, value in pairs if not _NOT_SHAPE.fullmatch(name)}
+def _safe(arguments: dict[str, Any], part: State) -> dict[str, Any]:
+    """Return those arguments of a model's constructor that only shape the network.
+
+    Raises:
+        ValueError: A number is larger than anything in the tensors.
+    """
+    plain = {n: v for n, v in arguments.items() if isinstance(v, bool | int | float | str | list)}
+    widest = max(1024, *(size for tensor in part.values() for size in tensor.shape))
+    for name, value in plain.items():
+        most = len(part) if re.search("depth|layers|blocks", name) else widest
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(v, int | float) and not v <= most for v in numbers):
+            raise ValueError(f"{name} is {value}")
+    return {name: value for name, value in plain.items() if not _NOT_SHAPE.fullmatch(name)}
 
 
-# What names and shapes show
-
-# Blocks per stage, of what kind, and where not 1 and 64, groups and their width at 64 planes.
-_RESNETS = {
-    "2-2-2-2 basic": "resnet18",
-    "3-4-6-3 basic": "resnet34",
-    "2-2-2-2 bottleneck": "resnet26",
-    "3-4-6-3 bottleneck": "resnet50",
-    "3-4-23-3 bottleneck": "resnet101",
-    "3-8-36-3 bottleneck": "resnet152",
-    "3-24-36-3 bottleneck": "resnet200",
-    "3-4-6-3 bottleneck 32x4": "resnext50_32x4d",
-    "3-4-23-3 bottleneck 32x4": "resnext101_32x4d",
-    "3-4-23-3 bottleneck 32x8": "resnext101_32x8d",
-    "3-4-23-3 bottleneck 64x4": "resnext101_64x4d",
-    "3-4-6-3 bottleneck 1x128": "wide_resnet50_2",
-    "3-4-23-3 bottleneck 1x128": "wide_resnet101_2",
-}
-# Width x depth; 2010.11929, table 1, and DeiT's two smaller ones.
-_VITS = {
-    "192x12": "tiny",
-    "384x12": "small",
-    "768x12": "base",
-    "1024x24": "large",
-    "1280x32": "huge",
-}
-# The names in v3's files; their ViTs are timm's of patches of 16.
+# `arch` in files of v3 to the name of the same network in timm.
 _V3_VITS = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
 
 
 def _seen(contents: Contents, part: State) -> ModelConfig:
-    """Describe a model by its `arch` and its tensors; its backbone is empty if they do not tell."""
-    shape = resnet_shape(part) or _vit_shape(part)
+    """Describe a model by its `arch` and tensors; an empty backbone means that they do not tell."""
+    shape = resnet_shape(part) or vit_shape(part)
     arch = contents.raw.get("arch")
     if isinstance(arch, str) and timm.is_model(_V3_VITS.get(arch, arch)):
         shape["backbone"] = _V3_VITS.get(arch, arch)
     return ModelConfig(**{"backbone": ""} | shape)
-
-
-def resnet_shape(part: State) -> dict[str, Any]:
-    """Read backbone, stem and width off a ResNet; empty where it is none."""
-    kind, last = ("bottleneck", 3) if "layer4.0.conv3.weight" in part else ("basic", 2)
-    names = ("conv1", "layer1.0.conv2", f"layer1.0.conv{last}", f"layer4.0.conv{last}")
-    weights = [part.get(f"{name}.weight", ABSENT) for name in names]
-    if any(weight.ndim != 4 for weight in weights):
-        return {}
-    stem, middle, first, final = weights
-    expansion = 4 if kind == "bottleneck" else 1
-    blocks = [{k.split(".")[1] for k in part if k.startswith(f"layer{n}.")} for n in (1, 2, 3, 4)]
-    name = f"{'-'.join(str(len(block)) for block in blocks)} {kind}"
-    groups = len(middle) // middle.shape[1] if kind == "bottleneck" else 1
-    group_width = round(64 * expansion * len(middle) / groups / len(first))
-    if (groups, group_width) != (1, 64):
-        name += f" {groups}x{group_width}"
-    return {
-        "backbone": _RESNETS.get(name, ""),
-        "stem": "cifar" if stem.shape[-1] == 3 else "imagenet",
-        "width": len(final) / expansion / 512,
-    }
-
-
-def _vit_shape(part: State) -> dict[str, Any]:
-    """Read the name off a ViT; empty where it is none."""
-    patches = part.get("patch_embed.proj.weight", ABSENT)
-    depth = len({name.split(".")[1] for name in part if name.startswith("blocks.")})
-    if patches.ndim != 4 or f"{len(patches)}x{depth}" not in _VITS:
-        return {}
-    name = f"vit_{_VITS[f'{len(patches)}x{depth}']}_patch{patches.shape[-1]}_224"
-    return {"backbone": name} if timm.is_model(name) else {}
-
-
-def _vit_image_size(part: State) -> int:
-    """Read the image size off a ViT's positions; 0 where it has none."""
-    patches = part.get("patch_embed.proj.weight", ABSENT)
-    positions = part.get("pos_embed", ABSENT)
-    if patches.ndim == 4 and positions.ndim == 3:
-        for extra in (1, 0, 5):  # a class token, none, or four registers besides
-            side = math.isqrt(max(0, positions.shape[1] - extra))
-            if side and side * side == positions.shape[1] - extra:
-                return side * patches.shape[-1]
-    return 0
-
-
-def _channels(name: str, part: State) -> int:
-    """Read the number of channels off the first convolution."""
-    details = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
-    first = getattr(details, "first_conv", None) or "conv1"
-    weight = part.get(f"{first if isinstance(first, str) else first[0]}.weight", ABSENT)
-    return weight.shape[1] if weight.ndim == 4 else 3
-
-
-def _head(contents: Contents) -> dict[str, Any]:
-    """Read head and queue off a file, in the terms of `ModelConfig`."""
-    head = contents.take("query_encoder.head.")
-    weights = [head[name] for name in ("weight", "0.weight", "2.weight") if name in head]
-    found: dict[str, Any] = {}
-    if _head_kind(head):
-        found = {"head": _head_kind(head), "embedding_dim": len(weights[-1])}
-        found["head_hidden_dim"] = len(weights[0]) if len(weights) == 2 else 0
-    keys = contents.state.get("queue.keys", ABSENT)
-    return found | ({"queue_size": len(keys)} if keys.ndim == 2 else {})
-
-
-def _head_kind(head: State) -> str:
-    """Name a projection head; empty where there is none that we can rebuild."""
-    names = {"weight bias": "linear", "0.weight 0.bias 2.weight 2.bias": "mlp"}
-    kinds = [kind for text, kind in names.items() if set(text.split()) == set(head)]
-    return kinds[0] if kinds and all(t.ndim == 2 for n, t in head.items() if "weight" in n) else ""

@@ -1,8 +1,8 @@
-"""Write a backbone in any layout that users need, and report success only after reading it back.
+"""Export a backbone: load it, place its files on disk, and check them by reading them back.
 
-`formats` makes the bytes in memory, so that only `_place` touches the disk: a temporary sibling,
-read back and compared with the source on real images, then renamed.
-Shapes: N images, H W pixels, D feature.
+`write` makes the bytes in memory, so that only `_place` touches the disk. It writes a temporary
+sibling, which is read back and compared with the source on real images, and then renamed.
+Shapes: N images.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco.checkpoints.formats import CLASSIFIER, FORMATS, TIMM_FILES, Features, Files, obstacle
 from moco.checkpoints.load import Loaded, load_encoder
+from moco.checkpoints.write import (
+    CLASSIFIER,
+    FORMATS,
+    TIMM_FILES,
+    Features,
+    Files,
+    loading_line,
+    obstacle,
+)
 from moco.config import UserError
 
 
 class DiskError(OSError):
-    """The disk is to blame, not the user: full, over quota, or broken."""
+    """The disk failed, through no fault of the user: it is full, over quota, or broken."""
 
 
 def export(
@@ -42,14 +50,15 @@ def export(
     allow_partial: bool = False,
     backbone: str = "",
     image_size: int = 0,
+    stem_padding: int = 0,
+    num_heads: int = 0,
 ) -> dict[str, Any]:
     """Write a checkpoint's backbone to `output` and compare what was written with the source.
 
     Args:
-        checkpoint: Of any layout; it and the last three as of `moco.checkpoints.load.load_encoder`.
+        checkpoint: As for `moco.checkpoints.load.load_encoder`, like the arguments not listed.
         form: One of `FORMATS`.
-        output: A file; a directory for timm. Appears whole or not at all.
-        encoder: query or key.
+        output: A file, or a directory for timm. It appears whole or not at all.
         overwrite: Replace an earlier export.
         licence: Identifier for the model card, such as mit or cc-by-4.0.
 
@@ -62,23 +71,31 @@ def export(
     """
     output = Path(output)
     _check_request(Path(checkpoint), form, output, overwrite, licence)
-    loaded = load_encoder(checkpoint, encoder, allow_partial, backbone, image_size)
+    loaded = load_encoder(
+        checkpoint, encoder, allow_partial, backbone, image_size, stem_padding, num_heads
+    )
     print(loaded.report, file=sys.stderr)
-    _check_fit(loaded, form)
+    if reason := obstacle(loaded, form):
+        fitting = ", ".join(name for name in FORMATS if not obstacle(loaded, name))
+        raise UserError(f"--format {form} cannot hold {reason}: take one of {fitting}")
     write, read, tolerance = FORMATS[form]
     with _one_line(f"{loaded.model.backbone} cannot be written as {form}"):
         files = write(loaded, Path(checkpoint), licence)
     again = _one_line(f"{loaded.model.backbone} as {form} does not load again")
     with _place(output, files, overwrite) as written, again:
         difference = _difference(read(written, loaded), loaded)
-        _check_difference(difference, tolerance, form)
+        if not difference <= tolerance:  # also where it is no number
+            raise UserError(
+                f"--format {form}: features differ by {difference:.1e} of their size after reading "
+                f"back, {tolerance:.0e} is allowed: nothing was written"
+            )
     return _result(loaded, form, output, files, difference)
 
 
 def _result(
     loaded: Loaded, form: str, output: Path, files: Files, difference: float
 ) -> dict[str, Any]:
-    """Say what was written, for the last line of the command."""
+    """Describe what was written, for the last line of the command."""
     result = {
         "format": form,
         "output": str(output),
@@ -91,13 +108,16 @@ def _result(
     }
     if form in ("torchvision", "official"):
         result["left_to_the_consumer"] = list(CLASSIFIER)
+    if form == "safetensors":
+        result["load_with"] = loading_line(loaded, output)
+        print(f"load with: {result['load_with']}", file=sys.stderr)
     places = [str(output / name) if name else str(output) for name in files]
     return result | loaded.data | {"files": places}
 
 
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Turn what exporters and loaders raise, which can be anything, into one line."""
+    """Turn any error of an exporter or a loader into a UserError of one line."""
     try:
         yield
     except (UserError, OSError):
@@ -109,7 +129,7 @@ def _one_line(what: str) -> Iterator[None]:
 def _check_request(
     checkpoint: Path, form: str, output: Path, overwrite: bool, licence: str
 ) -> None:
-    """Find what is wrong with a command before anything is loaded."""
+    """Raise UserError for a wrong command before anything is loaded."""
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     if licence and not re.fullmatch(r"[A-Za-z0-9.+-]+", licence):
@@ -126,14 +146,6 @@ def _check_request(
         _check_output(checkpoint, form, output, overwrite)
     except OSError as error:
         raise _explain(error, output) from None
-
-
-def _check_fit(loaded: Loaded, form: str) -> None:
-    """Refuse a format that cannot hold this network, and name those that can."""
-    reason = obstacle(loaded, form)
-    if reason:
-        fitting = ", ".join(name for name in FORMATS if not obstacle(loaded, name))
-        raise UserError(f"--format {form} cannot hold {reason}: take one of {fitting}")
 
 
 def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) -> None:
@@ -159,12 +171,9 @@ def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) ->
             )
 
 
-# Placing files
-
-
 @contextlib.contextmanager
 def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
-    """Write files beside `output`, hand them out to be checked, and rename them if all is well."""
+    """Write files beside `output`, yield them to be checked, and rename them if no error came."""
     try:
         room = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
     except OSError as error:
@@ -200,15 +209,12 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _explain(error: OSError, output: Path) -> Exception:
-    """Tell a disk's failure from a user's."""
+    """Return a DiskError for a failure of the disk, a UserError for a wrong place."""
     disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
     text = f"--output {output} cannot be written: {error.strerror or error}"
     if error.errno in disk:
         return DiskError(f"{text}; make room, nothing was left behind")
     return UserError(f"{text}: choose another place")
-
-
-# Comparing
 
 
 def example_images(loaded: Loaded) -> Tensor:
@@ -245,11 +251,3 @@ def _difference(features: Features, loaded: Loaded) -> float:
         scale = wanted.abs().max().clamp(min=1e-30)
         worst = max(worst, ((found - wanted).abs().max() / scale).nan_to_num(float("inf")).item())
     return worst
-
-
-def _check_difference(difference: float, tolerance: float, form: str) -> None:
-    if not difference <= tolerance:  # also where it is no number
-        raise UserError(
-            f"--format {form}: features differ by {difference:.1e} of their size after reading "
-            f"back, {tolerance:.0e} is allowed: nothing was written"
-        )

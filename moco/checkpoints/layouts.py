@@ -1,33 +1,34 @@
-"""Bring any layout's names to ours, so that everything above knows one layout only.
+"""Recognise whose code wrote a file by the names of its tensors, and translate them to our names.
 
-Ours is `query_encoder.backbone.*`, `query_encoder.head.*`, the same of `key_encoder`, and
-`queue.*`; every layout in the field is a renaming of it. A bare backbone counts as the query
-encoder's. Inside a backbone the names are torchvision's and timm's. Shapes: C embedding, K queue.
+Our names are `query_encoder.backbone.*`, `query_encoder.head.*`, the same of `key_encoder`, and
+`queue.*`. A bare backbone counts as the query encoder's. Inside a backbone the names are those of
+torchvision and timm. Shapes: C embedding, K queue.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moco.checkpoints.files import tensors_of
 from moco.checkpoints.matching import ABSENT, State, take
+from moco.checkpoints.read import tensors_of
 from moco.config import UserError
 
 _WRAPPERS = ("module.", "model.", "_forward_module.")
 
 
 class _Layout(NamedTuple):
-    """The beginnings of a layout's names, of the query encoder and of the key encoder.
+    """The prefixes of a layout's tensor names, for the query encoder and the key encoder.
 
     Attributes:
-        backbones: The first of them tells the layout, together with `sign`.
-        heads: None where they are inside the backbone, as fc or head.
-        sign: Beginnings of which a file must have one besides.
+        backbones: A file of this layout has names with the first of these prefixes.
+        heads: None where the head is inside the backbone, as fc or head.
+        sign: A file of this layout also has a name with one of these prefixes.
     """
 
     name: str
@@ -44,8 +45,13 @@ class _Layout(NamedTuple):
 _SOLO = (("projector.", "momentum_projector."), ("momentum_", "projector."))
 _OURS = ("query_encoder.head.", "key_encoder.head.")
 _LIGHTLY = ("projection_head.layers.", "projection_head_momentum.layers.")
-_LAYOUTS = (  # the first that fits
+_NECKS = [(f"encoder_q.1.{neck}.", f"encoder_k.1.{neck}.") for neck in ("mlp", "fc")]
+_LAYOUTS = (  # the first one that fits is taken
     _Layout("moco", ("query_encoder.backbone.", "key_encoder.backbone."), _OURS),
+    *(  # also mmselfsup before 1.0: a Sequential of backbone and neck, which names its head
+        _Layout("openselfsup", ("encoder_q.0.", "encoder_k.0."), heads, heads[:1])
+        for heads in _NECKS
+    ),
     _Layout("official", ("encoder_q.", "encoder_k.")),
     _Layout("official-v3", ("base_encoder.", "momentum_encoder.")),
     _Layout("solo-learn", ("backbone.", "momentum_backbone."), *_SOLO),
@@ -56,14 +62,15 @@ _LAYOUTS = (  # the first that fits
 
 @dataclass
 class Contents:
-    """A file in our names.
+    """The content of a file, its tensors under our names.
 
     Attributes:
-        layout: moco, official, official-v3, lightly or solo-learn; for a bare backbone timm,
-            safetensors, or torchvision for all that torch wrote.
-        state: Tensors in our names.
-        others: Names without a counterpart here.
+        layout: moco, official, official-v3, openselfsup, lightly or solo-learn; for a bare
+            backbone timm, safetensors, or torchvision for every file that torch wrote.
+        state: Tensors under our names.
+        others: Names of tensors that have no name of ours.
         raw: The file's own dict.
+        facts: What names tell of the network beyond its shapes: stem_padding, stem_relu, num_heads.
     """
 
     path: str | Path
@@ -71,26 +78,27 @@ class Contents:
     state: State
     others: list[str]
     raw: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:
-        """Tell whether the file holds one bare backbone."""
+        """Tell whether the file holds a bare backbone."""
         return self.layout in ("torchvision", "timm", "safetensors")
 
     @property
     def epoch(self) -> int | None:
-        """Tell the epoch, where the file does."""
+        """Return the epoch, if the file states it."""
         epoch = self.raw.get("epoch")
         return epoch if isinstance(epoch, int) else None
 
     @property
     def config(self) -> dict[str, Any]:
-        """Return the settings of the run that wrote the file, where it holds them."""
+        """Return the settings of the run that wrote the file, if it holds them."""
         config = self.raw.get("config")
         return config if isinstance(config, dict) else {}
 
     def take(self, prefix: str) -> State:
-        """Return the tensors under a prefix, without it."""
+        """Return the tensors under a prefix, which their names then lack."""
         return take(self.state, prefix)
 
     def backbone(self, encoder: str) -> State:
@@ -104,21 +112,12 @@ class Contents:
             raise UserError(f"{self.path} ({self.layout} layout) holds no {encoder} encoder")
         return part
 
-    def variant(self) -> dict[str, Any]:
-        """Tell what the layout's own code does otherwise than timm, and no shape shows."""
-        part = self.take("query_encoder.backbone.")
-        if self.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1] == 384:
-            return {"num_heads": 12}  # v3's ViT-S; timm's has 6
-        if self.layout == "solo-learn" and part.get("conv1.weight", ABSENT).shape[-1] == 3:
-            return {"stem_padding": 2}  # its CIFAR stem; others pad by 1
-        return {}
-
 
 def recognise(raw: dict[str, Any], path: str | Path) -> Contents:
-    """Find out the layout of what `read_state` returned and rename its tensors to ours.
+    """Recognise the layout of what `read_state` returned and translate its names to ours.
 
     Raises:
-        UserError: No tensors, or two of one name; `path` is for the message.
+        UserError: No tensors, or two of one name; the message names `path`.
     """
     state: State = {}
     for name, tensor in tensors_of(raw, path).items():
@@ -132,12 +131,14 @@ def recognise(raw: dict[str, Any], path: str | Path) -> Contents:
         if layout.fits(state):
             return _rename(Contents(path, layout.name, {}, [], raw), state, layout)
     kind = raw.get("format") if raw.get("format") in ("safetensors", "timm") else "torchvision"
-    state = {f"query_encoder.backbone.{k}": v for k, v in _plain_names(state).items()}
-    return Contents(path, kind, state, [], raw)
+    contents = Contents(path, kind, {}, [], raw)
+    names = _plain_names(contents, state).items()
+    contents.state = {f"query_encoder.backbone.{name}": tensor for name, tensor in names}
+    return contents
 
 
 def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
-    """Fill `contents` with our names for the encoders, their heads and the queue."""
+    """Fill `contents` with the encoders, their heads and the queue under our names."""
     rest = dict(state)
 
     def pull(prefix: str) -> State:
@@ -145,41 +146,77 @@ def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
 
     for i, side in enumerate(("query_encoder", "key_encoder")):
         head = pull(layout.heads[i]) if layout.heads else {}
-        backbone = _plain_names(pull(layout.backbones[i]))
+        backbone = _plain_names(contents, pull(layout.backbones[i]))
         if not layout.heads:
             inside = [name for name in backbone if name.startswith(("fc.", "head."))]
             head = {name.split(".", 1)[1]: backbone.pop(name) for name in inside}
         for kind, part in (("head", head), ("backbone", backbone)):
             contents.state |= {f"{side}.{kind}.{name}": tensor for name, tensor in part.items()}
-    if contents.layout == "official" and rest.get("queue", ABSENT).ndim == 2:
-        contents.state |= _official_queue(rest.pop("queue"), rest.pop("queue_ptr", 0), contents.raw)
+    if contents.layout in ("official", "openselfsup") and rest.get("queue", ABSENT).ndim == 2:
+        place = rest.pop("queue_ptr", torch.tensor(0))
+        contents.state |= _official_queue(contents, rest.pop("queue"), place)
     if contents.layout == "moco":
         contents.state |= {f"queue.{name}": tensor for name, tensor in pull("queue.").items()}
     contents.others = list(rest)
     return contents
 
 
-def _official_queue(queue: Tensor, pointer: Tensor | int, raw: dict[str, Any]) -> State:
-    """Turn the official queue, C x K, and the place to write next into ours."""
-    keys, place, note = queue.T.contiguous(), int(pointer), raw.get("moco")
+def _official_queue(contents: Contents, queue: Tensor, pointer: Tensor) -> State:
+    """Translate the official queue, C x K, and its pointer to the tensors of our queue."""
+    if pointer.is_complex() or pointer.numel() != 1 or not 0 <= pointer < queue.shape[1]:
+        raise UserError(f"{contents.path}: queue_ptr is no place in a queue of {queue.shape[1]}")
+    keys, place, note = queue.T.contiguous(), int(pointer), contents.raw.get("moco")
     count = note.get("num_enqueued") if isinstance(note, dict) else None
     if not isinstance(count, int) or count % len(keys) != place:
-        count = place + len(keys)  # the official code does not count; by then the queue is full
+        count = place + len(keys)  # the official code keeps no count; the queue counts as full
     return {"queue.keys": keys, "queue.num_enqueued": torch.tensor(count)}
 
 
-def _plain_names(part: State) -> State:
-    """Bring a backbone's names to torchvision's and timm's."""
-    if part and all(name.startswith("net.") for name in part):  # the official CIFAR demo
+def _plain_names(contents: Contents, part: State) -> State:
+    """Translate a backbone's names to those of torchvision and timm, and note what they tell."""
+    if contents.layout == "moco":
+        contents.facts["stem_padding"] = 1
+        return part
+    if part and all(name.startswith("net.") for name in part):
+        contents.facts["stem_padding"] = 1  # the official CIFAR demo pads by 1
         part = take(part, "net.")
-    if part and all(name.split(".")[0].isdigit() for name in part):
-        # Children of an nn.Sequential that was a ResNet; those without tensors do not count.
-        order = sorted({int(name.split(".")[0]) for name in part})
-        names = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
-        if len(order) == 7 and part.get(f"{order[6]}.weight", ABSENT).ndim != 2:
-            names[6] = str(order[6])
-        place = dict(zip(map(str, order), names, strict=False))
-        split = [(name.partition("."), tensor) for name, tensor in part.items()]
-        part = {f"{place.get(n, n)}.{rest}": tensor for (n, _, rest), tensor in split}
-    # lightly's own ResNet says shortcut where torchvision says downsample.
-    return {name.replace(".shortcut.", ".downsample."): t for name, t in part.items()}
+    if contents.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1] == 384:
+        contents.facts["num_heads"] = 12  # v3's ViT-S has 12, timm's has 6
+    part = _unnumber(contents, part)
+    own = re.compile(r"(layer\d\.\d+)\.shortcut\.")
+    if contents.layout == "lightly" and any(map(own.match, part)):
+        # The ResNet of lightly says shortcut where torchvision says downsample.
+        contents.facts["stem_padding"] = 1
+        part = {own.sub(r"\1.downsample.", name): tensor for name, tensor in part.items()}
+    return part
+
+
+def _unnumber(contents: Contents, part: State) -> State:
+    """Name the children of a ResNet in an `nn.Sequential`; those without tensors leave gaps.
+
+    The gap after the first BatchNorm tells the network: ReLU and max-pool stood there, or ReLU
+    alone in a CIFAR stem, or nothing where the ReLU was a function that the Sequential lost.
+
+    Raises:
+        UserError: The gap does not fit the first convolution.
+    """
+    first = part.get("0.weight", ABSENT)
+    order = sorted({int(n) for n in (name.split(".")[0] for name in part) if n.isdecimal()})
+    if first.ndim != 4 or len(order) < 6 or f"{order[2]}.0.conv1.weight" not in part:
+        return part
+    gap = order[2] - 2
+    if order[:2] != [0, 1] or gap not in ((0, 1, 2) if first.shape[-1] == 3 else (2,)):
+        raise UserError(
+            f"{contents.path}: between the children {order[1]} and {order[2]} of its nn.Sequential "
+            f"{gap} without tensors are left, which fits no ResNet with a first convolution of "
+            f"{first.shape[-1]} pixels: store the weights of the whole ResNet"
+        )
+    if gap == 0:
+        contents.facts["stem_relu"] = False
+    places = dict(
+        zip(order, ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"), strict=False)
+    )
+    if len(order) == 7 and part.get(f"{order[6]}.weight", ABSENT).ndim == 2:
+        places[order[6]] = "fc"
+    split = [(name.partition("."), tensor) for name, tensor in part.items()]
+    return {f"{places.get(int(n), n)}.{rest}": tensor for (n, _, rest), tensor in split}

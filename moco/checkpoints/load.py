@@ -1,8 +1,7 @@
-"""Read a checkpoint, whoever wrote it: one loader behind every `--checkpoint` and `--init_from`.
+"""Load an encoder from any checkpoint: the one loader behind `--checkpoint` and `--init_from`.
 
-A file is read (`files`), renamed to our names (`layouts`), understood (`architecture`) and matched
-(`matching`); here these come together. Nothing is unpickled or fetched.
-Shapes: N images, H W pixels, D feature, C embedding, K queue.
+It reads the file (`read`), translates its names (`layouts`), finds the network (`architecture`)
+and fills it (`matching`). Shapes: N images, D feature, C embedding, K queue.
 """
 
 from __future__ import annotations
@@ -12,30 +11,36 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timm.models import adapt_input_conv
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS
-from moco.checkpoints.architecture import build, identify
-from moco.checkpoints.files import read_state
+from moco.checkpoints.architecture import Architecture, build, identify, open_points
 from moco.checkpoints.layouts import Contents, recognise
 from moco.checkpoints.matching import Match, State, groups, match_state, shape_text, take
+from moco.checkpoints.read import read_state
+from moco.checkpoints.shapes import head_kind, resnet_shape
 from moco.config import ModelConfig, UserError
+
+# Layouts whose checkpoints hold heads and a queue as ours do.
+_WITH_QUEUE = ("moco", "official", "openselfsup")
 
 
 @dataclass
 class Loaded:
-    """An encoder out of a file, and what was found out about it.
+    """An encoder from a file, and what was found out about it.
 
     Attributes:
-        backbone: In eval mode: normalised images N x channels x H x W to features N x D.
-        head: Features to embeddings N x C, where the file has a linear or MLP head; else None.
+        backbone: In eval mode; takes normalised images N x channels x H x W to features N x D.
+        head: Takes features to embeddings N x C; None where the file has no linear or MLP head.
         model: Backbone, stem, width, head; the rest as in the file's settings or at its default.
         data: channels, image_size, mean and std (on a 0-1 scale) of the images that it expects.
-        layout: moco, official, official-v3, lightly, solo-learn, torchvision, timm, safetensors.
+        layout: moco, official, official-v3, openselfsup, lightly, solo-learn, torchvision, timm,
+            safetensors.
         encoder: query, key, or backbone where the file holds only one.
-        report: One line: what matched, what was left out, what is missing.
-        variant: What name and settings leave open: arguments for timm, and `stem_padding`.
-        config: Settings of the run that wrote the file, where it holds them.
+        report: One line that says what matched, what was left out and what is missing.
+        variant: What `model` and `data` do not say: arguments for timm, and `stem_padding`.
+        config: Settings of the run that wrote the file, or empty.
     """
 
     backbone: nn.Module
@@ -57,9 +62,13 @@ def load_backbone(
     allow_partial: bool = False,
     backbone: str = "",
     image_size: int = 0,
+    stem_padding: int = 0,
+    num_heads: int = 0,
 ) -> nn.Module:
-    """Return a checkpoint's feature extractor in eval mode; arguments as of `load_encoder`."""
-    return load_encoder(path, encoder, allow_partial, backbone, image_size).backbone
+    """Return a checkpoint's backbone in eval mode; arguments as for `load_encoder`."""
+    return load_encoder(
+        path, encoder, allow_partial, backbone, image_size, stem_padding, num_heads
+    ).backbone
 
 
 def load_encoder(
@@ -68,35 +77,35 @@ def load_encoder(
     allow_partial: bool = False,
     backbone: str = "",
     image_size: int = 0,
+    stem_padding: int = 0,
+    num_heads: int = 0,
 ) -> Loaded:
-    """Load one encoder from a file of any layout. Random generators are left as they were.
+    """Load one encoder from a file of any layout; torch's random generator is not advanced.
 
     Args:
         path: Checkpoint of ours, of the official code, lightly or solo-learn; a state dict of
             torchvision or timm; safetensors; a directory as timm writes it.
         encoder: Which of two encoders.
-        allow_partial: Take a file that fits only in part; the report says what stays random.
-        backbone: timm name, where the file leaves its architecture open or is wrong about it.
+        allow_partial: Accept a file that fits only in part; the report says what stays random.
+        backbone: timm name, which replaces what the file says or shows.
         image_size: Side in pixels; a ViT's positions are resampled to it. 0: as in the file.
+        stem_padding: Padding of a 3x3 stem, which no tensor shows. 0: as in the file.
+        num_heads: Attention heads of a ViT, which no tensor shows. 0: as in the file.
 
     Raises:
         UserError: Unreadable or unsafe file, unknown architecture, nothing or only a part matched.
     """
     contents = read_contents(path)
     part = contents.backbone(encoder)
-    architecture = identify(contents, part, backbone, image_size)
-    with torch.random.fork_rng(devices=[]):
-        head_state = contents.take(f"{encoder}_encoder.head.")
-        network, head, feature_dim = build(architecture, head_state)
-    found = match_state(network.state_dict(), part, network)
-    name = architecture.model.backbone
-    found.check(path, name, "take another --backbone, or --allow_partial", allow_partial)
-    network.load_state_dict(found.matched, strict=False)
+    told = {"stem_padding": stem_padding, "num_heads": num_heads}
+    architecture = identify(contents, part, backbone, image_size, told)
+    head_state = contents.take(f"{encoder}_encoder.head.")
+    network, head, feature_dim, found = _fill(path, architecture, part, head_state, allow_partial)
     loaded = Loaded(
         **vars(architecture),
         backbone=network.eval(),
         head=head,
-        layout=_layout_name(contents, name),
+        layout=_layout_name(contents, architecture.model.backbone),
         encoder="backbone" if contents.plain else encoder,
         report="",
         epoch=contents.epoch,
@@ -107,48 +116,109 @@ def load_encoder(
     return loaded
 
 
-def restore_pretraining(path: str | Path, module_state: State) -> tuple[State, str]:
-    """Fill a fresh MoCo module's state dict with all that a file offers.
+def _fill(
+    path: str | Path, architecture: Architecture, part: State, head_state: State, partly: bool
+) -> tuple[nn.Module, nn.Module | None, int, Match]:
+    """Build a network and its head, and load a file's tensors into them."""
+    name = architecture.model.backbone
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):  # the shapes must fit before memory is taken for them
+            blueprint, _, _ = build(architecture, False)
+        found = match_state(blueprint.state_dict(), part, blueprint)
+        found.check(path, name, "take another --backbone, or --allow_partial", partly)
+        if found.absent > 2**31:
+            raise UserError(f"{path}: {name} needs {found.absent} numbers more than it holds")
+        network, head, feature_dim = build(architecture, bool(head_kind(head_state)))
+    network.load_state_dict(found.matched, strict=False)
+    if head is not None:
+        found_head = match_state(head.state_dict(), head_state)
+        head = head.eval() if found_head.whole else None
+        if head is not None:
+            head.load_state_dict(found_head.matched)
+    return network, head, feature_dim, found
 
-    A checkpoint of ours or of the official code gives both encoders and, where their shapes agree,
-    the heads and the queue; another layout gives its backbone to both. The rest stays fresh.
+
+def restore_pretraining(
+    path: str | Path,
+    module_state: State,
+    backbone: nn.Module | None = None,
+    allow_partial: bool = False,
+) -> tuple[State, str]:
+    """Fill a fresh MoCo module's state dict with everything in a file that fits.
+
+    A checkpoint of ours, of the official code or of OpenSelfSup gives both encoders and, where
+    their shapes agree, the heads and the queue. Another layout gives its backbone to both. The rest
+    stays fresh.
 
     Args:
-        path: As of `load_encoder`.
-        module_state: Of a module just built; not changed.
+        path: As for `load_encoder`.
+        module_state: State dict of a module just built; it is not changed.
+        backbone: Its backbone. A ViT's positions and the RGB weights of a first convolution are
+            fitted to it.
+        allow_partial: Accept a file that fits only in part, or whose network a run cannot build.
 
     Returns:
         The filled state dict, and one line that says what came from the file and what did not.
 
     Raises:
-        UserError: As of `load_encoder`; also when the backbone fits only in part.
+        UserError: As for `load_encoder`.
     """
     contents = read_contents(path)
-    contents.backbone("query")  # must be there
-    if "num_heads" in contents.variant():
-        raise UserError(f"{path} is v3's ViT-S of 12 attention heads, timm's has 6: take another")
-    both = contents.layout in ("moco", "official", "official-v3")
+    notes = [_refuse_variant(contents, allow_partial)]
+    both = contents.layout in (*_WITH_QUEUE, "official-v3")
     both = both and bool(contents.take("key_encoder.backbone."))
     state = dict(module_state)
     for side in ("query", "key"):
         prefix = f"{side}_encoder.backbone."
-        found = match_state(take(state, prefix), contents.backbone(side if both else "query"))
-        found.check(path, "model.backbone", "set model.backbone, stem and width as in the file")
+        part, adapted = _to_channels(contents.backbone(side if both else "query"), backbone)
+        found = match_state(take(state, prefix), part, backbone)
+        remedy = "set model.backbone, stem and width as in the file, or give --allow_partial"
+        found.check(path, "model.backbone", remedy, allow_partial)
         state |= {prefix + name: tensor.clone() for name, tensor in found.matched.items()}
     origin = "both encoders" if both else "query encoder, key encoder = its copy"
-    notes = [f"{contents.layout} layout, backbone: {origin}, each {found.text()}"]
-    if contents.variant():
-        notes.append(f"the file's {contents.variant()} is not kept")
+    notes += [f"{contents.layout} layout, backbone: {origin}, each {found.text()}", adapted]
     notes.append(_restore_heads_and_queue(contents, state))
-    return state, "; ".join(notes)
+    return state, "; ".join(filter(None, notes))
+
+
+def _refuse_variant(contents: Contents, allowed: bool) -> str:
+    """Refuse a file of a network that no run here builds, or return a note about it."""
+    part = contents.backbone("query")
+    known, questions = open_points(contents, part, resnet_shape(part).get("stem", ""))
+    reasons = {"num_heads": "{} attention heads", "stem_relu": "no ReLU after its first BatchNorm"}
+    reasons["stem_padding"] = "a stem that pads by {}"
+    if known.get("stem_padding") == 1:
+        del known["stem_padding"]  # as in a run
+    found = [text.format(known[name]) for name, text in reasons.items() if name in known]
+    if found and not allowed:
+        raise UserError(
+            f"{contents.path} is of a network with {' and '.join(found)}, which no run here "
+            "builds: take another, or give --allow_partial to start from its weights all the same"
+        )
+    unclear = [f"the file does not tell its {name}" for name in questions]
+    return "; ".join([*(f"not kept: {text}" for text in found), *unclear])
+
+
+def _to_channels(part: State, network: nn.Module | None) -> tuple[State, str]:
+    """Fit the RGB weights of a first convolution to other channels, as timm does."""
+    first = getattr(network, "pretrained_cfg", {}).get("first_conv")
+    name = f"{first[0] if isinstance(first, list | tuple) else first}.weight"
+    goal = {} if network is None else network.state_dict()
+    if name not in part or name not in goal or part[name].shape[1:2] != (3,):
+        return part, ""
+    channels = goal[name].shape[1]
+    if channels == 3 or part[name].ndim != 4 or not part[name].is_floating_point():
+        return part, ""
+    fitted = adapt_input_conv(channels, part[name])
+    return part | {name: fitted}, f"first convolution fitted from 3 channels to {channels}"
 
 
 def _restore_heads_and_queue(contents: Contents, state: State) -> str:
-    """Fill heads and queue in place; a queue is worth something only beside its own heads."""
+    """Fill heads and queue in place; the keys in a queue only mean something to their own heads."""
     for side in ("query", "key"):
         prefix = f"{side}_encoder.head."
         found = match_state(take(state, prefix), contents.take(prefix))
-        if contents.layout not in ("moco", "official") or not found.whole:
+        if contents.layout not in _WITH_QUEUE or not found.whole:
             return f"heads and queue stay fresh, the file's {side} head: {found.text()}"
     heads = {name: value for name, value in contents.state.items() if "_encoder.head." in name}
     state |= {name: value.to(state[name].dtype).clone() for name, value in heads.items()}
@@ -161,12 +231,12 @@ def _restore_heads_and_queue(contents: Contents, state: State) -> str:
 
 
 def read_contents(path: str | Path) -> Contents:
-    """Read a file and rename its tensors to ours; errors as of `read_state` and `recognise`."""
+    """Read a file with its tensors under our names; raises as `read_state` and `recognise` do."""
     return recognise(read_state(path), path)
 
 
 def _layout_name(contents: Contents, backbone: str) -> str:
-    """Tell a bare backbone of torchvision from one of timm alone."""
+    """Return the layout, where torchvision becomes timm for networks that it does not have."""
     ambiguous = contents.layout == "torchvision"
     return "timm" if ambiguous and backbone not in TORCHVISION_RESNETS else contents.layout
 
@@ -175,7 +245,7 @@ def _report(loaded: Loaded, contents: Contents, found: Match) -> str:
     side = "key" if loaded.encoder == "key" else "query"
     used = f"{side}_encoder." if loaded.head else f"{side}_encoder.backbone."
     left_out = [name for name in contents.state if not name.startswith(used)] + contents.others
-    left_out += [f"classifier.{name}" for name in found.classifier]
+    left_out += [*(f"classifier.{name}" for name in found.classifier), *found.extras]
     return f"{_describe(loaded)}: {found.text()}; left out: {groups(left_out)}"
 
 

@@ -1,11 +1,12 @@
-"""Match a file's tensors with a network's, by name and shape, and say what came of it.
+"""Match a file's tensors with a network's by name and shape, and report what fits and what not.
 
-Below everything that reads checkpoints: state dicts and words about them, no files, no layouts.
-Shapes: any; a state dict maps names to tensors.
+This room knows state dicts (names to tensors), but neither files nor layouts.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,46 +19,61 @@ from torch import Tensor, nn
 from moco.config import UserError
 
 State = dict[str, Tensor]
-ABSENT = torch.empty(0)  # stands for a tensor that is not there: no dimension of it fits
+ABSENT = torch.empty(0)  # stands for a missing tensor: every check of its shape fails
+# The token of masked pixels, tables that code computes by itself, and counts of a profiler.
+_EXTRAS = ("mask_token", "relative_position_index", "attn_mask", "total_ops", "total_params")
 
 
 def take(state: State, prefix: str) -> State:
-    """Return the tensors under a prefix, without it."""
+    """Return the tensors under a prefix, which their names then lack."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def checksum(network: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass
 class Match:
-    """How a file's tensors meet a network's.
+    """The result of matching a file's tensors with a network's.
 
     Attributes:
-        matched: Ready to load.
-        faults: What keeps the match from being whole: kind, and names.
-        classifier: Names of a classifier, which no backbone has.
-        total: Tensors that the network needs.
-        note: What was changed on the way.
+        matched: Tensors ready to load.
+        faults: Kind of fault to the names that have it; a whole match has none.
+        classifier: Names of a classifier, which a backbone does not need.
+        absent: Count of the numbers that the network needs and the file lacks.
+        extras: Names of what training or older code leaves in a file and no backbone needs.
+        total: Number of tensors that the network needs.
+        note: How tensors were changed to fit.
     """
 
     matched: State
     faults: dict[str, list[str]]
     classifier: list[str]
+    extras: list[str]
     total: int
     note: str
+    absent: int = 0
 
     @property
     def whole(self) -> bool:
-        """Tell whether there was something to match and all of it did."""
+        """Tell whether there are tensors and all of them fit."""
         return bool(self.matched) and not self.faults
 
     def check(self, path: str | Path, name: str, remedy: str, allow_partial: bool = False) -> None:
-        """Raise UserError unless the match is whole, or partial and allowed."""
+        """Raise UserError unless the match is whole, or partial where that is allowed."""
         if not self.matched:
             raise UserError(f"{path}: nothing in it fits {name} ({self.text()}): {remedy}")
         if self.faults and not allow_partial:
             raise UserError(f"{path} fits {name} only in part ({self.text()}): {remedy}")
 
     def text(self) -> str:
-        """Say what matched and what did not."""
+        """Say what matched and what did not, on one line."""
         faults = [f"{kind}: {some(names)}" for kind, names in self.faults.items()]
         missing = [] if "missing" in self.faults else ["missing: none"]
         note = [self.note] if self.note else []
@@ -68,21 +84,27 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
     """Match tensors by name and shape.
 
     Args:
-        target: What is to be filled; gives shapes and dtypes, and is not changed.
-        source: What a file offers.
-        network: The owner of `target`: knows its classifier, and how a ViT's positions are
-            resampled; without it they are not.
+        target: State dict that is to be filled; gives shapes and dtypes, and is not changed.
+        source: State dict of the file.
+        network: The owner of `target`, which knows the name of its classifier. A ViT's positions
+            are resampled only where it is given.
     """
     classifiers = ("fc.", "head.", "classifier.", *_classifiers(network))
-    # Files of before torch 0.4.1 do not count batches; nothing else may be absent.
+    # Files from before torch 0.4.1 do not count batches; nothing else may be absent.
     needed = [n for n in target if n in source or not n.endswith("num_batches_tracked")]
     missing, unknown, misshapen = [n for n in needed if n not in source], [], []
-    found = Match({}, {}, [], len(needed), "")
+    no_weights: list[str] = []
+    found = Match({}, {}, [], [], len(needed), "")
     for name, tensor in source.items():
         if name not in target:
-            (found.classifier if name.startswith(classifiers) else unknown).append(name)
+            known = found.extras if name.endswith(_EXTRAS) else unknown
+            (found.classifier if name.startswith(classifiers) else known).append(name)
             continue
         goal = target[name]
+        floating = tensor.is_floating_point()
+        if tensor.is_complex() or (goal.is_floating_point() and not floating):
+            no_weights.append(f"{name} ({tensor.dtype})")
+            continue
         if name == "pos_embed" and network is not None and tensor.shape != goal.shape:
             tensor, found.note = _resample(tensor, goal, network)
         elif name.endswith(("running_mean", "running_var")):
@@ -92,34 +114,35 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
         else:
             misshapen.append(f"{name} ({shape_text(tensor)} for {shape_text(goal)})")
     faults = {"missing": missing, "unknown": unknown, "of other shape": misshapen}
+    faults["no floating-point numbers"] = no_weights
+    found.absent = sum(t.numel() for name, t in target.items() if name not in found.matched)
     found.faults = {kind: names for kind, names in faults.items() if names}
     return found
 
 
 def _classifiers(network: nn.Module | None) -> tuple[str, ...]:
-    """Name the beginnings of what timm calls this network's classifier."""
+    """Return the prefixes of this network's classifier, as timm names it."""
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
 
 def _resample(positions: Tensor, goal: Tensor, network: nn.Module) -> tuple[Tensor, str]:
-    """Bring a ViT's positions to another image size."""
-    if positions.ndim != 3 or positions.shape[2] != goal.shape[2]:
+    """Resample a ViT's square grid of positions to the image size of `network`."""
+    grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    tokens = getattr(network, "num_prefix_tokens", 0)
+    tokens = 0 if getattr(network, "no_embed_class", False) else tokens
+    count = positions.shape[1] - tokens if positions.shape[::2] == goal.shape[::2] else 0
+    if grid is None or count < 1 or math.isqrt(count) ** 2 != count:
         return positions, ""
-    prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
-    grid = network.patch_embed.grid_size
-    positions = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
+    positions = resample_abs_pos_embed(positions, grid, num_prefix_tokens=tokens)
     return positions, f"positions resampled to {grid[0]}x{grid[1]}"
 
 
 def _merge_groups(statistics: Tensor, goal: Tensor) -> Tensor:
-    """Average the rows of lightly's split BatchNorm, which stores one per group."""
+    """Average the statistics of lightly's split BatchNorm, which stores them per group."""
     if statistics.numel() > goal.numel() > 0 and statistics.numel() % goal.numel() == 0:
         return statistics.view(-1, goal.numel()).mean(0)
     return statistics
-
-
-# Words
 
 
 def shape_text(tensor: Tensor) -> str:
@@ -135,12 +158,12 @@ def some(names: Iterable[str]) -> str:
 
 
 def groups(names: Iterable[str]) -> str:
-    """Sum names up by their beginnings."""
+    """Count names by their first parts."""
     depth = {True: 2, False: 1}
     counts = Counter(".".join(n.split(".")[: depth["_encoder." in n]]) for n in names)
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
 
 
 def one_line(error: BaseException) -> str:
-    """Put an error, whose text can be anything, on one line."""
+    """Return an error's class and text on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,7 +1,7 @@
-"""The model card of a timm directory, as the Hub shows it: recipe, data, scores, licence.
+"""Write the model card of a timm directory, as the Hub shows it: recipe, data, scores, licence.
 
-It says only what the checkpoint holds and what the JSON files beside it report; no path of the
-machine that trained it. Shapes: none here.
+It says only what the checkpoint holds and what the JSON files beside it report. It names no path
+of the machine that trained the network.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ import json
 import re
 from pathlib import Path
 
+from torch import nn
+
 from moco.checkpoints.load import Loaded
+from moco.checkpoints.matching import checksum
 
 
 def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
     """Write the card in Markdown, with the front matter that the Hub reads.
 
     Args:
-        loaded: What is exported.
-        checkpoint: Where it came from; scores are looked for beside it.
-        licence: Identifier; empty: unknown.
+        loaded: The encoder that is exported.
+        checkpoint: Its file; scores are looked for beside it.
+        licence: Identifier; empty if unknown.
     """
     model, data, config = loaded.model, loaded.data, loaded.config
     tags = "".join(f"- {tag}\n" for tag in ("image-feature-extraction", "timm", "moco"))
-    scores = _scores(checkpoint)
+    scores = _scores(loaded, checkpoint)
     recipe = {name: config[name] for name in ("model", "optim", "trainer") if name in config}
     settings = {f"{g}.{n}": v for g, group in recipe.items() for n, v in group.items()}
     settings |= {n: v for n, v in config.get("data", {}).items() if n in _DATA_ON_CARD}
@@ -54,8 +57,14 @@ _DATA_ON_CARD = ("dataset", "channels", "image_size", "batch_size", "views", "me
 _SCORE = re.compile(r"top1|top5|accuracy|knn|linear|shot|loss", re.IGNORECASE)
 
 
-def _scores(checkpoint: Path) -> dict[str, float]:
-    """Collect numbers that look like scores from the JSON files beside a checkpoint or its run."""
+def _scores(loaded: Loaded, checkpoint: Path) -> dict[str, float]:
+    """Collect this encoder's scores in JSON files beside a checkpoint or in its run directory.
+
+    Scores of other weights lie in the same folders; the checksum in each file tells them apart.
+    """
+    judged = {"backbone": loaded.backbone}  # as evaluation names what it judges
+    parts = [judged, judged | {"head": loaded.head}] if loaded.head else [judged]
+    own = {checksum(nn.ModuleDict(part)) for part in parts}
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     places = [folder, folder.parent] if folder.name == "checkpoints" else [folder]
     scores: dict[str, float] = {}
@@ -64,10 +73,11 @@ def _scores(checkpoint: Path) -> dict[str, float]:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # somebody else's file
-        pairs = content.items() if isinstance(content, dict) else ()
+        if not isinstance(content, dict) or content.get("backbone_sha256") not in own:
+            continue
         scores |= {
             f"{path.stem}: {name}": value
-            for name, value in pairs
+            for name, value in content.items()
             if type(value) in (int, float) and _SCORE.search(name)
         }
     return scores

@@ -28,6 +28,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "allow_partial": {"action": "store_true", "help": "Take a file that fits only in part"},
     "backbone": {"type": str, "default": "", "help": "timm name, where the file does not tell it"},
     "image_size": {"type": int, "default": 0, "help": "Side in pixels; 0: as in the checkpoint"},
+    "stem_padding": {
+        "type": int,
+        "default": 0,
+        "help": "Padding of a 3x3 stem: 2 in solo-learn, 1 in most other code; 0: as in the file",
+    },
+    "num_heads": {
+        "type": int,
+        "default": 0,
+        "help": "Attention heads of a ViT, where the file does not tell them; 0: as in the file",
+    },
 }
 
 

@@ -23,6 +23,10 @@ EXTRAS = {
         "default": "",
         "help": "Start a new run from the weights of a checkpoint in any layout",
     },
+    "allow_partial": {
+        "action": "store_true",
+        "help": "Take a file of --init_from although it fits only in part",
+    },
 }
 
 
@@ -42,10 +46,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise UserError(
             "--resume and --init_from exclude each other: a resumed run has its weights"
         )
+    if extra["allow_partial"] and not extra["init_from"]:
+        raise UserError("--allow_partial is about the file of --init_from: leave it out")
     _start_ranks(config)
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
 
-    return pretrain(config, extra["resume"], recipe, extra["init_from"])
+    return pretrain(config, extra["resume"], recipe, extra["init_from"], extra["allow_partial"])
 
 
 def _start_ranks(config: TrainConfig) -> None:

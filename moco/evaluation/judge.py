@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
+from moco.checkpoints.matching import checksum
 from moco.config import (
     JudgeConfig,
     KNNConfig,
@@ -47,7 +48,6 @@ from moco.evaluation.search import nearest_sharded
 from moco.evaluation.subject import (
     Bench,
     ReadData,
-    checksum,
     in_order,
     open_bench,
     output_path,

@@ -7,7 +7,6 @@ L classes, W ranks.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -104,15 +103,6 @@ class Bench:
         return in_order(features, len(images)), in_order(labels, len(images))
 
 
-def checksum(network: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers, with their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def in_order(rows: Tensor, count: int) -> Tensor:
     """Gather every W-th row of all ranks and put them back in their order."""
     world = distributed.world_size()
@@ -159,16 +149,10 @@ def open_bench(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator[B
         folder = output_path(judge, f"{name}.json").parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"{folder} is no directory to write in: name one with --output DIR")
-        loaded = load_encoder(judge.checkpoint, judge.encoder, judge.allow_partial, judge.backbone)
+        loaded = _load(judge, 0)
         data = _data_settings(loaded, read_data)
         if data.image_size != loaded.data["image_size"]:
-            loaded = load_encoder(
-                judge.checkpoint,
-                judge.encoder,
-                judge.allow_partial,
-                judge.backbone,
-                data.image_size,
-            )
+            loaded = _load(judge, data.image_size)
         log.info("%s", loaded.report)
         networks = _networks(judge, loaded, data)
         bank, queries, classes = _open_images(data, device)
@@ -181,6 +165,18 @@ def open_bench(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator[B
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _load(judge: JudgeConfig, image_size: int) -> Loaded:
+    return load_encoder(
+        judge.checkpoint,
+        judge.encoder,
+        judge.allow_partial,
+        judge.backbone,
+        image_size,
+        judge.stem_padding,
+        judge.num_heads,
+    )
 
 
 def _start_process(judge: JudgeConfig) -> torch.device:

@@ -51,13 +51,17 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
-def build_module(config: TrainConfig, decided: Decided, init_from: str) -> MoCo:
+def build_module(
+    config: TrainConfig, decided: Decided, init_from: str, allow_partial: bool = False
+) -> MoCo:
     """Build encoders and queue from the run's seed, or with the weights of a checkpoint."""
     pl.seed_everything(config.run.seed, verbose=False)
     data, model = config.data, replace(config.model, key_bn=decided.key_bn)
     module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed)
     if init_from:
-        state, report = restore_pretraining(init_from, module.state_dict())
+        state, report = restore_pretraining(
+            init_from, module.state_dict(), module.query_encoder.backbone, allow_partial
+        )
         module.load_state_dict(state)
         log.info("starts from %s: %s", init_from, report)
     return module

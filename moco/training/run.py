@@ -54,6 +54,7 @@ def pretrain(
     resume: str = "",
     recipe: str = "",
     init_from: str = "",
+    allow_partial: bool = False,
     callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, Any]:
     """Train as `config` says and return the results.
@@ -63,6 +64,7 @@ def pretrain(
         resume: Empty, a run directory, a checkpoint, or "auto" for the latest run.
         recipe: Name for a new run's directory.
         init_from: A checkpoint in any layout whose weights a new run starts from.
+        allow_partial: Accept such a checkpoint although it fits only in part.
         callbacks: Of Lightning, called after the run's own.
 
     Returns: Final kNN, loss, images per second, steps and paths, as plain values; `stopped_by` is
@@ -74,7 +76,7 @@ def pretrain(
     set_up_logging()
     before = signal.signal(signal.SIGUSR1, _stop_before_training)
     try:
-        return _pretrain(config, resume, recipe, init_from, callbacks)
+        return _pretrain(config, resume, recipe, init_from, allow_partial, callbacks)
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -84,6 +86,7 @@ def _pretrain(
     resume: str,
     recipe: str,
     init_from: str,
+    allow_partial: bool,
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
     source = sources.open_source(config.data, "train")
@@ -101,7 +104,7 @@ def _pretrain(
         return {"run_dir": str(run_dir), "checkpoint": str(checkpoint), "steps": start_step}
     decided = decide(config, steps, *before)
     _share_cores(decided)
-    module = build_module(config, decided, init_from)
+    module = build_module(config, decided, init_from, allow_partial)
     data = build_data(config, decided, source, run_dir)
     if decided.compile:
         module.compile_encoders(decided.compile)

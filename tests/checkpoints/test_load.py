@@ -118,7 +118,6 @@ DEMO_CHILDREN = ["conv1", "bn1", "relu", *STAGES]
 def layouts():
     """Yield layout, file content, network, and key network where the file has one."""
     net, key, demo = torchvision_resnet(0), torchvision_resnet(1), torchvision_resnet(2, 1)
-    solo = torchvision_resnet(3, 2)
     state, other = net.state_dict(), key.state_dict()
     yield "official", official(net, nn.Linear(128, 16), key), net, key
     yield "official", official(net, mlp(), key), net, key
@@ -138,20 +137,20 @@ def layouts():
     content |= prefixed("backbone_momentum.", numbered(key, TORCHVISION_CHILDREN))
     content |= prefixed("projection_head.layers.", mlp().state_dict())
     yield "lightly", {"state_dict": content, "epoch": 1}, net, key
+    lost = copy.deepcopy(demo)  # a Sequential of these children has no first ReLU
+    lost.relu = nn.Identity()
     content = prefixed("backbone.", numbered(demo, LIGHTLY_CHILDREN))
     content = {k.replace("downsample", "shortcut"): v for k, v in content.items()}
     content = {  # its split BatchNorm repeats the statistics
         k: v.repeat(8) if "running" in k else v for k, v in content.items()
     }
-    yield "lightly", {"state_dict": content}, demo, None
+    yield "lightly", {"state_dict": content}, lost, None
     yield "lightly", prefixed("backbone.", state), net, None
     for name in ("backbone", "encoder"):
         content = prefixed(f"{name}.", state) | prefixed(f"momentum_{name}.", other)
         content |= prefixed("projector.", mlp().state_dict()) | {"queue": torch.zeros(2, 16, 64)}
         content["classifier.weight"] = torch.zeros(10, 128)
         yield "solo-learn", {"state_dict": content, "epoch": 1}, net, key
-    content = prefixed("backbone.", solo.state_dict()) | prefixed("projector.", mlp().state_dict())
-    yield "solo-learn", {"state_dict": content}, solo, None
     classifier = {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
     yield "torchvision", state | classifier, net, None
     yield "torchvision", {"model": prefixed("module.", state)}, net, None

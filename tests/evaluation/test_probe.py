@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from moco.checkpoints.matching import checksum
 from moco.config import DataConfig, UserError
 from moco.evaluation.finetune import train_linear, train_whole
 from moco.evaluation.probe import (
@@ -19,7 +20,6 @@ from moco.evaluation.probe import (
     hold_out,
     read_rates,
 )
-from moco.evaluation.subject import checksum
 from moco.images.labelled import Labelled, RandomCrops
 from moco.images.sources import ImageSource
 

@@ -1,13 +1,13 @@
-"""The formats that an encoder can be written in: for each, what it cannot hold, a writer, a reader.
+"""Turn an encoder into the bytes of each export format, and read them back as their users do.
 
-A writer turns an encoder into the bytes of files and touches no disk. A reader loads these files
-the way their consumer would, so that `export` can compare features.
-Shapes: N images, H W pixels, D feature, C embedding, K queue.
+`FORMATS` lists the formats: a writer, which does not touch the disk, and a reader, with which
+`export` compares features. `obstacle` says what a format cannot hold. Shapes: C embedding, K queue.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import pickle
@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.algorithm.encoder import TORCHVISION_RESNETS
-from moco.checkpoints.architecture import has_fixed_size
+from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
 from moco.checkpoints.load import Loaded, load_encoder, read_contents
+from moco.checkpoints.matching import take
 from moco.checkpoints.model_card import model_card
 from moco.config import UserError
 
 Features = Callable[[Tensor], Tensor]
-Files = dict[str, bytes]  # name to content; one file that is no directory has the name ""
+Files = dict[str, bytes]  # name to content; a single file has the name ""
 TIMM_FILES = ("config.json", "model.safetensors", "README.md")
-CLASSIFIER = ("fc.weight", "fc.bias")  # of torchvision's networks: left to whoever loads them
+CLASSIFIER = ("fc.weight", "fc.bias")  # exports lack torchvision's classifier
 
 
 def obstacle(loaded: Loaded, form: str) -> str:
-    """Say what of a network a format cannot hold, or nothing."""
+    """Return what of a network a format cannot hold; empty if it can hold all."""
     model, channels = loaded.model, loaded.data["channels"]
     published = model.backbone in TORCHVISION_RESNETS
     if form in ("torchvision", "official", "detectron2") and not published:
@@ -42,13 +42,15 @@ def obstacle(loaded: Loaded, form: str) -> str:
         return f"a {model.backbone} of width {model.width:g}"
     if form in ("timm", "torchvision", "detectron2") and model.stem == "cifar":
         return f"a {model.backbone} with CIFAR stem"
+    if form == "official" and {"stem_padding", "stem_relu"} & loaded.variant.keys():
+        return f"a {model.backbone} whose first layers are not those that its users build"
     if form == "torchvision" and channels != 3:
         return f"a {model.backbone} of {channels} channels"
     return ""
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:
-    """Return what travels with the weights, in plain types, so that nobody has to guess."""
+    """Return the note that travels with the weights: how to build the network and feed it."""
     model = loaded.model
     note = {"backbone": model.backbone, "stem": model.stem, "width": model.width}
     note |= {**loaded.data, "feature_dim": loaded.feature_dim, "variant": loaded.variant}
@@ -57,7 +59,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
 
 
 def _tensors(loaded: Loaded) -> dict[str, Tensor]:
-    # Own memory for each: safetensors refuses shared and non-contiguous tensors.
+    # safetensors refuses shared and non-contiguous tensors.
     return {k: v.detach().clone().contiguous() for k, v in loaded.backbone.state_dict().items()}
 
 
@@ -74,28 +76,21 @@ def _write_safetensors(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
     return {"": save(_tensors(loaded), metadata | ({"license": licence} if licence else {}))}
 
 
-def _read_safetensors(path: Path, loaded: Loaded) -> Features:
-    return load_encoder(path).backbone
-
-
 def _write_timm(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
     from safetensors.torch import save
 
-    config, card = _timm_config(loaded, licence), model_card(loaded, checkpoint, licence)
-    contents = (
-        json.dumps(config, indent=2).encode(),
-        save(_tensors(loaded), {"format": "pt"}),
-        card.encode(),
-    )
-    return dict(zip(TIMM_FILES, contents, strict=True))
+    config = json.dumps(_timm_config(loaded, licence), indent=2).encode()
+    weights = save(_tensors(loaded), {"format": "pt"})
+    card = model_card(loaded, checkpoint, licence).encode()
+    return dict(zip(TIMM_FILES, (config, weights, card), strict=True))
 
 
 def _timm_config(loaded: Loaded, licence: str) -> dict[str, Any]:
     data, known = loaded.data, getattr(loaded.backbone, "pretrained_cfg", {})
     size = [data["channels"], data["image_size"], data["image_size"]]
-    fixed = has_fixed_size(loaded.backbone)
+    fixed = "img_size" in timm_arguments(loaded.model, size[1])
     arguments = {"in_chans": data["channels"]} | ({"img_size": size[1]} if fixed else {})
-    # Only what holds for these weights: tag, licence and scores of timm's own do not travel along.
+    # The tag, licence and scores of timm's own weights do not hold for these.
     details = {name: known.get(name) for name in ("first_conv", "classifier")}
     details |= {"tag": "moco", "input_size": size, "fixed_input_size": fixed, "num_classes": 0}
     details |= {"mean": data["mean"], "std": data["std"], "interpolation": "bilinear"}
@@ -116,27 +111,17 @@ def _read_timm(path: Path, loaded: Loaded) -> Features:
     return timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
 
 
-def _torchvision_twin(loaded: Loaded) -> nn.Module:
-    """Build torchvision's network, with the source's first layers where these are others."""
+def _into_twin(state: dict[str, Tensor], loaded: Loaded) -> Features:
+    """Load torchvision's network as the official linear evaluation does.
+
+    Exactly the classifier may be missing. The first layers are built like the source's.
+    """
     from torchvision.models import get_model
 
-    twin, first = get_model(loaded.model.backbone, weights=None), loaded.backbone.conv1
+    twin = get_model(loaded.model.backbone, weights=None).eval()
+    twin.conv1 = copy.deepcopy(loaded.backbone.conv1)
     if loaded.model.stem == "cifar":
         twin.maxpool = nn.Identity()
-    twin.conv1 = nn.Conv2d(
-        first.in_channels,
-        first.out_channels,
-        first.kernel_size,
-        first.stride,
-        first.padding,
-        bias=False,
-    )
-    return twin.eval()
-
-
-def _into_twin(state: dict[str, Tensor], loaded: Loaded) -> Features:
-    """Load as the official linear evaluation does: exactly the classifier may be missing."""
-    twin = _torchvision_twin(loaded)
     outcome = twin.load_state_dict(state, strict=False)
     if set(outcome.missing_keys) != set(CLASSIFIER) or outcome.unexpected_keys:
         raise UserError(f"torchvision's {loaded.model.backbone} does not take it: {outcome}")
@@ -144,18 +129,10 @@ def _into_twin(state: dict[str, Tensor], loaded: Loaded) -> Features:
     return twin
 
 
-def _write_torchvision(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    return _saved(_tensors(loaded))
-
-
-def _read_torchvision(path: Path, loaded: Loaded) -> Features:
-    return _into_twin(torch.load(path, weights_only=True), loaded)
-
-
 def _write_official(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    """Both encoders with heads, and the queue, as far as the source has them.
+    """Write both encoders with their heads, and the queue, as far as the source has them.
 
-    The official scripts read `encoder_q` alone; so an export of the key encoder goes there, alone.
+    The official scripts read `encoder_q` alone, so an export of the key encoder is written there.
     """
     contents = read_contents(checkpoint)
     state, note = {}, describe(loaded)
@@ -178,9 +155,8 @@ def _write_official(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
 
 def _read_official(path: Path, loaded: Loaded) -> Features:
     state = torch.load(path, weights_only=True)["state_dict"]
-    prefix = "module.encoder_q."
-    names = [n for n in state if n.startswith(prefix) and not n.startswith(f"{prefix}fc")]
-    return _into_twin({name.removeprefix(prefix): state[name] for name in names}, loaded)
+    encoder = take(state, "module.encoder_q.")
+    return _into_twin({k: v for k, v in encoder.items() if not k.startswith("fc")}, loaded)
 
 
 _DETECTRON2 = (
@@ -191,13 +167,16 @@ _DETECTRON2 = (
 )
 
 
+def _detectron2_name(name: str) -> str:
+    for old, new in _DETECTRON2:
+        name = name.replace(old, new)
+    return name if name.startswith("res") else f"stem.{name}"
+
+
 def _write_detectron2(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    model = {}
-    for name, tensor in _tensors(loaded).items():
-        if not name.endswith("num_batches_tracked"):
-            for old, new in _DETECTRON2:
-                name = name.replace(old, new)
-            model[name if name.startswith("res") else f"stem.{name}"] = tensor.numpy()
+    state = _tensors(loaded)
+    names = [name for name in state if not name.endswith("num_batches_tracked")]
+    model = {_detectron2_name(name): state[name].numpy() for name in names}
     content = {"model": model, "__author__": "MoCo", "matching_heuristics": True}
     buffer = io.BytesIO()
     _ArrayPickler(buffer, protocol=4).dump(content | {"moco": describe(loaded)})
@@ -205,7 +184,7 @@ def _write_detectron2(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
 
 
 class _ArrayPickler(pickle.Pickler):
-    """Pickle arrays by `numpy.ndarray` alone: names of numpy 2 are unknown to older ones."""
+    """Pickle arrays by `numpy.ndarray` alone, since numpy 1 does not know the names of numpy 2."""
 
     def reducer_override(self, item: Any) -> Any:
         if isinstance(item, np.ndarray):
@@ -214,7 +193,7 @@ class _ArrayPickler(pickle.Pickler):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Read back what `_ArrayPickler` wrote and nothing else."""
+    """Read only what `_ArrayPickler` can write."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {("numpy", "ndarray"): np.ndarray, ("builtins", "bytearray"): bytearray}
@@ -224,21 +203,15 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _read_detectron2(path: Path, loaded: Loaded) -> Features:
     with path.open("rb") as stream:
         arrays = _ArrayUnpickler(stream).load()["model"]
-    state = {}
-    for name, array in arrays.items():
-        # The longer names first, so that conv1.norm is not taken for conv1.
-        for old, new in sorted(_DETECTRON2, key=lambda pair: -len(pair[1])):
-            name = name.replace(new, old)
-        state[name.removeprefix("stem.")] = torch.from_numpy(array)
-    for name in loaded.backbone.state_dict():
-        if name.endswith("num_batches_tracked"):
-            state[name] = torch.tensor(0)
+    state = dict(loaded.backbone.state_dict())  # the file does not count batches
+    names = [name for name in state if not name.endswith("num_batches_tracked")]
+    state |= {name: torch.from_numpy(arrays[_detectron2_name(name)]) for name in names}
     return _into_twin(state, loaded)
 
 
 def _dynamic_batch(loaded: Loaded) -> dict[str, Any]:
     size = loaded.data["image_size"]
-    images = torch.zeros(2, loaded.data["channels"], size, size)  # a graph depends on no value
+    images = torch.zeros(2, loaded.data["channels"], size, size)  # the values do not matter
     return {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
 
@@ -279,11 +252,35 @@ def _read_torch_export(path: Path, loaded: Loaded) -> Features:
         return torch.export.load(stream).module()
 
 
-# Name to writer, reader, and the difference allowed, as a share of the largest feature.
+def loading_line(loaded: Loaded, path: Path) -> str:
+    """Return the Python that builds a safetensors file's network by timm and fills it."""
+    model, data, variant = loaded.model, loaded.data, loaded.variant
+    arguments = {"num_classes": 0, "in_chans": data["channels"]}
+    arguments |= timm_arguments(model, data["image_size"])
+    arguments |= {name: v for name, v in variant.items() if not name.startswith("stem_")}
+    words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    steps = [f"network = timm.create_model({model.backbone!r}, {words})"]
+    if model.stem == "cifar" or model.width != 1:
+        c = loaded.backbone.conv1
+        sizes = (c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0])
+        layer = f"torch.nn.Conv2d({', '.join(map(str, sizes))}, bias=False)"
+        steps.append(f"network.conv1 = {layer}")
+    absent = ["maxpool"] if model.stem == "cifar" else []
+    absent += [] if variant.get("stem_relu", True) else ["act1"]
+    steps += [f"network.{name} = torch.nn.Identity()" for name in absent]
+    steps.append(f"network.load_state_dict(safetensors.torch.load_file({str(path)!r}))")
+    return "; ".join(steps)
+
+
+# Format to writer, reader, and the difference allowed, as a share of the largest feature.
 FORMATS: dict[str, tuple[Callable[..., Files], Callable[..., Features], float]] = {
     "timm": (_write_timm, _read_timm, 1e-5),
-    "torchvision": (_write_torchvision, _read_torchvision, 1e-5),
-    "safetensors": (_write_safetensors, _read_safetensors, 1e-5),
+    "torchvision": (
+        lambda loaded, *_: _saved(_tensors(loaded)),
+        lambda path, loaded: _into_twin(torch.load(path, weights_only=True), loaded),
+        1e-5,
+    ),
+    "safetensors": (_write_safetensors, lambda path, _: load_encoder(path).backbone, 1e-5),
     "official": (_write_official, _read_official, 1e-5),
     "detectron2": (_write_detectron2, _read_detectron2, 1e-5),
     "onnx": (_write_onnx, _read_onnx, 1e-4),

@@ -1,7 +1,7 @@
-"""Read a checkpoint file without running anything in it: torch, safetensors, timm directories.
+"""Read a checkpoint file into a dict, without running code from it or fetching anything.
 
-What comes out is the file's own dict, with its own names; `layouts` understands them. Nothing is
-unpickled or fetched, and whatever is wrong with a file becomes one line. Shapes: none here.
+Files are torch's, safetensors, and directories as timm writes them. The dict keeps the file's own
+names, which `layouts` translates. Whatever is wrong with a file becomes a UserError of one line.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ import errno
 import json
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moco.checkpoints.matching import State, one_line, some
+from moco.checkpoints.matching import State, one_line, shape_text, some
 from moco.config import UserError
+from moco.run_directory import is_whole
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read a file without running anything in it.
+    """Read a file without running code from it.
 
     Returns:
-        The file's dict. Of safetensors and timm directories: `state_dict`, `format`, and under
-        `moco` or `timm` what they say about themselves.
+        The file's dict. For safetensors and timm directories it holds `state_dict`, `format`, and
+        under `moco` or `timm` what the file says about itself.
 
     Raises:
-        UserError: A URL, no such file, no checkpoint, a damaged one, one that needs code.
+        UserError: A URL, no such file, no checkpoint, a damaged one, or one that would run code.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|hf-hub:", str(path)):
         raise UserError(f"{path} is an address: download the file and give its path")
@@ -51,10 +53,10 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def tensors_of(raw: dict[str, Any], path: str | Path) -> State:
-    """Find the dict of tensors inside the usual wrappings.
+    """Return the dict of tensors, which may lie under `state_dict` or `model`.
 
     Raises:
-        UserError: There is none; `path` is for the message.
+        UserError: There is none, or a tensor is not plain numbers in memory; it names `path`.
     """
     for _ in range(3):
         inner = (raw.get(name) for name in ("state_dict", "model", "model_state_dict"))
@@ -62,16 +64,43 @@ def tensors_of(raw: dict[str, Any], path: str | Path) -> State:
     state = {k: v for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
         raise UserError(f"{path} holds no tensors by name, only {some(map(str, raw))}")
+    for name, tensor in state.items():
+        plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+        if not plain or tensor.is_quantized or tensor.is_nested:
+            raise UserError(f"{path}: {name} is no plain tensor: store it dense, in floating point")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            shape = shape_text(tensor)
+            raise UserError(f"{path}: {name} claims a shape of {shape}, but less is stored")
     return state
 
 
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that is damaged, or that holds far more than its own size.
+
+    torch stores its records uncompressed, and it does not compare their checksums.
+    """
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(record.file_size for record in archive.infolist())
+        whole = claimed <= 2 * size + 2**20 and is_whole(path)
+    except Exception:  # a foreign file can make zipfile raise anything
+        claimed, whole = 0, False
+    if claimed > 2 * size + 2**20:
+        raise UserError(f"{path} of {size} bytes would inflate to {claimed}: take another copy")
+    if not whole:
+        raise UserError(f"{path} is damaged or cut short: take another copy")
+
+
 def _read_torch(path: Path, start: bytes) -> Any:
+    if start[:2] == b"PK":
+        _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes can raise anything
-        # EINVAL: torch sought beyond the ends of a file cut short.
+    except Exception as error:  # a foreign file can make torch raise anything
+        # torch raises EINVAL when it seeks beyond the end of a file that was cut short.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         text = str(error)
@@ -92,9 +121,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             note = json.loads((file.metadata() or {}).get("moco", "null"))
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is a damaged safetensors file: {one_line(error)}") from None
     epoch = {"epoch": note["epoch"]} if isinstance(note, dict) and "epoch" in note else {}
     return {"state_dict": state, "format": "safetensors", "moco": note} | epoch
@@ -106,8 +135,10 @@ def _read_timm_directory(path: Path) -> dict[str, Any]:
         hint = f"give {last}" if last.is_file() else "give a file, or a directory as timm writes it"
         raise UserError(f"{path} is a directory without config.json: {hint}")
     try:
+        if file.stat().st_size > 2**20:
+            raise UserError(f"{file} has {file.stat().st_size} bytes: timm did not write it")
         note = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON: {one_line(error)}") from None
     if not isinstance(note, dict) or not isinstance(note.get("architecture"), str):
         raise UserError(f"{file} names no architecture: timm did not write it")

@@ -1,0 +1,39 @@
+"""Model cards: they list this encoder's scores and nobody else's."""
+
+import json
+
+import pytest
+from test_export import VIT
+from test_load import save_ours
+
+from moco.checkpoints.load import load_encoder
+from moco.checkpoints.matching import checksum
+from moco.checkpoints.model_card import model_card
+from moco.evaluation.subject import Layer
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    save_ours(tmp_path / "checkpoints" / "last.ckpt", VIT)
+    return tmp_path
+
+
+def test_scores_of_other_weights_are_not_listed(run):
+    path = run / "checkpoints" / "last.ckpt"
+    query, key = load_encoder(path), load_encoder(path, "key")
+    sums = {
+        "query": checksum(Layer(query.backbone, None, False)),
+        "head": checksum(Layer(query.backbone, query.head, False)),
+        "key": checksum(Layer(key.backbone, None, False)),
+        "unsigned": None,
+    }
+    assert len(set(sums.values())) == 4
+    for number, (name, sha) in enumerate(sums.items()):
+        content = {"top1": 50.5 + number} | ({"backbone_sha256": sha} if sha else {})
+        (path.parent / f"last.ckpt.{name}.json").write_text(json.dumps(content))
+    (run / "list.json").write_text("[1]")
+    card = model_card(query, path, "")
+    assert "query: top1: 50.5" in card and "head: top1: 51.5" in card
+    assert "key: top1" not in card and "unsigned" not in card
+    assert "key: top1: 52.5" in model_card(key, path, "")
