@@ -153,8 +153,8 @@ def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.T
         **options,
     )
     RankLauncher.replace(trainer.strategy)
-    # With several ranks Lightning asks rank 0 at each step whether SIGTERM came, and waits for the
-    # device to answer (docs/faults.md, "How numbers are watched"). `Checkpoints` asks instead.
+    # With several ranks Lightning broadcasts at each step whether SIGTERM came, and waits for the
+    # device, which docs/faults.md ("How numbers are watched") rules out; `Checkpoints` does it.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
