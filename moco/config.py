@@ -1,9 +1,9 @@
-"""Every setting of pretraining: its meaning, unit, range, default and source.
+"""Every setting: its meaning, unit, range, default and source.
 
-One room to read, and the only place where settings are declared: the command line, the help, the
-checks and what a checkpoint stores are all derived from these dataclasses. Fields are flat
-primitives, so that a checkpoint loads with ``weights_only=True``. This room imports nothing heavy;
-`moco.command.cli` turns a command line into a `TrainConfig`.
+Settings are declared here and nowhere else: the command line, its help, the checks and what a
+checkpoint stores are derived from these dataclasses. Fields are flat primitives, so that a
+checkpoint loads with ``weights_only=True``. `moco.command.cli` turns a command line into a
+`TrainConfig`. This room imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
-    """Wrong input. The message says what is wrong, where, and how to mend it; scripts print it and
-    exit with 2.
-    """
+    """Input is wrong. The message says what, where, and how to mend it; scripts exit with 2."""
 
 
 class RunError(RuntimeError):
-    """What stops a run although its input is right: a dead worker, memory, numbers that blew up.
+    """A run cannot go on although its input is right: a worker died, memory or numbers overflowed.
 
-    The message says what happened and how to go on; scripts print it and exit with 1. Rank 0
-    speaks for all, unless it is `local` to the rank that raised it.
+    The message says what happened and how to go on; scripts print it and exit with 1. Rank 0 prints
+    it for all ranks, unless it is `local` to the rank that raised it.
     """
 
     def __init__(self, message: str, local: bool = False) -> None:
@@ -89,8 +87,7 @@ class ModelConfig:
     key_bn: Literal["auto", "shuffle", "split", "sync", "plain"] = setting(
         "auto",
         "BatchNorm of the keys: shuffled across devices, split into groups on one device, over "
-        "all devices, or plain; "
-        "auto takes shuffle on several devices and split on one",
+        "all devices, or plain; auto: shuffle on several devices, split on one",
     )
     query_bn: Literal["plain", "split", "sync"] = setting(
         "plain",

@@ -1,6 +1,6 @@
-"""Run directories: their names, what they hold, and which checkpoint a run goes on from. No torch
-here.
+"""Run directories: their names, what they hold, and which checkpoint a run goes on from.
 
+This room needs no torch.
 RUN_DIR/config.yaml      every setting as it was asked for, and what the run has decided
 RUN_DIR/metrics.csv      one row per reading
 RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
@@ -66,7 +66,7 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
 
 
 def _starter() -> str:
-    """Name what a run's ranks have in common: runs started in one second share no directory."""
+    """Name what only the ranks of one run share, so that each run has a directory of its own."""
     if step := os.environ.get("SLURM_STEP_ID"):
         return f"{os.environ.get('SLURM_JOB_ID')}.{step}"
     return str(os.getppid() if "LOCAL_RANK" in os.environ else os.getpid())
@@ -116,10 +116,11 @@ def last_whole(run_dir: Path) -> Path | None:
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """List a run's checkpoints in the order in which they are to be believed.
+    """List a run's checkpoints, the one to go on from first.
 
-    last.ckpt is another name of the newest step's; a kill or a full disk between the two leaves it
-    behind. A step of an earlier attempt, from before a resume further back, is older than it.
+    That is last.ckpt, another name of the newest step's file, unless a kill or a full disk kept it
+    from being renewed: then the newest step is younger. Steps of an earlier attempt, from before a
+    resume further back, are older than last.ckpt.
     """
     folder = run_dir / "checkpoints"
     steps, last = sorted(folder.glob("step_*.ckpt"), reverse=True), folder / "last.ckpt"
@@ -128,7 +129,7 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 
 
 def _age(path: Path) -> float:
-    """Return when a file was written; 0 where there is none, as with one that was just removed."""
+    """Return when a file was written, or 0 where there is none."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -136,10 +137,10 @@ def _age(path: Path) -> float:
 
 
 def is_whole(path: Path) -> bool:
-    """Tell whether a checkpoint was written to its end and reads as it was written.
+    """Tell whether a checkpoint was written to its end and still reads as it was written.
 
-    Its archive's directory stands at the end. torch does not compare the checksums; here they are,
-    at gigabytes per second.
+    A torn archive lacks its directory, which stands at the end. Checksums find damaged bytes; torch
+    does not compare them.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -215,7 +216,10 @@ def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where:
 
 
 def check_images(found: dict[str, object], stored: object, where: Path) -> None:
-    """Raise UserError when a run would go on with other images; older checkpoints name none."""
+    """Raise UserError when a run would go on with other images.
+
+    A checkpoint of an older version does not name its images; then any are taken.
+    """
     if not isinstance(stored, dict) or found == stored:
         return
     counts = f"{found['count']} images, the run has {stored.get('count')}"

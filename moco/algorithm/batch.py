@@ -1,4 +1,4 @@
-"""The batch that a step of MoCo asks for. Whoever makes views hands it over; see `moco.images`.
+"""The batch that a step of MoCo takes; `moco.images.loader` makes it.
 
 Shapes: N images per device, W devices, B = N*W, C channels, S side of a view.
 """
@@ -17,7 +17,7 @@ class Batch:
     Attributes:
         query_views: One view, or two if symmetric; each N x C x S x S float, normalised.
         key_views: The matching other views, in shuffled places.
-        key_order: B, where the keys went; None if they were not shuffled.
+        key_order: B, the places that the keys were shuffled to; None if they were not shuffled.
     """
 
     query_views: list[Tensor]

@@ -1,4 +1,4 @@
-"""Kinds of BatchNorm: over one device's batch, over groups of it, or over all devices.
+"""Kinds of BatchNorm: statistics over one device's batch, over groups of it, or over all devices.
 
 Shapes: N images per device, C channels, H W pixels, G BatchNorm groups.
 """
@@ -11,11 +11,12 @@ from torch.nn.functional import batch_norm
 
 
 class SplitBatchNorm:
-    """BatchNorm over G groups of the batch, as if on G devices; in eval mode what it was before.
+    """Normalise G groups of the batch apart, as G devices would; eval mode is the layer's own.
 
-    On one device a permutation inside the only group would hide nothing: the keys need groups other
-    than the queries'. Mixed into the class of an existing layer, so it serves timm's BatchNorm with
-    activation too, on any memory format. The running statistics are the mean over the groups.
+    Keys must be normalised in other groups than their queries (1911.05722, section 3.3). With all
+    images of one device in a single group, shuffling them would not change the groups.
+    `set_batch_norm` mixes this class into that of an existing layer, so that timm's BatchNorm with
+    activation can be split too. The running statistics are the mean over the groups.
     """
 
     num_splits: int
@@ -33,7 +34,7 @@ class SplitBatchNorm:
         return images
 
     def _group_by_group(self, images: Tensor) -> Tensor:
-        """Call the library's BatchNorm once per group: the fastest without a compiler."""
+        """Call torch's BatchNorm once per group, the fastest way without a compiler."""
         groups, mean, var = self.num_splits, self.running_mean, self.running_var
         tracked = mean is not None
         means = mean.repeat(groups, 1) if tracked else [None] * groups
@@ -48,10 +49,10 @@ class SplitBatchNorm:
         return normed
 
     def _fused(self, images: Tensor) -> Tensor:
-        """Say it in operations that a compiler fuses: one pass for the statistics, one to apply."""
+        """Write BatchNorm in operations that a compiler fuses to two passes over the images."""
         groups, batch = self.num_splits, images.shape
         precise = torch.promote_types(images.dtype, torch.float32)
-        grouped = images.view(groups, -1, *batch[1:]).to(precise)  # G N/G C H W, in any format
+        grouped = images.view(groups, -1, *batch[1:]).to(precise)  # G N/G C H W
         var, mean = torch.var_mean(grouped, (1, 3, 4), correction=0)  # G C
         scale = torch.rsqrt(var + self.eps)
         scale = scale if self.weight is None else scale * self.weight
@@ -67,11 +68,10 @@ class SplitBatchNorm:
 
 
 def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
-    """Make every BatchNorm of an encoder `plain`, `split` or `sync`, in place; weights and keys
-    stay.
+    """Make every BatchNorm of an encoder `plain`, `split` or `sync`; its state dict stays the same.
 
     Returns:
-        The module, which for `sync` may be another object.
+        The module, changed in place, or for `sync` another object where it is a BatchNorm itself.
     """
     if kind == "sync":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)

@@ -1,8 +1,7 @@
-"""Contrast: InfoNCE and the queue of negative keys (1911.05722, section 3.1-3.2). Tensors only.
+"""Contrast: InfoNCE and the queue of negative keys (1911.05722, sections 3.1 and 3.2).
 
-The loss is a pure function; the queue is the only state, and its buffers are persistent, so every
-checkpoint holds them. Shapes: N queries on this device, B keys over all devices, C embedding, K
-queue.
+The loss is a pure function. The queue is the only state, and every checkpoint holds its buffers.
+Shapes: N queries on this device, B keys over all devices, C embedding, K queue.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ def info_nce(
 
     Source: arXiv:1911.05722, eq. 1 and Algorithm 1.
     """
-    # In fp32 also under autocast: bf16 logits of size 1/temperature carry errors of several
-    # percent.
+    # Logits are fp32 under autocast too: in bf16, at a size of 1/temperature, they would be off by
+    # several percent.
     with torch.autocast(query.device.type, enabled=False):
         query, key, negatives = at_least_fp32(query), at_least_fp32(key), at_least_fp32(negatives)
         positive = (query * key).sum(1, keepdim=True)  # N 1
@@ -41,7 +40,7 @@ def info_nce(
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
-    """Undo what autocast has shortened; fp64 stays."""
+    """Convert half-precision values to fp32, and leave fp64 as it is."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -57,10 +56,12 @@ def contrast_accuracy(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KeyQueue(nn.Module):
-    """Ring buffer of the last K keys, first in first out (1911.05722, section 3.2).
+    """Hold the last K keys in a ring buffer, first in, first out (1911.05722, section 3.2).
 
-    Attributes: keys: K x C unit vectors, random at the start. num_enqueued: int64 scalar, keys
-        written since the start; the next one goes to `num_enqueued % K`.
+    Attributes:
+        keys: K x C unit vectors, random at the start.
+        num_enqueued: int64 scalar, the keys written since the start; the next one goes to row
+            `num_enqueued % K`.
     """
 
     keys: Tensor
@@ -73,9 +74,7 @@ class KeyQueue(nn.Module):
         self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.long))
 
     def snapshot(self) -> Tensor:
-        """Return a copy of the keys, K x C: the queue may move on before the backward pass reads
-        it.
-        """
+        """Return a copy of the keys, K x C, for keys are enqueued before the backward pass runs."""
         return self.keys.clone()
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Encoders: backbone + projection head, and first layers for small images.
+"""Encoders: a backbone with a projection head, and first layers for small images.
 
-Every backbone comes from timm, whose ResNets carry torchvision's names, keys and arithmetic,
-without weights: nothing is downloaded. Shapes: N images per device, D feature, C embedding, H W
-pixels.
+Every backbone comes from timm, whose ResNets have the names, state dict keys and arithmetic of
+torchvision's. Weights start fresh: nothing is downloaded.
+Shapes: N images per device, D feature, C embedding, H W pixels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TORCHVISION_RESNETS = (
 
 
 class Encoder(nn.Module):
-    """Backbone and head: N x channels x H x W images to N x C embeddings, not yet normalised.
+    """Map N x channels x H x W images to N x C embeddings, not yet normalised.
 
     Attributes:
         backbone: Images to N x D features, the part that is kept after pretraining.
@@ -72,8 +72,8 @@ def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encode
 
 
 def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    """Build the feature extractor alone, and tell its feature width D."""
-    import timm  # 2 s: only where a network is built
+    """Build the feature extractor alone, and return it with its feature width D."""
+    import timm  # this takes 2 s, so it is left to those who build a network
 
     if not timm.is_model(config.backbone):
         names = [*TORCHVISION_RESNETS, *timm.list_models()]
@@ -101,7 +101,7 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
             _set_stem(backbone, config, channels)
         if any(p.numel() == 0 for p in backbone.parameters()):
             raise ValueError("a layer has no channels left")
-        # After pooling some networks widen: this is what comes out.
+        # Some networks widen their features after pooling, to `head_hidden_size`.
         return backbone, getattr(backbone, "head_hidden_size", backbone.num_features)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -122,7 +122,7 @@ def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
             arguments["channels"] = tuple(
                 max(8, int(c * config.width)) for c in (64, 128, 256, 512)
             )
-            # A deep stem is the only way to tell timm the width of the first stage's input.
+            # timm takes a width of the stem only for deep stems; `_set_stem` replaces it.
             arguments |= {"stem_type": "deep", "stem_width": max(4, int(32 * config.width))}
         return arguments
     default = get_pretrained_cfg(config.backbone)
@@ -131,7 +131,7 @@ def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
 
 
 def _set_stem(backbone: nn.Module, config: ModelConfig, channels: int) -> None:
-    """Replace the first convolution where the stem or the width asks for it."""
+    """Replace the first convolution where another stem or width is asked for."""
     if config.stem == "imagenet" and config.width == 1:
         return
     cifar = config.stem == "cifar"

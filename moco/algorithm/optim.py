@@ -1,8 +1,7 @@
-"""Optimisers and schedules. The rate is a pure function of the step: there is nothing to save or
-restore.
+"""Optimisers and schedules. Rates are pure functions of the step, so a resume restores none.
 
-Sources: 1911.05722, section 4 (steps), 2003.04297 (cosine), 2104.02057 (warm-up, momentum on a
-cosine).
+Sources: 1911.05722, section 4 (steps), 2003.04297 (cosine), 2104.02057 (warm-up, key momentum along
+a cosine).
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from moco.config import ModelConfig, OptimConfig
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig
 ) -> torch.optim.Optimizer:
-    """Build torch's SGD or AdamW over all parameters, decay on every one, fused where the device
-    has it.
-    """
+    """Build torch's SGD or AdamW, with weight decay on every parameter, fused where possible."""
     parameters = [p for p in parameters if p.requires_grad]
     fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
     if config.name == "adamw":
@@ -44,9 +41,9 @@ def build_optimizer(
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Return the rate of optimiser step `step`, counted from 0.
 
-    Warm-up rises linearly from 0 by step. After it, cosine falls to 0 over the rest of the run as
-    0.5 * (1 + cos(pi * e / E)); with `schedule_per: epoch` e is the whole epoch, as in v1 and v2.
-    `plateau` is constant here: `Plateau` scales it.
+    Warm-up rises linearly from 0, step by step. After it, cosine falls to 0 over the rest of the
+    run as 0.5 * (1 + cos(pi * e / E)); with `schedule_per: epoch`, e counts whole epochs, as in v1
+    and v2. `plateau` is constant here: `Plateau` scales it.
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -63,7 +60,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_st
 
 
 def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
-    """Return m at a step: constant, or from m0 to m_end along half a cosine (2104.02057)."""
+    """Return the momentum m of a step: constant, or along half a cosine (2104.02057)."""
     start, end = config.key_momentum, config.key_momentum_end
     if config.key_momentum_schedule == "constant":
         return start
@@ -71,14 +68,14 @@ def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
 
 
 class Plateau:
-    """Lower the rate when a metric stops improving: torch's ReduceLROnPlateau over a bare factor.
+    """Lower the rate when a metric stops improving, as torch's ReduceLROnPlateau does.
 
-    The factor multiplies `learning_rate`, so warm-up still holds. Higher is better unless the
-    metric is a loss.
+    It scales a factor of `learning_rate`, so that warm-up still holds. A higher metric is better
+    unless it is a loss.
     """
 
     def __init__(self, config: OptimConfig) -> None:
-        # The scheduler wants an optimiser to scale; this one owns nothing but the factor.
+        # The scheduler needs an optimiser; this one's rate is the factor, and it trains nothing.
         self._factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self._factor,
@@ -89,15 +86,15 @@ class Plateau:
 
     @property
     def factor(self) -> float:
-        """What the rate is multiplied with, 1 at the start."""
+        """Factor of the rate, 1 at the start."""
         return float(self._factor.param_groups[0]["lr"])
 
     def read(self, metric: float) -> None:
-        """Take a reading of the watched metric."""
+        """Show the scheduler a new value of the watched metric."""
         self._scheduler.step(metric)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state as plain numbers."""
+        """Return the factor and the counters as plain numbers."""
         state = self._scheduler.state_dict()
         return {
             "factor": self.factor,

@@ -1,8 +1,7 @@
 """MoCo: the algorithm on one page (1911.05722, Algorithm 1; v2 2003.04297).
 
-What varies between v1, v2 and v2+ are orthogonal settings (`moco.config.ModelConfig`), not
-versions. How images become views is `moco.images.loader`'s business, how a run lives is
-`moco.training.run`'s.
+v1, v2 and v2+ differ in orthogonal settings (`moco.config.ModelConfig`), not in code.
+`moco.images.loader` makes views of images, and `moco.training.run` makes a run of these steps.
 Shapes: N images per device, W devices, B = N*W, C embedding, K queue, S side of a view.
 """
 
@@ -27,7 +26,7 @@ from moco.distributed import all_gather, local_rows, restore
 
 
 class MoCo(pl.LightningModule):
-    """Query encoder trained by gradient, key encoder following it, and the queue of keys.
+    """Train a query encoder by gradient; the key encoder follows it and fills the queue of keys.
 
     Args:
         model_config: Encoders, queue and loss; `key_bn` already decided (not auto).
@@ -36,10 +35,14 @@ class MoCo(pl.LightningModule):
         image_size: Side of the views in pixels.
         seed: Of the queue's first, random keys.
 
-    Attributes: query_encoder, key_encoder: Equal at the start, head included; the key encoder takes
-        no gradient. queue: K x C keys, in every checkpoint. total_steps, steps_per_epoch: Set
-        before training; the schedules need them. metrics: The last step's readings on the device,
-        filled only where `wants_metrics` is set.
+    Attributes:
+        query_encoder, key_encoder: Equal at the start, head included; the key encoder takes no
+            gradient.
+        queue: K x C keys, in every checkpoint.
+        total_steps, steps_per_epoch, accumulate: Set before training, since the schedules need
+            them; `accumulate` counts the batches of an optimiser step.
+        wants_metrics, metrics: Where the first is set, a step fills the second, on the device.
+        loss_sum, loss_count: Of the epoch's batches so far, on this rank.
     """
 
     def __init__(
@@ -63,17 +66,17 @@ class MoCo(pl.LightningModule):
         self.accumulate = 1
         self.wants_metrics = True
         self.metrics: dict[str, Tensor] = {}
-        self.register_buffer("loss_sum", torch.zeros(()), persistent=False)  # of this epoch
+        self.register_buffer("loss_sum", torch.zeros(()), persistent=False)
         self.loss_count = 0
         self.to(memory_format=torch.channels_last)  # faster on every device and in every precision
 
     def compile_encoders(self, backend: str) -> None:
-        """Compile both encoders, each to fused kernels for one shape; names and state stay."""
+        """Compile each encoder to fused kernels for one shape; the state dict keeps its keys."""
         for encoder in (self.query_encoder, self.key_encoder):
             encoder.compile(backend=backend, dynamic=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Take one step of Algorithm 1 on each pair of views, one pair or, if symmetric, two."""
+        """Take one step of Algorithm 1 on one pair of views or, if symmetric, on two."""
         queries = [
             normalize(at_least_fp32(self.query_encoder(view))) for view in batch.query_views
         ]  # N C
@@ -88,7 +91,7 @@ class MoCo(pl.LightningModule):
             loss, logits = info_nce(query, own, negatives, self.model_config.temperature)
             losses.append(loss)
         for key in keys:
-            self.queue.enqueue(key)  # after the losses, always
+            self.queue.enqueue(key)  # after all losses: no key may be its own query's negative
         total = torch.stack(losses).sum()
         loss = total if self.model_config.symmetric == "sum" else total / len(losses)
         self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
@@ -98,7 +101,8 @@ class MoCo(pl.LightningModule):
     def update_key_encoder(self) -> None:
         """Move the key encoder: k <- m*k + (1-m)*q over parameters only (1911.05722, eq. 2).
 
-        BatchNorm's running statistics are the key encoder's own. The first update changes nothing.
+        The key encoder keeps its own running statistics of BatchNorm. The first update changes
+        nothing, since both encoders start equal.
         """
         momentum = optim.key_momentum(self.model_config, self.global_step, self.total_steps)
         torch._foreach_lerp_(
@@ -107,12 +111,12 @@ class MoCo(pl.LightningModule):
 
     @torch.no_grad()
     def encode_keys(self, key_view: Tensor, key_order: Tensor | None) -> Tensor:
-        """Encode this device's share of the shuffled keys and gather all of them in the queries'
-        order.
+        """Encode this device's keys and gather those of all devices in the order of the queries.
 
-        Args: key_view: N x C x S x S, images that `key_order` put here, so normalised in other
-            groups than the queries. key_order: B, see `moco.distributed.key_order`; None where the
-            keys were not shuffled.
+        Args:
+            key_view: N x channels x S x S. `key_order` has put these images on this device, so that
+                BatchNorm normalises them in other groups than their queries.
+            key_order: B, see `moco.distributed.key_order`; None where the keys were not shuffled.
 
         Returns:
             B x C unit vectors in rank order, without gradient.
@@ -121,7 +125,7 @@ class MoCo(pl.LightningModule):
 
     @torch.no_grad()
     def take_note(self, loss: Tensor, logits: Tensor, query: Tensor) -> None:
-        """Read what tells a healthy run from a sick one, on the device, without synchronising."""
+        """Add up the loss and, where wanted, compute metrics; the host does not wait for them."""
         self.loss_sum += loss
         self.loss_count += 1
         if not self.wants_metrics:
@@ -134,15 +138,13 @@ class MoCo(pl.LightningModule):
             "train/contrast_top1": top1,
             "train/contrast_top5": top5,
             "train/queue_fill": self.queue.fill(),
-            # 1 when the embeddings spread evenly over the sphere, 0 when they collapsed to a point.
+            # It is 1 where embeddings spread evenly over the sphere, 0 where they are one point.
             "train/spread": query.std(0).mean() * query.shape[1] ** 0.5,
         }
 
     def read_plateau(self, knn_top1: float | None) -> None:
-        """Give the plateau schedule its reading at the end of an epoch: the epoch's mean loss, or
-        kNN.
-        """
-        if self.optim_config.schedule == "plateau":  # else no epoch has to wait for the device
+        """Show the plateau schedule the epoch's mean loss or kNN, and set the losses to 0."""
+        if self.optim_config.schedule == "plateau":  # only then the host must wait for the device
             sums = all_gather(self.loss_sum[None])
             mean = sums.sum().item() / (self.loss_count * len(sums))
             metric = mean if self.optim_config.plateau_metric == "train/loss" else knn_top1
@@ -169,7 +171,7 @@ class MoCo(pl.LightningModule):
         return rate * self.plateau.factor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the state dict does not hold, as plain numbers."""
+        """Store the plateau's counters and the epoch's losses as plain numbers."""
         checkpoint["plateau"] = self.plateau.state_dict()
         checkpoint["epoch_loss"] = [self.loss_sum.item(), self.loss_count]
 

@@ -1,8 +1,7 @@
-"""What `auto` means on this machine, and what cannot work here: decided and refused before the
-first step.
+"""Decisions before the first step: what `auto` means on this machine, and what cannot work on it.
 
-The settings stay as the user gave them; what they came to is a `Decided`, which config.yaml and
-every checkpoint keep. A resumed run takes it as it stands for whatever changes a number.
+Settings stay as the user gave them. What they came to is a `Decided`; config.yaml and every
+checkpoint hold it, and a resumed run keeps of it whatever changes a number.
 Shapes: W devices over all machines.
 """
 
@@ -179,7 +178,7 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
 
 
 def check_shares(config: TrainConfig, decided: Decided) -> None:
-    """Raise UserError when the batch does not divide as the devices and groups need it."""
+    """Raise UserError when the batch does not divide by the devices and BatchNorm groups."""
     batch, model, world = config.data.batch_size, config.model, decided.world
     kinds = (decided.key_bn, model.query_bn)
     if "sync" in kinds and world > 1 and decided.accelerator == "cpu":
@@ -230,10 +229,10 @@ def choose_compile(config: TrainConfig, steps: int) -> tuple[str, str]:
     """Decide which backend of torch.compile serves, empty for none, and say why.
 
     Args:
-        steps: Of the run: a short one does not win back the time that compiling takes.
+        steps: Of the run; a short run does not win back the time that compiling takes.
 
     Raises:
-        UserError: Asked for, and no compiler is there.
+        UserError: Compiling is asked for, and there is no compiler.
     """
     wanted, on_gpu = config.model.compile, accelerator(config) == "cuda"
     if wanted == "off" or (wanted == "auto" and not on_gpu):
@@ -249,7 +248,7 @@ def choose_compile(config: TrainConfig, steps: int) -> tuple[str, str]:
 
 
 def missing_compiler(on_gpu: bool) -> str:
-    """Name what torch.compile needs and does not find; empty if all is there."""
+    """Name the first program that torch.compile needs and does not find; empty where it has all."""
     from torch.utils._triton import has_triton
 
     if on_gpu and not has_triton():
@@ -290,7 +289,7 @@ def accelerator(config: TrainConfig) -> str:
 
 
 def own_device(config: TrainConfig) -> torch.device:
-    """Return this process's device before Lightning has set up."""
+    """Return the device that Lightning will give to this process."""
     if accelerator(config) == "cpu":
         return torch.device("cpu")
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))

@@ -1,7 +1,7 @@
 """Explanations: what a library raised during training, as one line that says what to set.
 
-The run has failed when this room is entered, and Lightning has moved the module to the CPU: the
-device may be used freely, the other ranks may not be waited for.
+When this room is entered the run has failed, and Lightning has moved the module to the CPU: the
+device is free to measure on, and nothing here may wait for other ranks.
 Shapes: N images per device, K queue, C embedding, S side of a view.
 """
 
@@ -67,9 +67,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def fitting_batch(trainer: pl.Trainer, module: Any, tried: int, data: DataConfig) -> int:
-    """Measure what batch per device fits: a step's memory grows with the batch along a line.
+    """Measure which batch per device fits, or return 0 where not even an eighth of it does.
 
-    0 where not even an eighth fits.
+    The memory of a step grows along a line with the batch, so two small steps are enough.
     """
     small, large = max(2, tried // 8), max(4, tried // 4)
     try:
@@ -84,10 +84,10 @@ def fitting_batch(trainer: pl.Trainer, module: Any, tried: int, data: DataConfig
 
 
 def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) -> int:
-    """Return the bytes that a step on `count` images takes at most: forward, loss and backward.
+    """Return the most bytes that a step on `count` images takes: forward, loss and backward.
 
-    On copies of the encoders: what DistributedDataParallel hangs on the parameters would wait for
-    the other ranks, and so would SyncBatchNorm.
+    It runs on copies of the encoders, since hooks of DistributedDataParallel would wait for other
+    ranks. So would SyncBatchNorm, which is put into eval mode.
     """
     device, model = trainer.strategy.root_device, module.model_config
     torch.cuda.empty_cache()

@@ -83,10 +83,8 @@ class NonFiniteGuard(pl.Callback):
             RunError: One of them is not finite on any rank, or fp16's scale is too low.
         """
         if self._scaler and self._scaler.get_scale() < LEAST_SCALE:
-            raise RunError(
-                "gradients are not finite in fp16 at any loss scale, "
-                f"{self._last_good('set trainer.precision bf16-mixed or 32-true')}"
-            )
+            what = "gradients are not finite in fp16 at any loss scale"
+            raise self._error(what, "set trainer.precision bf16-mixed or 32-true")
         if not self._largest:
             return
         are_bad = _on_any_rank(~torch.stack([*self._largest.values()]).isfinite())
@@ -106,16 +104,15 @@ class NonFiniteGuard(pl.Callback):
         if _on_any_rank(~get_total_norm(tensors, math.inf).isfinite()[None])[0]:
             raise self._error(f"weights are not finite after step {trainer.global_step}")
 
-    def _error(self, what: str) -> RunError:
-        return RunError(f"{what}, {self._last_good('lower optim.lr or raise optim.warmup_epochs')}")
-
-    def _last_good(self, remedy: str) -> str:
+    def _error(
+        self, what: str, remedy: str = "lower optim.lr or raise optim.warmup_epochs"
+    ) -> RunError:
         last = last_whole(self.run_dir)
         if last is None:
-            return f"no checkpoint was written yet: {remedy} and start again"
-        return (
-            f"the last good checkpoint is {last}: {remedy} in a new run with --init_from {last}, "
-            f"or go on with --resume {self.run_dir} if the cause has passed"
+            return RunError(f"{what}, no checkpoint was written yet: {remedy} and start again")
+        return RunError(
+            f"{what}, the last good checkpoint is {last}: {remedy} in a new run with --init_from "
+            f"{last}, or go on with --resume {self.run_dir} if the cause has passed"
         )
 
 

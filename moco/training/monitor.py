@@ -1,7 +1,7 @@
-"""Sight during training: readings, kNN and the progress bar, as Lightning callbacks.
+"""Monitors of training: metrics, kNN and the progress bar, as Lightning callbacks.
 
-Nothing here changes what is computed. Readings are taken on the device and fetched once every few
-steps.
+Nothing here changes what is computed. The device computes metrics, and the host fetches them once
+every few steps: that is a reading.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class MetricsLogger(pl.Callback):
     """Log loss, contrast accuracy, queue, spread, rates and waiting every few steps.
 
     Args:
-        data: Its loader's waiting time is read.
+        data: It tells how long training has waited for its loader.
         every: Optimiser steps between readings.
 
     Attributes:
         latest: Name to value of the last readings of all callbacks.
-        paused: Seconds spent on other things than training, added by whoever spends them.
-        images, seconds: Since the start, pauses left out.
+        paused: Seconds spent on other things than training; other callbacks add theirs.
+        images, seconds: Trained on since the start, without the pauses.
     """
 
     def __init__(self, data: PretrainData, every: int) -> None:
@@ -60,12 +60,12 @@ class MetricsLogger(pl.Callback):
         self._mark = (time.perf_counter() - self.paused, self.data.wait_seconds, self.images)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-        """Ask the step for readings if its number is due."""
+        """Have the step compute metrics if a reading is due after it."""
         step = trainer.global_step + 1
         module.wants_metrics = step % self.every == 0 or step in (1, module.total_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-        """Fetch and log what is due."""
+        """Fetch and log the metrics if they are due."""
         self.images += self.data.config.batch_size
         if not module.wants_metrics:
             return
@@ -73,12 +73,12 @@ class MetricsLogger(pl.Callback):
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(values)
             values /= distributed.world_size()
-        readings = dict(zip(module.metrics, values.tolist(), strict=True))
+        values = dict(zip(module.metrics, values.tolist(), strict=True))
         start, waited, images = self._mark
         elapsed = max(time.perf_counter() - self.paused - start, 1e-9)
         self.seconds += elapsed
         step = trainer.global_step
-        readings |= {
+        values |= {
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/key_momentum": optim.key_momentum(
                 module.model_config, step - 1, module.total_steps
@@ -87,15 +87,15 @@ class MetricsLogger(pl.Callback):
             "train/wait_share": (self.data.wait_seconds - waited) / elapsed,
         }
         self._reset()
-        self.publish(trainer, module, readings)
+        self.publish(trainer, module, values)
 
-    def publish(self, trainer: pl.Trainer, module: Any, readings: dict[str, float]) -> None:
-        """Send readings to every logger and remember them."""
-        self.latest |= readings
+    def publish(self, trainer: pl.Trainer, module: Any, values: dict[str, float]) -> None:
+        """Send metrics to every logger and remember them."""
+        self.latest |= values
         step = trainer.global_step
         epoch = round(step / module.steps_per_epoch, 3)
         for logger in trainer.loggers:
-            logger.log_metrics({"epoch": epoch, **readings}, step=step)
+            logger.log_metrics({"epoch": epoch, **values}, step=step)
 
     def rate(self) -> float:
         """Return images per second since the start, over all devices."""
@@ -108,10 +108,12 @@ class KNNMonitor(pl.Callback):
     Args:
         data: Labelled bank and queries, or None without labels: then nothing is read.
         config: k, temperature and how often.
-        metrics: Where results go.
+        metrics: Logs the results.
 
-    Attributes: first, last: Top-1 in percent at the start and now. few_shot: Name to percent, read
-        after the last step: ten labels per class, for features and raw pixels.
+    Attributes:
+        first, last: Top-1 in percent before the first step and at the newest reading.
+        few_shot: Name to percent with ten labels per class, for features and raw pixels; filled
+            after the last step.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class KNNMonitor(pl.Callback):
         self.few_shot: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Read the untrained network, so that later readings say something."""
+        """Read the untrained network, to which later readings are compared."""
         if self._enabled and trainer.global_step == 0:
             self.read(trainer, module, final=False)
 
@@ -134,7 +136,7 @@ class KNNMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Read at the ends of the chosen epochs, and let the plateau schedule know."""
+        """Read at the ends of the chosen epochs, and tell the plateau schedule."""
         step, per_epoch = trainer.global_step, module.steps_per_epoch
         final = step >= module.total_steps
         epoch_end = batch_idx + 1 == trainer.num_training_batches
@@ -168,9 +170,7 @@ class KNNMonitor(pl.Callback):
         self.metrics.publish(trainer, module, {"val/knn_top1": self.last})
 
     def _few_shot(self, bank, labels, queries, targets, device) -> dict[str, float]:
-        """Compare ten labels per class on features and on raw pixels; empty where classes are too
-        small.
-        """
+        """Score ten labels per class on features and on raw pixels, if all classes have ten."""
         if int(torch.bincount(labels).min()) < _SHOTS:
             return {}
         scores = {"ten_shot": few_shot_accuracy(bank, labels, queries, targets, _SHOTS)[0]}
@@ -186,16 +186,16 @@ class KNNMonitor(pl.Callback):
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the readings through a resume."""
+        """Return the readings for the checkpoint."""
         return {"first": self.first, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+        """Restore the readings from a checkpoint."""
         self.first, self.last = state["first"], state["last"]
 
 
 class Progress(pl.Callback):
-    """One bar over the whole run on a terminal; elsewhere a line now and then."""
+    """Show one bar over the whole run on a terminal, and elsewhere a line every ten seconds."""
 
     def __init__(self, metrics: MetricsLogger) -> None:
         self.metrics = metrics

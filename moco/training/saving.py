@@ -1,7 +1,7 @@
-"""Saving: checkpoints that are whole or absent, when they are written, and stopping on a signal.
+"""Saving: when a run writes checkpoints, how it writes them whole, and how it stops on a signal.
 
-A checkpoint is written beside its place and moved there, so a kill or a full disk leaves the one
-before. It holds plain types only and loads with ``weights_only=True``.
+A checkpoint is written beside its place and then moved there, so that a kill or a full disk leaves
+the one before. It holds plain types only and loads with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from pytorch_lightning.utilities import rank_zero_only
 from moco.config import RunError, UserError
 
 log = logging.getLogger("moco")
-# What a run stops at, in the order in which one overrides another: SLURM sends SIGUSR1 ahead of a
-# preemption (sbatch --signal=USR1@60) and may send SIGTERM after it.
+# Signals that stop a run; where several come, the last in this list decides the exit code. SLURM
+# sends SIGUSR1 ahead of a preemption (sbatch --signal=USR1@60) and may send SIGTERM after it.
 STOPPING = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write next to the target, flush to disk, then replace; on failure keep the old file and go
-    on.
+    """Write checkpoints whole or not at all; after a failure keep the old file and go on.
 
     Attributes:
-        written: The last file that was written whole.
+        written: The last file that was written.
     """
 
     written: Path | None = None
@@ -42,8 +41,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write `checkpoint` to `path`; a failure is logged and not raised: other ranks wait at a
-        barrier.
+        """Write beside `path`, flush to the disk, then move the file to its place.
+
+        A failure is logged and not raised, since the other ranks wait at a barrier.
         """
         target = Path(path)
         temporary = target.with_name(f".{target.name}.tmp")
@@ -64,12 +64,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: Any = True
     ) -> Any:
-        """Read without unpickling code, whatever the caller or the environment says."""
+        """Load plain types and tensors only, whatever the caller or the environment asks for."""
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """Say why a write failed; on a full disk torch.save raises something about an archive."""
+    """Say why a write failed; of a full disk torch.save speaks as of a bad archive."""
     with contextlib.suppress(OSError):
         if shutil.disk_usage(folder).free < 2**20:
             return f"the disk of {folder} is full"
@@ -77,7 +77,9 @@ def _reason(error: Exception, folder: Path) -> str:
 
 
 class Signals(pl.Callback):
-    """Note the stopping signal that came; stands first, since other callbacks may take their time.
+    """Note which stopping signal has come.
+
+    It is the first callback, since others may take minutes before the first step.
 
     Attributes:
         came: The signal, or 0.
@@ -87,25 +89,25 @@ class Signals(pl.Callback):
         self.came = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take over the signals; Lightning puts back what was there before the run."""
+        """Handle the signals; Lightning restores the handlers from before the run at its end."""
         for number in STOPPING[1:]:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.came == number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt  # the user has pressed Ctrl-C twice and will not wait
         self.came = max(self.came, number, key=STOPPING.index)
 
 
 class Checkpoints(pl.Callback):
-    """Save after chosen steps, and after the step in which a stopping signal came; then stop.
+    """Save after chosen steps; stop after the step in which a signal came, and save then too.
 
     Args:
         signals: Tells which signal came.
         directory: Of the checkpoints.
-        every: Steps between checkpoints; 0: at the end of each epoch.
-        minutes: Between checkpoints besides; 0: none.
-        keep: How many of the newest stay.
+        every: Steps between checkpoints; 0: one at the end of each epoch.
+        minutes: Between further checkpoints; 0: there are none.
+        keep: How many of the newest checkpoints stay.
         extras: Stored in each checkpoint: name to plain values, such as the settings.
 
     Attributes:
@@ -134,7 +136,7 @@ class Checkpoints(pl.Callback):
         self._ranks: Any = None  # a group of processes, where there are several
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Clear what a killed run left half written."""
+        """Remove what a killed run left half written, and open a group of CPUs to agree over."""
         self._saved_at = time.monotonic()
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
@@ -144,13 +146,13 @@ class Checkpoints(pl.Callback):
             self._ranks = torch.distributed.new_group(backend="gloo")
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Note that the state is in motion."""
+        """Note that weights and counters are about to change."""
         self._in_step = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, at the ends of optimiser steps only."""
+        """Save at the end of an optimiser step if it is time to."""
         last_batch = batch_idx + 1 == trainer.num_training_batches
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not last_batch:
             return
@@ -166,9 +168,9 @@ class Checkpoints(pl.Callback):
             trainer.should_stop = True
 
     def _agree(self, *values: int) -> list[int]:
-        """Take the largest values of all ranks, so that all of them save and stop together.
+        """Return the largest values of all ranks, so that all of them save and stop together.
 
-        Over a group of CPUs: asked over the GPUs, every step would wait for them.
+        The ranks talk over CPUs, since over GPUs every step would wait for the device.
         """
         if self._ranks is None:
             return list(values)
@@ -205,9 +207,9 @@ class Checkpoints(pl.Callback):
             log.warning("%s stays as it was: %s", last, _reason(error, self.directory))
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Save what an error between two steps would lose; in a step the state is in motion.
+        """Save what an error between two steps would lose; within a step nothing whole is there.
 
-        One rank's own error finds the others elsewhere: there the last checkpoint has to do.
+        Several ranks save only after an error that all of them raise, as they save together.
         """
         known = isinstance(exception, UserError | RunError) and not getattr(exception, "local", 0)
         between = not self._in_step and trainer.global_step > self.saved_step
@@ -223,7 +225,7 @@ class Checkpoints(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Store what belongs to the weights."""
+        """Store the settings beside the weights, and counters that a second resume can trust."""
         checkpoint.update(self.extras)
         batches = trainer.num_training_batches
         checkpoint["epoch"] = set_counters(checkpoint["loops"]["fit_loop"], batches)
@@ -232,8 +234,8 @@ class Checkpoints(pl.Callback):
 def set_counters(loop: dict[str, Any], batches: int) -> int:
     """Set Lightning's counters to those of a run that never stopped, and return its epoch.
 
-    After a resume from the end of an epoch Lightning 2.6 counts epochs one short, so that a second
-    resume loses its place: all that counts is how many batches the run has taken.
+    After a resume from the end of an epoch Lightning 2.6 counts one epoch too few, so that a second
+    resume loses its place. The number of batches that the run has taken gives all counters.
 
     Args:
         loop: State of the fit loop after the last batch of an optimiser step; changed in place.

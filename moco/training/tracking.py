@@ -1,4 +1,4 @@
-"""Where readings go: metrics.csv always, TensorBoard and Weights & Biases when asked."""
+"""Loggers of metrics: metrics.csv always, TensorBoard and Weights & Biases when asked for."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ COLUMNS = (
 
 
 class MetricsFile(Logger):
-    """metrics.csv: one row per reading, written at once, continued on resume.
+    """Write metrics.csv, a row per reading, at once; a resumed run continues it.
 
-    While the disk is full rows wait in memory.
+    While the disk is full, rows wait in memory.
 
     Args:
         path: The file.
-        resume_step: Rows of later steps are dropped, since the run repeats them; 0 starts afresh.
+        resume_step: Rows of later steps are dropped, since the run repeats them; 0: all rows are.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -59,7 +59,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Leave them to config.yaml."""
+        """Do nothing: config.yaml holds the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -75,7 +75,7 @@ class MetricsFile(Logger):
                 log.warning("%s waits to be written: %s", self.path, error.strerror)
 
     def _append(self) -> None:
-        """Write what waits, all of it or nothing."""
+        """Append all waiting rows, or none of them."""
         size = self.path.stat().st_size
         try:
             with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -85,11 +85,10 @@ class MetricsFile(Logger):
             raise
 
     def _start(self) -> None:
-        """Write the header, or keep what a resumed run has behind it."""
+        """Write the header, and the rows that a resumed run keeps."""
         rows: list[dict[str, str]] = []
         if self._resume_step and self.path.is_file():
-            # What follows the last line's end was torn by a kill; so were zeros left by a power
-            # cut.
+            # A kill tears the last line, and a power cut may leave zeros.
             text = self.path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
             whole = text[: text.rfind("\n") + 1].splitlines()
             rows = [row for row in csv.DictReader(whole) if _step(row) <= self._resume_step]
@@ -104,7 +103,7 @@ class MetricsFile(Logger):
 
 
 def _step(row: dict[str, str]) -> float:
-    """Read a row's step; a row torn by a kill counts as later than everything."""
+    """Return a row's step, or infinity where a kill has torn the row."""
     try:
         return int(row["step"])
     except (TypeError, ValueError):
@@ -130,7 +129,7 @@ def loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
     if config.wandb:
         from pytorch_lightning.loggers import WandbLogger
 
-        # Decided here, before wandb is asked: it would open a login prompt or fail without a key.
+        # Without a key, wandb would open a login prompt or fail, so it must not be asked.
         mode = os.environ.get("WANDB_MODE")
         offline = mode == "offline" or (not mode and not _has_wandb_key())
         found.append(
@@ -140,7 +139,7 @@ def loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
 
 
 def finish() -> None:
-    """End what wandb has begun: left to itself it writes behind the result on standard output."""
+    """End wandb's run before the result is printed, so that its words do not follow the result."""
     if wandb := sys.modules.get("wandb"):
         with contextlib.redirect_stdout(sys.stderr):
             wandb.finish()

@@ -1,5 +1,6 @@
 """A checkpoint of every layout, built by hand, gives the features of its network."""
 
+import copy
 import dataclasses
 import json
 
