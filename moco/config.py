@@ -439,9 +439,6 @@ class KNNConfig:
 
     k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote")
     temperature: float = setting(0.1, "Each neighbour votes exp(similarity / temperature)", above=0)
-    backend: Literal["auto", "faiss", "matmul", "bf16"] = setting(
-        "auto", "Exact search; the answers do not depend on it"
-    )
     budget: float = setting(1.0, "GiB that the search may take beside the features", above=0)
     shots: list[int] = setting([1, 5, 10], "Labelled images per class of the few-shot scores")
     draws: int = setting(20, "Random choices of these images", at_least=2)

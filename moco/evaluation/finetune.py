@@ -1,11 +1,10 @@
-"""Classifiers trained on images that change from epoch to epoch: the official linear protocol, and
+"""Classifiers trained on crops that change from epoch to epoch: the official linear protocol, and
 fine-tuning.
 
 The order of the images and their crops are functions of (seed, epoch, image), and every global
-batch is dealt out to the ranks, so that one rank and two train on the same images and, where no
+batch is dealt out to the ranks. One rank and two therefore train on the same images and, where no
 BatchNorm is trained, to the same classifier.
-Shapes: M training images, N images of a batch on this rank, D feature, L classes, R learning rates,
-W ranks, S side.
+Shapes: M training images, N images of a batch on this rank, D feature, L classes, R learning rates.
 """
 
 from __future__ import annotations
@@ -13,25 +12,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moco import distributed
-from moco.config import UserError
+from moco.config import LinearConfig, UserError
 from moco.distributed import broadcast_buffers, gather_ragged
 from moco.evaluation.features import check_finite
-from moco.evaluation.probe import Reading, Stack, Track, cosine, read_rates
+from moco.evaluation.probe import RateResult, Stack, Track, cosine, rate_results
 from moco.images.labelled import RandomCrops
 
 INITIAL_STD = 0.01  # of the official classifier's weights; its biases are 0
+SGD_MOMENTUM = 0.9
 
 
-@dataclass
-class Trained:
-    """What `train_linear` made of one network.
+class Classifiers:
+    """The linear classifiers of one network, all learning rates at once.
+
+    Args:
+        feature_dim, num_classes, rates, device: As of `Stack`.
+        held: The images, M bool, that `trial` does not see, or None.
 
     Attributes:
         stack: R classifiers, trained on all images.
@@ -39,9 +41,27 @@ class Trained:
         losses: R, mean training loss of the last epoch in nats.
     """
 
-    stack: Stack
-    trial: Stack | None
-    losses: Tensor
+    def __init__(
+        self,
+        feature_dim: int,
+        num_classes: int,
+        rates: Sequence[float],
+        device: torch.device,
+        held: Tensor | None,
+    ) -> None:
+        args = feature_dim, num_classes, rates, SGD_MOMENTUM, device, INITIAL_STD
+        self.stack, self.trial = Stack(*args), None if held is None else Stack(*args)
+        self.losses = torch.zeros(len(rates), device=device)
+        self._seen = None if held is None else ~held
+
+    def step(
+        self, features: Tensor, labels: Tensor, rows: Tensor, batch: Tensor, factor: float
+    ) -> None:
+        """Train on this rank's rows of a global batch, each rate times `factor`."""
+        self.losses += _step(self.stack, features, labels, factor, len(batch))
+        if self.trial is not None:
+            mine, total = self._seen[rows].to(labels.device), int(self._seen[batch].sum())
+            _step(self.trial, features[mine], labels[mine], factor, max(1, total))
 
 
 @torch.no_grad()
@@ -50,13 +70,10 @@ def train_linear(
     crops: RandomCrops,
     held: dict[str, Tensor | None],
     num_classes: int,
-    epochs: int,
-    batch_size: int,
-    milestones: Sequence[int],
-    sgd_momentum: float,
+    config: LinearConfig,
     device: torch.device,
     track: Track,
-) -> dict[str, Trained]:
+) -> dict[str, Classifiers]:
     """Train linear classifiers on frozen networks by the official protocol.
 
     Networks stay in eval mode: BatchNorm uses its running statistics and does not update them. All
@@ -67,64 +84,42 @@ def train_linear(
         networks: Name to a network (images to N x D) and its R learning rates.
         crops: Training images.
         held: Name to the images, M bool, that its trial classifiers do not see, or to None.
-        batch_size: Images per step over all ranks; the last batch of an epoch may be smaller.
+        config: Epochs, milestones, and images per step over all ranks.
 
     Source: arXiv:1911.05722, section 4.1; the official main_lincls.py.
     """
-    trained: dict[str, Trained] = {}
-    for epoch in track(range(epochs), ", ".join(networks)):
-        factor = 0.1 ** sum(epoch >= milestone for milestone in milestones)
-        batches = crops.order(epoch).split(batch_size)
-        for result in trained.values():
-            result.losses.zero_()
-        for batch, (images, rows) in zip(
-            batches, crops.batches(epoch, batches, device), strict=True
-        ):
+    trained: dict[str, Classifiers] = {}
+    for epoch in track(range(config.epochs), ", ".join(networks)):
+        factor = 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
+        batches = crops.order(epoch).split(config.batch_size)
+        for classifiers in trained.values():
+            classifiers.losses.zero_()
+        cropped = crops.batches(epoch, batches, device)
+        for batch, (images, rows) in zip(batches, cropped, strict=True):
             labels = crops.labels[rows].to(device)
             for name, (network, rates) in networks.items():
                 features = _features(network.eval(), images)
                 if name not in trained:
                     check_finite(features, f"features ({name})")
-                    trained[name] = _start(features, num_classes, rates, sgd_momentum, held[name])
-                result = trained[name]
-                result.losses += _step(result.stack, features, labels, factor, len(batch))
-                if result.trial is not None:
-                    seen = ~held[name]
-                    mine, total = seen[rows].to(device), int(seen[batch].sum())
-                    _step(result.trial, features[mine], labels[mine], factor, max(1, total))
-    for result in trained.values():
-        result.losses /= len(crops.images)
+                    dim = features.shape[1]
+                    trained[name] = Classifiers(dim, num_classes, rates, device, held[name])
+                trained[name].step(features, labels, rows, batch, factor)
+    for classifiers in trained.values():
+        classifiers.losses = gather_ragged(classifiers.losses[None]).sum(0) / len(crops.images)
     return trained
 
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:
     """Run a network, also on no images at all: a rank may get none of a ragged batch."""
-    if len(images):
-        return network(images).float()
-    return network(images.new_zeros(2, *images.shape[1:])).float()[:0]
-
-
-def _start(
-    features: Tensor, classes: int, rates: Sequence[float], momentum: float, held: Tensor | None
-) -> Trained:
-    stacks = [
-        Stack(features.shape[1], classes, rates, momentum, features.device, INITIAL_STD)
-        for _ in range(2)
-    ]
-    losses = torch.zeros(len(rates), device=features.device)
-    return Trained(stacks[0], None if held is None else stacks[1], losses)
+    some = images if len(images) else images.new_zeros(2, *images.shape[1:])
+    return network(some).float()[: len(images)]
 
 
 def _step(stack: Stack, features: Tensor, labels: Tensor, factor: float, total: int) -> Tensor:
-    """Take one step on a batch that is spread over the ranks; returns its R summed losses."""
-    sums = stack.gradient(features, labels)
-    if distributed.world_size() > 1:
-        flat = torch.cat([part.flatten() for part in sums])
-        torch.distributed.all_reduce(flat)
-        parts = flat.split([part.numel() for part in sums])
-        sums = tuple(part.view_as(like) for part, like in zip(parts, sums, strict=True))
-    weight, bias, losses = sums
-    stack.update(weight / total, bias / total, factor)
+    """Take one step on a batch that is spread over the ranks; return this rank's summed losses."""
+    losses = stack.backward(features, labels, total)
+    _sum_gradients(stack.parameters)
+    stack.update(factor)
     return losses
 
 
@@ -134,11 +129,10 @@ def train_whole(
     crops: RandomCrops,
     num_classes: int,
     rate: float,
-    epochs: int,
-    batch_size: int,
+    config: LinearConfig,
     device: torch.device,
     track: Track,
-) -> tuple[nn.Module, Reading]:
+) -> tuple[nn.Module, RateResult]:
     """Fine-tune a copy of a network, and a linear classifier on it, with labels.
 
     SGD with Nesterov momentum 0.9, a cosine per step, no weight decay, BatchNorm in train mode
@@ -148,46 +142,44 @@ def train_whole(
     Args:
         network: Images to N x D; not changed.
         rate: Learning rate of all layers.
-        batch_size: Most images per step over all ranks.
+        config: Epochs, and most images per step over all ranks.
 
     Returns:
-        Images to N x L, in eval mode and the same on every rank, and what the rate came to.
+        Images to N x L, in eval mode and the same on every rank, and how the rate did.
 
     Source: arXiv:2002.05709, appendix B.5.
     """
+    count = len(crops.images)
+    steps = math.ceil(count / config.batch_size)
+    if count // steps // distributed.world_size() < 2:
+        raise UserError(
+            f"{count} labelled images in batches of {config.batch_size} leave a device fewer than "
+            "2, too few for BatchNorm: use fewer devices, a larger batch_size or more labels"
+        )
     model = nn.Sequential(copy.deepcopy(network), nn.Linear(feature_dim, num_classes)).to(device)
     nn.init.zeros_(model[1].weight)
     nn.init.zeros_(model[1].bias)
-    model.train()
-    parameters = [p.requires_grad_() for p in model.parameters()]
-    optimiser = torch.optim.SGD(parameters, rate, momentum=0.9, nesterov=True)
-    count, world = len(crops.images), distributed.world_size()
-    steps = math.ceil(count / batch_size)
-    if count // steps // world < 2:
-        raise UserError(
-            f"{count} labelled images in batches of {batch_size} leave a device fewer than 2, "
-            "too few for BatchNorm: use fewer devices, a larger batch_size or more labels"
-        )
-    for epoch in track(range(epochs), f"rate {rate:g}"):
+    model.train().requires_grad_()
+    optimiser = torch.optim.SGD(model.parameters(), rate, SGD_MOMENTUM, nesterov=True)
+    for epoch in track(range(config.epochs), f"rate {rate:g}"):
         batches = crops.order(epoch).tensor_split(steps)
         total_loss = torch.zeros((), device=device)
         for step, (images, rows) in enumerate(crops.batches(epoch, batches, device)):
-            optimiser.param_groups[0]["lr"] = rate * cosine(
-                (epoch * steps + step) / (epochs * steps)
-            )
+            done = (epoch * steps + step) / (config.epochs * steps)
+            optimiser.param_groups[0]["lr"] = rate * cosine(done)
             labels = crops.labels[rows].to(device)
             loss = cross_entropy(model(images).float(), labels, reduction="sum")
             optimiser.zero_grad()
             (loss / len(batches[step])).backward()
-            _sum_gradients(parameters)
+            _sum_gradients(list(model.parameters()))
             optimiser.step()
             total_loss += loss.detach()
     broadcast_buffers(model)
-    losses = gather_ragged(total_loss.reshape(1)).sum(0, keepdim=True) / count
-    return model.eval(), read_rates([rate], losses, None, num_classes)[0]
+    losses = gather_ragged(total_loss[None]).sum(0, keepdim=True) / count
+    return model.eval(), rate_results([rate], losses, None, num_classes)[0]
 
 
-def _sum_gradients(parameters: list[nn.Parameter]) -> None:
+def _sum_gradients(parameters: list[Tensor]) -> None:
     """Add up the gradients of all ranks in one message."""
     if distributed.world_size() == 1:
         return

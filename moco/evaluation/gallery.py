@@ -6,34 +6,35 @@ Shapes: Q test images, k neighbours, C channels, S pixels.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from moco.config import normalisation
+from moco.evaluation.subject import Subject
+from moco.images.labelled import Labelled
 
 _ROWS, _NEIGHBOURS = 10, 8
 _CELL, _GAP, _TEXT = 72, 6, 12  # pixels
 _RIGHT, _WRONG, _QUERY = (30, 140, 60), (200, 50, 40), (60, 60, 60)
 
 
-def draw_gallery(path: Path, bench: Any, similarity: Tensor, rows: Tensor) -> str:
+def draw_gallery(path: Path, subject: Subject, similarity: Tensor, rows: Tensor) -> str:
     """Draw one test image of each class, up to ten, and its eight nearest training images.
 
     Green frames have the test image's class, red ones another; below stand class and cosine.
 
     Args:
         path: PNG to write.
-        bench: What is judged: images, classes and settings.
+        subject: What is judged: images, classes and settings.
         similarity: Q x k cosines, best first.
         rows: Q x k, rows of the training images.
 
     Returns:
         The path.
     """
-    labels, targets = bench.bank.source.labels, bench.queries.source.labels
+    labels, targets = subject.bank.source.labels, subject.queries.source.labels
     number = min(_NEIGHBOURS, rows.shape[1])
     chosen = [int((targets == c).nonzero()[0, 0]) for c in targets.unique().tolist()[:_ROWS]]
     step_x, step_y = _CELL + _GAP, _CELL + _TEXT + _GAP
@@ -49,13 +50,13 @@ def draw_gallery(path: Path, bench: Any, similarity: Tensor, rows: Tensor) -> st
         pen.text((x, y + _CELL + 2), text[:12], fill=frame)
 
     for line, query in enumerate(chosen):
-        name = bench.classes[targets[query]]
-        paint(line, 0, _picture(bench, bench.queries, query), _QUERY, name)
+        name = subject.classes[targets[query]]
+        paint(line, 0, _picture(subject, subject.queries, query), _QUERY, name)
         for place in range(number):
             row = int(rows[query, place])
             right = labels[row] == targets[query]
-            text = f"{bench.classes[labels[row]][:6]}: {similarity[query, place]:.2f}"
-            picture = _picture(bench, bench.bank, row)
+            text = f"{subject.classes[labels[row]][:6]}: {similarity[query, place]:.2f}"
+            picture = _picture(subject, subject.bank, row)
             paint(line, place + 1, picture, _RIGHT if right else _WRONG, text)
     temporary = path.with_name(f".{path.name}.tmp")
     sheet.save(temporary, format="PNG")
@@ -63,10 +64,10 @@ def draw_gallery(path: Path, bench: Any, similarity: Tensor, rows: Tensor) -> st
     return str(path)
 
 
-def _picture(bench: Any, images: Any, row: int) -> Image.Image:
+def _picture(subject: Subject, images: Labelled, row: int) -> Image.Image:
     """Return an image as the encoder sees it: its first three bands, or its grey."""
-    batch, _ = next(iter(bench.batches(images.rows(torch.tensor([row])))))
-    mean, std = (torch.tensor(v)[:, None, None] for v in normalisation(bench.data))
+    batch, _ = next(iter(subject.batches(images.rows(torch.tensor([row])))))
+    mean, std = (torch.tensor(v)[:, None, None] for v in normalisation(subject.data))
     pixels = ((batch[0].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
     pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moco.config import UserError
-from moco.evaluation.search import BUDGET, Backend, nearest
+from moco.evaluation.search import BUDGET, nearest
 
 
 @torch.no_grad()
@@ -23,7 +23,6 @@ def knn_predict(
     num_classes: int,
     k: int = 200,
     temperature: float = 0.1,
-    backend: Backend = "auto",
     budget: int = BUDGET,
 ) -> Tensor:
     """Predict a class for each query by the weighted vote of its k nearest bank features.
@@ -35,7 +34,7 @@ def knn_predict(
         num_classes: L.
         k: Neighbours; at most M.
         temperature: Each votes exp(cosine / temperature).
-        backend, budget: As of `nearest`; the answers do not depend on them.
+        budget: Bytes of working memory, as of `nearest`; the answers do not depend on it.
 
     Returns:
         Q int64 classes.
@@ -45,7 +44,7 @@ def knn_predict(
 
     Source: arXiv:1805.01978, section 3.4.
     """
-    similarity, index = nearest(queries, bank, k, backend, budget)
+    similarity, index = nearest(queries, bank, k, budget)
     rows = max(1, budget // (16 * (num_classes + k)))
     predictions = [
         vote(s, labels[i], num_classes, [k], temperature)[k].argmax(1)
@@ -69,7 +68,7 @@ def vote(
     Returns:
         k to Q x L votes, relative to one of the nearest neighbour.
     """
-    # Less the best, so that small temperatures do not overflow.
+    # The best cosine is subtracted so that small temperatures do not overflow.
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
     votes = weight.new_zeros(len(weight), num_classes)
     result, done = {}, 0

@@ -1,4 +1,4 @@
-"""The bench: an encoder and labelled images, opened and checked, with the baselines beside them.
+"""What is judged: an encoder and labelled images, opened and checked, and the baselines.
 
 Shapes: N images of a batch, M training images (the bank), Q test images (the queries), D feature,
 L classes, W ranks.
@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from moco import distributed
 from moco.algorithm.encoder import build_encoder
 from moco.checkpoints.load import Loaded, load_encoder
-from moco.config import (
-    DataConfig,
-    JudgeConfig,
-    TrainConfig,
-    UserError,
-    check,
-)
+from moco.config import DataConfig, JudgeConfig, TrainConfig, UserError, check
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
 from moco.images import sources
@@ -39,7 +33,7 @@ from moco.images.resident import make_resident
 log = logging.getLogger("moco")
 ReadData = Callable[[dict[str, Any]], DataConfig]
 PIXEL_SIDE = 32
-# What pretraining alone uses: refused rather than ignored.
+# Settings that only pretraining uses; judging refuses them rather than ignoring them.
 PRETRAINING_ONLY = ("views", "batch_size", "crop_min", "jitter", "grey", "blur")
 
 
@@ -66,7 +60,7 @@ class Layer(nn.Module):
 
 
 @dataclass
-class Bench:
+class Subject:
     """An encoder and labelled images, ready to be judged.
 
     Attributes:
@@ -102,35 +96,40 @@ class Bench:
         features, labels = self.features(name, images)
         return in_order(features, len(images)), in_order(labels, len(images))
 
+    @torch.no_grad()
+    def feature_dim(self, name: str) -> int:
+        """Return D of a network."""
+        side = self.data.image_size
+        blank = torch.zeros(2, self.data.channels, side, side, device=self.device)
+        return self.networks[name].eval()(blank).shape[1]
+
+
+def rank_order(count: int) -> Tensor:
+    """List M images in the order in which `gather_ragged` stacks them: every W-th of rank 0 first.
+
+    Returns:
+        M int64: place p holds image `order[p]`.
+    """
+    world = distributed.world_size()
+    return torch.cat([torch.arange(rank, count, world) for rank in range(world)])
+
 
 def in_order(rows: Tensor, count: int) -> Tensor:
-    """Gather every W-th row of all ranks and put them back in their order."""
-    world = distributed.world_size()
-    if world == 1:
+    """Gather every W-th row of all ranks and return the rows in the order of the images."""
+    if distributed.world_size() == 1:
         return rows
-    gathered = gather_ragged(rows)
-    order = torch.cat([torch.arange(r, count, world) for r in range(world)])
-    ordered = torch.empty_like(gathered)
-    ordered[order.to(rows.device)] = gathered
-    return ordered
+    return gather_ragged(rows)[rank_order(count).argsort().to(rows.device)]
 
 
 def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
     """Show a bar on a terminal, elsewhere a line every 20 seconds, on rank 0's standard error."""
     from tqdm import tqdm
 
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        items,
-        label,
-        total,
-        leave=terminal,
-        disable=distributed.rank() > 0,
-        delay=0 if terminal else 20,
-        mininterval=0.1 if terminal else 20,
-        maxinterval=0.1 if terminal else 20,
-        ascii=not terminal,
-    )
+    quiet = distributed.rank() > 0
+    if sys.stderr.isatty():
+        return tqdm(items, label, total, disable=quiet)
+    times = {"delay": 20, "mininterval": 20, "maxinterval": 20}
+    return tqdm(items, label, total, leave=False, disable=quiet, ascii=True, **times)
 
 
 def output_path(judge: JudgeConfig, name: str) -> Path:
@@ -142,8 +141,8 @@ def output_path(judge: JudgeConfig, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def open_bench(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator[Bench]:
-    """Open encoder and images on this rank's device; leave the process group behind."""
+def open_subject(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator[Subject]:
+    """Open encoder and images on this rank's device, and leave the process group at the end."""
     device = _start_process(judge)
     try:
         folder = output_path(judge, f"{name}.json").parent
@@ -155,15 +154,15 @@ def open_bench(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator[B
             loaded = _load(judge, data.image_size)
         log.info("%s", loaded.report)
         networks = _networks(judge, loaded, data)
-        bank, queries, classes = _open_images(data, device)
-        log.info(
-            "%s: %d, %s: %d images", bank.source.name, len(bank), queries.source.name, len(queries)
-        )
+        bank, queries = _open_images(data, device)
+        for images in (bank, queries):
+            log.info("%s: %d images", images.source.name, len(images))
         for network in networks.values():
             network.eval().to(device)
-        yield Bench(judge, data, loaded, networks, bank, queries, classes, device)
+        classes = bank.source.classes
+        yield Subject(judge, data, loaded, networks, bank, queries, classes, device)
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if distributed.world_size() > 1:
             torch.distributed.destroy_process_group()
 
 
@@ -237,7 +236,7 @@ def _networks(judge: JudgeConfig, loaded: Loaded, data: DataConfig) -> dict[str,
     return networks
 
 
-def _open_images(data: DataConfig, device: torch.device) -> tuple[Labelled, Labelled, list[str]]:
+def _open_images(data: DataConfig, device: torch.device) -> list[Labelled]:
     """Open training and test images with labels, and refuse what gives no score.
 
     Raises:
@@ -249,24 +248,14 @@ def _open_images(data: DataConfig, device: torch.device) -> tuple[Labelled, Labe
             f"{data.dataset} {data.root} has no labelled train and test images: give a folder with "
             "train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more"
         )
-    parts = []
-    for source in pair:
-        source, images, _ = make_resident(source, data, device, None)
-        parts.append(Labelled(source, images))
-    bank, queries = parts
-    classes = bank.source.classes
-    _check_classes(bank.source, queries.source, classes)
-    return bank, queries, classes
-
-
-def _check_classes(
-    bank: sources.ImageSource, queries: sources.ImageSource, classes: Sequence[str]
-) -> None:
-    for source, other in ((bank, queries), (queries, bank)):
-        counts = torch.bincount(source.labels, minlength=len(classes))
+    parts = [Labelled(*make_resident(source, data, device, None)[:2]) for source in pair]
+    classes = parts[0].source.classes
+    for part, other in (parts, parts[::-1]):
+        counts = torch.bincount(part.source.labels, minlength=len(classes))
         missing = [classes[n] for n in (counts == 0).nonzero()[:, 0].tolist()]
         if missing:
             raise UserError(
-                f"{source.name} has no images of class {', '.join(missing[:3])}, unlike "
-                f"{other.name}: both need the same classes"
+                f"{part.source.name} has no images of class {', '.join(missing[:3])}, unlike "
+                f"{other.source.name}: both need the same classes"
             )
+    return parts

@@ -2,24 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from moco.checkpoints.matching import checksum
-from moco.config import DataConfig, UserError
+from moco.config import DataConfig, LinearConfig, UserError
 from moco.evaluation.finetune import train_linear, train_whole
-from moco.evaluation.probe import (
-    SWEEP,
-    LinearProbe,
-    Reading,
-    Stack,
-    choose,
-    few_labels,
-    hold_out,
-    read_rates,
-)
+from moco.evaluation.labels import few_labels, hold_out
+from moco.evaluation.probe import SWEEP, LinearProbe, RateResult, Stack, choose, rate_results
 from moco.images.labelled import Labelled, RandomCrops
 from moco.images.sources import ImageSource
 
@@ -56,20 +49,20 @@ def network(seed=0):
     return net
 
 
+def train_on(crops, net, rates, held=None, epochs=2, batch_size=16, milestones=(1,)):
+    config = LinearConfig(epochs=epochs, batch_size=batch_size, milestones=list(milestones))
+    networks, track = {"encoder": (net, rates)}, lambda epochs, label: epochs
+    return train_linear(networks, crops, {"encoder": held}, 3, config, CPU, track)["encoder"]
+
+
+def fine_tune(net, crops, rate=0.1, epochs=3):
+    config = LinearConfig(epochs=epochs, batch_size=16)
+    return train_whole(net, 24, crops, 3, rate, config, CPU, lambda epochs, label: epochs)
+
+
 def fit_linear(net, rates=(3.0, 1.0), held=None, epochs=2, batch_size=16):
     crops = RandomCrops(DATA, images(), 0.3, seed=1)
-    return train_linear(
-        {"encoder": (net, rates)},
-        crops,
-        {"encoder": held},
-        3,
-        epochs,
-        batch_size,
-        [1],
-        0.9,
-        CPU,
-        lambda epochs, label: epochs,
-    )["encoder"]
+    return train_on(crops, net, rates, held, epochs, batch_size)
 
 
 def test_the_stack_takes_the_steps_of_autograd_and_torch_sgd():
@@ -89,12 +82,41 @@ def test_the_stack_takes_the_steps_of_autograd_and_torch_sgd():
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            losses = fresh.step(features, labels, factor, len(labels)) / len(labels)
+            losses = fresh.backward(features, labels, len(labels)) / len(labels)
+            fresh.update(factor)
             assert losses[number].item() == pytest.approx(loss.item(), rel=1e-5)
         weight, bias = fresh.classifier(number)
         assert torch.allclose(weight, layer.weight, atol=1e-6)
         assert torch.allclose(bias, layer.bias, atol=1e-6)
     assert stack.weight.std().item() == pytest.approx(0.01, rel=0.3) and not stack.bias.any()
+
+
+def test_the_stack_equals_a_loop_in_numpy():
+    rates = (0.5, 0.01, 7.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        features, labels = blobs(24, classes=3)
+        features = features / features.std(0)
+        stack = Stack(20, 3, rates, 0.9, CPU, initial_std=0.01, seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x, y = features.numpy(), np.eye(3)[labels.numpy()]
+    ws = [stack.classifier(n)[0].numpy() for n in range(3)]
+    bs, vs, us = [np.zeros(3)] * 3, [np.zeros((3, 20))] * 3, [np.zeros(3)] * 3
+    for factor, total in ((1.0, 24), (0.7, 24), (0.1, 30)):  # 30: six rows are on other ranks
+        losses = stack.backward(features, labels, total)
+        stack.update(factor)
+        for n, rate in enumerate(rates):
+            scores = np.exp(x @ ws[n].T + bs[n])
+            p = scores / scores.sum(1, keepdims=True)
+            assert losses[n].item() == pytest.approx(-np.log((p * y).sum(1)).sum(), rel=1e-12)
+            vs[n] = 0.9 * vs[n] + (p - y).T @ x / total
+            us[n] = 0.9 * us[n] + (p - y).sum(0) / total
+            ws[n], bs[n] = ws[n] - rate * factor * vs[n], bs[n] - rate * factor * us[n]
+    for n in range(3):
+        weight, bias = stack.classifier(n)
+        np.testing.assert_allclose(weight.numpy(), ws[n], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(bias.numpy(), bs[n], rtol=1e-10, atol=1e-12)
 
 
 def test_the_probe_agrees_with_scikit_learn_at_its_best_c():
@@ -124,13 +146,13 @@ def test_the_rate_is_chosen_without_the_test_images_and_on_rows_not_trained_on()
     labels = torch.randint(0, 2, (60,), generator=generator)
     probe = LinearProbe((0.01, 1.0), epochs=60, batch_size=60, held_out=0.3).fit(features, labels)
     assert (probe.predict(features) == labels).all()
-    assert all(reading.held_out_top1 < 85 for reading in probe.readings)
+    assert all(result.held_out_top1 < 85 for result in probe.results)
 
 
 def test_a_diverging_rate_is_reported_and_left_out():
     features, labels = blobs(400)
     probe = LinearProbe((0.1, 1e30, 1e38), epochs=5, batch_size=64).fit(features, labels)
-    assert [reading.diverged for reading in probe.readings] == [False, True, True]
+    assert [result.diverged for result in probe.results] == [False, True, True]
     alone = LinearProbe((0.1,), epochs=5, batch_size=64).fit(features, labels)
     assert probe.rate == 0.1 and torch.equal(probe.weight, alone.weight)
     with pytest.raises(UserError, match="every learning rate diverged"):
@@ -138,9 +160,9 @@ def test_a_diverging_rate_is_reported_and_left_out():
 
 
 def test_the_smaller_of_equal_rates_is_chosen():
-    readings = [Reading(r, 0.5, 90.0, False) for r in (1.0, 0.1, 10.0)]
-    assert choose([*readings, Reading(0.001, 0.5, 99.0, True)]) == 1
-    assert read_rates([1.0], torch.tensor([math.nan]), None, 3)[0].diverged
+    results = [RateResult(r, 0.5, 90.0, False) for r in (1.0, 0.1, 10.0)]
+    assert choose([*results, RateResult(0.001, 0.5, 99.0, True)]) == 1
+    assert rate_results([1.0], torch.tensor([math.nan]), None, 3)[0].diverged
 
 
 def test_a_constant_feature_and_views_are_taken():
@@ -192,8 +214,7 @@ def test_held_out_images_do_not_reach_the_trial():
     crops = RandomCrops(DATA, images(), 0.3, seed=1)
     crops.labels = crops.labels.clone()
     crops.labels[held] = (crops.labels[held] + 1) % 3
-    args = (3, 2, 16, [1], 0.9, CPU, lambda epochs, label: epochs)
-    other = train_linear({"e": (network(), (3.0, 1.0))}, crops, {"e": held}, *args)["e"]
+    other = train_on(crops, network(), (3.0, 1.0), held)
     assert torch.equal(other.trial.weight, trained.trial.weight)
     assert not torch.allclose(other.stack.weight, trained.stack.weight)
 
@@ -203,8 +224,7 @@ def test_milestones_divide_the_rate_by_ten():
     torch.manual_seed(0)
     start = Stack(24, 3, (1.0,), 0.9, CPU, 0.01).weight
     crops = RandomCrops(DATA, images(), 0.3, seed=1)
-    args = (3, 1, 16, [0], 0.9, CPU, lambda epochs, label: epochs)
-    slower = train_linear({"e": (network(), (0.0001,))}, crops, {"e": None}, *args)["e"]
+    slower = train_on(crops, network(), (0.0001,), epochs=1, milestones=[0])
     ratio = (slow.stack.weight - start).norm() / (slower.stack.weight - start).norm()
     assert ratio.item() == pytest.approx(10, rel=0.02)
 
@@ -232,19 +252,19 @@ def finetune_share(batch_norm):
     net = network() if batch_norm else nn.Sequential(*layers)
     before = checksum(net)
     crops = RandomCrops(DATA, images(), 0.3, seed=1)
-    model, reading = train_whole(net, 24, crops, 3, 0.1, 3, 16, CPU, lambda e, label: e)
+    model, result = fine_tune(net, crops)
     assert checksum(net) == before  # a copy was trained
-    return checksum(model), [p.detach() for p in model.parameters()], reading
+    return checksum(model), [p.detach() for p in model.parameters()], result
 
 
 def test_finetuning_learns_and_two_ranks_do_as_one(two_ranks):
-    _, parameters, reading = finetune_share(False)
-    assert reading.loss < 1.0 < math.log(3) and not reading.diverged
+    _, parameters, result = finetune_share(False)
+    assert result.loss < 1.0 < math.log(3) and not result.diverged
     found = two_ranks.run(finetune_share, False)
     assert found[0][0] == found[1][0]
     for mine, other in zip(parameters, found[0][1], strict=True):
         assert torch.allclose(mine, other, rtol=1e-3, atol=1e-5)
-    assert found[0][2].loss == pytest.approx(reading.loss, rel=1e-4)
+    assert found[0][2].loss == pytest.approx(result.loss, rel=1e-4)
 
 
 def test_finetuned_ranks_end_alike_with_batch_norm(two_ranks):
@@ -255,4 +275,4 @@ def test_finetuned_ranks_end_alike_with_batch_norm(two_ranks):
 def test_too_few_labels_for_a_batch_norm_are_an_error():
     crops = RandomCrops(DATA, images(1), 0.3, seed=1)
     with pytest.raises(UserError, match="fewer than 2"):
-        train_whole(network(), 24, crops, 3, 0.1, 1, 16, CPU, lambda e, label: e)
+        fine_tune(network(), crops)

@@ -1,0 +1,211 @@
+"""Protocols: how the networks of a subject are scored.
+
+Each protocol takes a subject and settings, and returns the scores of every network by its name.
+`PROTOCOLS` lists those of `eval_linear.py`; `knn` is that of `eval_knn.py`.
+Shapes: M training images (the bank), D feature, L classes, V views.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco import distributed
+from moco.config import KNNConfig, LinearConfig, UserError
+from moco.distributed import gather_ragged
+from moco.evaluation.features import extract_features
+from moco.evaluation.finetune import train_linear, train_whole
+from moco.evaluation.gallery import draw_gallery
+from moco.evaluation.knn import few_shot_accuracy, vote
+from moco.evaluation.labels import few_labels, hold_out
+from moco.evaluation.probe import LinearProbe, RateResult, choose, rate_results
+from moco.evaluation.scores import accuracies, rate_table
+from moco.evaluation.search import nearest_sharded
+from moco.evaluation.subject import Subject, in_order, rank_order, track
+from moco.images.labelled import Labelled, RandomCrops
+
+log = logging.getLogger("moco")
+
+# The official rate suits features of a trained ResNet; baselines get the best of these.
+BASELINE_RATES = (30.0, 3.0, 0.3, 0.03, 0.003, 0.0003)
+
+
+def cached(subject: Subject, config: LinearConfig) -> dict[str, Any]:
+    """Take features once, of the images or of several crops of each, and sweep rates on rank 0."""
+    scores = {}
+    for name in subject.networks:
+        features, labels = subject.all_features(name, subject.bank)
+        centre = features
+        if config.protocol == "views":
+            features = _crop_features(subject, config, name)
+        queries, targets = subject.all_features(name, subject.queries)
+        if distributed.rank() > 0:
+            continue
+        probe = LinearProbe(
+            config.learning_rates,
+            config.epochs,
+            config.batch_size,
+            held_out=config.held_out,
+            seed=subject.judge.seed,
+        )
+        probe.fit(features, labels, len(subject.classes), centre, track)
+        del features, centre
+        scores[name] = accuracies(probe.logits(queries), targets, subject.classes)
+        scores[name] |= rate_table(name, probe.results, probe.rate)
+    return scores
+
+
+def _crop_features(subject: Subject, config: LinearConfig, name: str) -> Tensor:
+    """Take features of `num_views` random crops of each image: V x M x D."""
+    crops = RandomCrops(subject.data, subject.bank, config.crop_min, subject.judge.seed)
+    rows = torch.arange(len(subject.bank)).split(256 * distributed.world_size())
+    views = []
+    for view in range(config.num_views):
+        batches = crops.batches(view, rows, subject.device)
+        batches = track(batches, f"{name} view {view + 1}", len(rows))
+        found, _ = extract_features(subject.networks[name], batches)
+        views.append(in_order(found, len(subject.bank)))
+    return torch.stack(views)
+
+
+def paper(subject: Subject, config: LinearConfig) -> dict[str, Any]:
+    """Train linear classifiers of all networks at once on fresh crops."""
+    return _linear_on_crops(subject, config, list(subject.networks))
+
+
+def finetune(subject: Subject, config: LinearConfig) -> dict[str, Any]:
+    """Fine-tune one network after another; raw pixels get a linear classifier."""
+    scores = {}
+    for name in subject.networks:
+        if name == "raw_pixels":
+            scores |= _linear_on_crops(subject, config, [name])
+        else:
+            scores[name] = _fine_tuned(subject, config, name)
+    return scores
+
+
+PROTOCOLS = {"cached": cached, "views": cached, "paper": paper, "finetune": finetune}
+
+
+def _linear_on_crops(
+    subject: Subject, config: LinearConfig, names: Sequence[str]
+) -> dict[str, Any]:
+    """Train linear classifiers on the same crops, and choose each network's rate."""
+    crops = RandomCrops(subject.data, subject.bank, config.crop_min, subject.judge.seed)
+    rates = {n: config.learning_rates if n == "encoder" else BASELINE_RATES for n in names}
+    held = {n: _held(subject, config) if len(rates[n]) > 1 else None for n in names}
+    networks = {n: (subject.networks[n], rates[n]) for n in names}
+    count = len(subject.classes)
+    trained = train_linear(networks, crops, held, count, config, subject.device, track)
+    scores: dict[str, Any] = {}
+    for name, classifiers in trained.items():
+        top1 = None
+        if classifiers.trial is not None:
+            part = subject.bank.rows(held[name].nonzero()[:, 0])
+            found, targets = subject.all_features(name, part)
+            hits = classifiers.trial.logits(found).argmax(2) == targets[:, None]
+            top1 = 100 * hits.double().mean(0)
+        results = rate_results(rates[name], classifiers.losses, top1, count)
+        scores[name] = None  # a baseline that diverges at all rates has no score
+        with contextlib.nullcontext() if name == "encoder" else contextlib.suppress(UserError):
+            chosen = choose(results)
+            found, targets = subject.all_features(name, subject.queries)
+            logits = classifiers.stack.logits(found)[:, chosen]
+            scores[name] = accuracies(logits, targets, subject.classes)
+            scores[name] |= rate_table(name, results, rates[name][chosen])
+    return scores
+
+
+def _held(subject: Subject, config: LinearConfig) -> Tensor:
+    return hold_out(subject.bank.source.labels, config.held_out, subject.judge.seed)
+
+
+def _fine_tuned(subject: Subject, config: LinearConfig, name: str) -> dict[str, Any]:
+    """Fine-tune; of several rates the best on a held-out part is trained again on everything."""
+    count, dim = len(subject.classes), subject.feature_dim(name)
+
+    def train(images: Labelled, rate: float) -> tuple[nn.Module, RateResult]:
+        crops = RandomCrops(subject.data, images, config.crop_min, subject.judge.seed)
+        network, device = subject.networks[name], subject.device
+        return train_whole(network, dim, crops, count, rate, config, device, track)
+
+    def logits(model: nn.Module, images: Labelled) -> tuple[Tensor, Tensor]:
+        found, targets = extract_features(model, subject.batches(images))
+        return in_order(found, len(images)), in_order(targets, len(images))
+
+    rates, results = config.learning_rates, []
+    rate = rates[0]
+    if len(rates) > 1:
+        held = _held(subject, config)
+        rest, part = (subject.bank.rows(mask.nonzero()[:, 0]) for mask in (~held, held))
+        for each in rates:
+            model, result = train(rest, each)
+            found, targets = logits(model, part)
+            top1 = 100 * (found.argmax(1) == targets).double().mean().item()
+            results.append(replace(result, held_out_top1=top1))
+        rate = rates[choose(results)]
+    model, result = train(subject.bank, rate)
+    if len(rates) == 1:
+        choose(results := [result])
+    scores = accuracies(*logits(model, subject.queries), subject.classes)
+    return scores | rate_table(name, results, rate)
+
+
+def knn(subject: Subject, config: KNNConfig, name: str, gallery: Path) -> dict[str, Any]:
+    """Search a bank that stays spread over the ranks, vote, and draw the encoder's gallery."""
+    bank, labels = subject.features(name, subject.bank)
+    queries, targets = subject.all_features(name, subject.queries)
+    budget = int(config.budget * 2**30)
+    similarity, place = nearest_sharded(queries, bank, max(config.k), budget)
+    row = rank_order(len(subject.bank))[place.cpu()]
+    neighbours = subject.bank.source.labels[row].to(subject.device)
+    votes = vote(similarity, neighbours, len(subject.classes), config.k, config.temperature)
+    by_k = {str(k): accuracies(votes[k], targets, subject.classes) for k in votes}
+    last = str(max(votes))  # the best k would be chosen on the test images
+    per_class = {k: score.pop("per_class") for k, score in by_k.items()}[last]
+    scores = {"top1": by_k[last]["top1"], "by_k": by_k, "k": int(last)}
+    scores |= {"temperature": config.temperature}
+    if name == "encoder":
+        scores["per_class"] = per_class
+    scores["few_shot"] = _few_shot(subject, config, bank, labels, queries, targets)
+    if name == "encoder" and config.gallery and distributed.rank() == 0:
+        scores["gallery"] = draw_gallery(gallery, subject, similarity.cpu(), row)
+    return scores
+
+
+def _few_shot(
+    subject: Subject,
+    config: KNNConfig,
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+) -> dict[str, Any]:
+    """Score few labels per class, drawn from a part of the bank that is gathered on every rank."""
+    stored, seed = subject.bank.source.labels, subject.judge.seed
+    wanted = max(config.shots) * config.draws
+    smallest = int(torch.bincount(stored).min())
+    pool = few_labels(stored, min(1.0, wanted / smallest), seed)
+    chosen = torch.isin(torch.arange(len(stored)), pool)
+    mine = chosen[distributed.rank() :: distributed.world_size()].to(bank.device)
+    order = rank_order(len(stored))
+    order = order[chosen[order]].argsort().to(bank.device)
+    bank, labels = gather_ragged(bank[mine])[order], gather_ragged(labels[mine])[order]
+    smallest = int(torch.bincount(labels).min())
+    scores: dict[str, Any] = {}
+    for shots in config.shots:
+        scores[str(shots)] = None
+        if shots <= smallest:
+            found = few_shot_accuracy(bank, labels, queries, targets, shots, config.draws, seed)
+            mean, std = (round(value, 2) for value in found)
+            scores[str(shots)] = {"mean": mean, "std": std, "draws": config.draws}
+        else:
+            log.info("%d shots left out: the smallest class has %d images", shots, smallest)
+    return scores

@@ -1,0 +1,67 @@
+"""Scores as plain values, in percent: accuracies, and how every learning rate did.
+
+Shapes: Q test images, L classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco import distributed
+from moco.evaluation.probe import RateResult
+
+log = logging.getLogger("moco")
+
+
+def accuracies(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """Count hits among the best one and the best five classes, and per class.
+
+    Of classes with equal scores the one listed first comes first.
+
+    Args:
+        logits: Q x L.
+        targets: Q int64; every class occurs.
+        classes: L names.
+
+    Returns:
+        `top1`, `top5` (None for five classes or fewer, where it says nothing) and `per_class`.
+    """
+    own = logits.gather(1, targets[:, None])
+    earlier = torch.arange(len(classes), device=targets.device) < targets[:, None]
+    # A NaN is no score: it counts as a class before the right one.
+    place = (~(logits <= own) | (earlier & (logits == own))).sum(1)
+    hits = (place == 0).double()
+    per_class = torch.bincount(targets, hits, len(classes)) / torch.bincount(targets)
+    top5 = _percent((place < 5).double().mean()) if len(classes) > 5 else None
+    shares = {name: _percent(share) for name, share in zip(classes, per_class, strict=True)}
+    return {"top1": _percent(hits.mean()), "top5": top5, "per_class": shares}
+
+
+def rate_table(name: str, results: list[RateResult], rate: float) -> dict[str, Any]:
+    """State the chosen rate and how every rate did; JSON has no infinity."""
+    table = [asdict(result) for result in results]
+    for row in table:
+        if row["diverged"] and distributed.rank() == 0:
+            fate = "left out" if len(table) > 1 else "the only one given"
+            log.info(
+                "%s: learning rate %g diverged (loss %.3g), %s",
+                name,
+                row["rate"],
+                row["loss"],
+                fate,
+            )
+        row["loss"] = round(row["loss"], 4) if math.isfinite(row["loss"]) else None
+        if row["held_out_top1"] is not None:
+            row["held_out_top1"] = round(row["held_out_top1"], 2)
+    return {"rate": rate, "rates": table}
+
+
+def _percent(share: Tensor) -> float:
+    return round(100 * share.item(), 2)
