@@ -2,6 +2,7 @@
 # make test    set up and run all tests
 # make test-oldest  the same with the oldest libraries that requirements*.txt allow, in .venv-oldest
 # make torture kill runs 36 times at random moments, resume them, compare how they end
+# make breaks  break the code on purpose in 44 places; the tests must notice each one
 # make bench   speed on this CPU, side by side with what others do: about 8 minutes
 # make bench-gpu  speed and memory on a GPU, tests first; ARGS="--cifar FOLDER" adds the demo's recipe
 # make lint    style
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv)
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-oldest torture bench bench-gpu lint clean
+.PHONY: train test test-oldest torture breaks bench bench-gpu lint clean
 
 # $(call install,ENVIRONMENT,PACKAGES) installs with uv, which pip brings where it is not there.
 define install
@@ -47,6 +48,9 @@ test-oldest: $(OLDEST)/.test
 
 torture: $(VENV)/.test
 	$(BIN)/python tests/torture.py --kills 36
+
+breaks: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/breaks.py
 
 $(VENV)/.bench: $(VENV)/.test benchmarks/requirements.txt
 	$(call install,$(VENV),-r benchmarks/requirements.txt)

@@ -1,0 +1,226 @@
+"""Break the code on purpose, one place at a time: each break must make a test of its room fail.
+
+    python tests/breaks.py [WORDS]        only breaks whose file or text holds one of the words
+
+Works on a copy. A break that no test notices, or whose text is not there any more, is an error.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_S = 900  # a break may make a test wait for ever
+STEP = "tests/algorithm/test_pretrain.py"
+CONTRAST = "tests/algorithm/test_contrast.py"
+OPTIM = "tests/algorithm/test_optim.py"
+ENCODER = "tests/algorithm/test_encoder.py"
+RANKS = "tests/test_distributed.py"
+VIEWS = "tests/images"
+KNN = "tests/evaluation/test_knn.py"
+RUN = "tests/training/test_run.py"
+RESUME = "tests/training/test_resume.py"
+
+# (file below moco/, text that stands there once, what it becomes, tests that must notice)
+BREAKS = [
+    # the step
+    (
+        "algorithm/pretrain.py",
+        "copy.deepcopy(encoder).requires_grad_(False)",
+        "copy.deepcopy(encoder)",
+        STEP,
+    ),
+    ("algorithm/pretrain.py", "1 - momentum", "momentum", STEP),
+    ("algorithm/pretrain.py", "if batch_idx % self.accumulate == 0:", "if True:", STEP),
+    ("algorithm/pretrain.py", "own = local_rows(key, len(query))", "own = key[: len(query)]", STEP),
+    (
+        "algorithm/pretrain.py",
+        "for key in keys:\n            self.queue.enqueue(key)",
+        "for key in keys[:1]:\n            self.queue.enqueue(key)",
+        STEP,
+    ),
+    ("algorithm/pretrain.py", "else total / len(losses)", "else total", STEP),
+    (
+        "algorithm/pretrain.py",
+        "normalize(at_least_fp32(self.key_encoder(key_view)))",
+        "at_least_fp32(self.key_encoder(key_view))",
+        STEP,
+    ),
+    ("algorithm/pretrain.py", "self.query_encoder.parameters(), ", "self.parameters(), ", STEP),
+    # loss and queue
+    ("algorithm/contrast.py", "dim=1) / temperature", "dim=1) * temperature", CONTRAST),
+    (
+        "algorithm/contrast.py",
+        "torch.cat([positive, query @ negatives.T], dim=1)",
+        "torch.cat([query @ negatives.T, positive], dim=1)",
+        CONTRAST,
+    ),
+    (
+        "algorithm/contrast.py",
+        "torch.autocast(query.device.type, enabled=False)",
+        "torch.autocast(query.device.type, enabled=True)",
+        CONTRAST,
+    ),
+    ("algorithm/contrast.py", "(rank < 5)", "(rank < 6)", CONTRAST),
+    ("algorithm/contrast.py", "return self.keys.clone()", "return self.keys", CONTRAST),
+    (
+        "algorithm/contrast.py",
+        "self.num_enqueued += count",
+        "self.num_enqueued += count + 1",
+        CONTRAST,
+    ),
+    ("algorithm/contrast.py", "if count > size:", "if count > size + 1:", CONTRAST),
+    # shuffle and ranks
+    ("distributed.py", "return order.transpose(0, 1).flatten()", "return order.flatten()", RANKS),
+    (
+        "distributed.py",
+        "restored[order.to(keys.device)] = gathered",
+        "restored = gathered[order.to(keys.device)]",
+        RANKS,
+    ),
+    ("distributed.py", "senders + step * world", "senders + step", RANKS),
+    ("distributed.py", "padded[: len(rows)] = rows", "padded[-len(rows) :] = rows", RANKS),
+    # schedules
+    (
+        "algorithm/optim.py",
+        "return config.lr * step / warmup",
+        "return config.lr * (step + 1) / warmup",
+        OPTIM,
+    ),
+    (
+        "algorithm/optim.py",
+        "(step - warmup) / max(total_steps - warmup, 1)",
+        "step / max(total_steps, 1)",
+        OPTIM,
+    ),
+    ("algorithm/optim.py", "bisect_right(", "bisect_left(", OPTIM),
+    (
+        "algorithm/optim.py",
+        "return end - (end - start) * 0.5",
+        "return start + (end - start) * 0.5",
+        OPTIM,
+    ),
+    ("algorithm/optim.py", 'mode="min" if', 'mode="max" if', OPTIM),
+    # BatchNorm
+    ("algorithm/batch_norm.py", "variances.mean(0)", "variances[0]", ENCODER),
+    ("algorithm/batch_norm.py", "count / (count - 1)", "1.0", ENCODER),
+    # draws and views
+    (
+        "images/draws.py",
+        "(recipe.crop_min + (1 - recipe.crop_min) * u[:, :_ATTEMPTS])",
+        "u[:, :_ATTEMPTS]",
+        VIEWS,
+    ),
+    (
+        "images/draws.py",
+        "2 * u[:, _ATTEMPTS : 2 * _ATTEMPTS] - 1",
+        "u[:, _ATTEMPTS : 2 * _ATTEMPTS]",
+        VIEWS,
+    ),
+    ("images/draws.py", "blur=u[:, 10] < recipe.blur", "blur=u[:, 9] < recipe.blur", VIEWS),
+    ("images/draws.py", "grey=u[:, 9] < recipe.grey", "grey=u[:, 9] > recipe.grey", VIEWS),
+    ("images/views.py", "columns.flip(1)", "columns.flip(2)", VIEWS),
+    ("images/views.py", "scale.clamp(min=1)", "scale", VIEWS),
+    ("images/views.py", "return part.flip(2) if flip else part", "return part", VIEWS),
+    ("images/views.py", "(0.2989, 0.587, 0.114)", "(0.3333, 0.3333, 0.3333)", VIEWS),
+    ("images/views.py", "partner * (1 - factor)", "partner * factor", VIEWS),
+    # order
+    (
+        "images/loader.py",
+        "order[number * size : (number + 1) * size]",
+        "order[(number + 1) * size - size : number * size + size].flip(0)",
+        VIEWS,
+    ),
+    (
+        "images/loader.py",
+        "divmod(self.position(), len(self))",
+        "(self.position() // len(self), 0)",
+        RUN,
+    ),
+    (
+        "images/loader.py",
+        "index, crops, 1 - n) for n in numbers",
+        "index, crops, n) for n in numbers",
+        VIEWS,
+    ),
+    # kNN
+    ("evaluation/knn.py", "/ temperature).exp()", "* temperature).exp()", KNN),
+    (
+        "evaluation/knn.py",
+        "votes.scatter_add(1, classes[:, done:k], weight[:, done:k])",
+        "votes.scatter_add(1, classes[:, done:k], torch.ones_like(weight[:, done:k]))",
+        KNN,
+    ),
+    # resuming and saving
+    ("algorithm/pretrain.py", 'self.plateau.load_state_dict(checkpoint["plateau"])', "pass", RUN),
+    (
+        "training/saving.py",
+        "os.replace(temporary, target)",
+        "shutil.copyfile(temporary, target)",
+        "tests/training/test_disk.py",
+    ),
+    (
+        "training/saving.py",
+        "torch.load(path, map_location=map_location, weights_only=True)",
+        "torch.load(path, map_location=map_location, weights_only=weights_only)",
+        "tests/training tests/test_security.py",
+    ),
+    ("run_directory.py", "archive.testzip() is None", "True", "tests/test_run_directory.py"),
+]
+
+
+def main(words: list[str]) -> int:
+    """Try the breaks; return 1 when one went unnoticed."""
+    chosen = [b for b in BREAKS if not words or any(w in " ".join(b) for w in words)]
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(
+            ".venv*", ".git", "runs", "results", "*_cache", "__pycache__"
+        )
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for number, (name, before, after, tests) in enumerate(chosen, 1):
+            path = copy / "moco" / name
+            text = path.read_text(encoding="utf-8")
+            if text.count(before) != 1:
+                missed.append(f"{name}: {before!r} stands there {text.count(before)} times")
+                continue
+            path.write_text(text.replace(before, after), encoding="utf-8")
+            start = time.monotonic()
+            noticed = is_noticed(copy, tests.split())
+            path.write_text(text, encoding="utf-8")
+            print(
+                f"{number}/{len(chosen)} {name}: {after.splitlines()[0][:60]}: "
+                f"{noticed or 'NOT NOTICED'} ({time.monotonic() - start:.0f} s)",
+                flush=True,
+            )
+            if not noticed:
+                missed.append(f"{name}: {before!r} -> {after!r}")
+    print(
+        "\n".join(
+            ["", f"{len(chosen) - len(missed)} of {len(chosen)} breaks were noticed", *missed]
+        )
+    )
+    return 1 if missed else 0
+
+
+def is_noticed(copy: Path, tests: list[str]) -> str:
+    """Run tests until one fails; return its name, or nothing."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return "the tests hang"
+    if done.returncode not in (1, 2):
+        return ""
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return lines[0].split(" - ")[0].removeprefix("FAILED ") if lines else "ended badly"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
