@@ -8,8 +8,9 @@ import zipfile
 import pytest
 import timm
 import torch
+from networks import SMALL, module_state, save_ours, torchvision_resnet
 from safetensors.torch import save_file
-from test_load import SMALL, module_state, official, save_ours, torchvision_resnet
+from test_load import official
 from torch import nn
 
 from moco.checkpoints.load import load_encoder, read_contents, restore_pretraining

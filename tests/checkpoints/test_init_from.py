@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import timm
 import torch
-from test_load import SMALL, distance, images, mlp, module_state, prefixed, torchvision_resnet
+from networks import SMALL, distance, images, module_state, prefixed, torchvision_resnet
+from test_load import mlp
 from torch import nn
 
 from moco.algorithm.encoder import build_encoder

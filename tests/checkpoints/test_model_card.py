@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from test_export import VIT
-from test_load import save_ours
+from networks import VIT, save_ours
 
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.matching import checksum

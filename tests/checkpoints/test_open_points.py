@@ -7,8 +7,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from networks import distance, images, prefixed, save_ours, torchvision_resnet
 from safetensors import safe_open
-from test_load import distance, images, mlp, prefixed, save_ours, torchvision_resnet
+from test_load import mlp
 from torch import nn
 
 from moco.checkpoints import export as room

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_load import STAGES, distance, images, numbered, prefixed, randomise, torchvision_resnet
+from networks import distance, images, prefixed, randomise, torchvision_resnet
+from test_load import STAGES, numbered
 from torch import nn
 
 from moco.algorithm.encoder import build_encoder
