@@ -165,24 +165,32 @@ def train_whole(
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     model = nn.Sequential(copy.deepcopy(network), classifier).to(device)
-    model.train().requires_grad_()
-    optimiser = torch.optim.SGD(model.parameters(), rate, SGD_MOMENTUM, nesterov=True)
-    for epoch in track(range(config.epochs), f"rate {rate:g}"):
+    total_loss = _fit(model.train().requires_grad_(), crops, rate, steps, config.epochs, device)
+    broadcast_buffers(model)
+    losses = gather_ragged(total_loss[None]).sum(0, keepdim=True) / count
+    return model.eval(), rate_results([rate], losses, None, num_classes)[0]
+
+
+def _fit(
+    model: nn.Module, crops: RandomCrops, rate: float, steps: int, epochs: int, device: torch.device
+) -> Tensor:
+    """Train a model with `steps` steps an epoch; return this rank's summed loss of the last one."""
+    parameters = list(model.parameters())
+    optimiser = torch.optim.SGD(parameters, rate, SGD_MOMENTUM, nesterov=True)
+    for epoch in track(range(epochs), f"rate {rate:g}"):
         batches = crops.order(epoch).tensor_split(steps)
         total_loss = torch.zeros((), device=device)
         for step, (images, rows) in enumerate(crops.batches(epoch, batches, device)):
-            done = (epoch * steps + step) / (config.epochs * steps)
+            done = (epoch * steps + step) / (epochs * steps)
             optimiser.param_groups[0]["lr"] = rate * cosine(done)
             labels = crops.labels[rows].to(device)
             loss = cross_entropy(model(images).float(), labels, reduction="sum")
             optimiser.zero_grad()
             (loss / len(batches[step])).backward()
-            _sum_gradients(list(model.parameters()))
+            _sum_gradients(parameters)
             optimiser.step()
             total_loss += loss.detach()
-    broadcast_buffers(model)
-    losses = gather_ragged(total_loss[None]).sum(0, keepdim=True) / count
-    return model.eval(), rate_results([rate], losses, None, num_classes)[0]
+    return total_loss
 
 
 def _sum_gradients(parameters: list[Tensor]) -> None:
