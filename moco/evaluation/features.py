@@ -1,4 +1,4 @@
-"""Features: what a network makes of images, on this rank, checked to be finite.
+"""Features: what a network computes from images, on this rank, checked to be finite.
 
 Shapes: N images of a batch, M images of this rank, D feature.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from moco.config import UserError
+from moco.config import DataConfig, UserError
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def extract_features(
     """Run a network in eval mode over batches of images.
 
     Args:
-        network: Images to N x D features; its training mode is put back afterwards.
+        network: Images to N x D features; it gets its training mode back afterwards.
         batches: Images and labels, as `LabelledData.batches` yields them.
 
     Returns:
@@ -41,6 +41,14 @@ def extract_features(
         raise UserError("there are no images to take features of: check data.root")
     check_finite(features := torch.cat(features), "the encoder's features")
     return features, torch.cat(labels)
+
+
+@torch.no_grad()
+def feature_dim(network: nn.Module, data: DataConfig, device: torch.device) -> int:
+    """Return D, the width of what a network in eval mode computes from images."""
+    return network(
+        torch.zeros(2, data.channels, data.image_size, data.image_size, device=device)
+    ).shape[1]
 
 
 def check_finite(features: Tensor, name: str) -> None:

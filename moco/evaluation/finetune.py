@@ -20,8 +20,10 @@ from torch.nn.functional import cross_entropy
 from moco import distributed
 from moco.config import LinearConfig, UserError
 from moco.distributed import broadcast_buffers, gather_ragged
-from moco.evaluation.features import check_finite
-from moco.evaluation.probe import RateResult, Stack, Track, cosine, rate_results
+from moco.evaluation.features import check_finite, feature_dim
+from moco.evaluation.labels import hold_out
+from moco.evaluation.probe import RateResult, Stack, cosine, rate_results
+from moco.evaluation.subject import track
 from moco.images.labelled import RandomCrops
 
 INITIAL_STD = 0.01  # of the official classifier's weights; its biases are 0
@@ -36,6 +38,7 @@ class Classifiers:
         held: The images, M bool, that `trial` does not see, or None.
 
     Attributes:
+        held: The same.
         stack: R classifiers, trained on all images.
         trial: R classifiers that never saw the held-out images; None if nothing was held out.
         losses: R, mean training loss of the last epoch in nats.
@@ -52,7 +55,7 @@ class Classifiers:
         args = feature_dim, num_classes, rates, SGD_MOMENTUM, device, INITIAL_STD
         self.stack, self.trial = Stack(*args), None if held is None else Stack(*args)
         self.losses = torch.zeros(len(rates), device=device)
-        self._seen = None if held is None else ~held
+        self.held = held
 
     def step(
         self, features: Tensor, labels: Tensor, rows: Tensor, batch: Tensor, factor: float
@@ -60,7 +63,7 @@ class Classifiers:
         """Train on this rank's rows of a global batch, each rate times `factor`."""
         self.losses += _step(self.stack, features, labels, factor, len(batch))
         if self.trial is not None:
-            mine, total = self._seen[rows].to(labels.device), int(self._seen[batch].sum())
+            mine, total = ~self.held[rows].to(labels.device), int((~self.held[batch]).sum())
             _step(self.trial, features[mine], labels[mine], factor, max(1, total))
 
 
@@ -68,23 +71,20 @@ class Classifiers:
 def train_linear(
     networks: dict[str, tuple[nn.Module, Sequence[float]]],
     crops: RandomCrops,
-    held: dict[str, Tensor | None],
-    num_classes: int,
     config: LinearConfig,
     device: torch.device,
-    track: Track,
 ) -> dict[str, Classifiers]:
     """Train linear classifiers on frozen networks by the official protocol.
 
     Networks stay in eval mode: BatchNorm uses its running statistics and does not update them. All
     networks and learning rates share the crops, all rates of a network its features. Weights start
-    at N(0, 0.01), biases at 0; no weight decay; the rate falls tenfold at each milestone.
+    at N(0, 0.01), biases at 0; no weight decay; the rate falls tenfold at each milestone. Where
+    there are several rates, classifiers that do not see a held-out part are trained besides.
 
     Args:
         networks: Name to a network (images to N x D) and its R learning rates.
         crops: Training images.
-        held: Name to the images, M bool, that its trial classifiers do not see, or to None.
-        config: Epochs, milestones, and images per step over all ranks.
+        config: Epochs, milestones, share that is held out, and images per step over all ranks.
 
     Source: arXiv:1911.05722, section 4.1; the official main_lincls.py.
     """
@@ -101,12 +101,19 @@ def train_linear(
                 features = _features(network.eval(), images)
                 if name not in trained:
                     check_finite(features, f"features ({name})")
-                    dim = features.shape[1]
-                    trained[name] = Classifiers(dim, num_classes, rates, device, held[name])
+                    trained[name] = _start(features.shape[1], rates, crops, config, device)
                 trained[name].step(features, labels, rows, batch, factor)
     for classifiers in trained.values():
         classifiers.losses = gather_ragged(classifiers.losses[None]).sum(0) / len(crops.images)
     return trained
+
+
+def _start(
+    dim: int, rates: Sequence[float], crops: RandomCrops, config: LinearConfig, device: torch.device
+) -> Classifiers:
+    source = crops.images.source
+    held = hold_out(source.labels, config.held_out, crops.seed) if len(rates) > 1 else None
+    return Classifiers(dim, len(source.classes), rates, device, held)
 
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:
@@ -125,13 +132,10 @@ def _step(stack: Stack, features: Tensor, labels: Tensor, factor: float, total: 
 
 def train_whole(
     network: nn.Module,
-    feature_dim: int,
     crops: RandomCrops,
-    num_classes: int,
     rate: float,
     config: LinearConfig,
     device: torch.device,
-    track: Track,
 ) -> tuple[nn.Module, RateResult]:
     """Fine-tune a copy of a network, and a linear classifier on it, with labels.
 
@@ -156,27 +160,37 @@ def train_whole(
             f"{count} labelled images in batches of {config.batch_size} leave a device fewer than "
             "2, too few for BatchNorm: use fewer devices, a larger batch_size or more labels"
         )
-    model = nn.Sequential(copy.deepcopy(network), nn.Linear(feature_dim, num_classes)).to(device)
-    nn.init.zeros_(model[1].weight)
-    nn.init.zeros_(model[1].bias)
-    model.train().requires_grad_()
-    optimiser = torch.optim.SGD(model.parameters(), rate, SGD_MOMENTUM, nesterov=True)
-    for epoch in track(range(config.epochs), f"rate {rate:g}"):
+    num_classes = len(crops.images.source.classes)
+    classifier = nn.Linear(feature_dim(network.eval(), crops.config, device), num_classes)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    model = nn.Sequential(copy.deepcopy(network), classifier).to(device)
+    total_loss = _fit(model.train().requires_grad_(), crops, rate, steps, config.epochs, device)
+    broadcast_buffers(model)
+    losses = gather_ragged(total_loss[None]).sum(0, keepdim=True) / count
+    return model.eval(), rate_results([rate], losses, None, num_classes)[0]
+
+
+def _fit(
+    model: nn.Module, crops: RandomCrops, rate: float, steps: int, epochs: int, device: torch.device
+) -> Tensor:
+    """Train a model with `steps` steps an epoch; return this rank's summed loss of the last one."""
+    parameters = list(model.parameters())
+    optimiser = torch.optim.SGD(parameters, rate, SGD_MOMENTUM, nesterov=True)
+    for epoch in track(range(epochs), f"rate {rate:g}"):
         batches = crops.order(epoch).tensor_split(steps)
         total_loss = torch.zeros((), device=device)
         for step, (images, rows) in enumerate(crops.batches(epoch, batches, device)):
-            done = (epoch * steps + step) / (config.epochs * steps)
+            done = (epoch * steps + step) / (epochs * steps)
             optimiser.param_groups[0]["lr"] = rate * cosine(done)
             labels = crops.labels[rows].to(device)
             loss = cross_entropy(model(images).float(), labels, reduction="sum")
             optimiser.zero_grad()
             (loss / len(batches[step])).backward()
-            _sum_gradients(list(model.parameters()))
+            _sum_gradients(parameters)
             optimiser.step()
             total_loss += loss.detach()
-    broadcast_buffers(model)
-    losses = gather_ragged(total_loss[None]).sum(0, keepdim=True) / count
-    return model.eval(), rate_results([rate], losses, None, num_classes)[0]
+    return total_loss
 
 
 def _sum_gradients(parameters: list[Tensor]) -> None:

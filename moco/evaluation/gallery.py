@@ -1,4 +1,4 @@
-"""A picture of test images beside their nearest training images: what an encoder takes for alike.
+"""A picture of test images beside the training images that the encoder finds most similar.
 
 Shapes: Q test images, k neighbours, C channels, S pixels.
 """
@@ -23,11 +23,12 @@ _RIGHT, _WRONG, _QUERY = (30, 140, 60), (200, 50, 40), (60, 60, 60)
 def draw_gallery(path: Path, subject: Subject, similarity: Tensor, rows: Tensor) -> str:
     """Draw one test image of each class, up to ten, and its eight nearest training images.
 
-    Green frames have the test image's class, red ones another; below stand class and cosine.
+    A green frame marks the test image's class, a red one another class; the text below gives the
+    class and the cosine.
 
     Args:
         path: PNG to write.
-        subject: What is judged: images, classes and settings.
+        subject: Images, classes and settings.
         similarity: Q x k cosines, best first.
         rows: Q x k, rows of the training images.
 
@@ -42,22 +43,17 @@ def draw_gallery(path: Path, subject: Subject, similarity: Tensor, rows: Tensor)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
 
-    def paint(row: int, column: int, image: Image.Image, frame: tuple, text: str) -> None:
-        x = _GAP + column * step_x + (_GAP if column else 0)
-        y = _GAP + row * step_y
-        pen.rectangle((x - 3, y - 3, x + _CELL + 2, y + _CELL + 2), fill=frame)
-        sheet.paste(image, (x, y))
-        pen.text((x, y + _CELL + 2), text[:12], fill=frame)
-
     for line, query in enumerate(chosen):
-        name = subject.classes[targets[query]]
-        paint(line, 0, _picture(subject, subject.queries, query), _QUERY, name)
-        for place in range(number):
-            row = int(rows[query, place])
-            right = labels[row] == targets[query]
-            text = f"{subject.classes[labels[row]][:6]}: {similarity[query, place]:.2f}"
-            picture = _picture(subject, subject.bank, row)
-            paint(line, place + 1, picture, _RIGHT if right else _WRONG, text)
+        cells = [(subject.queries, query, _QUERY, subject.classes[targets[query]])]
+        for row, cosine in zip(rows[query, :number].tolist(), similarity[query], strict=False):
+            frame = _RIGHT if labels[row] == targets[query] else _WRONG
+            text = f"{subject.classes[labels[row]][:6]}: {cosine:.2f}"
+            cells.append((subject.bank, row, frame, text))
+        for column, (images, row, frame, text) in enumerate(cells):
+            x, y = _GAP + column * step_x + (_GAP if column else 0), _GAP + line * step_y
+            pen.rectangle((x - 3, y - 3, x + _CELL + 2, y + _CELL + 2), fill=frame)
+            sheet.paste(_picture(subject, images, row), (x, y))
+            pen.text((x, y + _CELL + 2), text[:12], fill=frame)
     temporary = path.with_name(f".{path.name}.tmp")
     sheet.save(temporary, format="PNG")
     temporary.replace(path)

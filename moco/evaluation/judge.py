@@ -17,6 +17,7 @@ from typing import Any
 from moco import distributed
 from moco.checkpoints.matching import checksum
 from moco.config import JudgeConfig, KNNConfig, LinearConfig, UserError, normalisation
+from moco.evaluation.features import feature_dim
 from moco.evaluation.labels import check_labels, few_labels
 from moco.evaluation.probe import SWEEP
 from moco.evaluation.protocols import PROTOCOLS, knn
@@ -24,9 +25,13 @@ from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
 
 log = logging.getLogger("moco")
 
-RATES = {"cached": SWEEP, "views": SWEEP, "paper": (30.0,), "finetune": (0.05,)}
-EPOCHS = {"cached": 100, "views": 100, "paper": 100, "finetune": 50}
-BATCH = {"cached": 1024, "views": 1024, "paper": 256, "finetune": 256}
+# Learning rates, epochs and batch size of each protocol, unless the user gives others.
+DEFAULTS = {
+    "cached": (SWEEP, 100, 1024),
+    "views": (SWEEP, 100, 1024),
+    "paper": ((30.0,), 100, 256),
+    "finetune": ((0.05,), 50, 256),
+}
 
 
 def judge_linear(judge: JudgeConfig, config: LinearConfig, read_data: ReadData) -> dict[str, Any]:
@@ -44,11 +49,12 @@ def judge_linear(judge: JudgeConfig, config: LinearConfig, read_data: ReadData) 
     """
     name = f"eval_linear-{config.protocol}-{judge.layer}"
     name += f"-{config.label_fraction:g}" if config.label_fraction < 1 else ""
+    rates, epochs, batch_size = DEFAULTS[config.protocol]
     config = replace(
         config,
-        learning_rates=config.learning_rates or list(RATES[config.protocol]),
-        epochs=config.epochs or EPOCHS[config.protocol],
-        batch_size=config.batch_size or BATCH[config.protocol],
+        learning_rates=config.learning_rates or list(rates),
+        epochs=config.epochs or epochs,
+        batch_size=config.batch_size or batch_size,
     )
 
     def score(subject: Subject) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "layout": loaded.layout,
         "backbone": loaded.model.backbone,
         "epoch": loaded.epoch,
-        "feature_dim": subject.feature_dim("encoder"),
+        "feature_dim": feature_dim(subject.networks["encoder"], data, subject.device),
         "precision": subject.judge.precision,
         "seed": subject.judge.seed,
         "devices": distributed.world_size(),

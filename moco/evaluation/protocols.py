@@ -7,7 +7,6 @@ Shapes: M training images (the bank), D feature, L classes, V views.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.config import KNNConfig, LinearConfig, UserError
+from moco.config import KNNConfig, LinearConfig
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
 from moco.evaluation.finetune import train_linear, train_whole
@@ -48,13 +47,8 @@ def cached(subject: Subject, config: LinearConfig) -> dict[str, Any]:
         queries, targets = subject.all_features(name, subject.queries)
         if distributed.rank() > 0:
             continue
-        probe = LinearProbe(
-            config.learning_rates,
-            config.epochs,
-            config.batch_size,
-            held_out=config.held_out,
-            seed=subject.judge.seed,
-        )
+        options = {"held_out": config.held_out, "seed": subject.judge.seed}
+        probe = LinearProbe(config.learning_rates, config.epochs, config.batch_size, **options)
         probe.fit(features, labels, len(subject.classes), centre, track)
         del features, centre
         scores[name] = accuracies(probe.logits(queries), targets, subject.classes)
@@ -100,41 +94,35 @@ def _linear_on_crops(
     """Train linear classifiers on the same crops, and choose each network's rate."""
     crops = RandomCrops(subject.data, subject.bank, config.crop_min, subject.judge.seed)
     rates = {n: config.learning_rates if n == "encoder" else BASELINE_RATES for n in names}
-    held = {n: _held(subject, config) if len(rates[n]) > 1 else None for n in names}
     networks = {n: (subject.networks[n], rates[n]) for n in names}
-    count = len(subject.classes)
-    trained = train_linear(networks, crops, held, count, config, subject.device, track)
+    trained = train_linear(networks, crops, config, subject.device)
     scores: dict[str, Any] = {}
     for name, classifiers in trained.items():
         top1 = None
         if classifiers.trial is not None:
-            part = subject.bank.rows(held[name].nonzero()[:, 0])
+            part = subject.bank.rows(classifiers.held.nonzero()[:, 0])
             found, targets = subject.all_features(name, part)
             hits = classifiers.trial.logits(found).argmax(2) == targets[:, None]
             top1 = 100 * hits.double().mean(0)
-        results = rate_results(rates[name], classifiers.losses, top1, count)
-        scores[name] = None  # a baseline that diverges at all rates has no score
-        with contextlib.nullcontext() if name == "encoder" else contextlib.suppress(UserError):
-            chosen = choose(results)
-            found, targets = subject.all_features(name, subject.queries)
-            logits = classifiers.stack.logits(found)[:, chosen]
-            scores[name] = accuracies(logits, targets, subject.classes)
-            scores[name] |= rate_table(name, results, rates[name][chosen])
+        results = rate_results(rates[name], classifiers.losses, top1, len(subject.classes))
+        if name != "encoder" and all(result.diverged for result in results):
+            scores[name] = None  # a baseline that diverges at all rates has no score
+            continue
+        chosen = choose(results)
+        found, targets = subject.all_features(name, subject.queries)
+        logits = classifiers.stack.logits(found)[:, chosen]
+        scores[name] = accuracies(logits, targets, subject.classes)
+        scores[name] |= rate_table(name, results, rates[name][chosen])
     return scores
-
-
-def _held(subject: Subject, config: LinearConfig) -> Tensor:
-    return hold_out(subject.bank.source.labels, config.held_out, subject.judge.seed)
 
 
 def _fine_tuned(subject: Subject, config: LinearConfig, name: str) -> dict[str, Any]:
     """Fine-tune; of several rates the best on a held-out part is trained again on everything."""
-    count, dim = len(subject.classes), subject.feature_dim(name)
+    seed = subject.judge.seed
 
     def train(images: Labelled, rate: float) -> tuple[nn.Module, RateResult]:
-        crops = RandomCrops(subject.data, images, config.crop_min, subject.judge.seed)
-        network, device = subject.networks[name], subject.device
-        return train_whole(network, dim, crops, count, rate, config, device, track)
+        crops = RandomCrops(subject.data, images, config.crop_min, seed)
+        return train_whole(subject.networks[name], crops, rate, config, subject.device)
 
     def logits(model: nn.Module, images: Labelled) -> tuple[Tensor, Tensor]:
         found, targets = extract_features(model, subject.batches(images))
@@ -143,7 +131,7 @@ def _fine_tuned(subject: Subject, config: LinearConfig, name: str) -> dict[str, 
     rates, results = config.learning_rates, []
     rate = rates[0]
     if len(rates) > 1:
-        held = _held(subject, config)
+        held = hold_out(subject.bank.source.labels, config.held_out, seed)
         rest, part = (subject.bank.rows(mask.nonzero()[:, 0]) for mask in (~held, held))
         for each in rates:
             model, result = train(rest, each)

@@ -96,13 +96,6 @@ class Subject:
         features, labels = self.features(name, images)
         return in_order(features, len(images)), in_order(labels, len(images))
 
-    @torch.no_grad()
-    def feature_dim(self, name: str) -> int:
-        """Return D of a network."""
-        side = self.data.image_size
-        blank = torch.zeros(2, self.data.channels, side, side, device=self.device)
-        return self.networks[name].eval()(blank).shape[1]
-
 
 def rank_order(count: int) -> Tensor:
     """List M images in the order in which `gather_ragged` stacks them: every W-th of rank 0 first.

@@ -49,20 +49,18 @@ def network(seed=0):
     return net
 
 
-def train_on(crops, net, rates, held=None, epochs=2, batch_size=16, milestones=(1,)):
-    config = LinearConfig(epochs=epochs, batch_size=batch_size, milestones=list(milestones))
-    networks, track = {"encoder": (net, rates)}, lambda epochs, label: epochs
-    return train_linear(networks, crops, {"encoder": held}, 3, config, CPU, track)["encoder"]
+def train_on(crops, net, rates, **settings):
+    config = LinearConfig(**{"epochs": 2, "batch_size": 16, "milestones": [1]} | settings)
+    return train_linear({"encoder": (net, rates)}, crops, config, CPU)["encoder"]
 
 
 def fine_tune(net, crops, rate=0.1, epochs=3):
     config = LinearConfig(epochs=epochs, batch_size=16)
-    return train_whole(net, 24, crops, 3, rate, config, CPU, lambda epochs, label: epochs)
+    return train_whole(net, crops, rate, config, CPU)
 
 
-def fit_linear(net, rates=(3.0, 1.0), held=None, epochs=2, batch_size=16):
-    crops = RandomCrops(DATA, images(), 0.3, seed=1)
-    return train_on(crops, net, rates, held, epochs, batch_size)
+def fit_linear(net, rates=(3.0, 1.0), **settings):
+    return train_on(RandomCrops(DATA, images(), 0.3, seed=1), net, rates, **settings)
 
 
 def test_the_stack_takes_the_steps_of_autograd_and_torch_sgd():
@@ -205,16 +203,19 @@ def test_the_backbone_stays_bit_identical_with_batch_norm():
 
 
 def test_held_out_images_do_not_reach_the_trial():
-    held = hold_out(images().source.labels, 0.2, seed=0)
-    trained = fit_linear(network(), held=held)
-    free = fit_linear(network())
-    assert torch.equal(trained.stack.weight, free.stack.weight)
-    assert not torch.allclose(trained.trial.weight, free.stack.weight)
+    held = hold_out(images().source.labels, 0.2, seed=1)
+    trained = fit_linear(network(), held_out=0.2)
+    more = fit_linear(network(), held_out=0.4)
+    assert torch.equal(trained.held, held) and more.held.sum() > held.sum()
+    assert torch.equal(trained.stack.weight, more.stack.weight)
+    assert not torch.allclose(trained.trial.weight, trained.stack.weight)
+    assert not torch.allclose(trained.trial.weight, more.trial.weight)
+    assert fit_linear(network(), rates=(3.0,)).trial is None
     # Other labels on the held-out images change the whole classifier, not the trial.
     crops = RandomCrops(DATA, images(), 0.3, seed=1)
     crops.labels = crops.labels.clone()
     crops.labels[held] = (crops.labels[held] + 1) % 3
-    other = train_on(crops, network(), (3.0, 1.0), held)
+    other = train_on(crops, network(), (3.0, 1.0), held_out=0.2)
     assert torch.equal(other.trial.weight, trained.trial.weight)
     assert not torch.allclose(other.stack.weight, trained.stack.weight)
 

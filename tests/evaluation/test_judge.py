@@ -1,0 +1,56 @@
+"""Scores against scikit-learn and by hand, and what judging and exporting import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import recall_score, top_k_accuracy_score
+
+from moco.evaluation.scores import accuracies
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_accuracies_equal_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 7, (500,), generator=generator)
+    logits = torch.randn(500, 7, generator=generator)
+    logits[torch.arange(500), targets] += 1
+    found = accuracies(logits, targets, list("abcdefg"))
+    for name, k in (("top1", 1), ("top5", 5)):
+        expected = top_k_accuracy_score(targets, logits.double().numpy(), k=k)
+        assert found[name] == pytest.approx(100 * expected, abs=0.0051)
+    shares = recall_score(targets, logits.argmax(1), average=None)
+    assert list(found["per_class"]) == list("abcdefg")
+    assert list(found["per_class"].values()) == pytest.approx(100 * shares, abs=0.0051)
+
+
+def test_of_equal_scores_the_class_listed_first_comes_first():
+    logits = torch.zeros(6, 6)
+    targets = torch.arange(6)
+    found = accuracies(logits, targets, list("abcdef"))
+    assert found["top1"] == 16.67 and found["top5"] == 83.33  # all but the sixth class
+    assert list(found["per_class"].values()) == [100, 0, 0, 0, 0, 0]
+    logits[5, 5] = 1
+    found = accuracies(logits, targets, list("abcdef"))
+    assert found["top5"] == 100 and found["per_class"]["f"] == 100
+
+
+def test_scores_that_are_no_numbers_are_misses():
+    logits = torch.full((4, 2), float("nan"))
+    found = accuracies(logits, torch.tensor([0, 1, 0, 1]), ["a", "b"])
+    assert found == {"top1": 0, "top5": None, "per_class": {"a": 0, "b": 0}}
+
+
+def test_judging_and_exporting_import_torch_but_neither_lightning_nor_faiss():
+    code = (
+        "import sys, moco.evaluation.judge, moco.checkpoints.export\n"
+        "assert 'torch' in sys.modules\n"
+        "heavy = {'pytorch_lightning', 'lightning', 'lightning_fabric', 'torchmetrics', 'faiss'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
