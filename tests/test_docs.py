@@ -20,7 +20,6 @@ import yaml
 from pictures import write_pictures
 from test_architecture import WINGS
 
-from docs import settings
 from moco.command import cli
 from moco.config import TrainConfig
 
