@@ -18,6 +18,7 @@ from steps import (
     make_views,
     train,
 )
+from torch import nn
 from torch.nn import functional
 
 from moco import distributed
@@ -182,6 +183,25 @@ def test_accumulation_moves_the_key_encoder_once_per_optimiser_step(monkeypatch)
     train(module, batches, accumulate_grad_batches=3)
     assert len(calls) == 3  # batches 0-2, 3-5 and the rest
     assert int(module.queue.num_enqueued) == 7 * 16
+
+
+def _masks_on_rank() -> list:
+    """Return what a dropout in front of the query head keeps in each batch."""
+    rank, world = as_rank()
+    module, masks, dropout = make_module(), [], nn.Dropout()
+    dropout.register_forward_hook(lambda _, given, out: masks.append((out != 0).numpy()))
+    module.query_encoder.head = nn.Sequential(dropout, module.query_encoder.head)
+    train(module, make_batches(make_views(16, steps=2), world, rank, True, False), world)
+    return masks
+
+
+def test_each_rank_and_each_batch_draws_its_own_masks(two_ranks):
+    ranks = two_ranks.run(_masks_on_rank)
+    first, other = ranks
+    again, _ = two_ranks.run(_masks_on_rank)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    for one, two in (*zip(first, other, strict=True), first, other):
+        assert 0.3 < (one == two).mean() < 0.7
 
 
 def test_golden_losses():
