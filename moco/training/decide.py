@@ -217,7 +217,9 @@ def check_queue(config: TrainConfig, count: int) -> None:
 
 
 def choose_key_bn(key_bn: str, world: int) -> tuple[str, str]:
-    """Decide what `auto` means, and say why."""
+    """Decide what `auto` means, and say why; on one device there is no other to shuffle with."""
+    if key_bn == "shuffle" and world == 1:
+        return "split", "shuffle as set would hide nothing on one device: groups stand for devices"
     if key_bn != "auto":
         return key_bn, "as set"
     if world > 1:

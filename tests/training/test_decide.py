@@ -152,8 +152,24 @@ def test_what_cannot_go_on_here_is_refused_with_a_remedy(
     assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_shuffled_keys_on_one_device_go_on_where_the_run_began_so():
+def test_shuffled_keys_on_one_device_are_split():
     asked = settings()
     asked.model.key_bn = "shuffle"
-    began = replace(BEFORE, devices=1)
-    assert goes_on(copy.deepcopy(asked), began, asked).key_bn == "shuffle"
+    decided = decide.decide(copy.deepcopy(asked), 10)
+    assert decided.key_bn == "split" and "on one device" in decided.reasons["key_bn"]
+    old = replace(BEFORE, devices=1)  # an older version kept the leak
+    assert goes_on(copy.deepcopy(asked), old, asked).key_bn == "split"
+
+
+def test_a_run_with_shuffled_keys_on_one_device_splits_them_and_says_so(images, said):
+    run_tiny(images, "--model.key_bn", "shuffle", "--trainer.max_epochs", "1", run_dir="shuffle")
+    assert sum("key BatchNorm: split (shuffle as set" in line for line in said) == 1
+    run_tiny(images, "--model.key_bn", "split", "--trainer.max_epochs", "1", run_dir="split")
+    assert_same_end("shuffle", "split")
+    assert at(1, "shuffle")["decided"]["key_bn"] == "split"
+    before = Path("shuffle/config.yaml").read_text()
+    with pytest.raises(UserError, match="model.key_bn is 'plain' but the run has 'shuffle'"):
+        train.main(
+            ["--resume", "shuffle/checkpoints/step_000000001.ckpt", "--model.key_bn", "plain"]
+        )
+    assert Path("shuffle/config.yaml").read_text() == before
