@@ -96,7 +96,16 @@ class MoCo(pl.LightningModule):
         total = torch.stack(losses).sum()
         loss = total if self.model_config.symmetric == "sum" else total / len(losses)
         self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
-        return loss
+        if self.accumulate == 1:
+            return loss
+        # Lightning divides by `accumulate`; the last step of an epoch may have fewer batches.
+        first = batch_idx // self.accumulate * self.accumulate
+        return loss * (self.accumulate / (self.window_end(batch_idx) - first))
+
+    def window_end(self, batch_idx: int) -> int:
+        """Return the number after the last batch of this batch's optimiser step."""
+        end = (batch_idx // self.accumulate + 1) * self.accumulate
+        return min(end, int(self.trainer.num_training_batches))
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:

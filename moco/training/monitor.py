@@ -59,10 +59,13 @@ class MetricsLogger(pl.Callback):
     def _reset(self) -> None:
         self._mark = (time.perf_counter() - self.paused, self.data.wait_seconds, self.images)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-        """Have the step compute metrics if a reading is due after it."""
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Have the step's last batch compute metrics if a reading is due after it."""
         step = trainer.global_step + 1
-        module.wants_metrics = step % self.every == 0 or step in (1, module.total_steps)
+        due = step % self.every == 0 or step in (1, module.total_steps)
+        module.wants_metrics = due and batch_idx + 1 == module.window_end(batch_idx)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         """Fetch and log the metrics if they are due."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import os
 import shutil
@@ -67,6 +68,13 @@ def test_networks_that_drop_at_random_resume_to_the_same_bits(images, monkeypatc
     shutil.copytree("whole", "run")
     train.main(["--resume", "run/checkpoints/step_000000001.ckpt"])
     assert_same_end("whole", "run")
+
+
+def test_accumulated_batches_are_one_row_of_metrics(images):
+    """An epoch has three batches, so a step of two and one of one."""
+    run_tiny(images, "--trainer.accumulate_grad_batches", "2")
+    with open("run/metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
 
 
 def test_a_torn_last_checkpoint_falls_back_to_the_one_before(images):
