@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import sysconfig
@@ -185,22 +186,28 @@ def check_shares(config: TrainConfig, decided: Decided) -> None:
         raise UserError(
             "model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle"
         )
-    parts, why = world, f"{world} devices"
-    if decided.key_bn == "shuffle":
-        parts, why = world * world, f"{world} devices, {world} equal blocks on each to shuffle keys"
+    groups, why = world, f"{world} devices"
+    needs = [(groups, why)]
     if "split" in kinds:
-        parts, why = (
+        groups, why = (
             world * model.bn_splits,
             f"{world} devices x {model.bn_splits} BatchNorm groups",
         )
-    if batch % parts:
-        near = max(parts, batch // parts * parts)
-        raise UserError(f"data.batch_size {batch} does not divide by {parts} ({why}): take {near}")
-    smallest = batch // (parts if parts != world * world else world)
-    if smallest < 2:
+        needs.append((groups, why))
+    if decided.key_bn in ("shuffle", "split"):
+        blocks = f"{world} devices, {world} equal blocks on each to shuffle keys"
+        needs.append((world * world, blocks))
+    unit = math.lcm(*(parts for parts, _ in needs))
+    near = max(-(-2 * groups // unit), batch // unit) * unit
+    for parts, reason in needs:
+        if batch % parts:
+            raise UserError(
+                f"data.batch_size {batch} does not divide by {parts} ({reason}): take {near}"
+            )
+    if batch < 2 * groups:
         raise UserError(
-            f"data.batch_size {batch} leaves {smallest} image in a BatchNorm group ({why}): "
-            f"take {2 * parts}"
+            f"data.batch_size {batch} leaves {batch // groups} image in a BatchNorm group ({why}): "
+            f"take {near}"
         )
 
 
