@@ -153,7 +153,11 @@ class MoCo(pl.LightningModule):
         }
 
     def read_plateau(self, knn_top1: float | None) -> None:
-        """Show the plateau schedule the epoch's mean loss or kNN, and set the losses to 0."""
+        """Show the plateau schedule the epoch's mean loss or kNN, and set the losses to 0.
+
+        Args:
+            knn_top1: Read at the end of this epoch; None where it was not.
+        """
         if self.optim_config.schedule == "plateau":  # only then the host must wait for the device
             sums = all_gather(self.loss_sum[None])
             mean = sums.sum().item() / (self.loss_count * len(sums))

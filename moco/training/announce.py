@@ -75,6 +75,11 @@ def say_what_was_decided(
     compiled = "compiled" if decided.compile else "not compiled"
     log.info("encoders and views: %s (%s)", compiled, why["compile"])
     log.info("run directory: %s", run_dir)
+    if (config.optim.schedule, config.optim.plateau_metric) == ("plateau", "val/knn_top1"):
+        log.warning(
+            "optim.plateau_metric val/knn_top1: the labels of the test images steer the rate, so "
+            "this run's scores on them are too good; train/loss needs no labels"
+        )
 
 
 def results(run: Run, run_dir: Path, seconds: float) -> dict[str, Any]:

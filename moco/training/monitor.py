@@ -146,10 +146,11 @@ class KNNMonitor(pl.Callback):
         if not (epoch_end or final):
             return
         due = round(step / per_epoch) % max(self.config.knn_every, 1) == 0
-        if self._enabled and (due or final):
+        is_read = self._enabled and (due or final)
+        if is_read:
             self.read(trainer, module, final)
         if epoch_end:
-            module.read_plateau(self.last)
+            module.read_plateau(self.last if is_read else None)
 
     def read(self, trainer: pl.Trainer, module: Any, final: bool) -> None:
         """Extract features on all ranks, vote, and log."""
