@@ -67,8 +67,8 @@ def pretrain(
         allow_partial: Accept such a checkpoint although it fits only in part.
         callbacks: Of Lightning, called after the run's own.
 
-    Returns: Final kNN, loss, images per second, steps and paths, as plain values; `stopped_by` is
-        the signal, if any.
+    Returns: Last kNN and loss with the steps that they were read at, images per second, steps and
+        paths, as plain values; null is what was not read. `stopped_by` is the signal, if any.
 
     Raises:
         UserError: Anything that the user can mend, before the first step wherever possible.
@@ -113,6 +113,7 @@ def _pretrain(
     stored = {"config": asdict(config), "decided": asdict(decided), "images": images}
     extras = {"version": VERSION, **stored}
     run = assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
+    run.monitor.is_loaded = bool(init_from)
     if run.trainer.is_global_zero:
         write_config(config, asdict(decided), run_dir)
     return _fit(run, run_dir, checkpoint)
