@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import shutil
 import sysconfig
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from moco.config import TrainConfig, UserError
+from moco.training.shares import check_shares
 
 log = logging.getLogger("moco")
 WORTH_COMPILING = 3000  # steps on a GPU; an estimate, 20 ms won at each against a minute
@@ -99,7 +99,7 @@ def decide(
     if before:
         kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
         reasons.update(dict.fromkeys(kept, "as the run began"))
-    check_shares(config, decided)
+    check_shares(config, world, key_bn, decided.accelerator == "cuda")
     return decided
 
 
@@ -176,51 +176,6 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
         kind = "GPUs" if on_gpu else "CPU cores"
         raise UserError(f"trainer.devices is {devices} but there are {available} {kind}: lower it")
     return devices, num_nodes
-
-
-def check_shares(config: TrainConfig, decided: Decided) -> None:
-    """Raise UserError when the batch does not divide by the devices and BatchNorm groups."""
-    batch, model, world = config.data.batch_size, config.model, decided.world
-    kinds = (decided.key_bn, model.query_bn)
-    if "sync" in kinds and world > 1 and decided.accelerator == "cpu":
-        raise UserError(
-            "model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle"
-        )
-    groups, why = world, f"{world} devices"
-    needs = [(groups, why)]
-    if "split" in kinds:
-        groups, why = (
-            world * model.bn_splits,
-            f"{world} devices x {model.bn_splits} BatchNorm groups",
-        )
-        needs.append((groups, why))
-    if decided.key_bn in ("shuffle", "split"):
-        blocks = f"{world} devices, {world} equal blocks on each to shuffle keys"
-        needs.append((world * world, blocks))
-    unit = math.lcm(*(parts for parts, _ in needs))
-    near = max(-(-2 * groups // unit), batch // unit) * unit
-    for parts, reason in needs:
-        if batch % parts:
-            raise UserError(
-                f"data.batch_size {batch} does not divide by {parts} ({reason}): take {near}"
-            )
-    if batch < 2 * groups:
-        raise UserError(
-            f"data.batch_size {batch} leaves {batch // groups} image in a BatchNorm group ({why}): "
-            f"take {near}"
-        )
-
-
-def check_queue(config: TrainConfig, count: int) -> None:
-    """Raise UserError when the queue would hold an image's keys of the same epoch twice."""
-    if config.model.queue_size > count:
-        batch = config.data.batch_size
-        most = max(count // batch * batch, batch)
-        raise UserError(
-            f"model.queue_size {config.model.queue_size} is above the {count} images of the "
-            "data set, so that "
-            f"images would meet their own older keys as negatives: take {most} or less"
-        )
 
 
 def choose_key_bn(key_bn: str, world: int) -> tuple[str, str]:

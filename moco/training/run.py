@@ -41,9 +41,10 @@ from moco.training.build import (
     set_length,
     total_steps,
 )
-from moco.training.decide import Decided, check_queue, decide
+from moco.training.decide import Decided, decide
 from moco.training.explain import explain
 from moco.training.saving import requeue
+from moco.training.shares import check_queue
 from moco.training.tracking import finish
 
 log = logging.getLogger("moco")
