@@ -132,10 +132,13 @@ class OptimConfig:
         0.0, "Epochs of linear warm-up from 0, per step, before any schedule", at_least=0
     )
     plateau_metric: Literal["train/loss", "val/knn_top1"] = setting(
-        "train/loss", "What `plateau` watches"
+        "train/loss",
+        "What `plateau` watches; val/knn_top1 lets labels of test images steer the rate",
     )
     plateau_patience: int = setting(
-        10, "Readings without progress that `plateau` waits for", at_least=0
+        10,
+        "Readings without progress that `plateau` waits for: one an epoch, or each of kNN",
+        at_least=0,
     )
 
 

@@ -70,10 +70,15 @@ class Recorder(pl.Callback):
 
 
 def train(
-    module: MoCo, batches: list[Batch], world: int = 1, accelerator: str = "cpu", **options
+    module: MoCo,
+    batches: list[Batch],
+    world: int = 1,
+    accelerator: str = "cpu",
+    recorder: Recorder | None = None,
+    **options,
 ) -> list[float]:
     """Train through Lightning as a run does, and return the loss of each batch."""
-    recorder = Recorder()
+    recorder = recorder or Recorder()
     module.steps_per_epoch = module.total_steps = len(batches)
     strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     trainer = pl.Trainer(

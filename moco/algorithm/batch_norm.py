@@ -1,6 +1,6 @@
 """Kinds of BatchNorm: statistics over one device's batch, over groups of it, or over all devices.
 
-Shapes: N images per device, C channels, H W pixels, G BatchNorm groups.
+Shapes: N images per device, C channels, H W pixels (or none, in a head), G BatchNorm groups.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class SplitBatchNorm:
         groups, batch = self.num_splits, images.shape
         precise = torch.promote_types(images.dtype, torch.float32)
         grouped = images.view(groups, -1, *batch[1:]).to(precise)  # G N/G C H W
-        var, mean = torch.var_mean(grouped, (1, 3, 4), correction=0)  # G C
+        places = (1, *range(3, grouped.dim()))
+        var, mean = torch.var_mean(grouped, places, correction=0)  # G C
         scale = torch.rsqrt(var + self.eps)
         scale = scale if self.weight is None else scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
@@ -63,7 +64,8 @@ class SplitBatchNorm:
                 unbiased = var.mean(0) * (count / (count - 1))
                 self.running_mean.lerp_(mean.mean(0).to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        normed = grouped * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+        shape = (groups, 1, batch[1], *[1] * (len(batch) - 2))
+        normed = grouped * scale.view(shape) + shift.view(shape)
         return normed.to(images.dtype).view(batch)
 
 
@@ -74,10 +76,12 @@ def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
         The module, changed in place, or for `sync` another object where it is a BatchNorm itself.
     """
     if kind == "sync":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        from timm.layers import convert_sync_batchnorm  # torch's own drops the fused activation
+
+        return convert_sync_batchnorm(module)
     if kind == "split":
         for child in module.modules():
-            if isinstance(child, nn.BatchNorm2d):
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                 kind_of = type(child)
                 child.__class__ = type(f"Split{kind_of.__name__}", (SplitBatchNorm, kind_of), {})
                 child.num_splits = num_splits

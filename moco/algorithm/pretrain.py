@@ -22,7 +22,8 @@ from moco.algorithm.batch_norm import set_batch_norm
 from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
 from moco.algorithm.encoder import build_encoder
 from moco.config import ModelConfig, OptimConfig
-from moco.distributed import all_gather, local_rows, restore
+from moco.distributed import all_gather, local_rows, rank, restore
+from moco.random import stream_id
 
 
 class MoCo(pl.LightningModule):
@@ -33,7 +34,7 @@ class MoCo(pl.LightningModule):
         optim_config: Optimiser and schedule.
         channels: Of the images.
         image_size: Side of the views in pixels.
-        seed: Of the queue's first, random keys.
+        seed: Of the queue's first, random keys, and of what the networks draw themselves.
 
     Attributes:
         query_encoder, key_encoder: Equal at the start, head included; the key encoder takes no
@@ -54,7 +55,7 @@ class MoCo(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model_config, self.optim_config = model_config, optim_config
+        self.model_config, self.optim_config, self.seed = model_config, optim_config, seed
         encoder = build_encoder(model_config, channels, image_size)
         key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.query_encoder = set_batch_norm(encoder, model_config.query_bn, model_config.bn_splits)
@@ -95,7 +96,16 @@ class MoCo(pl.LightningModule):
         total = torch.stack(losses).sum()
         loss = total if self.model_config.symmetric == "sum" else total / len(losses)
         self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
-        return loss
+        if self.accumulate == 1:
+            return loss
+        # Lightning divides by `accumulate`; the last step of an epoch may have fewer batches.
+        first = batch_idx // self.accumulate * self.accumulate
+        return loss * (self.accumulate / (self.window_end(batch_idx) - first))
+
+    def window_end(self, batch_idx: int) -> int:
+        """Return the number after the last batch of this batch's optimiser step."""
+        end = (batch_idx // self.accumulate + 1) * self.accumulate
+        return min(end, int(self.trainer.num_training_batches))
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -143,7 +153,11 @@ class MoCo(pl.LightningModule):
         }
 
     def read_plateau(self, knn_top1: float | None) -> None:
-        """Show the plateau schedule the epoch's mean loss or kNN, and set the losses to 0."""
+        """Show the plateau schedule the epoch's mean loss or kNN, and set the losses to 0.
+
+        Args:
+            knn_top1: Read at the end of this epoch; None where it was not.
+        """
         if self.optim_config.schedule == "plateau":  # only then the host must wait for the device
             sums = all_gather(self.loss_sum[None])
             mean = sums.sum().item() / (self.loss_count * len(sums))
@@ -158,7 +172,12 @@ class MoCo(pl.LightningModule):
         return optim.build_optimizer(self.query_encoder.parameters(), self.optim_config)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the rate of this step."""
+        """Set the rate of this step, and seed torch's generators for dropout and drop-path.
+
+        The masks of a batch belong to the seed, the step, the batch and the rank, so a resumed run
+        draws the same ones, and each rank draws its own.
+        """
+        torch.manual_seed(stream_id(self.seed, f"masks {self.global_step} {batch_idx} {rank()}"))
         rate = self.learning_rate()
         for group in self.optimizers(use_pl_optimizer=False).param_groups:
             group["lr"] = rate

@@ -75,15 +75,19 @@ def say_what_was_decided(
     compiled = "compiled" if decided.compile else "not compiled"
     log.info("encoders and views: %s (%s)", compiled, why["compile"])
     log.info("run directory: %s", run_dir)
+    if (config.optim.schedule, config.optim.plateau_metric) == ("plateau", "val/knn_top1"):
+        log.warning(
+            "optim.plateau_metric val/knn_top1: the labels of the test images steer the rate, so "
+            "this run's scores on them are too good; train/loss needs no labels"
+        )
 
 
 def results(run: Run, run_dir: Path, seconds: float) -> dict[str, Any]:
-    """Return what a run came to, as plain values."""
+    """Return what a run came to, as plain values, with the step that a figure was read at."""
     return {
-        "knn_top1": _rounded(run.monitor.last),
-        "knn_top1_untrained": _rounded(run.monitor.first),
-        **{name: _rounded(value) for name, value in run.monitor.few_shot.items()},
+        **{name: _rounded(value) for name, value in run.monitor.results().items()},
         "loss": _rounded(run.metrics.latest.get("train/loss"), 4),
+        "loss_step": run.metrics.read_at.get("train/loss"),
         "images_per_second": _rounded(run.metrics.rate(), 1),
         "seconds": _rounded(seconds, 1),
         "steps": run.trainer.global_step,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from moco.config import TrainConfig, UserError
+from moco.training.shares import check_shares
 
 log = logging.getLogger("moco")
 WORTH_COMPILING = 3000  # steps on a GPU; an estimate, 20 ms won at each against a minute
@@ -98,7 +99,7 @@ def decide(
     if before:
         kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
         reasons.update(dict.fromkeys(kept, "as the run began"))
-    check_shares(config, decided)
+    check_shares(config, world, key_bn, decided.accelerator == "cuda")
     return decided
 
 
@@ -177,47 +178,10 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
     return devices, num_nodes
 
 
-def check_shares(config: TrainConfig, decided: Decided) -> None:
-    """Raise UserError when the batch does not divide by the devices and BatchNorm groups."""
-    batch, model, world = config.data.batch_size, config.model, decided.world
-    kinds = (decided.key_bn, model.query_bn)
-    if "sync" in kinds and world > 1 and decided.accelerator == "cpu":
-        raise UserError(
-            "model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle"
-        )
-    parts, why = world, f"{world} devices"
-    if decided.key_bn == "shuffle":
-        parts, why = world * world, f"{world} devices, {world} equal blocks on each to shuffle keys"
-    if "split" in kinds:
-        parts, why = (
-            world * model.bn_splits,
-            f"{world} devices x {model.bn_splits} BatchNorm groups",
-        )
-    if batch % parts:
-        near = max(parts, batch // parts * parts)
-        raise UserError(f"data.batch_size {batch} does not divide by {parts} ({why}): take {near}")
-    smallest = batch // (parts if parts != world * world else world)
-    if smallest < 2:
-        raise UserError(
-            f"data.batch_size {batch} leaves {smallest} image in a BatchNorm group ({why}): "
-            f"take {2 * parts}"
-        )
-
-
-def check_queue(config: TrainConfig, count: int) -> None:
-    """Raise UserError when the queue would hold an image's keys of the same epoch twice."""
-    if config.model.queue_size > count:
-        batch = config.data.batch_size
-        most = max(count // batch * batch, batch)
-        raise UserError(
-            f"model.queue_size {config.model.queue_size} is above the {count} images of the "
-            "data set, so that "
-            f"images would meet their own older keys as negatives: take {most} or less"
-        )
-
-
 def choose_key_bn(key_bn: str, world: int) -> tuple[str, str]:
-    """Decide what `auto` means, and say why."""
+    """Decide what `auto` means, and say why; on one device there is no other to shuffle with."""
+    if key_bn == "shuffle" and world == 1:
+        return "split", "shuffle as set would hide nothing on one device: groups stand for devices"
     if key_bn != "auto":
         return key_bn, "as set"
     if world > 1:

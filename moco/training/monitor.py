@@ -29,6 +29,7 @@ from moco.images.loader import PretrainData
 
 log = logging.getLogger("moco")
 _SHOTS = 10
+_READINGS = {"first", "last", "read_at", "is_loaded"}
 _RAW_LIMIT = 2**29  # values of raw pixels that the baseline may hold
 
 
@@ -41,32 +42,41 @@ class MetricsLogger(pl.Callback):
 
     Attributes:
         latest: Name to value of the last readings of all callbacks.
+        read_at: Name to the step of that reading.
         paused: Seconds spent on other things than training; other callbacks add theirs.
-        images, seconds: Trained on since the start, without the pauses.
+        images, seconds: Trained on in this process, without the pauses.
     """
 
     def __init__(self, data: PretrainData, every: int) -> None:
         self.data, self.every = data, every
         self.latest: dict[str, float] = {}
+        self.read_at: dict[str, int] = {}
         self.paused = 0.0
         self.images, self.seconds = 0, 0.0
         self._mark = (0.0, 0.0, 0)
+        self._start = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Start the clock."""
         self._reset()
+        self._start = self._mark[0]
 
     def _reset(self) -> None:
         self._mark = (time.perf_counter() - self.paused, self.data.wait_seconds, self.images)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-        """Have the step compute metrics if a reading is due after it."""
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Have the step's last batch compute metrics if a reading is due after it."""
         step = trainer.global_step + 1
-        module.wants_metrics = step % self.every == 0 or step in (1, module.total_steps)
+        due = step % self.every == 0 or step in (1, module.total_steps)
+        module.wants_metrics = due and batch_idx + 1 == module.window_end(batch_idx)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         """Fetch and log the metrics if they are due."""
         self.images += self.data.config.batch_size
+        now = time.perf_counter() - self.paused
+        self.seconds = now - self._start
         if not module.wants_metrics:
             return
         values = torch.stack([v.float() for v in module.metrics.values()])
@@ -75,8 +85,7 @@ class MetricsLogger(pl.Callback):
             values /= distributed.world_size()
         values = dict(zip(module.metrics, values.tolist(), strict=True))
         start, waited, images = self._mark
-        elapsed = max(time.perf_counter() - self.paused - start, 1e-9)
-        self.seconds += elapsed
+        elapsed = max(now - start, 1e-9)
         step = trainer.global_step
         values |= {
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
@@ -91,14 +100,15 @@ class MetricsLogger(pl.Callback):
 
     def publish(self, trainer: pl.Trainer, module: Any, values: dict[str, float]) -> None:
         """Send metrics to every logger and remember them."""
-        self.latest |= values
         step = trainer.global_step
+        self.latest |= values
+        self.read_at |= dict.fromkeys(values, step)
         epoch = round(step / module.steps_per_epoch, 3)
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch, **values}, step=step)
 
     def rate(self) -> float:
-        """Return images per second since the start, over all devices."""
+        """Return images per second over the whole training time, over all devices."""
         return self.images / self.seconds if self.seconds else 0.0
 
 
@@ -112,6 +122,8 @@ class KNNMonitor(pl.Callback):
 
     Attributes:
         first, last: Top-1 in percent before the first step and at the newest reading.
+        read_at: The step of the newest reading.
+        is_loaded: Whether the first reading is of weights from a checkpoint (`--init_from`).
         few_shot: Name to percent with ten labels per class, for features and raw pixels; filled
             after the last step.
     """
@@ -122,10 +134,12 @@ class KNNMonitor(pl.Callback):
         self.data, self.config, self.metrics = data, config, metrics
         self.first: float | None = None
         self.last: float | None = None
+        self.read_at: int | None = None
+        self.is_loaded = False
         self.few_shot: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Read the untrained network, to which later readings are compared."""
+        """Read the network as it starts, to which later readings are compared."""
         if self._enabled and trainer.global_step == 0:
             self.read(trainer, module, final=False)
 
@@ -143,10 +157,11 @@ class KNNMonitor(pl.Callback):
         if not (epoch_end or final):
             return
         due = round(step / per_epoch) % max(self.config.knn_every, 1) == 0
-        if self._enabled and (due or final):
+        is_read = self._enabled and (due or final)
+        if is_read:
             self.read(trainer, module, final)
         if epoch_end:
-            module.read_plateau(self.last)
+            module.read_plateau(self.last if is_read else None)
 
     def read(self, trainer: pl.Trainer, module: Any, final: bool) -> None:
         """Extract features on all ranks, vote, and log."""
@@ -161,13 +176,24 @@ class KNNMonitor(pl.Callback):
         temperature = self.config.knn_temperature
         found = knn_predict(queries, bank, labels, self.data.num_classes, k, temperature)
         hits = gather_ragged((found == targets).float())
-        self.last = 100 * hits.mean().item()
+        self.last, self.read_at = 100 * hits.mean().item(), trainer.global_step
         self.first = self.last if self.first is None else self.first
         if final:
             queries, targets = gather_ragged(queries), gather_ragged(targets)
             self.few_shot = self._few_shot(bank, labels, queries, targets, device)
         self.metrics.paused += time.perf_counter() - start
         self.metrics.publish(trainer, module, {"val/knn_top1": self.last})
+
+    def results(self) -> dict[str, float | int | None]:
+        """Return the readings by name; the newest one is null where only the first was taken."""
+        start = "knn_top1_init_from" if self.is_loaded else "knn_top1_untrained"
+        step = self.read_at or None
+        return {
+            "knn_top1": self.last if step else None,
+            "knn_top1_step": step,
+            start: self.first,
+            **self.few_shot,
+        }
 
     def _few_shot(self, bank, labels, queries, targets, device) -> dict[str, float]:
         """Score ten labels per class on features and on raw pixels, if all classes have ten."""
@@ -187,11 +213,12 @@ class KNNMonitor(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the readings for the checkpoint."""
-        return {"first": self.first, "last": self.last}
+        return {name: getattr(self, name) for name in _READINGS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the readings from a checkpoint."""
-        self.first, self.last = state["first"], state["last"]
+        for name in _READINGS & state.keys():  # an older version stored two of them
+            setattr(self, name, state[name])
 
 
 class Progress(pl.Callback):
@@ -243,7 +270,8 @@ class Progress(pl.Callback):
             if name in latest:
                 parts.append(label.format(latest[name]))
         if self._bar is None and self.metrics.rate():
-            left = (module.total_steps - step) * self.metrics.data.config.batch_size
+            left = (module.total_steps - step) * module.accumulate
+            left *= self.metrics.data.config.batch_size
             parts.append(f"{left / self.metrics.rate() / 60:.1f} min left")
         return ", ".join(parts)
 

@@ -41,9 +41,10 @@ from moco.training.build import (
     set_length,
     total_steps,
 )
-from moco.training.decide import Decided, check_queue, decide
+from moco.training.decide import Decided, decide
 from moco.training.explain import explain
 from moco.training.saving import requeue
+from moco.training.shares import check_queue
 from moco.training.tracking import finish
 
 log = logging.getLogger("moco")
@@ -67,8 +68,8 @@ def pretrain(
         allow_partial: Accept such a checkpoint although it fits only in part.
         callbacks: Of Lightning, called after the run's own.
 
-    Returns: Final kNN, loss, images per second, steps and paths, as plain values; `stopped_by` is
-        the signal, if any.
+    Returns: Last kNN and loss with the steps that they were read at, images per second, steps and
+        paths, as plain values; null is what was not read. `stopped_by` is the signal, if any.
 
     Raises:
         UserError: Anything that the user can mend, before the first step wherever possible.
@@ -113,6 +114,7 @@ def _pretrain(
     stored = {"config": asdict(config), "decided": asdict(decided), "images": images}
     extras = {"version": VERSION, **stored}
     run = assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
+    run.monitor.is_loaded = bool(init_from)
     if run.trainer.is_global_zero:
         write_config(config, asdict(decided), run_dir)
     return _fit(run, run_dir, checkpoint)

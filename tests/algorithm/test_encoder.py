@@ -361,6 +361,28 @@ def test_plain_changes_nothing_and_sync_converts():
     assert list(synced.state_dict()) == keys
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_b0", "densenet121", "resnetv2_18"])
+def test_sync_changes_no_feature(backbone):
+    """Layers of timm hold their activation; torch's own converter loses it."""
+    torch.manual_seed(0)
+    network = build_backbone(config(backbone), 3, 32)[0].eval()
+    with torch.no_grad():
+        expected = network(pictures(2))
+        assert set_batch_norm(network, "sync", 2)(pictures(2)).equal(expected)
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (8, 6, 5)])
+def test_split_of_a_heads_batch_norm(shape, way):
+    torch.manual_seed(0)
+    plain = nn.BatchNorm1d(6)
+    given = torch.randn(shape) * torch.arange(8).view(8, *[1] * (len(shape) - 1))
+    split = set_batch_norm(copy.deepcopy(plain), "split", 2)
+    expected = torch.cat([copy.deepcopy(plain)(group) for group in given.chunk(2)])
+    torch.testing.assert_close(split(given), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - plain(given)).abs().max() > 0.1
+
+
 def test_a_split_batch_norm_is_the_functional_one():
     """Against torch.nn.functional rather than a module of ours, with the default momentum."""
     split = norm_layer(3, groups=2)

@@ -12,12 +12,14 @@ from steps import (
     OPTIM,
     PER_RANK,
     STEPS,
+    Recorder,
     as_rank,
     make_batches,
     make_module,
     make_views,
     train,
 )
+from torch import nn
 from torch.nn import functional
 
 from moco import distributed
@@ -182,6 +184,53 @@ def test_accumulation_moves_the_key_encoder_once_per_optimiser_step(monkeypatch)
     train(module, batches, accumulate_grad_batches=3)
     assert len(calls) == 3  # batches 0-2, 3-5 and the rest
     assert int(module.queue.num_enqueued) == 7 * 16
+
+
+def test_a_shorter_last_window_is_divided_by_its_own_length():
+    """4 batches, 3 to a step: the second step has one batch and the whole of its gradient."""
+    batches = make_batches(make_views(16, steps=4), 1, 0, True, False)
+    before, found = [], []
+
+    class Look(Recorder):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            before.append(copy.deepcopy(module.state_dict()))
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            found.append([p.grad.clone() for p in module.query_encoder.parameters()])
+
+    module = make_module()
+    module.accumulate = 3
+    train(module, batches, recorder=Look(), accumulate_grad_batches=3)
+    for step, window in enumerate((range(3), range(3, 4))):
+        expected = []
+        for number in window:
+            alone = make_module()
+            alone.load_state_dict(before[number])
+            if number % 3:  # the key encoder moves with the first batch of a step
+                alone.update_key_encoder = lambda: None
+            alone.training_step(batches[number], 0).backward()
+            expected.append([p.grad for p in alone.query_encoder.parameters()])
+        for gradient, *parts in zip(found[step], *expected, strict=True):
+            torch.testing.assert_close(gradient, sum(parts) / len(parts))
+
+
+def _masks_on_rank() -> list:
+    """Return what a dropout in front of the query head keeps in each batch."""
+    rank, world = as_rank()
+    module, masks, dropout = make_module(), [], nn.Dropout()
+    dropout.register_forward_hook(lambda _, given, out: masks.append((out != 0).numpy()))
+    module.query_encoder.head = nn.Sequential(dropout, module.query_encoder.head)
+    train(module, make_batches(make_views(16, steps=2), world, rank, True, False), world)
+    return masks
+
+
+def test_each_rank_and_each_batch_draws_its_own_masks(two_ranks):
+    ranks = two_ranks.run(_masks_on_rank)
+    first, other = ranks
+    again, _ = two_ranks.run(_masks_on_rank)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    for one, two in (*zip(first, other, strict=True), first, other):
+        assert 0.3 < (one == two).mean() < 0.7
 
 
 def test_golden_losses():

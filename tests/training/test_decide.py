@@ -14,6 +14,7 @@ from runs import assert_same_end, at, load, run_tiny
 
 import train
 from moco.config import DataConfig, TrainConfig, UserError
+from moco.distributed import key_order
 from moco.training import decide
 from moco.training.decide import Decided
 
@@ -152,8 +153,52 @@ def test_what_cannot_go_on_here_is_refused_with_a_remedy(
     assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_shuffled_keys_on_one_device_go_on_where_the_run_began_so():
+@pytest.mark.parametrize("splits", [2, 3, 4])
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("key_bn", "query_bn"),
+    [("shuffle", "plain"), ("split", "plain"), ("plain", "split"), ("shuffle", "split")],
+)
+def test_batches_are_accepted_where_all_shares_are_whole(
+    many_cores, key_bn, query_bn, devices, splits
+):
+    """Against what the run does: groups of two images or more, and keys dealt in equal blocks."""
+    config = settings(devices)
+    model = config.model
+    model.key_bn, model.query_bn, model.bn_splits = key_bn, query_bn, splits
+    for batch in range(2, 80):
+        config.data.batch_size = batch
+        try:
+            kind = decide.decide(config, 10).key_bn
+        except UserError as error:
+            config.data.batch_size = int(str(error).rpartition("take ")[2])
+            kind = decide.decide(config, 10).key_bn  # what is recommended is accepted
+            assert config.data.batch_size != batch
+        count, rest = divmod(config.data.batch_size, devices)
+        groups = splits if "split" in (kind, query_bn) else 1
+        assert rest == count % groups == 0 and count // groups >= 2
+        if kind in ("shuffle", "split"):
+            key_order(0, 0, count, devices)
+
+
+def test_shuffled_keys_on_one_device_are_split():
     asked = settings()
     asked.model.key_bn = "shuffle"
-    began = replace(BEFORE, devices=1)
-    assert goes_on(copy.deepcopy(asked), began, asked).key_bn == "shuffle"
+    decided = decide.decide(copy.deepcopy(asked), 10)
+    assert decided.key_bn == "split" and "on one device" in decided.reasons["key_bn"]
+    old = replace(BEFORE, devices=1)  # an older version kept the leak
+    assert goes_on(copy.deepcopy(asked), old, asked).key_bn == "split"
+
+
+def test_a_run_with_shuffled_keys_on_one_device_splits_them_and_says_so(images, said):
+    run_tiny(images, "--model.key_bn", "shuffle", "--trainer.max_epochs", "1", run_dir="shuffle")
+    assert sum("key BatchNorm: split (shuffle as set" in line for line in said) == 1
+    run_tiny(images, "--model.key_bn", "split", "--trainer.max_epochs", "1", run_dir="split")
+    assert_same_end("shuffle", "split")
+    assert at(1, "shuffle")["decided"]["key_bn"] == "split"
+    before = Path("shuffle/config.yaml").read_text()
+    with pytest.raises(UserError, match="model.key_bn is 'plain' but the run has 'shuffle'"):
+        train.main(
+            ["--resume", "shuffle/checkpoints/step_000000001.ckpt", "--model.key_bn", "plain"]
+        )
+    assert Path("shuffle/config.yaml").read_text() == before

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from processes import ROOT, finish, start
-from runs import TINY, assert_same_end, at, load, run_tiny
+from runs import TINY, assert_same_end, at, load, run_tiny, same
 
 import train
 from moco.config import UserError
@@ -53,6 +56,25 @@ def test_streamed_resume_with_other_numbers_of_workers(images):
         path = f"from{step}/checkpoints/step_{step:09d}.ckpt"
         train.main(["--resume", path, "--data.num_workers", str(count)])
         assert_same_end("whole", f"from{step}")
+
+
+@pytest.mark.parametrize("drop", ["drop_rate", "drop_path_rate"])
+def test_networks_that_drop_at_random_resume_to_the_same_bits(images, monkeypatch, drop):
+    accumulate = ["--trainer.accumulate_grad_batches", "2"]
+    run_tiny(images, *accumulate, "--trainer.max_steps", "1", run_dir="plain")
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **{drop: 0.5}))
+    run_tiny(images, *accumulate, run_dir="whole")
+    assert not same(at(1, "whole")["state_dict"], at(1, "plain")["state_dict"]), "nothing dropped"
+    shutil.copytree("whole", "run")
+    train.main(["--resume", "run/checkpoints/step_000000001.ckpt"])
+    assert_same_end("whole", "run")
+
+
+def test_accumulated_batches_are_one_row_of_metrics(images):
+    """An epoch has three batches, so a step of two and one of one."""
+    run_tiny(images, "--trainer.accumulate_grad_batches", "2")
+    with open("run/metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
 
 
 def test_a_torn_last_checkpoint_falls_back_to_the_one_before(images):

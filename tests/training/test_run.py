@@ -17,6 +17,7 @@ from pictures import write_pictures
 from processes import ROOT, finish, start, wait_for
 
 import train
+from moco.algorithm.optim import Plateau
 from moco.config import UserError
 from moco.training.saving import AtomicCheckpointIO
 
@@ -113,6 +114,18 @@ def test_resume_from_every_step_ends_in_the_same_bits(images, resident):
         for part in ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step"):
             assert not same(end[part], again[part], part), f"resumed after step {step}"
         assert rows(f"from{step}") == expected
+
+
+def test_plateau_on_knn_counts_each_reading_once_and_names_the_labels(monkeypatch, said):
+    shown = []
+    read = Plateau.read
+    monkeypatch.setattr(Plateau, "read", lambda self, x: (shown.append(x), read(self, x)))
+    knn = ["--optim.schedule", "plateau", "--optim.plateau_metric", "val/knn_top1"]
+    run_small("run", *knn, "--run.knn_every", "2", "--trainer.max_epochs", "5")
+    found = [row["val/knn_top1"] for row in rows("run") if row["val/knn_top1"]]
+    assert shown == [float(value) for value in found[1:]], "epochs 2, 4 and 5"
+    assert len(shown) == 3
+    assert sum("labels of the test images steer the rate" in line for line in said) == 1
 
 
 def test_dropping_a_piece_of_state_changes_the_result(images):

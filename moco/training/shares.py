@@ -1,0 +1,92 @@
+"""What the batch must divide into, and how long the queue may be, before the first step.
+
+Shapes: W devices, K queue, M keys that an epoch makes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from moco.config import TrainConfig, UserError
+
+log = logging.getLogger("moco")
+WORTH_A_WARNING = 0.05  # share of the queries that meet their own image's older key
+
+
+def check_shares(config: TrainConfig, world: int, key_bn: str, on_gpu: bool) -> None:
+    """Raise UserError when the batch does not divide by the devices and BatchNorm groups."""
+    batch, model = config.data.batch_size, config.model
+    kinds = (key_bn, model.query_bn)
+    if "sync" in kinds and world > 1 and not on_gpu:
+        raise UserError(
+            "model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle"
+        )
+    groups, why = world, f"{world} devices"
+    needs = [(groups, why)]
+    if "split" in kinds:
+        groups, why = (
+            world * model.bn_splits,
+            f"{world} devices x {model.bn_splits} BatchNorm groups",
+        )
+        needs.append((groups, why))
+    if key_bn in ("shuffle", "split"):
+        blocks = f"{world} devices, {world} equal blocks on each to shuffle keys"
+        needs.append((world * world, blocks))
+    unit = math.lcm(*(parts for parts, _ in needs))
+    near = max(-(-2 * groups // unit), batch // unit) * unit
+    for parts, reason in needs:
+        if batch % parts:
+            raise UserError(
+                f"data.batch_size {batch} does not divide by {parts} ({reason}): take {near}"
+            )
+    if batch < 2 * groups:
+        raise UserError(
+            f"data.batch_size {batch} leaves {batch // groups} image in a BatchNorm group ({why}): "
+            f"take {near}"
+        )
+
+
+def own_key_share(queue_size: int, keys: int) -> float:
+    """Return the share of queries that find an older key of their own image among the negatives.
+
+    An image that stands at u in one epoch and stood at v in the epoch before, both uniform in
+    [0, 1), made its key (1 + u - v) * M keys ago: it is still queued where that is below K.
+
+    Args:
+        queue_size: K.
+        keys: M.
+    """
+    reach = min(queue_size / keys, 2.0)
+    return reach**2 / 2 if reach <= 1 else 1 - (2 - reach) ** 2 / 2
+
+
+def check_queue(config: TrainConfig, count: int) -> None:
+    """Warn where many queries would meet their own older keys, which count as negatives.
+
+    Args:
+        config: Settings.
+        count: Images in the set.
+
+    Raises:
+        UserError: The queue is longer than the set.
+    """
+    size, batch = config.model.queue_size, config.data.batch_size
+    views = 1 if config.model.symmetric == "none" else 2
+    keys = max(count // batch, 1) * batch * views
+    share, most = own_key_share(size, keys), max(keys // 8, batch * views)  # K holds a step's keys
+    meet = f"{share:.0%} of the queries would meet an older key of their own image as a negative"
+    if size > count:
+        raise UserError(
+            f"model.queue_size {size} is above the {count} images of the data set, and {meet}: "
+            f"take {most}"
+        )
+    if share > WORTH_A_WARNING:
+        log.warning(
+            "model.queue_size %d is long for %d images, since %s: %d would be better, at most an "
+            "eighth of the keys that an epoch makes",
+            size,
+            count,
+            meet,
+            most,
+        )

@@ -1,0 +1,62 @@
+"""How long a queue may be: the share of queries that meet their own image's older key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
+from moco.training.shares import check_queue, own_key_share
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("share_of_images", [0.125, 0.5, 1.0, 1.5, 2.5])
+def test_share_of_queries_that_meet_their_own_older_key(share_of_images, symmetric):
+    """Against a queue of image numbers that is filled through two epochs of other orders."""
+    images, batch = 400, 20
+    views = 2 if symmetric else 1
+    length, met, seen = round(share_of_images * images), 0, 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        order = torch.cat([torch.randperm(images, generator=generator) for _ in range(3)])
+        queue: list[int] = []
+        for number, index in enumerate(order.split(batch)):
+            if number >= 2 * images // batch:
+                met += len(set(index.tolist()) & set(queue))
+                seen += batch
+            queue = [*queue, *index.tolist() * views][-length:]
+    assert met / seen == pytest.approx(own_key_share(length, images * views), abs=0.03)
+
+
+def settings(queue: int, symmetric: str = "none") -> TrainConfig:
+    model = ModelConfig(queue_size=queue, symmetric=symmetric)
+    return TrainConfig(model=model, data=DataConfig(batch_size=64))
+
+
+@pytest.mark.parametrize(
+    ("queue", "count", "symmetric", "warned"),
+    [
+        (4096, 50000, "sum", ""),
+        (400, 1280, "none", ""),
+        (408, 1280, "none", "5% of the queries"),
+        (1024, 1257, "none", "35% of the queries"),
+        (1024, 1257, "mean", "9% of the queries"),
+    ],
+)
+def test_a_long_queue_is_warned_of_with_the_share_and_a_better_length(
+    said, queue, count, symmetric, warned
+):
+    check_queue(settings(queue, symmetric), count)
+    assert len(said) == bool(warned)
+    assert all(warned in line and "would be better" in line for line in said)
+    better = 152 * (1 if symmetric == "none" else 2)
+    assert all(f": {better} would be" in line for line in said if count == 1257)
+
+
+def test_a_queue_above_the_set_is_refused_with_the_share_and_a_length_that_is_accepted(said):
+    with pytest.raises(UserError, match="100% of the queries would meet .*: take 64$"):
+        check_queue(settings(8192), 250)
+    with pytest.raises(UserError, match="take 160$"):
+        check_queue(settings(1281), 1280)
+    check_queue(settings(160), 1280)
+    assert said == []
