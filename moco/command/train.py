@@ -25,6 +25,7 @@ EXTRAS = {
     },
     "allow_partial": {
         "action": "store_true",
+        "default": False,
         "help": "Take a file of --init_from although it fits only in part",
     },
 }

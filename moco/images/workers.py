@@ -57,10 +57,7 @@ def fetched(loader: DataLoader, timeout: float) -> Iterator[Any]:
     before = signal.getsignal(signal.SIGCHLD)
     # Persistent workers of the epoch before are waited for here.
     iterator = _awaited(lambda: iter(loader), _workers(loader), timeout, late)
-    if signal.getsignal(signal.SIGCHLD) is not before:
-        # torch's handler of a worker's death raises wherever the main thread stands, also in the
-        # middle of a step, where the state that is then saved is in motion (docs/faults.md).
-        signal.signal(signal.SIGCHLD, before)
+    _remove_handler(before)
     workers = getattr(iterator, "_workers", [])
     while True:
         try:
@@ -68,6 +65,18 @@ def fetched(loader: DataLoader, timeout: float) -> Iterator[Any]:
         except StopIteration:
             return
         yield batch
+
+
+def _remove_handler(before: Any) -> None:
+    """Put `before` in the place of torch's handler of SIGCHLD, whichever loader brought it.
+
+    That handler raises wherever the main thread stands when a worker dies, also in the middle of a
+    step, where the state that is then saved is in motion (docs/faults.md).
+    """
+    now = signal.getsignal(signal.SIGCHLD)
+    is_torchs = (getattr(now, "__module__", None) or "").startswith("torch.")
+    if is_torchs and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before in (now, None) else before)
 
 
 def _awaited(

@@ -14,10 +14,10 @@ from consumers import LOADERS, load_timm
 from networks import PLAIN, VIT, Bomb, broken_files, save_ours
 from processes import ROOT, finish, start, start_command
 
-import export as script
 from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder
 from moco.command import cli
+from moco.command import export as script
 from moco.config import UserError
 
 

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from processes import ROOT, finish
 from runs import STREAMED, TINY, assert_same_end, error_line, load, run_tiny
+from torch.utils.data._utils import signal_handling
 
 import train
 from moco.config import DataConfig, RunError, UserError
@@ -106,7 +107,7 @@ def test_shared_memory_that_fills_up_ends_the_run_in_one_line(images, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
 def test_a_workers_death_interrupts_nothing_between_batches(number):
     """torch's own handler would raise in the middle of a step."""
-    before = signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, before := signal.SIG_DFL)  # a test before may have left torch's
     loader = torch.utils.data.DataLoader([1, 2, 3], num_workers=1, persistent_workers=True)
     iterator = workers.fetched(loader, 60)
     next(iterator)
@@ -117,6 +118,19 @@ def test_a_workers_death_interrupts_nothing_between_batches(number):
     assert worker.exitcode == -number, "and nothing was raised here"
     with pytest.raises(RunError):
         list(iterator)
+
+
+def test_the_handler_of_an_earlier_loader_goes_too(monkeypatch):
+    """torch sets it once in a process, for whichever DataLoader comes first."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        list(torch.utils.data.DataLoader([1, 2], num_workers=1))
+        assert signal.getsignal(signal.SIGCHLD).__module__ == signal_handling.__name__
+        assert len(list(workers.fetched(torch.utils.data.DataLoader([1], num_workers=1), 60))) == 1
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def test_a_child_that_ends_is_not_taken_for_a_worker():
