@@ -22,17 +22,15 @@ def check_shares(config: TrainConfig, world: int, key_bn: str, on_gpu: bool) -> 
         raise UserError(
             "model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle"
         )
-    groups, why = world, f"{world} devices"
-    needs = [(groups, why)]
+    groups, why, needs = world, f"{world} devices", []
     if "split" in kinds:
-        groups, why = (
-            world * model.bn_splits,
-            f"{world} devices x {model.bn_splits} BatchNorm groups",
-        )
+        groups *= model.bn_splits
+        why += f" x {model.bn_splits} BatchNorm groups"
         needs.append((groups, why))
     if key_bn in ("shuffle", "split"):
         blocks = f"{world} devices, {world} equal blocks on each to shuffle keys"
         needs.append((world * world, blocks))
+    needs.append((world, f"{world} devices"))
     unit = math.lcm(*(parts for parts, _ in needs))
     near = max(-(-2 * groups // unit), batch // unit) * unit
     for parts, reason in needs:
