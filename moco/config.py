@@ -30,6 +30,10 @@ class RunError(RuntimeError):
         self.local = local
 
 
+# Bounds of what is counted: no run or evaluation comes near them, and none of them overflows.
+MOST_EPOCHS, MOST_STEPS, MOST_ROWS = 1_000_000, 1_000_000_000, 1_000_000
+
+
 def setting(
     default: Any,
     meaning: str,
@@ -63,13 +67,21 @@ class ModelConfig:
         "mlp", "Projection head: linear (v1) or MLP with one hidden layer (v2)"
     )
     head_hidden_dim: int = setting(
-        0, "Hidden width of the MLP head; 0 takes the backbone's feature width", at_least=0
+        0,
+        "Hidden width of the MLP head; 0 takes the backbone's feature width",
+        at_least=0,
+        at_most=65536,
     )
-    embedding_dim: int = setting(128, "Width of the embedding, C", at_least=2)
+    embedding_dim: int = setting(128, "Width of the embedding, C", at_least=2, at_most=65536)
     queue_size: int = setting(
-        65536, "Number of negative keys, K; any size from one global batch up", at_least=1
+        65536,
+        "Number of negative keys, K; any size from one global batch up",
+        at_least=1,
+        at_most=2**24,
     )
-    temperature: float = setting(0.2, "Softmax temperature: 0.07 in v1, 0.2 in v2", above=0)
+    temperature: float = setting(
+        0.2, "Softmax temperature: 0.07 in v1, 0.2 in v2", above=0, at_most=100
+    )
     symmetric: Literal["none", "mean", "sum"] = setting(
         "none",
         "Loss on one view pair (v1, v2), or on both and their mean (v2+) or sum (the official "
@@ -94,7 +106,7 @@ class ModelConfig:
         "BatchNorm of the queries; split imitates several devices on one, as the official CIFAR "
         "demo does",
     )
-    bn_splits: int = setting(8, "Number of BatchNorm groups of a split", at_least=2)
+    bn_splits: int = setting(8, "Number of BatchNorm groups of a split", at_least=2, at_most=65536)
     compile: Literal["auto", "on", "off"] = setting(
         "auto",
         "Compile encoders and views to fused kernels, a minute at the start; auto: on a GPU, for "
@@ -108,7 +120,7 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw"] = setting("sgd", "torch.optim.SGD or torch.optim.AdamW")
     lr: float = setting(
-        0.03, "Learning rate at its highest, for the global batch as it is", above=0
+        0.03, "Learning rate at its highest, for the global batch as it is", above=0, at_most=1000
     )
     sgd_momentum: float = setting(0.9, "Momentum of SGD", at_least=0, at_most=1)
     dampening: float = setting(0.0, "Dampening of SGD's momentum", at_least=0, at_most=1)
@@ -116,7 +128,10 @@ class OptimConfig:
     adam_beta1: float = setting(0.9, "Decay of AdamW's mean", at_least=0, at_most=0.9999)
     adam_beta2: float = setting(0.999, "Decay of AdamW's variance", at_least=0, at_most=0.99999)
     weight_decay: float = setting(
-        1e-4, "Weight decay of every parameter, BatchNorm and biases included", at_least=0
+        1e-4,
+        "Weight decay of every parameter, BatchNorm and biases included",
+        at_least=0,
+        at_most=10,
     )
     schedule: Literal["cosine", "step", "plateau", "constant"] = setting(
         "cosine", "How the rate falls"
@@ -125,11 +140,17 @@ class OptimConfig:
         "epoch", "Recompute the rate once per epoch (v1, v2) or per step"
     )
     milestones: list[int] = setting(
-        [120, 160], "Epochs at which `step` multiplies the rate by gamma"
+        [120, 160],
+        "Epochs at which `step` multiplies the rate by gamma",
+        at_least=0,
+        at_most=MOST_EPOCHS,
     )
     gamma: float = setting(0.1, "Factor of `step` and `plateau`", above=0, at_most=1)
     warmup_epochs: float = setting(
-        0.0, "Epochs of linear warm-up from 0, per step, before any schedule", at_least=0
+        0.0,
+        "Epochs of linear warm-up from 0, per step, before any schedule",
+        at_least=0,
+        at_most=MOST_EPOCHS,
     )
     plateau_metric: Literal["train/loss", "val/knn_top1"] = setting(
         "train/loss",
@@ -139,6 +160,7 @@ class OptimConfig:
         10,
         "Readings without progress that `plateau` waits for: one an epoch, or each of kNN",
         at_least=0,
+        at_most=MOST_EPOCHS,
     )
 
 
@@ -158,15 +180,21 @@ class DataConfig:
         3,
         "Channels that images are brought to: 1 grey, 3 RGB, 4 RGBA, other: as stored",
         at_least=1,
+        at_most=1024,
     )
     max_value: int = setting(
         65535, "Value in 16-bit images that becomes white", at_least=1, at_most=65535
     )
-    image_size: int = setting(224, "Side of a view in pixels", at_least=4)
+    image_size: int = setting(224, "Side of a view in pixels", at_least=4, at_most=8192)
     upscale: float = setting(
-        1.0, "How many times larger than the images a view may be; 1 refuses to enlarge", at_least=1
+        1.0,
+        "How many times larger than the images a view may be; 1 refuses to enlarge",
+        at_least=1,
+        at_most=1024,
     )
-    batch_size: int = setting(256, "Images per step over all devices", at_least=2)
+    batch_size: int = setting(
+        256, "Images per step over all devices", at_least=2, at_most=MOST_ROWS
+    )
     views: Literal["v1", "v2", "cifar"] = setting(
         "v2", "Augmentation: 1911.05722, 2003.04297 or the CIFAR demo"
     )
@@ -189,25 +217,36 @@ class DataConfig:
         None, "Probability of Gaussian blur; null: as in `views`", at_least=0, at_most=1
     )
     mean: list[float] = setting(
-        [], "Mean per channel on a 0-1 scale; empty: ImageNet's for RGB, else 0.5"
+        [],
+        "Mean per channel on a 0-1 scale; empty: ImageNet's for RGB, else 0.5",
+        at_least=0,
+        at_most=1,
     )
     std: list[float] = setting(
-        [], "Standard deviation per channel; empty: ImageNet's for RGB, else 0.25"
+        [], "Standard deviation per channel; empty: ImageNet's for RGB, else 0.25", at_most=10
     )
     resident: Literal["auto", "device", "memory", "off"] = setting(
         "auto",
         "Hold all images decoded on the device or in memory, or stream them through workers; "
         "auto: what fits",
     )
-    resident_budget: float = setting(4.0, "GiB that auto may fill with decoded images", at_least=0)
+    resident_budget: float = setting(
+        4.0, "GiB that auto may fill with decoded images", at_least=0, at_most=65536
+    )
     num_workers: int = setting(
-        -1, "Processes that decode streamed images; -1: one per core left", at_least=-1
+        -1,
+        "Processes that decode streamed images; -1: one per core left",
+        at_least=-1,
+        at_most=1024,
     )
     max_bad_fraction: float = setting(
         0.0, "Share of unreadable images that is skipped, not an error", at_least=0, at_most=1
     )
     worker_timeout: float = setting(
-        300.0, "Seconds to wait for a worker's batch before the run stops; 0: for ever", at_least=0
+        300.0,
+        "Seconds to wait for a worker's batch before the run stops; 0: for ever",
+        at_least=0,
+        at_most=1_000_000,
     )
 
 
@@ -215,18 +254,27 @@ class DataConfig:
 class TrainerConfig:
     """The fields of Lightning's Trainer that matter here, under its names."""
 
-    max_epochs: int = setting(200, "Passes over the images", at_least=1)
+    max_epochs: int = setting(200, "Passes over the images", at_least=1, at_most=MOST_EPOCHS)
     max_steps: int = setting(
-        -1, "Stop after so many optimiser steps; -1: after max_epochs", at_least=-1
+        -1,
+        "Stop after so many optimiser steps; -1: after max_epochs",
+        at_least=-1,
+        at_most=MOST_STEPS,
     )
     accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "Hardware to run on")
-    devices: int = setting(0, "Devices per machine; 0: all GPUs, or one CPU process", at_least=0)
-    num_nodes: int = setting(1, "Machines", at_least=1)
+    devices: int = setting(
+        0, "Devices per machine; 0: all GPUs, or one CPU process", at_least=0, at_most=1024
+    )
+    num_nodes: int = setting(1, "Machines", at_least=1, at_most=65536)
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto", "Arithmetic of the encoders; auto: bf16-mixed where the hardware is fast at it"
     )
-    accumulate_grad_batches: int = setting(1, "Batches per optimiser step", at_least=1)
-    log_every_n_steps: int = setting(50, "Steps between two rows of metrics.csv", at_least=1)
+    accumulate_grad_batches: int = setting(
+        1, "Batches per optimiser step", at_least=1, at_most=65536
+    )
+    log_every_n_steps: int = setting(
+        50, "Steps between two rows of metrics.csv", at_least=1, at_most=MOST_STEPS
+    )
     deterministic: bool = setting(False, "Only deterministic kernels; slower on a GPU")
 
 
@@ -236,17 +284,24 @@ class RunConfig:
 
     dir: str = setting("", "Run directory; empty: runs/RECIPE-DATE-TIME")
     seed: int = setting(0, "Seed of weights, order and views", at_least=0, at_most=2**32 - 1)
-    checkpoint_every: int = setting(0, "Steps between checkpoints; 0: once an epoch", at_least=0)
+    checkpoint_every: int = setting(
+        0, "Steps between checkpoints; 0: once an epoch", at_least=0, at_most=MOST_STEPS
+    )
     checkpoint_minutes: float = setting(
-        0.0, "Minutes between checkpoints besides; 0: none", at_least=0
+        0.0, "Minutes between checkpoints besides; 0: none", at_least=0, at_most=1_000_000
     )
-    keep_checkpoints: int = setting(2, "Newest checkpoints that are kept", at_least=1)
+    keep_checkpoints: int = setting(
+        2, "Newest checkpoints that are kept", at_least=1, at_most=MOST_STEPS
+    )
     knn_every: int = setting(
-        10, "Epochs between kNN readings, besides the first and the last; 0: none", at_least=0
+        10,
+        "Epochs between kNN readings, besides the first and the last; 0: none",
+        at_least=0,
+        at_most=MOST_EPOCHS,
     )
-    knn_k: int = setting(200, "Neighbours that vote", at_least=1)
+    knn_k: int = setting(200, "Neighbours that vote", at_least=1, at_most=MOST_ROWS)
     knn_temperature: float = setting(
-        0.1, "Each neighbour votes exp(similarity / temperature)", above=0
+        0.1, "Each neighbour votes exp(similarity / temperature)", above=0, at_most=100
     )
     tensorboard: bool = setting(False, "Also write TensorBoard events to the run directory")
     wandb: bool = setting(False, "Also log to Weights & Biases; without a key it stays offline")
@@ -304,20 +359,22 @@ def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name} is {value}: give finite numbers")
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    for number in numbers:
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            _check_number(name, value, number, limits)
+
+
+def _check_number(name: str, value: Any, number: float, limits: Any) -> None:
+    """Raise UserError when a number, the value of a field or one of its list, is out of range."""
+    if "above" in limits and not number > limits["above"]:
+        problem = f"above {limits['above']}"
+    elif "at_least" in limits and number < limits["at_least"]:
+        problem = f"at least {limits['at_least']}"
+    elif "at_most" in limits and number > limits["at_most"]:
+        problem = f"at most {limits['at_most']}"
+    else:
         return
-    if "above" in limits and not value > limits["above"]:
-        raise UserError(
-            f"{name} is {value}: it must be above {limits['above']} ({limits['meaning']})"
-        )
-    if "at_least" in limits and value < limits["at_least"]:
-        raise UserError(
-            f"{name} is {value}: it must be at least {limits['at_least']} ({limits['meaning']})"
-        )
-    if "at_most" in limits and value > limits["at_most"]:
-        raise UserError(
-            f"{name} is {value}: it must be at most {limits['at_most']} ({limits['meaning']})"
-        )
+    raise UserError(f"{name} is {value}: it must be {problem} ({limits['meaning']})")
 
 
 def check(config: TrainConfig) -> None:
@@ -403,9 +460,13 @@ class JudgeConfig:
     baselines: bool = setting(
         True, "Also judge raw pixels and the untrained network under the same protocol"
     )
-    seed: int = setting(0, "Seed of splits, order, crops and the untrained network", at_least=0)
+    seed: int = setting(
+        0, "Seed of splits, order, crops and the untrained network", at_least=0, at_most=2**32 - 1
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "Hardware to run on")
-    devices: int = setting(1, "Processes to start, one per device; 1 under torchrun", at_least=1)
+    devices: int = setting(
+        1, "Processes to start, one per device; 1 under torchrun", at_least=1, at_most=1024
+    )
     precision: Literal["32-true", "bf16-mixed"] = setting(
         "32-true", "Arithmetic of the encoder; published protocols use 32"
     )
@@ -422,12 +483,14 @@ class LinearConfig:
     )
     label_fraction: float = setting(1.0, "Share of every class's labels used", above=0, at_most=1)
     learning_rates: list[float] = setting(
-        [], "Rates to try; several: the best on a held-out part of the training images"
+        [], "Rates to try; several: the best on a held-out part of the training images", at_most=1e6
     )
-    epochs: int = setting(0, "Passes over the training images", at_least=0)
-    milestones: list[int] = setting([60, 80], "Epochs at which `paper` divides the rate by 10")
-    batch_size: int = setting(0, "Images per step over all devices", at_least=0)
-    num_views: int = setting(4, "Crops of each image in `views`", at_least=1)
+    epochs: int = setting(0, "Passes over the training images", at_least=0, at_most=MOST_EPOCHS)
+    milestones: list[int] = setting(
+        [60, 80], "Epochs at which `paper` divides the rate by 10", at_least=0, at_most=MOST_EPOCHS
+    )
+    batch_size: int = setting(0, "Images per step over all devices", at_least=0, at_most=MOST_ROWS)
+    num_views: int = setting(4, "Crops of each image in `views`", at_least=1, at_most=1000)
     held_out: float = setting(
         0.1, "Share of every class that chooses among rates", above=0, at_most=0.5
     )
@@ -440,11 +503,17 @@ class LinearConfig:
 class KNNConfig:
     """What `eval_knn.py` takes besides."""
 
-    k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote")
-    temperature: float = setting(0.1, "Each neighbour votes exp(similarity / temperature)", above=0)
-    budget: float = setting(1.0, "GiB that the search may take beside the features", above=0)
-    shots: list[int] = setting([1, 5, 10], "Labelled images per class of the few-shot scores")
-    draws: int = setting(20, "Random choices of these images", at_least=2)
+    k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote", at_most=MOST_ROWS)
+    temperature: float = setting(
+        0.1, "Each neighbour votes exp(similarity / temperature)", above=0, at_most=100
+    )
+    budget: float = setting(
+        1.0, "GiB that the search may take beside the features", above=0, at_most=65536
+    )
+    shots: list[int] = setting(
+        [1, 5, 10], "Labelled images per class of the few-shot scores", at_most=MOST_ROWS
+    )
+    draws: int = setting(20, "Random choices of these images", at_least=2, at_most=100_000)
     gallery: bool = setting(True, "Draw test images beside their nearest neighbours")
 
 

@@ -9,6 +9,9 @@ import torch
 
 from moco.config import (
     DataConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -82,10 +85,45 @@ def test_defaults_are_in_range_and_lists_are_not_shared():
 )
 def test_ranges_are_enforced(name, limits, kind, limit):
     edge, small = limits[limit], 1 if kind is int else 1e-3
+    if in_list := typing.get_origin(kind) is list:
+        small = 1 if kind is list[int] else 1e-3
     outside = {"above": edge, "at_least": edge - small, "at_most": edge + small}[limit]
+    inside = {"above": edge + small}.get(limit, edge)
+    outside, inside = ([outside], [inside]) if in_list else (outside, inside)
     with pytest.raises(UserError, match=rf"^{re.escape(name)} is {re.escape(str(outside))}: "):
         check_ranges(set_field(name, outside))
-    check_ranges(set_field(name, {"above": edge + small}.get(limit, edge)))
+    check_ranges(set_field(name, inside))
+
+
+NUMERIC = (int, float, float | None, list[int], list[float])
+
+
+@pytest.mark.parametrize("config", [TrainConfig, JudgeConfig, LinearConfig, KNNConfig])
+def test_every_number_has_an_upper_bound(config):
+    """An absurd size is refused by name; it must not end in a traceback or run for ever."""
+    kinds = typing.get_type_hints(config)
+    groups = kinds.values() if config is TrainConfig else [config]
+    endless = [
+        f"{group.__name__}.{item.name}"
+        for group in groups
+        for item in dataclasses.fields(group)
+        if typing.get_type_hints(group)[item.name] in NUMERIC and "at_most" not in item.metadata
+    ]
+    assert endless == []
+
+
+@pytest.mark.parametrize(
+    "config, name, value",
+    [
+        (JudgeConfig, "seed", 99999999999999999999999),
+        (LinearConfig, "epochs", 99999999999),
+        (LinearConfig, "learning_rates", [0.1, 1e30]),
+        (KNNConfig, "k", [10, 10**12]),
+    ],
+)
+def test_absurd_numbers_of_evaluation_are_refused(config, name, value):
+    with pytest.raises(UserError, match=f"^{name} is .*: it must be at most"):
+        check_ranges(config(**{name: value}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -115,10 +115,16 @@ def _names(parser: Any) -> list[str]:
 
 
 def _check_arguments(argv: Sequence[str], names: list[str]) -> None:
-    for word in argv:
+    """Raise UserError for unknown options, and for values that argparse would take for options."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name = word[2:].split("=", 1)[0]
         if word.startswith("--") and name not in names:
             raise UserError(f"unknown option --{name}{_nearest(name, names)}")
+        if word == f"--{name}" and re.match(r"-(?!h$)[^-\d.]", following):
+            raise UserError(
+                f"{word} {following} could be two options: where {following} is the value, write "
+                f"{word}={following}"
+            )
 
 
 def _nearest(name: str, names: list[str]) -> str:

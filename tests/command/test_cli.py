@@ -131,7 +131,7 @@ def test_help_lists_every_field_with_its_meaning(help_text):
 
 
 def test_help_gives_ranges_defaults_and_choices(help_text):
-    assert "0.2 in v2 [above 0] (type: float, default: 0.2)" in help_text
+    assert "0.2 in v2 [above 0, at most 100] (type: float, default: 0.2)" in help_text
     assert "[at least 0, at most 1]" in help_text
     assert "--model.head {linear,mlp}" in help_text
     assert "usage: train.py --config RECIPE.yaml" in help_text
@@ -161,6 +161,7 @@ ARGUMENTS = {
     "a stray word": (["quickstart"], "quickstart"),
     "a stray flag": (["-x"], "-x"),
     "a missing value": (["--model.temperature"], "--model.temperature"),
+    "a value like an option": (["--data.root", "-dash"], "write --data.root=-dash"),
     "no number": (["--model.temperature", "warm"], "model.temperature is 'warm': give a number"),
     "an empty number": (["--model.temperature="], "model.temperature is '': give a number"),
     "a fraction": (["--model.bn_splits", "2.5"], "model.bn_splits is '2.5': give a whole number"),
