@@ -26,6 +26,16 @@ def test_key_order_belongs_to_the_seed_and_the_step():
     assert not orders[0].equal(orders[2])
 
 
+def test_no_rank_permutes_its_rows_as_any_has_done_at_another_step():
+    count, world = 16, 2
+    seen = set()
+    for step in range(8):
+        order = distributed.key_order(0, step, count, world).view(world, world, -1)
+        for sender in range(world):
+            seen.add(tuple((order[:, sender].flatten() % count).tolist()))
+    assert len(seen) == 8 * world
+
+
 def test_key_order_refuses_unequal_blocks():
     with pytest.raises(ValueError, match="9 images per device"):
         distributed.key_order(0, 0, 9, 2)
@@ -66,13 +76,13 @@ def _gather_on_ranks() -> tuple[torch.Tensor, torch.Tensor]:
     leaf = torch.full((2, 3), float(rank), requires_grad=True)
     gathered = distributed.all_gather(leaf * 2)
     assert not gathered.requires_grad
-    return gathered, gather_ragged(torch.full((rank + 1, 2), rank))
+    return gathered, gather_ragged(torch.full((rank + 1, 2), rank + 5))  # not the padding's 0
 
 
 def test_gather_keeps_rank_order_without_gradient(two_ranks):
     for gathered, ragged in two_ranks.run(_gather_on_ranks):
         assert gathered[:, 0].tolist() == [0, 0, 2, 2]
-        assert ragged[:, 0].tolist() == [0, 1, 1]
+        assert ragged[:, 0].tolist() == [5, 6, 6]
 
 
 def test_local_rows_and_world_size_are_plain_on_one_process():
