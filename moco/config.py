@@ -204,7 +204,10 @@ class DataConfig:
         0.0, "Share of unreadable images that is skipped, not an error", at_least=0, at_most=1
     )
     worker_timeout: float = setting(
-        300.0, "Seconds to wait for a worker's batch before the run stops; 0: for ever", at_least=0
+        300.0,
+        "Seconds to wait for a worker's batch before the run stops; 0: for ever",
+        at_least=0,
+        at_most=604_800,  # a week; a timer refuses what is far beyond
     )
 
 
