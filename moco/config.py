@@ -246,7 +246,7 @@ class DataConfig:
         300.0,
         "Seconds to wait for a worker's batch before the run stops; 0: for ever",
         at_least=0,
-        at_most=1_000_000,
+        at_most=604_800,  # a week; a timer refuses what is far beyond
     )
 
 

@@ -17,7 +17,7 @@ from runs import STREAMED, TINY, assert_same_end, error_line, load, run_tiny
 from torch.utils.data._utils import signal_handling
 
 import train
-from moco.config import DataConfig, RunError, UserError
+from moco.config import DataConfig, RunError, UserError, check_ranges
 from moco.images import workers
 from moco.training import run
 
@@ -146,6 +146,11 @@ def test_workers_of_an_epoch_before_that_hang_are_waited_for_only_so_long():
     os.kill(loader._iterator._workers[0].pid, signal.SIGSTOP)
     with pytest.raises(RunError, match="no worker delivered a batch"):
         list(workers.fetched(loader, 0.5))
+
+
+def test_a_timeout_that_no_timer_takes_is_refused():
+    with pytest.raises(UserError, match=r"worker_timeout is 1000000000000\.0: .* at most 604800"):
+        check_ranges(DataConfig(worker_timeout=1e12), "data.")
 
 
 def test_workers_that_would_not_fit_into_shared_memory_are_refused(images, monkeypatch):
