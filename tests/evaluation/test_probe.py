@@ -220,6 +220,19 @@ def test_held_out_images_do_not_reach_the_trial():
     assert not torch.allclose(other.stack.weight, trained.stack.weight)
 
 
+def test_the_trial_averages_over_the_images_that_it_sees():
+    trained = fit_linear(network(), epochs=1, batch_size=70, held_out=0.4)
+    crops = RandomCrops(DATA, images(), 0.3, seed=1)
+    pixels, rows = next(crops.batches(0, [crops.order(0)], CPU))
+    seen = ~trained.held[rows]
+    stack = Stack(24, 3, (3.0, 1.0), 0.9, CPU, 0.01)
+    with torch.no_grad():
+        features = network().eval()(pixels)[seen]
+    stack.backward(features, crops.labels[rows][seen], int(seen.sum()))
+    stack.update(1.0)
+    assert torch.allclose(trained.trial.weight, stack.weight, rtol=1e-5, atol=1e-6)
+
+
 def test_milestones_divide_the_rate_by_ten():
     slow = fit_linear(network(), rates=(0.0001,), epochs=1)
     torch.manual_seed(0)
@@ -235,7 +248,8 @@ def fit_share():
     before = checksum(net)
     # 70 images in batches of 23: the last has one image, so that one of two ranks has none.
     trained = fit_linear(net, batch_size=23)
-    return trained.stack.weight, trained.losses, checksum(net) == before
+    weights = torch.cat([trained.stack.weight, trained.trial.weight])
+    return weights, trained.losses, checksum(net) == before
 
 
 def test_two_ranks_train_the_classifier_of_one(two_ranks):
