@@ -96,7 +96,7 @@ def _judge(
 ) -> dict[str, Any]:
     """Open the subject, score its networks, and write the result to a file called `name`."""
     start = time.perf_counter()
-    with open_subject(judge, read_data, name) as subject:
+    with open_subject(judge, config, read_data, name) as subject:
         check_labels(subject.bank.source.labels)
         before = checksum(subject.networks["encoder"])
         scores = score(subject)

@@ -23,9 +23,18 @@ from torch.nn.functional import adaptive_avg_pool2d
 from moco import distributed
 from moco.algorithm.encoder import build_encoder
 from moco.checkpoints.load import Loaded, load_encoder
-from moco.config import DataConfig, JudgeConfig, TrainConfig, UserError, check
+from moco.config import (
+    DataConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+    TrainConfig,
+    UserError,
+    check,
+)
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
+from moco.idle import idle_in_evaluation
 from moco.images import sources
 from moco.images.labelled import Labelled, LabelledData
 from moco.images.resident import make_resident
@@ -134,7 +143,9 @@ def output_path(judge: JudgeConfig, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def open_subject(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator[Subject]:
+def open_subject(
+    judge: JudgeConfig, own: LinearConfig | KNNConfig, read_data: ReadData, name: str
+) -> Iterator[Subject]:
     """Open encoder and images on this rank's device, and leave the process group at the end."""
     device = _start_process(judge)
     try:
@@ -143,6 +154,9 @@ def open_subject(judge: JudgeConfig, read_data: ReadData, name: str) -> Iterator
             raise UserError(f"{folder} is no directory to write in: name one with --output DIR")
         loaded = _load(judge, 0)
         data = _data_settings(loaded, read_data)
+        stored = loaded.config.get("data", {}) | loaded.data
+        if idle := idle_in_evaluation(judge, own, data, stored):
+            log.info("%s", idle)
         if data.image_size != loaded.data["image_size"]:
             loaded = _load(judge, data.image_size)
         log.info("%s", loaded.report)

@@ -12,6 +12,7 @@ from typing import Any
 
 from moco.algorithm.pretrain import MoCo
 from moco.config import TrainConfig
+from moco.idle import idle_in_training
 from moco.images.loader import PretrainData
 from moco.training.build import Run
 from moco.training.decide import Decided
@@ -40,6 +41,8 @@ def say_what_was_decided(
     config: TrainConfig, decided: Decided, module: MoCo, data: PretrainData, run_dir: Path
 ) -> None:
     """Log what the run is and what was decided, in its first lines."""
+    if idle := idle_in_training(config):
+        log.info("%s", idle)
     model, why, streamed = config.model, decided.reasons, decided.resident == "streamed"
     millions = sum(p.numel() for p in module.query_encoder.parameters()) / 1e6
     log.info(

@@ -1,0 +1,178 @@
+"""Idle settings: which settings do nothing beside the values of others, and one line that says so.
+
+A setting that stands in no table of this room always does something. This room needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from moco.config import DataConfig, JudgeConfig, KNNConfig, LinearConfig, TrainConfig
+
+# The name of a setting, what makes it idle in words, and whether given values of all settings do.
+Rules = dict[str, tuple[str, Callable[[dict[str, Any]], bool]]]
+_ARRAYS = ("digits", "cifar10", "cifar100", "stl10")  # read whole, 8 bits a value
+
+
+def _is(name: str, *values: Any) -> Callable[[dict[str, Any]], bool]:
+    return lambda given: given[name] in values
+
+
+def _is_not(name: str, *values: Any) -> Callable[[dict[str, Any]], bool]:
+    return lambda given: given[name] not in values
+
+
+def _in_memory(given: dict[str, Any]) -> bool:
+    return given["data.dataset"] in _ARRAYS or given["data.resident"] in ("device", "memory")
+
+
+def _milestones_idle(given: dict[str, Any]) -> bool:
+    milestones, epochs = given["optim.milestones"], given["trainer.max_epochs"]
+    return given["optim.schedule"] != "step" or any(epoch >= epochs for epoch in milestones)
+
+
+def _judged_milestones_idle(given: dict[str, Any]) -> bool:
+    epochs, trained = given["epochs"] or 100, given["protocol"] == "paper"
+    trained = trained or (given["protocol"] == "finetune" and given["baselines"])  # raw pixels
+    return not trained or any(epoch >= epochs for epoch in given["milestones"])
+
+
+def _nothing_to_choose(given: dict[str, Any]) -> bool:
+    by_default = given["protocol"] in ("paper", "finetune")
+    several = len(given["learning_rates"]) > 1 or not (given["learning_rates"] or by_default)
+    return not several and not (by_default and given["baselines"])  # baselines try several rates
+
+
+OF_DATA: Rules = {
+    "data.root": ("digits need no files", _is("data.dataset", "digits")),
+    "data.download": (
+        "only cifar10, cifar100 and stl10 are fetched",
+        _is_not("data.dataset", "cifar10", "cifar100", "stl10"),
+    ),
+    "data.max_value": ("this data set has 8 bits", _is("data.dataset", *_ARRAYS)),
+    "data.resident": (
+        "this data set is held in memory",
+        lambda given: given["data.dataset"] in _ARRAYS and given["data.resident"] == "off",
+    ),
+    "data.resident_budget": (
+        "nothing is left to decide",
+        lambda given: given["data.dataset"] in _ARRAYS or given["data.resident"] != "auto",
+    ),
+    "data.num_workers": ("nothing is streamed", _in_memory),
+    "data.worker_timeout": (
+        "no worker streams images",
+        lambda given: _in_memory(given) or given["data.num_workers"] == 0,
+    ),
+    "data.max_bad_fraction": ("this data set has no image files", _is("data.dataset", *_ARRAYS)),
+}
+OF_TRAINING: Rules = OF_DATA | {
+    "model.head_hidden_dim": ("model.head is linear", _is("model.head", "linear")),
+    "model.key_momentum_end": (
+        "model.key_momentum_schedule is constant",
+        _is("model.key_momentum_schedule", "constant"),
+    ),
+    "model.bn_splits": (
+        "no BatchNorm is split",
+        lambda given: (
+            "split" not in (given["model.key_bn"], given["model.query_bn"])
+            and given["model.key_bn"] != "auto"
+        ),
+    ),
+    "optim.sgd_momentum": ("optim.name is adamw", _is("optim.name", "adamw")),
+    "optim.dampening": (
+        "there is no momentum of SGD",
+        lambda given: given["optim.name"] == "adamw" or given["optim.sgd_momentum"] == 0,
+    ),
+    "optim.nesterov": ("optim.name is adamw", _is("optim.name", "adamw")),
+    "optim.adam_beta1": ("optim.name is sgd", _is("optim.name", "sgd")),
+    "optim.adam_beta2": ("optim.name is sgd", _is("optim.name", "sgd")),
+    "optim.schedule": (
+        "no milestone lies before trainer.max_epochs",
+        lambda given: (
+            given["optim.schedule"] == "step"
+            and all(epoch >= given["trainer.max_epochs"] for epoch in given["optim.milestones"])
+        ),
+    ),
+    "optim.schedule_per": ("only cosine heeds it", _is_not("optim.schedule", "cosine")),
+    "optim.milestones": (
+        "only schedule step heeds them, and only before trainer.max_epochs",
+        _milestones_idle,
+    ),
+    "optim.gamma": (
+        "only the schedules step and plateau heed it",
+        _is_not("optim.schedule", "step", "plateau"),
+    ),
+    "optim.plateau_metric": ("optim.schedule is not plateau", _is_not("optim.schedule", "plateau")),
+    "optim.plateau_patience": (
+        "optim.schedule is not plateau",
+        _is_not("optim.schedule", "plateau"),
+    ),
+    "run.knn_k": ("run.knn_every is 0", _is("run.knn_every", 0)),
+    "run.knn_temperature": ("run.knn_every is 0", _is("run.knn_every", 0)),
+    "run.wandb_project": ("run.wandb is false", _is("run.wandb", False)),
+}
+OF_LINEAR: Rules = OF_DATA | {
+    "data.flip": ("only crops are mirrored", _is("protocol", "cached")),
+    "milestones": (
+        "only paper heeds them, and only before its last epoch",
+        _judged_milestones_idle,
+    ),
+    "num_views": ("only protocol views takes several", _is_not("protocol", "views")),
+    "held_out": ("there is one learning rate", _nothing_to_choose),
+    "crop_min": ("protocol cached takes no random crops", _is("protocol", "cached")),
+}
+OF_KNN: Rules = OF_DATA | {
+    "data.flip": ("nothing is mirrored", lambda given: True),
+    "temperature": ("one neighbour alone votes", lambda given: set(given["k"]) == {1}),
+}
+
+
+def idle_settings(given: dict[str, Any], usual: dict[str, Any], rules: Rules) -> str:
+    """Name the settings that differ from the usual ones although they do nothing.
+
+    Args:
+        given, usual: The name of every setting to its value, and to what it is unless it was set.
+        rules: One of the tables above.
+
+    Returns:
+        One line; empty if there are none.
+    """
+    idle = [
+        f"{name} ({reason})"
+        for name, (reason, does_nothing) in rules.items()
+        if given[name] != usual[name] and does_nothing(given)
+    ]
+    return f"warning: these settings do nothing here: {', '.join(idle)}" if idle else ""
+
+
+def idle_in_training(config: TrainConfig) -> str:
+    """Name the idle settings of a run, in one line."""
+    given, usual = (_flat(dataclasses.asdict(each)) for each in (config, TrainConfig()))
+    return idle_settings(given, usual, OF_TRAINING)
+
+
+def idle_in_evaluation(
+    judge: JudgeConfig, own: LinearConfig | KNNConfig, data: DataConfig, stored: dict[str, Any]
+) -> str:
+    """Name the idle settings of an evaluation, in one line.
+
+    Args:
+        judge, own, data: The settings.
+        stored: Those data settings that the checkpoint holds, which are the usual ones here.
+    """
+    rules = OF_LINEAR if isinstance(own, LinearConfig) else OF_KNN
+    given, usual = (
+        vars(judge) | vars(own) | _flat({"data": vars(data)}),
+        vars(JudgeConfig()) | vars(type(own)()) | _flat({"data": vars(DataConfig()) | stored}),
+    )
+    return idle_settings(given, usual, rules)
+
+
+def _flat(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{group}.{name}": value
+        for group, fields in groups.items()
+        for name, value in fields.items()
+    }

@@ -1,0 +1,162 @@
+"""Idle settings: whatever is set and does nothing is said, in one line."""
+
+import dataclasses
+import logging
+import typing
+
+import pytest
+from processes import ROOT
+
+import moco.idle as idle
+from moco.command import cli
+from moco.config import (
+    DataConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+    TrainConfig,
+)
+from moco.images.datasets import ARRAYS
+
+# What always does something, whatever the other settings are.
+NEVER_IDLE = {
+    *("model.backbone", "model.stem", "model.width", "model.head", "model.embedding_dim"),
+    *("model.queue_size", "model.temperature", "model.symmetric", "model.key_momentum"),
+    *("model.key_momentum_schedule", "model.key_bn", "model.query_bn", "model.compile"),
+    *("optim.name", "optim.lr", "optim.weight_decay", "optim.warmup_epochs"),
+    *("data.dataset", "data.channels", "data.image_size", "data.upscale", "data.batch_size"),
+    *("data.views", "data.crop_min", "data.flip", "data.jitter", "data.grey", "data.blur"),
+    *("data.mean", "data.std"),
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.accelerator", "trainer.devices"),
+    *("trainer.num_nodes", "trainer.precision", "trainer.accumulate_grad_batches"),
+    *("trainer.log_every_n_steps", "trainer.deterministic"),
+    *("run.dir", "run.seed", "run.checkpoint_every", "run.checkpoint_minutes"),
+    *("run.keep_checkpoints", "run.knn_every", "run.tensorboard", "run.wandb"),
+}
+# Those of evaluation, besides its settings of images.
+NEVER_IDLE_IN_EVALUATION = {
+    *(item.name for item in dataclasses.fields(JudgeConfig)),
+    *("protocol", "label_fraction", "learning_rates", "epochs", "batch_size"),
+    *("k", "budget", "shots", "draws", "gallery"),
+}
+# Of each setting that may be idle: a value that was set, others beside which it is idle, and others
+# beside which it is not.
+TRAINING = {
+    "data.root": ("x", {"data.dataset": "digits"}, {"data.dataset": "folder"}),
+    "data.download": (True, {"data.dataset": "folder"}, {"data.dataset": "stl10"}),
+    "data.max_value": (255, {"data.dataset": "cifar10"}, {}),
+    "data.resident": ("off", {"data.dataset": "digits"}, {}),
+    "data.resident_budget": (1.0, {"data.resident": "device"}, {}),
+    "data.num_workers": (3, {"data.resident": "memory"}, {"data.resident": "auto"}),
+    "data.worker_timeout": (9.0, {"data.num_workers": 0}, {}),
+    "data.max_bad_fraction": (0.1, {"data.dataset": "cifar100"}, {}),
+    "model.head_hidden_dim": (64, {"model.head": "linear"}, {}),
+    "model.key_momentum_end": (0.999, {}, {"model.key_momentum_schedule": "cosine"}),
+    "model.bn_splits": (4, {"model.key_bn": "shuffle"}, {"model.query_bn": "split"}),
+    "optim.sgd_momentum": (0.5, {"optim.name": "adamw"}, {}),
+    "optim.dampening": (0.1, {"optim.sgd_momentum": 0.0}, {}),
+    "optim.nesterov": (True, {"optim.name": "adamw"}, {}),
+    "optim.adam_beta1": (0.8, {}, {"optim.name": "adamw"}),
+    "optim.adam_beta2": (0.99, {}, {"optim.name": "adamw"}),
+    "optim.schedule": ("step", {"trainer.max_epochs": 100}, {}),
+    "optim.schedule_per": ("step", {"optim.schedule": "constant"}, {}),
+    "optim.milestones": ([20], {"optim.schedule": "plateau"}, {"optim.schedule": "step"}),
+    "optim.gamma": (0.5, {}, {"optim.schedule": "plateau"}),
+    "optim.plateau_metric": ("val/knn_top1", {}, {"optim.schedule": "plateau"}),
+    "optim.plateau_patience": (3, {"optim.schedule": "step"}, {"optim.schedule": "plateau"}),
+    "run.knn_k": (20, {"run.knn_every": 0}, {}),
+    "run.knn_temperature": (0.2, {"run.knn_every": 0}, {}),
+    "run.wandb_project": ("x", {}, {"run.wandb": True}),
+}
+LINEAR = {
+    "data.flip": (0.0, {}, {"protocol": "views"}),
+    "milestones": ([3], {"protocol": "finetune", "baselines": False}, {"protocol": "paper"}),
+    "num_views": (8, {"protocol": "cached"}, {"protocol": "views"}),
+    "held_out": (0.2, {"learning_rates": [0.1]}, {"protocol": "paper"}),
+    "crop_min": (0.5, {}, {"protocol": "finetune"}),
+}
+
+
+def train_config(**values):
+    config = TrainConfig()
+    for name, value in values.items():
+        group, field = name.split(".")
+        assert hasattr(getattr(config, group), field)
+        setattr(getattr(config, group), field, value)
+    return config
+
+
+def test_every_setting_is_never_idle_or_stands_in_the_table():
+    groups = typing.get_type_hints(TrainConfig).items()
+    fields = {f"{group}.{item.name}" for group, kind in groups for item in dataclasses.fields(kind)}
+    assert idle.OF_TRAINING.keys() | NEVER_IDLE == fields
+    assert not idle.OF_TRAINING.keys() & NEVER_IDLE
+    of_data = {f"data.{item.name}" for item in dataclasses.fields(DataConfig)}
+    for rules, kind in ((idle.OF_LINEAR, LinearConfig), (idle.OF_KNN, KNNConfig)):
+        own = {item.name for each in (JudgeConfig, kind) for item in dataclasses.fields(each)}
+        assert own == (own & (rules.keys() | NEVER_IDLE_IN_EVALUATION))
+        assert rules.keys() <= own | of_data and not rules.keys() & NEVER_IDLE_IN_EVALUATION
+
+
+def test_every_rule_of_training_has_its_case():
+    assert TRAINING.keys() == idle.OF_TRAINING.keys()
+    assert LINEAR.keys() == idle.OF_LINEAR.keys() - idle.OF_DATA.keys()
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_an_idle_setting_of_training_is_said_and_one_that_works_is_not(name):
+    value, others, working = TRAINING[name]
+    line = idle.idle_in_training(train_config(**{name: value}, **others))
+    assert line.startswith("warning: ") and f" {name} (" in line and "\n" not in line
+    assert f" {name} (" not in idle.idle_in_training(train_config(**{name: value}, **working))
+    assert f" {name} (" not in idle.idle_in_training(train_config(**others))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_an_idle_setting_of_evaluation_is_said_and_one_that_works_is_not(name):
+    value, others, working = LINEAR[name]
+    for beside, said in ((others, True), (working, False)):
+        judge, config, data = JudgeConfig(), LinearConfig(), DataConfig()
+        for field, each in ({name: value} | beside).items():
+            holder = (
+                data if field.startswith("data.") else judge if field == "baselines" else config
+            )
+            setattr(holder, field.removeprefix("data."), each)
+        line = idle.idle_in_evaluation(judge, config, data, {})
+        assert (f" {name} (" in line) == said
+
+
+def test_what_the_checkpoint_holds_was_not_set_here():
+    judge, config = JudgeConfig(), KNNConfig(k=[1], temperature=0.2)
+    line = idle.idle_in_evaluation(judge, config, DataConfig(flip=0.0), {"flip": 0.0})
+    assert "temperature" in line and "flip" not in line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_no_recipe_holds_an_idle_setting(path):
+    parser = cli.build_parser("", TrainConfig, {})
+    config, _ = cli.parse(parser, TrainConfig, ["--config", str(path)])
+    assert idle.idle_in_training(config) == ""
+
+
+def test_the_sets_that_are_arrays_are_those_of_the_images():
+    assert idle._ARRAYS == ARRAYS
+
+
+def test_a_run_and_an_evaluation_say_it_in_one_line(tmp_path, monkeypatch, caplog):
+    import train
+    from moco.command.knn import main as eval_knn
+
+    monkeypatch.setattr(logging.getLogger("moco"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("moco"), "handlers", [logging.NullHandler()])
+    small = ["--model.backbone", "resnet10t", "--model.width", "0.125", "--model.queue_size", "64"]
+    small += ["--data.dataset", "digits", "--data.channels", "1", "--data.image_size", "8"]
+    small += ["--data.batch_size", "16", "--trainer.max_steps", "1", "--run.knn_every", "0"]
+    small += ["--run.dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    result = train.main([*small, "--data.root", "nowhere", "--optim.adam_beta1", "0.8"])
+    shots = ["--k", "[1]", "--temperature", "0.2", "--shots", "[1]", "--baselines", "false"]
+    eval_knn(["--checkpoint", result["checkpoint"], "--gallery", "false", *shots])
+    said = [line for line in caplog.messages if "these settings do nothing" in line]
+    assert len(said) == 2
+    assert "data.root (" in said[0] and "optim.adam_beta1 (" in said[0]
+    assert "temperature (" in said[1] and "data.root" not in said[1]
