@@ -116,7 +116,7 @@ def _names(parser: Any) -> list[str]:
 
 def _check_arguments(argv: Sequence[str], names: list[str]) -> None:
     """Raise UserError for unknown options, and for values that argparse would take for options."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name = word[2:].split("=", 1)[0]
         if word.startswith("--") and name not in names:
             raise UserError(f"unknown option --{name}{_nearest(name, names)}")

@@ -112,6 +112,7 @@ def as_it_is(batch: Any) -> Any:
 
 def end_workers(loader: DataLoader | None) -> None:
     """Kill a loader's workers: one that hangs would hold the exit up for ever."""
+    _remove_handler(signal.SIG_DFL)  # Lightning puts back the handlers of before the run
     for worker in _workers(loader):
         worker.kill()
 

@@ -84,7 +84,8 @@ def test_tensors_that_are_not_plain_are_refused(tmp_path, kind):
         "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     }
     torch.save(torchvision_resnet().state_dict() | {"bn1.weight": make[kind]()}, tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", "bn1.weight is no plain tensor")
+    # From 2.15 on torch itself refuses to rebuild a nested tensor.
+    refused(tmp_path / "a.pth", "bn1.weight is no plain tensor|_rebuild_nested_tensor")
 
 
 # Sizes that are not there

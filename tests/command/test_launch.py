@@ -271,6 +271,6 @@ def test_more_devices_than_there_are_start_nothing(no_ranks, monkeypatch, tmp_pa
     with pytest.raises(UserError, match=f"devices is {count} but there are .*{kind}"):
         knn.main([*words, count])
     with pytest.raises(UserError, match="CPU cores"):
-        knn.main([*words, "5000", "--accelerator", "cpu"])
+        knn.main([*words, "1000", "--accelerator", "cpu"])
     with pytest.raises(UserError, match=f"trainer.devices is {count} but there are .*{kind}"):
         train.main(["--data.dataset", "digits", "--trainer.devices", count])

@@ -98,7 +98,7 @@ def test_shared_memory_that_fills_up_ends_the_run_in_one_line(images, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    code, _, err = finish(process, timeout=100)
+    code, _, err = finish(process)
     assert code == 1, err
     assert "shared memory is exhausted" in error_line(err)
     assert load("run/checkpoints/last.ckpt")["global_step"] >= 1
