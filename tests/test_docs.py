@@ -317,3 +317,13 @@ def test_the_table_of_recipes_has_them_all():
 
 def test_readme_is_short():
     assert len(text(ROOT / "README.md").splitlines()) <= 120
+
+
+def test_faults_name_tests_that_exist():
+    found = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        found[path.name] = set(re.findall(r"^def (test_\w+)", text(path), re.M))
+    known = set().union(*found.values())
+    names = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", text(ROOT / "docs" / "faults.md"))
+    assert len(names) > 40
+    assert [n for file, n in names if n not in (found.get(file, set()) if file else known)] == []
