@@ -1,5 +1,6 @@
 """Networks come back as they were trained: ours of any architecture, and lightly's own ResNet."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -50,7 +51,8 @@ def test_every_network_that_trains_reads_back(tmp_path, name):
 
 
 def lightly_tutorial(with_relu: bool) -> tuple[nn.Module, dict]:
-    network = torchvision_resnet(4, 1)
+    network = copy.deepcopy(torchvision_resnet(4, 1))
+    nn.init.zeros_(network.bn1.bias)  # so that the ReLU cuts half of the numbers off
     children = ["conv1", "bn1", *(["relu"] if with_relu else []), *STAGES]
     parts = [getattr(network, child) for child in children]
     layers = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
@@ -64,9 +66,9 @@ def test_lightlys_tutorial_is_built_without_the_relu_that_it_lost(tmp_path, with
     torch.save({"state_dict": state}, tmp_path / "a.ckpt")
     loaded = load_encoder(tmp_path / "a.ckpt")
     assert loaded.layout == "lightly"
-    assert distance(network, loaded.backbone, images()) < 1e-5
+    assert distance(network, loaded.backbone, images()) < 2e-6
     other, _ = lightly_tutorial(not with_relu)
-    assert distance(network, other, images()) > 5e-5
+    assert distance(network, other, images()) > 2e-5  # 1.6e-4 and more in five draws
 
 
 def test_lightlys_own_resnet_as_a_whole_has_its_relu(tmp_path):
