@@ -33,7 +33,9 @@ $(VENV)/.test: requirements.txt requirements-dev.txt requirements-extra.txt
 	touch $(VENV)/.train $@
 
 # Old releases have ready-made files for Python 3.11 and 3.12: make test-oldest PYTHON=python3.11
+# The environment starts anew, since uv keeps what is there if the bounds allow it.
 $(OLDEST)/.test: requirements.txt requirements-dev.txt requirements-extra.txt
+	rm -rf $(OLDEST)
 	$(call install,$(OLDEST),--resolution lowest-direct -r requirements-dev.txt)
 	touch $@
 

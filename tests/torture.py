@@ -177,7 +177,9 @@ def torture(folder: Path, kills: int, epochs: int, seed: int) -> None:
         resumed = [*options, str(run), "--resume", "auto"]
         done += run_killed(resumed, numbers, seconds / 3, log, chance)
         if found := differences(left_alone, run):
-            raise SystemExit(f"{name} run {run} differs from the one left alone: {found}")
+            raise SystemExit(
+                f"{name} run {run} differs from the one left alone: {found}\n{log.read_text()}"
+            )
         shutil.rmtree(run)
     if "Traceback" in (text := log.read_text()):
         raise SystemExit(f"a traceback appeared:\n{text}")
