@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 import timm
-import torch
 
+from moco.algorithm.vit import sincos_positions
 from moco.checkpoints.matching import ABSENT, State
 
 # Blocks per stage and their kind; then groups x their width at 64 planes, if not 1 x 64.
@@ -84,21 +84,14 @@ def vit_image_size(part: State) -> int:
 
 
 def fixed_positions(part: State) -> str:
-    """Return whose fixed sine-cosine positions a ViT has: v3, mae, or empty for other ones.
-
-    Both have a half for each axis of the grid. The first half of v3 follows rows, that of MAE
-    columns, since v3 passes the axes to `torch.meshgrid` exchanged.
-    """
+    """Return whose fixed sine-cosine positions a ViT has: v3, mae, or empty for other ones."""
     positions = part.get("pos_embed", ABSENT)
     side = math.isqrt(max(0, positions.shape[1] - 1)) if positions.ndim == 3 else 0
     if side < 2 or len(positions) != 1 or positions.shape[2] % 4 or positions.is_complex():
         return ""
-    quarter = positions.shape[2] // 4
-    angles = torch.outer(torch.arange(side), 10000 ** -(torch.arange(quarter) / quarter))
-    half = torch.cat([angles.sin(), angles.cos()], 1)  # side D/2
-    rows, columns = half.repeat_interleave(side, 0), half.repeat(side, 1)
-    for name, halves in (("v3", (rows, columns)), ("mae", (columns, rows))):
-        wanted, found = torch.cat(halves, 1), positions[0, 1:].float()
+    found = positions[0, 1:].float()
+    for name, rows_first in (("v3", True), ("mae", False)):
+        wanted = sincos_positions(side, side, positions.shape[2], rows_first)
         if found.shape == wanted.shape and (found - wanted).norm() < 0.02 * wanted.norm():
             return name
     return ""

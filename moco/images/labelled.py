@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from moco import distributed
-from moco.config import DataConfig, normalisation
+from moco.config import DataConfig, normalisation, per_view
 from moco.images import views
 from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
@@ -123,7 +123,7 @@ class RandomCrops:
         self.config, self.images, self.seed = config, images, seed
         self.stream, _ = view_streams(seed, 0)
         self.labels = images.source.labels
-        flip = 0.5 if config.flip is None else config.flip
+        flip = 0.5 if config.flip is None else per_view(config.flip)[0]
         self.recipe = ViewRecipe(crop_min, flip, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0)
 
     def order(self, epoch: int) -> Tensor:

@@ -1,0 +1,84 @@
+"""Vision transformers as MoCo v3 trains them: timm's, with v3's first weights and positions.
+
+Shapes: D width, P side of a patch, side^2 patches in an image.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.config import ModelConfig
+
+
+def is_vit(name: str) -> bool:
+    """Say whether a timm name is one of its plain vision transformers."""
+    from timm.models import is_model_in_modules
+
+    return is_model_in_modules(name, ["vision_transformer"])
+
+
+def vit_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    """Choose what timm's constructor is told of a ViT beyond its name."""
+    import timm
+
+    arguments: dict[str, Any] = {"img_size": image_size}
+    given = {"patch_size": config.patch_size, "depth": config.depth, "num_heads": config.num_heads}
+    arguments |= {name: value for name, value in given.items() if value}
+    if config.width != 1:
+        with torch.device("meta"):  # only its width is asked for
+            published = timm.create_model(config.backbone, pretrained=False).embed_dim
+        arguments["embed_dim"] = max(4, int(published * config.width))
+    if config.vit_init == "xavier":
+        arguments["weight_init"] = "moco"  # query, key and value apart; class token 1e-6
+    return arguments
+
+
+@torch.no_grad()
+def start_as_v3(vit: nn.Module, config: ModelConfig) -> None:
+    """Put in v3's first weights of the patch projection and its positions, where asked for.
+
+    Source: arXiv:2104.02057, section 4.2 (frozen projection) and appendix A.
+    """
+    projection = vit.patch_embed.proj
+    if config.vit_init == "xavier":
+        fan_in, fan_out = projection.weight[0].numel(), len(projection.weight)
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        nn.init.uniform_(projection.weight, -bound, bound)
+        nn.init.zeros_(projection.bias)
+    if config.freeze_patch_embed:
+        projection.requires_grad_(False)
+    if config.positions == "sincos":
+        rows, columns = vit.patch_embed.grid_size
+        patches = sincos_positions(rows, columns, vit.embed_dim)
+        others = vit.pos_embed.shape[1] - len(patches)  # the class token's and registers', 0
+        vit.pos_embed.copy_(torch.cat([patches.new_zeros(others, vit.embed_dim), patches])[None])
+        vit.pos_embed.requires_grad_(False)
+
+
+def sincos_positions(rows: int, columns: int, dim: int, rows_first: bool = True) -> Tensor:
+    """Return fixed 2-D sine-cosine positions of a grid of patches.
+
+    Args:
+        rows, columns: Of the grid.
+        dim: D; a multiple of 4.
+        rows_first: Whether the first half of D follows the row, as in MoCo v3, which passes the
+            axes to `torch.meshgrid` exchanged; in MAE it follows the column.
+
+    Returns:
+        (rows * columns) x D, row by row.
+
+    Source: arXiv:2104.02057, appendix A.
+    """
+    quarter = dim // 4
+    frequencies = 10000 ** -(torch.arange(quarter) / quarter)
+    halves = []
+    for count in (rows, columns):
+        angles = torch.outer(torch.arange(count), frequencies)
+        halves.append(torch.cat([angles.sin(), angles.cos()], 1))
+    by_row = halves[0].repeat_interleave(columns, 0)
+    by_column = halves[1].repeat(rows, 1)
+    return torch.cat([by_row, by_column] if rows_first else [by_column, by_row], 1)
