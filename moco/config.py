@@ -185,6 +185,9 @@ class OptimConfig:
     decay_norm_and_bias: bool = setting(
         True, "Decay parameters of one dimension too, as v1, v2 and v3's AdamW do; LARS never does"
     )
+    lars_trust: float = setting(
+        0.001, "Factor of |weights| / |update| in the rates of LARS", above=0, at_most=1
+    )
     clip_grad_norm: float = setting(
         0.0, "Scale gradients down to this norm; 0: never", at_least=0, at_most=1e6
     )

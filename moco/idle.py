@@ -93,6 +93,7 @@ OF_TRAINING: Rules = OF_DATA | {
     "optim.nesterov": ("optim.name is not sgd", _is_not("optim.name", "sgd")),
     "optim.adam_beta1": ("optim.name is not adamw", _is_not("optim.name", "adamw")),
     "optim.adam_beta2": ("optim.name is not adamw", _is_not("optim.name", "adamw")),
+    "optim.lars_trust": ("optim.name is not lars", _is_not("optim.name", "lars")),
     "optim.decay_norm_and_bias": (
         "LARS never decays them, and there is nothing to decay at optim.weight_decay 0",
         lambda given: given["optim.name"] == "lars" or given["optim.weight_decay"] == 0,

@@ -32,7 +32,7 @@ def build_optimizer(
         groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
     if config.name == "lars":
         groups[1]["trust"] = None
-        return LARS(groups, config.lr, config.sgd_momentum)
+        return LARS(groups, config.lr, config.sgd_momentum, trust=config.lars_trust)
     # Gradients must be unscaled before they are clipped, which fused optimisers do too late.
     fused = config.clip_grad_norm == 0 and all(
         p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters

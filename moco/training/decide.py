@@ -32,7 +32,8 @@ class Decided:
     Attributes:
         accelerator: cuda or cpu.
         devices, num_nodes: Processes per machine, and machines.
-        precision, key_bn, query_bn: As the settings of these names, never auto.
+        precision, key_bn, query_bn: As the settings of these names, never auto; query_bn is empty
+            in a checkpoint of the first version, whose settings say it.
         compile: Backend of torch.compile; empty: nothing is compiled.
         resident: Where the images are held: device, memory, or streamed; empty until they are read.
         reasons: Name of an attribute to why.
@@ -43,9 +44,9 @@ class Decided:
     num_nodes: int
     precision: str
     key_bn: str
-    query_bn: str
     compile: str
     resident: str = ""
+    query_bn: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -57,7 +58,9 @@ class Decided:
     def from_dict(cls, stored: Any) -> Decided | None:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
-        return cls(**stored) if isinstance(stored, dict) and stored.keys() == known else None
+        needed = known - {"query_bn"}
+        fits = isinstance(stored, dict) and needed <= stored.keys() <= known
+        return cls(**stored) if fits else None
 
 
 def decide(
@@ -97,7 +100,7 @@ def decide(
         "compile": why_compile,
         "resident": fits if config.data.resident == "auto" else "as set",
     }
-    chosen = precision, key_bn, query_bn, backend, resident
+    chosen = precision, key_bn, backend, resident, query_bn
     decided = Decided(accelerator(config), devices, num_nodes, *chosen, reasons)
     if before:
         kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
@@ -124,6 +127,11 @@ def _as_before(config: TrainConfig, before: Decided, asked: TrainConfig, world: 
             "would hide nothing: go on with trainer.devices 2 or more, or start a new run with "
             "--init_from and model.key_bn split"
         )
+    if "sync" in (before.key_bn, before.query_bn) and world > 1 and not on_gpu:
+        raise UserError(
+            "--resume: the run's BatchNorm is sync, which torch has not on several CPU processes: "
+            "go on with GPUs or one process, or start a new run with --init_from"
+        )
     if compiled == asked.model.compile:
         compiled = "on" if before.compile else "off"
         if before.compile and (missing := missing_compiler(on_gpu)):
@@ -139,7 +147,8 @@ def _as_before(config: TrainConfig, before: Decided, asked: TrainConfig, world: 
             world,
         )
     trainer = replace(config.trainer, precision=before.precision)
-    model = replace(config.model, key_bn=before.key_bn, query_bn=before.query_bn, compile=compiled)
+    query_bn = before.query_bn or config.model.query_bn
+    model = replace(config.model, key_bn=before.key_bn, query_bn=query_bn, compile=compiled)
     return replace(config, trainer=trainer, model=model)
 
 
