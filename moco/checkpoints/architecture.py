@@ -26,7 +26,7 @@ from moco.checkpoints.shapes import (
 )
 from moco.config import DataConfig, ModelConfig, UserError, normalisation
 
-MOST = {"channels": 4096, "image_size": 8192, "width": 8, "stem_padding": 3}
+MOST = {"channels": 4096, "image_size": 8192, "width": 8, "stem_padding": 3, "num_heads": 1024}
 
 
 @dataclasses.dataclass
@@ -110,7 +110,9 @@ def _check_sizes(
     """Raise UserError for sizes that no network here has, before anything is built with them."""
     for name, value in (sizes | told).items():
         if not 0 < value <= MOST.get(name, value):
-            raise UserError(f"{contents.path}: {name} is {value}: at most {MOST[name]} is possible")
+            raise UserError(
+                f"{contents.path}: {name} is {value}: at most {MOST[name]} is possible, and above 0"
+            )
     if "stem_padding" in told and model.stem != "cifar":
         raise UserError(f"{contents.path} has no 3x3 stem: leave --stem_padding out")
 
