@@ -87,7 +87,7 @@ class Contents:
 
     @property
     def epoch(self) -> int | None:
-        """Return the epoch, if the file states it."""
+        """Return the epoch that the file states, in ours the number of whole ones, or None."""
         epoch = self.raw.get("epoch")
         return epoch if isinstance(epoch, int) else None
 
