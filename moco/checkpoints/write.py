@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
+from moco.checkpoints.architecture import constructor_arguments
 from moco.checkpoints.load import Loaded, load_encoder, read_contents
 from moco.checkpoints.matching import take
 from moco.checkpoints.model_card import model_card
@@ -254,11 +255,9 @@ def _read_torch_export(path: Path, loaded: Loaded) -> Features:
 
 def loading_line(loaded: Loaded, path: Path) -> str:
     """Return the Python that builds a safetensors file's network by timm and fills it."""
-    model, data, variant = loaded.model, loaded.data, loaded.variant
-    arguments = {"num_classes": 0, "in_chans": data["channels"]}
-    arguments |= timm_arguments(model, data["image_size"])
-    arguments |= {name: v for name, v in variant.items() if not name.startswith("stem_")}
-    words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    model = loaded.model
+    arguments = constructor_arguments(loaded).items()
+    words = ", ".join(f"{name}={value!r}" for name, value in arguments)
     steps = [f"network = timm.create_model({model.backbone!r}, {words})"]
     if model.stem == "cifar" or model.width != 1:
         c = loaded.backbone.conv1
@@ -266,7 +265,7 @@ def loading_line(loaded: Loaded, path: Path) -> str:
         layer = f"torch.nn.Conv2d({', '.join(map(str, sizes))}, bias=False)"
         steps.append(f"network.conv1 = {layer}")
     absent = ["maxpool"] if model.stem == "cifar" else []
-    absent += [] if variant.get("stem_relu", True) else ["act1"]
+    absent += [] if loaded.variant.get("stem_relu", True) else ["act1"]
     steps += [f"network.{name} = torch.nn.Identity()" for name in absent]
     steps.append(f"network.load_state_dict(safetensors.torch.load_file({str(path)!r}))")
     return "; ".join(steps)
