@@ -13,11 +13,14 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
@@ -64,22 +67,18 @@ def _tensors(loaded: Loaded) -> dict[str, Tensor]:
     return {k: v.detach().clone().contiguous() for k, v in loaded.backbone.state_dict().items()}
 
 
-def _saved(content: Any) -> Files:
+def _saved(write: Callable[[io.BytesIO], Any]) -> Files:
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    write(buffer)
     return {"": buffer.getvalue()}
 
 
 def _write_safetensors(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    from safetensors.torch import save
-
     metadata = {"format": "pt", "moco": json.dumps(describe(loaded))}
     return {"": save(_tensors(loaded), metadata | ({"license": licence} if licence else {}))}
 
 
 def _write_timm(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    from safetensors.torch import save
-
     config = json.dumps(_timm_config(loaded, licence), indent=2).encode()
     weights = save(_tensors(loaded), {"format": "pt"})
     card = model_card(loaded, checkpoint, licence).encode()
@@ -107,8 +106,6 @@ def _timm_config(loaded: Loaded, licence: str) -> dict[str, Any]:
 
 
 def _read_timm(path: Path, loaded: Loaded) -> Features:
-    import timm
-
     return timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
 
 
@@ -135,15 +132,13 @@ def _write_official(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
 
     The official scripts read `encoder_q` alone, so an export of the key encoder is written there.
     """
-    contents = read_contents(checkpoint)
-    state, note = {}, describe(loaded)
+    contents, note = read_contents(checkpoint), describe(loaded)
     own = "key" if loaded.encoder == "key" else "query"
-    for place, side in {"encoder_q": own, "encoder_k": "" if own == "key" else "key"}.items():
-        backbone = contents.take(f"{side}_encoder.backbone.")
-        parts = {"": _tensors(loaded) if place == "encoder_q" else backbone}
-        parts["fc."] = contents.take(f"{side}_encoder.head.")
-        for part, tensors in parts.items():
-            state |= {f"module.{place}.{part}{name}": value for name, value in tensors.items()}
+    parts = {"encoder_q.": _tensors(loaded), "encoder_q.fc.": contents.take(f"{own}_encoder.head.")}
+    if own == "query":
+        parts["encoder_k."] = contents.take("key_encoder.backbone.")
+        parts["encoder_k.fc."] = contents.take("key_encoder.head.")
+    state = {f"module.{part}{n}": v for part, tensors in parts.items() for n, v in tensors.items()}
     keys = contents.state.get("queue.keys")
     if keys is not None and own == "query":
         count = int(contents.state.get("queue.num_enqueued", 0))
@@ -151,7 +146,7 @@ def _write_official(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
         state["module.queue_ptr"] = torch.tensor([count % len(keys)])
         note["num_enqueued"] = count
     content = {"epoch": loaded.epoch or 0, "arch": loaded.model.backbone, "state_dict": state}
-    return _saved(content | {"moco": note})
+    return _saved(lambda file: torch.save(content | {"moco": note}, file))
 
 
 def _read_official(path: Path, loaded: Loaded) -> Features:
@@ -179,9 +174,8 @@ def _write_detectron2(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
     names = [name for name in state if not name.endswith("num_batches_tracked")]
     model = {_detectron2_name(name): state[name].numpy() for name in names}
     content = {"model": model, "__author__": "MoCo", "matching_heuristics": True}
-    buffer = io.BytesIO()
-    _ArrayPickler(buffer, protocol=4).dump(content | {"moco": describe(loaded)})
-    return {"": buffer.getvalue()}
+    content["moco"] = describe(loaded)
+    return _saved(lambda file: _ArrayPickler(file, protocol=4).dump(content))
 
 
 class _ArrayPickler(pickle.Pickler):
@@ -243,9 +237,8 @@ def _read_onnx(path: Path, loaded: Loaded) -> Features:
 
 def _write_torch_export(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
     program = torch.export.export(loaded.backbone, **_dynamic_batch(loaded))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"moco.json": json.dumps(describe(loaded))})
-    return {"": buffer.getvalue()}
+    note = {"moco.json": json.dumps(describe(loaded))}
+    return _saved(lambda file: torch.export.save(program, file, extra_files=note))
 
 
 def _read_torch_export(path: Path, loaded: Loaded) -> Features:
@@ -275,7 +268,7 @@ def loading_line(loaded: Loaded, path: Path) -> str:
 FORMATS: dict[str, tuple[Callable[..., Files], Callable[..., Features], float]] = {
     "timm": (_write_timm, _read_timm, 1e-5),
     "torchvision": (
-        lambda loaded, *_: _saved(_tensors(loaded)),
+        lambda loaded, *_: _saved(partial(torch.save, _tensors(loaded))),
         lambda path, loaded: _into_twin(torch.load(path, weights_only=True), loaded),
         1e-5,
     ),
