@@ -88,16 +88,10 @@ def _result(
     loaded: Loaded, form: str, output: Path, files: Files, difference: float
 ) -> dict[str, Any]:
     """Describe what was written, for the last line of the command."""
-    result = {
-        "format": form,
-        "output": str(output),
-        "layout": loaded.layout,
-        "encoder": loaded.encoder,
-        "epoch": loaded.epoch,
-        "backbone": loaded.model.backbone,
-        "feature_dim": loaded.feature_dim,
-        "max_feature_difference": difference,
-    }
+    told = ("layout", "encoder", "epoch", "feature_dim")
+    result = {"format": form, "output": str(output), "backbone": loaded.model.backbone}
+    result |= {name: getattr(loaded, name) for name in told}
+    result["max_feature_difference"] = difference
     if form in ("torchvision", "official"):
         result["left_to_the_consumer"] = list(CLASSIFIER)
     if form == "safetensors":

@@ -16,9 +16,8 @@ from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS
 from moco.checkpoints.architecture import Architecture, build, identify, look
-from moco.checkpoints.layouts import Contents, recognise
+from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state, shape_text, take
-from moco.checkpoints.read import read_state
 from moco.checkpoints.shapes import head_shape
 from moco.config import ModelConfig, UserError
 
@@ -222,18 +221,13 @@ def _restore_heads_and_queue(contents: Contents, state: State) -> str:
     return f"heads; queue of {shape_text(state['queue.keys'])}"
 
 
-def read_contents(path: str | Path) -> Contents:
-    """Read a file with its tensors under our names; raises as `read_state` and `recognise` do."""
-    return recognise(read_state(path), path)
-
-
 def _report(loaded: Loaded, contents: Contents, found: Match) -> str:
     """Say on one line what was loaded, what matched, what was left out and what is missing."""
     model, data = loaded.model, loaded.data
     side = "key" if loaded.encoder == "key" else "query"
     used = f"{side}_encoder." if loaded.head else f"{side}_encoder.backbone."
-    left_out = [name for name in contents.state if not name.startswith(used)] + contents.others
-    left_out += [*(f"classifier.{name}" for name in found.classifier), *found.extras]
+    left_out = [name for name in contents.state if not name.startswith(used)]
+    left_out += [*contents.others, *found.left_out]
     about = [
         f"{loaded.layout} layout",
         "" if loaded.epoch is None else f"epoch {loaded.epoch}",

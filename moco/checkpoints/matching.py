@@ -45,19 +45,18 @@ class Match:
     Attributes:
         matched: Tensors ready to load.
         faults: Kind of fault to the names that have it; a whole match has none.
-        classifier: Names of a classifier, which a backbone does not need.
-        absent: Count of the numbers that the network needs and the file lacks.
-        extras: Names of what training or older code leaves in a file and no backbone needs.
+        left_out: Names of what no backbone needs: a classifier, which gets that prefix, and what
+            training or older code leaves in a file.
         total: Number of tensors that the network needs.
         note: How tensors were changed to fit.
+        absent: Count of the numbers that the network needs and the file lacks.
     """
 
     matched: State
     faults: dict[str, list[str]]
-    classifier: list[str]
-    extras: list[str]
+    left_out: list[str]
     total: int
-    note: str
+    note: str = ""
     absent: int = 0
 
     @property
@@ -97,15 +96,16 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
     kinds = ("missing", "unknown", "of other shape", "no floating-point numbers")
     missing, unknown, misshapen, no_weights = faults = [[] for _ in kinds]
     missing += [name for name in needed if name not in source]
-    found = Match({}, {}, [], [], len(needed), "")
+    found = Match({}, {}, [], len(needed))
     for name, tensor in source.items():
-        if name not in target:
-            known = found.extras if name.endswith(_EXTRAS) else unknown
-            (found.classifier if name.startswith(classifiers) else known).append(name)
+        goal = target.get(name)
+        if goal is None and name.startswith(classifiers):
+            found.left_out.append(f"classifier.{name}")
+        elif goal is None:
+            (found.left_out if name.endswith(_EXTRAS) else unknown).append(name)
+        if goal is None:
             continue
-        goal = target[name]
-        floating = tensor.is_floating_point()
-        if tensor.is_complex() or (goal.is_floating_point() and not floating):
+        if tensor.is_complex() or (goal.is_floating_point() and not tensor.is_floating_point()):
             no_weights.append(f"{name} ({tensor.dtype})")
             continue
         if name == "pos_embed" and network is not None and tensor.shape != goal.shape:

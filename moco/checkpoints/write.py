@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
 from moco.checkpoints.architecture import constructor_arguments
-from moco.checkpoints.load import Loaded, load_encoder, read_contents
+from moco.checkpoints.layouts import read_contents
+from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.matching import take
 from moco.checkpoints.model_card import model_card
 from moco.config import UserError
