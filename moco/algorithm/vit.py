@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moco.config import ModelConfig
 
@@ -43,6 +43,8 @@ def start_as_v3(vit: nn.Module, config: ModelConfig) -> None:
 
     Source: arXiv:2104.02057, section 4.2 (frozen projection) and appendix A.
     """
+    from timm.layers import build_sincos2d_pos_embed
+
     projection = vit.patch_embed.proj
     if config.vit_init == "xavier":
         fan_in, fan_out = projection.weight[0].numel(), len(projection.weight)
@@ -52,33 +54,9 @@ def start_as_v3(vit: nn.Module, config: ModelConfig) -> None:
     if config.freeze_patch_embed:
         projection.requires_grad_(False)
     if config.positions == "sincos":
-        rows, columns = vit.patch_embed.grid_size
-        patches = sincos_positions(rows, columns, vit.embed_dim)
+        grid = vit.patch_embed.grid_size
+        patches = build_sincos2d_pos_embed(grid, vit.embed_dim, interleave_sin_cos=True)
         others = vit.pos_embed.shape[1] - len(patches)  # the class token's and registers', 0
         vit.pos_embed.copy_(torch.cat([patches.new_zeros(others, vit.embed_dim), patches])[None])
         vit.pos_embed.requires_grad_(False)
 
-
-def sincos_positions(rows: int, columns: int, dim: int, rows_first: bool = True) -> Tensor:
-    """Return fixed 2-D sine-cosine positions of a grid of patches.
-
-    Args:
-        rows, columns: Of the grid.
-        dim: D; a multiple of 4.
-        rows_first: Whether the first half of D follows the row, as in MoCo v3, which passes the
-            axes to `torch.meshgrid` exchanged; in MAE it follows the column.
-
-    Returns:
-        (rows * columns) x D, row by row.
-
-    Source: arXiv:2104.02057, appendix A.
-    """
-    quarter = dim // 4
-    frequencies = 10000 ** -(torch.arange(quarter) / quarter)
-    halves = []
-    for count in (rows, columns):
-        angles = torch.outer(torch.arange(count), frequencies)
-        halves.append(torch.cat([angles.sin(), angles.cos()], 1))
-    by_row = halves[0].repeat_interleave(columns, 0)
-    by_column = halves[1].repeat(rows, 1)
-    return torch.cat([by_row, by_column] if rows_first else [by_column, by_row], 1)

@@ -6,6 +6,7 @@ Shapes: N images per device, W devices, C embedding.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -18,7 +19,6 @@ from torch.nn import functional
 from moco.algorithm.encoder import build_backbone
 from moco.algorithm.optim import LARS, build_optimizer, key_momentum, learning_rate
 from moco.algorithm.pretrain import MoCo
-from moco.algorithm.vit import sincos_positions
 from moco.config import ModelConfig, OptimConfig
 
 STEPS = 12
@@ -305,15 +305,12 @@ def test_rate_and_momentum_are_counted_as_the_reference_counts_them():
 
 
 def test_positions_follow_the_papers_formula():
-    grid, dim = 3, 8
-    found = sincos_positions(grid, grid, dim)
-    omega = [1 / 10000 ** (i / 2) for i in range(2)]
-    for h in range(grid):
-        for w in range(grid):
-            angles = [[math.sin(p * o) for o in omega] + [math.cos(p * o) for o in omega]
-                      for p in (h, w)]  # fmt: skip
-            expected = torch.tensor(angles[0] + angles[1])
-            torch.testing.assert_close(found[h * grid + w], expected)
+    vit, dim = build_backbone(VIT, 3, 16)
+    omega = [1 / 10000 ** (i / (dim // 4)) for i in range(dim // 4)]
+    for h, w in itertools.product(range(4), range(4)):
+        angles = [[f(place * o) for f in (math.sin, math.cos) for o in omega] for place in (h, w)]
+        found = vit.pos_embed[0, 1 + h * 4 + w]
+        torch.testing.assert_close(found, torch.tensor(angles[0] + angles[1]))
 
 
 def test_a_vit_starts_as_v3s_do():

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from processes import ROOT, finish, start
 
-from moco.config import UserError
+from moco.command.judge import read_settings
+from moco.config import KNNConfig, LinearConfig, UserError
 
 pytestmark = pytest.mark.timeout(300)  # processes start slowly on a busy machine
 
@@ -192,3 +193,11 @@ def test_broken_checkpoints_and_settings_are_one_line(checkpoint, tmp_path):
     assert code == 2 and result is None
     errors = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "other.pt" in errors[0] and "Traceback" not in errors[0]
+
+
+@pytest.mark.parametrize("kind", [KNNConfig, LinearConfig])
+def test_a_switch_is_given_by_its_name_alone_or_with_a_value(tmp_path, kind):
+    """Errors and docs say `--allow_partial`, as training and export take it."""
+    for words, wanted in (([], False), (["--allow_partial"], True), (["--allow_partial=false"], 0)):
+        common = ["--checkpoint", str(tmp_path), *words]
+        assert read_settings(common, kind, "")[0].allow_partial == wanted
