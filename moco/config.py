@@ -630,7 +630,14 @@ class ExportConfig:
         MISSING, "Checkpoint of any layout, a state dict, safetensors, or a timm directory"
     )
     format: Literal[
-        "timm", "torchvision", "safetensors", "official", "detectron2", "onnx", "torch-export"
+        "timm",
+        "torchvision",
+        "safetensors",
+        "official",
+        "official-v3",
+        "detectron2",
+        "onnx",
+        "torch-export",
     ] = setting(MISSING, "Layout to write")
     output: str = setting(MISSING, "File to write; for timm a directory")
     encoder: Literal["query", "key"] = setting("query", "Which encoder")

@@ -64,15 +64,23 @@ def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encode
     backbone, feature_dim = build_backbone(config, channels, image_size)
     hidden = config.head_hidden_dim or feature_dim
     hidden_widths = [] if config.head == "linear" else [hidden] * (config.head_layers - 1)
-    widths = [feature_dim, *hidden_widths, config.embedding_dim]
-    if config.head == "mlp_bn":
-        head: nn.Module = mlp_with_batch_norm(widths, last_bn=True)
-    elif config.head == "linear":
-        head = nn.Linear(*widths)
-    else:
-        layers = [[nn.Linear(*pair), nn.ReLU(inplace=True)] for pair in pairwise(widths)]
-        head = nn.Sequential(*[part for layer in layers for part in layer][:-1])
+    head = build_head(config.head, [feature_dim, *hidden_widths, config.embedding_dim])
     return Encoder(backbone, head, feature_dim)
+
+
+def build_head(kind: str, widths: list[int]) -> nn.Module:
+    """Build a projection head.
+
+    Args:
+        kind: linear, mlp or mlp_bn, as the setting `model.head`.
+        widths: Of its input, its hidden layers and its output.
+    """
+    if kind == "mlp_bn":
+        return mlp_with_batch_norm(widths, last_bn=True)
+    if kind == "linear":
+        return nn.Linear(*widths)
+    layers = [[nn.Linear(*pair), nn.ReLU(inplace=True)] for pair in pairwise(widths)]
+    return nn.Sequential(*[part for layer in layers for part in layer][:-1])
 
 
 def build_predictor(config: ModelConfig, feature_dim: int) -> nn.Module:

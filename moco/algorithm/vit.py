@@ -23,17 +23,21 @@ def is_vit(name: str) -> bool:
 
 def vit_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     """Choose what timm's constructor is told of a ViT beyond its name."""
+    # Xavier's weights of timm treat query, key and value apart; the class token starts at 1e-6.
+    first_weights = {"weight_init": "moco"} if config.vit_init == "xavier" else {}
+    return {"img_size": image_size} | shape_arguments(config) | first_weights
+
+
+def shape_arguments(config: ModelConfig) -> dict[str, int]:
+    """Return in timm's words how the shape of a ViT differs from the one of its name."""
     import timm
 
-    arguments: dict[str, Any] = {"img_size": image_size}
     given = {"patch_size": config.patch_size, "depth": config.depth, "num_heads": config.num_heads}
-    arguments |= {name: value for name, value in given.items() if value}
+    arguments = {name: value for name, value in given.items() if value}
     if config.width != 1:
         with torch.device("meta"):  # only its width is asked for
             published = timm.create_model(config.backbone, pretrained=False).embed_dim
         arguments["embed_dim"] = max(4, int(published * config.width))
-    if config.vit_init == "xavier":
-        arguments["weight_init"] = "moco"  # query, key and value apart; class token 1e-6
     return arguments
 
 
@@ -59,4 +63,3 @@ def start_as_v3(vit: nn.Module, config: ModelConfig) -> None:
         others = vit.pos_embed.shape[1] - len(patches)  # the class token's and registers', 0
         vit.pos_embed.copy_(torch.cat([patches.new_zeros(others, vit.embed_dim), patches])[None])
         vit.pos_embed.requires_grad_(False)
-

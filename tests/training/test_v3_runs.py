@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from runs import TINY, assert_same_end, at, load, run_tiny
 
 import export
@@ -37,9 +36,7 @@ TWO_QUEUES = ["--model.queues", "2", "--model.queue_size", "24", "--model.symmet
 
 
 @pytest.mark.parametrize("resident", ["memory", "off"])
-@pytest.mark.parametrize(
-    "options", [RESNET, VIT, TWO_QUEUES], ids=["resnet", "vit", "two queues"]
-)
+@pytest.mark.parametrize("options", [RESNET, VIT, TWO_QUEUES], ids=["resnet", "vit", "two queues"])
 def test_a_run_resumes_to_the_same_bits(images, options, resident):
     options = [*options, "--data.resident", resident, "--data.num_workers", "0"]
     run_tiny(images, *options, run_dir="whole")
