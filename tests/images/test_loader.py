@@ -212,6 +212,23 @@ def test_two_ranks_share_the_evaluation_without_repeats(two_ranks, folder):
     assert sorted(first + second) == [0] * 5 + [1] * 5
 
 
+def _refused_on_rank(root: str, most: float) -> str:
+    config = DataConfig(root=root, image_size=16, num_workers=0, max_bad_fraction=most)
+    data = LabelledData(sources.open_labelled(config)[0], config)
+    try:
+        return str([len(rows) for _, rows in data.batches(CPU, 20)] + [data.num_unread])
+    except UserError as error:
+        return str(error)
+
+
+def test_a_file_that_one_rank_cannot_read_is_told_on_both(two_ranks, folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "copy")
+    (root / "train" / "cat" / "11.png").write_bytes(b"no image")
+    assert sorted(two_ranks.run(_refused_on_rank, str(root), 0.1)) == ["[19, 1]", "[20, 1]"]
+    first, second = two_ranks.run(_refused_on_rank, str(root), 0.0)
+    assert first == second and "11.png: is no image" in first and "1 of 40 images" in first
+
+
 def test_a_batch_above_the_set_is_refused(folder):
     with pytest.raises(UserError, match="data.batch_size 41 is above the 40 images"):
         make_data(folder, batch_size=41)

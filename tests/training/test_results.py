@@ -83,6 +83,7 @@ def test_readings_of_a_streamed_set_leave_out_torn_files_and_name_them(tmp_path,
     arguments += ["--model.queue_size", "16"]
     with pytest.raises(UserError, match=r"1 of 24 images .*3\.png: .*data\.max_bad_fraction"):
         run_tiny(tmp_path, *arguments, run_dir="refused")
+    said.clear()
     arguments += ["--data.max_bad_fraction", "0.1", "--run.knn_k", "200"]
     result = run_tiny(tmp_path, *arguments)
     assert result["knn_top1"] in [round(100 * n / 11, 2) for n in range(12)], "11 were read"
