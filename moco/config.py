@@ -582,9 +582,10 @@ class JudgeConfig:
 class LinearConfig:
     """What `eval_linear.py` takes besides; 0 and [] mean the protocol's own value."""
 
-    protocol: Literal["cached", "paper", "views", "finetune"] = setting(
+    protocol: Literal["cached", "paper", "v3", "v3_vit", "views", "finetune"] = setting(
         "cached",
-        "Features once; 1911.05722's probe on random crops; features of crops; the whole network",
+        "Features once; 1911.05722's probe on random crops; 2104.02057's, for ResNets and for "
+        "ViTs; features of crops; the whole network",
     )
     label_fraction: float = setting(1.0, "Share of every class's labels used", above=0, at_most=1)
     learning_rates: list[float] = setting(

@@ -7,6 +7,9 @@ Shapes: N images per device, W devices, B = N*W rows in rank order.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, distributed, nn
 
@@ -25,6 +28,25 @@ def rank() -> int:
 
 def _active() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raise a block's ValueError on all ranks, so that none waits for the one that raised it.
+
+    Every rank comes here; ranks do not wait for each other within the block.
+    """
+    error = None
+    try:
+        yield
+    except ValueError as raised:
+        error = raised
+    if world_size() > 1:
+        errors: list[ValueError | None] = [None] * world_size()
+        distributed.all_gather_object(errors, error)
+        error = next(filter(None, errors), None)
+    if error:
+        raise error
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def _judged_milestones_idle(given: dict[str, Any]) -> bool:
 
 
 def _nothing_to_choose(given: dict[str, Any]) -> bool:
-    by_default = given["protocol"] in ("paper", "finetune")
+    by_default = given["protocol"] in ("paper", "v3", "v3_vit", "finetune")
     several = len(given["learning_rates"]) > 1 or not (given["learning_rates"] or by_default)
     return not several and not (by_default and given["baselines"])  # baselines try several rates
 
