@@ -69,11 +69,12 @@ def variant(loaded: Loaded) -> dict[str, Any]:
 
 
 def tensors(loaded: Loaded) -> dict[str, Tensor]:
-    # safetensors refuses shared and non-contiguous tensors.
+    """Return the backbone's tensors, each with memory of its own, as safetensors needs them."""
     return {k: v.detach().clone().contiguous() for k, v in loaded.backbone.state_dict().items()}
 
 
 def saved(write: Callable[[io.BytesIO], Any]) -> Files:
+    """Return what a function writes to a file as the one file of an export."""
     buffer = io.BytesIO()
     write(buffer)
     return {"": buffer.getvalue()}

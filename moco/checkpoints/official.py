@@ -74,6 +74,7 @@ def write_official(loaded: Loaded, checkpoint: Path, licence: str, v3: bool = Fa
 
 
 def read_official(path: Path, loaded: Loaded, first: str = "encoder_q.") -> Features:
+    """Load the query encoder as the official linear evaluation does."""
     state = torch.load(path, weights_only=True)["state_dict"]
     encoder = take(state, f"module.{first}")
     encoder = {k: v for k, v in encoder.items() if not k.startswith(("fc.", "head."))}
@@ -99,6 +100,7 @@ def _detectron2_name(name: str) -> str:
 
 
 def write_detectron2(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
+    """Write the backbone as a pickle of arrays with the names of detectron2."""
     state = tensors(loaded)
     names = [name for name in state if not name.endswith("num_batches_tracked")]
     model = {_detectron2_name(name): state[name].numpy() for name in names}
@@ -125,6 +127,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_detectron2(path: Path, loaded: Loaded) -> Features:
+    """Load the arrays by their names into a network of torchvision."""
     with path.open("rb") as stream:
         arrays = _ArrayUnpickler(stream).load()["model"]
     state = dict(loaded.backbone.state_dict())  # the file does not count batches
