@@ -74,6 +74,7 @@ def _values(item: dataclasses.Field, kind: Any) -> str:
     null = " or `null`" if type(None) in get_args(kind) else ""
     names = {int: "whole number", float: "number", str: "text", float | None: "number"}
     names |= {list[int]: "list of whole numbers", list[float]: "list of numbers"}
+    names[float | list[float] | None] = "number, a list of two numbers"
     limits = {"above": "above", "at_least": "at least", "at_most": "at most"}
     given = [
         f"{words} {item.metadata[key]}" for key, words in limits.items() if key in item.metadata

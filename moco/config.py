@@ -55,7 +55,7 @@ def setting(
 
 @dataclass
 class ModelConfig:
-    """Encoders, queue and loss (1911.05722, section 3; 2003.04297)."""
+    """Encoders, queue and loss (1911.05722, section 3; 2003.04297; 2104.02057)."""
 
     backbone: str = setting("resnet50", "Any torchvision ResNet or timm model by name")
     stem: Literal["imagenet", "cifar"] = setting(
@@ -64,23 +64,70 @@ class ModelConfig:
         "of 32 px)",
     )
     width: float = setting(
-        1.0, "Channel multiplier of a ResNet; 1 is the published network", above=0, at_most=8
+        1.0, "Channel multiplier of a ResNet or ViT; 1 is the published network", above=0, at_most=8
     )
-    head: Literal["linear", "mlp"] = setting(
-        "mlp", "Projection head: linear (v1) or MLP with one hidden layer (v2)"
+    zero_init_residual: bool = setting(
+        False, "Start the last BatchNorm of each block of a ResNet at 0 (v3)"
+    )
+    patch_size: int = setting(
+        0, "Side of a ViT's patches in pixels; 0: as its name says", at_least=0, at_most=1024
+    )
+    depth: int = setting(
+        0, "Number of a ViT's blocks; 0: as its name says", at_least=0, at_most=1024
+    )
+    num_heads: int = setting(
+        0,
+        "Attention heads of a ViT; 0: as its name says; v3's ViT-S has 12, timm's 6",
+        at_least=0,
+        at_most=1024,
+    )
+    positions: Literal["learned", "sincos"] = setting(
+        "learned", "Positions of a ViT: learned, or fixed sines and cosines of row and column (v3)"
+    )
+    vit_init: Literal["timm", "xavier"] = setting(
+        "timm",
+        "First weights of a ViT: timm's, or Xavier's with query, key and value each apart (v3)",
+    )
+    freeze_patch_embed: bool = setting(
+        False, "Keep the random patch projection of a ViT as it starts (v3, for stability)"
+    )
+    head: Literal["linear", "mlp", "mlp_bn"] = setting(
+        "mlp",
+        "Projection head: linear (v1), MLP (v2), or MLP without biases and with BatchNorm after "
+        "each layer, the last one without gain and bias (v3)",
+    )
+    head_layers: int = setting(
+        2,
+        "Linear layers of an MLP head; v3 has 2 for ResNets and 3 for ViTs",
+        at_least=2,
+        at_most=8,
     )
     head_hidden_dim: int = setting(
         0,
-        "Hidden width of the MLP head; 0 takes the backbone's feature width",
+        "Hidden width of MLP head and predictor; 0 takes the backbone's feature width",
         at_least=0,
         at_most=65536,
     )
     embedding_dim: int = setting(128, "Width of the embedding, C", at_least=2, at_most=65536)
+    predictor: Literal["none", "mlp"] = setting(
+        "none", "MLP of two layers with BatchNorm behind the head, on the query side only (v3)"
+    )
+    predictor_last_bn: bool = setting(
+        False, "BatchNorm without gain and bias behind the predictor (v3 with ViTs)"
+    )
     queue_size: int = setting(
         65536,
-        "Number of negative keys, K; any size from one global batch up",
-        at_least=1,
+        "Number of negative keys, K; any size from one global batch up; 0: no queue, the other "
+        "keys of the global batch are the negatives, and the loss is multiplied by twice the "
+        "temperature (v3)",
+        at_least=0,
         at_most=2**24,
+    )
+    queues: int = setting(
+        1,
+        "Queues of that size: 1, or 2 where the keys of each view have their own (solo-learn)",
+        at_least=1,
+        at_most=2,
     )
     temperature: float = setting(
         0.2, "Softmax temperature: 0.07 in v1, 0.2 in v2", above=0, at_most=100
@@ -121,20 +168,31 @@ class ModelConfig:
 class OptimConfig:
     """Optimiser and schedule. `lr` is what the optimiser gets; nothing is rescaled."""
 
-    name: Literal["sgd", "adamw"] = setting("sgd", "torch.optim.SGD or torch.optim.AdamW")
+    name: Literal["sgd", "adamw", "lars"] = setting(
+        "sgd", "torch.optim.SGD, torch.optim.AdamW, or v3's LARS for large batches"
+    )
     lr: float = setting(
         0.03, "Learning rate at its highest, for the global batch as it is", above=0, at_most=1000
     )
-    sgd_momentum: float = setting(0.9, "Momentum of SGD", at_least=0, at_most=1)
+    sgd_momentum: float = setting(0.9, "Momentum of SGD and LARS", at_least=0, at_most=1)
     dampening: float = setting(0.0, "Dampening of SGD's momentum", at_least=0, at_most=1)
     nesterov: bool = setting(False, "Nesterov momentum; needs sgd_momentum above 0 and dampening 0")
     adam_beta1: float = setting(0.9, "Decay of AdamW's mean", at_least=0, at_most=0.9999)
     adam_beta2: float = setting(0.999, "Decay of AdamW's variance", at_least=0, at_most=0.99999)
     weight_decay: float = setting(
         1e-4,
-        "Weight decay of every parameter, BatchNorm and biases included",
+        "Weight decay; of every parameter unless decay_norm_and_bias is false",
         at_least=0,
         at_most=10,
+    )
+    decay_norm_and_bias: bool = setting(
+        True, "Decay parameters of one dimension too, as v1, v2 and v3's AdamW do; LARS never does"
+    )
+    lars_trust: float = setting(
+        0.001, "Factor of |weights| / |update| in the rates of LARS", above=0, at_most=1
+    )
+    clip_grad_norm: float = setting(
+        0.0, "Scale gradients down to this norm; 0: never", at_least=0, at_most=1e6
     )
     schedule: Literal["cosine", "step", "plateau", "constant"] = setting(
         "cosine", "How the rate falls"
@@ -198,26 +256,38 @@ class DataConfig:
     batch_size: int = setting(
         256, "Images per step over all devices", at_least=2, at_most=MOST_ROWS
     )
-    views: Literal["v1", "v2", "cifar"] = setting(
-        "v2", "Augmentation: 1911.05722, 2003.04297 or the CIFAR demo"
+    chunks: int = setting(
+        1,
+        "Parts in which a device encodes its share of the batch, to save memory: the gradient is "
+        "the whole batch's, BatchNorm sees a part",
+        at_least=1,
+        at_most=MOST_ROWS,
     )
-    crop_min: float | None = setting(
+    views: Literal["v1", "v2", "cifar", "v3"] = setting(
+        "v2",
+        "Augmentation: 1911.05722, 2003.04297, the CIFAR demo or 2104.02057, whose two views "
+        "differ; in the five probabilities below a list of two values is one for each view",
+    )
+    crop_min: float | list[float] | None = setting(
         None,
         "Smallest share of the area that a crop keeps; null: as in `views`",
         above=0,
         at_most=1,
     )
-    flip: float | None = setting(
+    flip: float | list[float] | None = setting(
         None, "Probability of a horizontal flip; null: as in `views`", at_least=0, at_most=1
     )
-    jitter: float | None = setting(
+    jitter: float | list[float] | None = setting(
         None, "Probability of colour jitter; null: as in `views`", at_least=0, at_most=1
     )
-    grey: float | None = setting(
+    grey: float | list[float] | None = setting(
         None, "Probability of greyscale; null: as in `views`", at_least=0, at_most=1
     )
-    blur: float | None = setting(
+    blur: float | list[float] | None = setting(
         None, "Probability of Gaussian blur; null: as in `views`", at_least=0, at_most=1
+    )
+    solarise: float | list[float] | None = setting(
+        None, "Probability of solarisation; null: as in `views`", at_least=0, at_most=1
     )
     mean: list[float] = setting(
         [],
@@ -383,7 +453,7 @@ def _check_number(name: str, value: Any, number: float, limits: Any) -> None:
 def check(config: TrainConfig) -> None:
     """Raise UserError for values out of range and for settings that contradict each other."""
     check_ranges(config)
-    model, optim, data = config.model, config.optim, config.data
+    optim, data = config.optim, config.data
     if optim.nesterov and (optim.sgd_momentum == 0 or optim.dampening != 0):
         raise UserError(
             "optim.nesterov is true: it needs optim.sgd_momentum above 0 and optim.dampening 0"
@@ -406,13 +476,10 @@ def check(config: TrainConfig) -> None:
         raise UserError(
             "optim.plateau_metric is val/knn_top1 but run.knn_every is 0: set run.knn_every to 1"
         )
-    keys_per_step = data.batch_size * (1 if model.symmetric == "none" else 2)
-    if keys_per_step > model.queue_size:
-        raise UserError(
-            f"model.queue_size {model.queue_size} is below the {keys_per_step} keys of one step "
-            f"(data.batch_size {data.batch_size}, model.symmetric {model.symmetric}): raise it, "
-            "or lower data.batch_size"
-        )
+    _check_queues(config)
+    for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
+        if getattr(data, name) is not None:
+            per_view(getattr(data, name), f"data.{name}")
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values and len(values) != data.channels:
@@ -426,6 +493,41 @@ def check(config: TrainConfig) -> None:
         raise UserError(
             f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
         )
+
+
+def _check_queues(config: TrainConfig) -> None:
+    """Raise UserError where queues and batches contradict each other."""
+    model, data = config.model, config.data
+    if model.queues == 2 and (model.queue_size == 0 or model.symmetric == "none"):
+        raise UserError(
+            "model.queues is 2, one for the keys of each view: it needs model.queue_size above 0 "
+            "and model.symmetric mean or sum"
+        )
+    views = 2 if model.symmetric != "none" and model.queues == 1 else 1
+    if 0 < model.queue_size < data.batch_size * views:
+        raise UserError(
+            f"model.queue_size {model.queue_size} is below the {data.batch_size * views} keys of "
+            f"one step (data.batch_size {data.batch_size}, model.symmetric {model.symmetric}): "
+            "raise it, or lower data.batch_size"
+        )
+    if model.queue_size == 0 and config.trainer.accumulate_grad_batches > 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches is above 1 with model.queue_size 0: the negatives are "
+            "the batch's own keys, and smaller batches would be another loss; keep data.batch_size "
+            "and set data.chunks instead, which saves the same memory"
+        )
+
+
+def per_view(value: float | list[float], name: str = "") -> tuple[float, float]:
+    """Return a setting of the views as two values, one for each view.
+
+    Raises:
+        UserError: A list that has neither one value nor two.
+    """
+    values = value if isinstance(value, list) else [value]
+    if len(values) not in (1, 2):
+        raise UserError(f"{name} is {value}: give one value, or two, one for each view")
+    return values[0], values[-1]
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -480,9 +582,10 @@ class JudgeConfig:
 class LinearConfig:
     """What `eval_linear.py` takes besides; 0 and [] mean the protocol's own value."""
 
-    protocol: Literal["cached", "paper", "views", "finetune"] = setting(
+    protocol: Literal["cached", "paper", "v3", "v3_vit", "views", "finetune"] = setting(
         "cached",
-        "Features once; 1911.05722's probe on random crops; features of crops; the whole network",
+        "Features once; 1911.05722's probe on random crops; 2104.02057's, for ResNets and for "
+        "ViTs; features of crops; the whole network",
     )
     label_fraction: float = setting(1.0, "Share of every class's labels used", above=0, at_most=1)
     learning_rates: list[float] = setting(
@@ -528,7 +631,14 @@ class ExportConfig:
         MISSING, "Checkpoint of any layout, a state dict, safetensors, or a timm directory"
     )
     format: Literal[
-        "timm", "torchvision", "safetensors", "official", "detectron2", "onnx", "torch-export"
+        "timm",
+        "torchvision",
+        "safetensors",
+        "official",
+        "official-v3",
+        "detectron2",
+        "onnx",
+        "torch-export",
     ] = setting(MISSING, "Layout to write")
     output: str = setting(MISSING, "File to write; for timm a directory")
     encoder: Literal["query", "key"] = setting("query", "Which encoder")

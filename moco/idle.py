@@ -40,7 +40,7 @@ def _judged_milestones_idle(given: dict[str, Any]) -> bool:
 
 
 def _nothing_to_choose(given: dict[str, Any]) -> bool:
-    by_default = given["protocol"] in ("paper", "finetune")
+    by_default = given["protocol"] in ("paper", "v3", "v3_vit", "finetune")
     several = len(given["learning_rates"]) > 1 or not (given["learning_rates"] or by_default)
     return not several and not (by_default and given["baselines"])  # baselines try several rates
 
@@ -68,7 +68,12 @@ OF_DATA: Rules = {
     "data.max_bad_fraction": ("this data set has no image files", _is("data.dataset", *_ARRAYS)),
 }
 OF_TRAINING: Rules = OF_DATA | {
-    "model.head_hidden_dim": ("model.head is linear", _is("model.head", "linear")),
+    "model.head_layers": ("model.head is linear", _is("model.head", "linear")),
+    "model.head_hidden_dim": (
+        "model.head is linear and there is no predictor",
+        lambda given: given["model.head"] == "linear" and given["model.predictor"] == "none",
+    ),
+    "model.predictor_last_bn": ("there is no predictor", _is("model.predictor", "none")),
     "model.key_momentum_end": (
         "model.key_momentum_schedule is constant",
         _is("model.key_momentum_schedule", "constant"),
@@ -83,11 +88,16 @@ OF_TRAINING: Rules = OF_DATA | {
     "optim.sgd_momentum": ("optim.name is adamw", _is("optim.name", "adamw")),
     "optim.dampening": (
         "there is no momentum of SGD",
-        lambda given: given["optim.name"] == "adamw" or given["optim.sgd_momentum"] == 0,
+        lambda given: given["optim.name"] != "sgd" or given["optim.sgd_momentum"] == 0,
     ),
-    "optim.nesterov": ("optim.name is adamw", _is("optim.name", "adamw")),
-    "optim.adam_beta1": ("optim.name is sgd", _is("optim.name", "sgd")),
-    "optim.adam_beta2": ("optim.name is sgd", _is("optim.name", "sgd")),
+    "optim.nesterov": ("optim.name is not sgd", _is_not("optim.name", "sgd")),
+    "optim.adam_beta1": ("optim.name is not adamw", _is_not("optim.name", "adamw")),
+    "optim.adam_beta2": ("optim.name is not adamw", _is_not("optim.name", "adamw")),
+    "optim.lars_trust": ("optim.name is not lars", _is_not("optim.name", "lars")),
+    "optim.decay_norm_and_bias": (
+        "LARS never decays them, and there is nothing to decay at optim.weight_decay 0",
+        lambda given: given["optim.name"] == "lars" or given["optim.weight_decay"] == 0,
+    ),
     "optim.schedule": (
         "no milestone lies before trainer.max_epochs",
         lambda given: (

@@ -48,7 +48,7 @@ def load_safetensors(path, name):
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["moco"])
         state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    options = {"img_size": about["image_size"]} if "vit" in name else {}
+    options = ({"img_size": about["image_size"]} if "vit" in name else {}) | about["variant"]
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=0, in_chans=about["channels"], **options)
         if about["stem"] == "cifar":
@@ -70,7 +70,23 @@ def load_torch_export(path, name):
     return program.module(), json.loads(extra["moco.json"])
 
 
-def load_official(path, name):
+def load_official_v3(path, name):
+    """Load as v3's main_lincls does; timm's ViTs have its names and, with 12 heads, its shapes."""
+    if "vit" not in name:
+        return load_official(path, name, "module.base_encoder")
+    content = torch.load(path, weights_only=True)
+    about, size = content["moco"], content["moco"]["image_size"]
+    assert content["arch"] in ("vit_small", "vit_base")
+    network = timm.create_model(name, num_heads=12, img_size=size, num_classes=0)
+    start = "module.base_encoder."
+    state = {k.removeprefix(start): v for k, v in content["state_dict"].items() if start in k}
+    outcome = network.load_state_dict(state, strict=False)
+    assert not outcome.missing_keys
+    assert all(name.startswith("head.") for name in outcome.unexpected_keys)
+    return network.eval(), about
+
+
+def load_official(path, name, encoder="module.encoder_q"):
     """Load as main_lincls does, with another first layer where the source has one."""
     content = torch.load(path, weights_only=True)
     about = content["moco"]
@@ -82,8 +98,8 @@ def load_official(path, name):
             network.conv1 = nn.Conv2d(about["channels"], 64, 7, 2, 3, bias=False)
     state = content["state_dict"]
     for key in list(state):
-        if key.startswith("module.encoder_q") and not key.startswith("module.encoder_q.fc"):
-            state[key[len("module.encoder_q.") :]] = state[key]
+        if key.startswith(encoder) and not key.startswith(f"{encoder}.fc"):
+            state[key[len(f"{encoder}.") :]] = state[key]
         del state[key]
     return into_torchvision(network, state), about
 
@@ -137,6 +153,7 @@ LOADERS = {
     "torchvision": load_torchvision,
     "safetensors": load_safetensors,
     "official": load_official,
+    "official-v3": load_official_v3,
     "detectron2": load_detectron2,
     "onnx": load_onnx,
     "torch-export": load_torch_export,

@@ -15,7 +15,7 @@ from torch import nn
 from torchvision import models
 
 from moco.algorithm.contrast import KeyQueue
-from moco.algorithm.encoder import build_encoder
+from moco.algorithm.encoder import build_encoder, build_predictor
 from moco.config import DataConfig, ModelConfig, TrainConfig
 
 
@@ -67,9 +67,12 @@ def _module(settings: tuple, channels: int, size: int, seed: int):
     model = ModelConfig(*settings)
     query = randomise(build_encoder(model, channels, size), seed)
     key = randomise(copy.deepcopy(query), seed + 1)
-    queue = KeyQueue(model.queue_size, model.embedding_dim, torch.Generator().manual_seed(seed))
-    queue.num_enqueued += 40
-    parts = {"query_encoder": query, "key_encoder": key, "queue": queue}
+    predictor = randomise(build_predictor(model, query.feature_dim), seed + 2)
+    parts = {"query_encoder": query, "key_encoder": key, "predictor": predictor}
+    if model.queue_size:
+        generator = torch.Generator().manual_seed(seed)
+        parts["queue"] = KeyQueue(model.queue_size, model.embedding_dim, generator)
+        parts["queue"].num_enqueued += 40
     state = {f"{p}.{k}": v for p, module in parts.items() for k, v in module.state_dict().items()}
     return state, query, key
 
@@ -87,6 +90,17 @@ def save_ours(path, model: ModelConfig, channels: int = 3, size: int = 32):
 PLAIN = ModelConfig(backbone="resnet18", queue_size=64, embedding_dim=16)
 SMALL = dataclasses.replace(PLAIN, stem="cifar", width=0.25)
 VIT = ModelConfig(backbone="test_vit", queue_size=64)  # the smallest network there is
+V3 = dataclasses.replace(
+    PLAIN, queue_size=0, head="mlp_bn", head_hidden_dim=24, predictor="mlp", symmetric="sum"
+)
+V3_VIT = dataclasses.replace(
+    V3, backbone="vit_tiny_patch16_224", patch_size=4, depth=2, num_heads=4, width=1 / 8,
+    head_layers=3, predictor_last_bn=True, positions="sincos", vit_init="xavier",
+    freeze_patch_embed=True,
+)  # fmt: skip
+V3_VIT_SMALL = dataclasses.replace(
+    V3_VIT, backbone="vit_small_patch16_224", patch_size=0, depth=0, num_heads=12, width=1.0
+)
 
 
 def images(channels: int = 3, size: int = 32) -> torch.Tensor:

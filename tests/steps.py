@@ -22,14 +22,16 @@ MODEL = ModelConfig(
 OPTIM = OptimConfig(lr=0.01, schedule="constant", weight_decay=1e-3)
 
 
-def make_module(model: ModelConfig = MODEL, seed: int = 0) -> MoCo:
+def make_module(
+    model: ModelConfig = MODEL, seed: int = 0, optim: OptimConfig = OPTIM, chunks: int = 1
+) -> MoCo:
     """Build a small module in fp64, as the views are.
 
     Ten steps of training make 1e-3 of a rounding error of fp32, and how kernels round depends on
     the CPU.
     """
     pl.seed_everything(seed, verbose=False)
-    return MoCo(model, OPTIM, channels=3, image_size=SIZE, seed=seed).double()
+    return MoCo(model, optim, channels=3, image_size=SIZE, seed=seed, chunks=chunks).double()
 
 
 def make_views(count: int, seed: int = 0, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:

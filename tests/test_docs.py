@@ -41,6 +41,8 @@ NETWORK = [
 ]
 # What this machine cannot do is only parsed: the command, and what it needs.
 ELSEWHERE = {
+    "python train.py --config configs/imagenet_v3.yaml --data.root IMAGENET --trainer.devices 8 "
+    "--data.chunks 4": "8 GPUs",
     "python train.py --config configs/imagenet_v2.yaml --data.root IMAGENET --trainer.devices 8": (
         "8 GPUs"
     ),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import faulthandler
 import os
 import random
 import shutil
@@ -37,7 +38,7 @@ from moco.command import cli
 
 TIMED = ("train/images_per_second", "train/wait_share")
 PARTS = ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step")
-LIMIT_S = 600  # for one process, which is taken for hung after it
+LIMIT_S = 300  # for one process, which is taken for hung after it
 EXPECTED = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130,)}
 COMMON = [
     *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
@@ -71,6 +72,7 @@ def start(arguments: list[str], log: Path) -> int:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(signal.SIGQUIT)
     sys.argv = ["train.py", *arguments]
     code = 70
     try:
@@ -101,6 +103,8 @@ def finish(pid: int, log: Path) -> int:
     """Wait for the end; a process that does not end is killed, and that is a failure."""
     code = wait(pid, LIMIT_S)
     if code is None:
+        os.kill(pid, signal.SIGQUIT)  # the log then says where each thread is
+        time.sleep(1)
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise SystemExit(f"a process hung for {LIMIT_S} s:\n{log.read_text()}")

@@ -5,9 +5,13 @@ Shapes: N images per device, C channels, H W pixels (or none, in a head), G Batc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SplitBatchNorm:
@@ -86,3 +90,20 @@ def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
                 child.__class__ = type(f"Split{kind_of.__name__}", (SplitBatchNorm, kind_of), {})
                 child.num_splits = num_splits
     return module
+
+
+@contextmanager
+def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
+    """Let BatchNorm normalise by the batch as in training, but keep its running statistics."""
+    layers = [layer for m in modules for layer in m.modules() if isinstance(layer, _BatchNorm)]
+    buffers = [layer._buffers for layer in layers]
+    for layer in layers:
+        layer._buffers = {
+            name: None if buffer is None else buffer.clone()
+            for name, buffer in layer._buffers.items()
+        }
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, buffers, strict=True):
+            layer._buffers = own

@@ -1,5 +1,8 @@
 """Contrast: InfoNCE and the queue of negative keys (1911.05722, sections 3.1 and 3.2).
 
+With a queue the negatives are older keys; without one (2104.02057) they are the other keys of the
+batch, and the loss stays this one.
+
 The loss is a pure function. The queue is the only state, and every checkpoint holds its buffers.
 Shapes: N queries on this device, B keys over all devices, C embedding, K queue.
 """
@@ -12,29 +15,42 @@ from torch.nn import functional
 
 
 def info_nce(
-    query: Tensor, key: Tensor, negatives: Tensor, temperature: float
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    own_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score each query against its own key and the queued keys.
+    """Score each query against its own key and the negatives.
 
     The own key is class 0 of a (1+K)-way softmax; equal logits cost log(1+K).
 
     Args:
         query: N x C unit vectors; the only input that needs a gradient.
         key: N x C unit vectors; row i comes from the same image as query i.
-        negatives: K x C unit vectors; must not contain this batch's keys.
-        temperature: Positive; 0.07 in v1, 0.2 in v2.
+        negatives: K x C unit vectors: queued ones, without this batch's keys; or the keys of the
+            whole batch, K = B.
+        temperature: Positive; 0.07 in v1, 0.2 in v2, 1 in v3 with ResNets.
+        own_rows: Where the keys of this device's queries begin in `negatives`, if they are in it:
+            the own key of query i, row `own_rows + i`, is left out of its negatives.
 
     Returns:
-        Mean loss in nats, and N x (1+K) logits already divided by the temperature.
+        Mean loss in nats, and N x (1+K) logits already divided by the temperature; what was left
+        out is minus infinity.
 
-    Source: arXiv:1911.05722, eq. 1 and Algorithm 1.
+    Source: arXiv:1911.05722, eq. 1 and Algorithm 1; arXiv:2104.02057, Algorithm 1.
     """
     # Logits are fp32 under autocast too: in bf16, at a size of 1/temperature, they would be off by
     # several percent.
     with torch.autocast(query.device.type, enabled=False):
         query, key, negatives = at_least_fp32(query), at_least_fp32(key), at_least_fp32(negatives)
         positive = (query * key).sum(1, keepdim=True)  # N 1
-        logits = torch.cat([positive, query @ negatives.T], dim=1) / temperature  # N 1+K
+        negative = query @ negatives.T  # N K
+        if own_rows is not None:
+            rows = torch.arange(len(negatives), device=query.device)
+            own = rows[own_rows : own_rows + len(query), None] == rows  # N K
+            negative = negative.masked_fill(own, -torch.inf)
+        logits = torch.cat([positive, negative], dim=1) / temperature  # N 1+K
         labels = logits.new_zeros(len(logits), dtype=torch.long)
         return functional.cross_entropy(logits, labels), logits
 

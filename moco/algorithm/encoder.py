@@ -8,10 +8,12 @@ Shapes: N images per device, D feature, C embedding, H W pixels.
 from __future__ import annotations
 
 import difflib
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
+from moco.algorithm.vit import is_vit, start_as_v3, vit_arguments
 from moco.config import ModelConfig, UserError
 
 TORCHVISION_RESNETS = (
@@ -33,7 +35,8 @@ class Encoder(nn.Module):
 
     Attributes:
         backbone: Images to N x D features, the part that is kept after pretraining.
-        head: Features to embeddings (1911.05722: linear; 2003.04297: one hidden layer).
+        head: Features to embeddings (1911.05722: linear; 2003.04297: one hidden layer;
+            2104.02057: BatchNorm after each layer).
         feature_dim: D.
     """
 
@@ -60,15 +63,53 @@ def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encode
     """
     backbone, feature_dim = build_backbone(config, channels, image_size)
     hidden = config.head_hidden_dim or feature_dim
-    if config.head == "linear":
-        head: nn.Module = nn.Linear(feature_dim, config.embedding_dim)
-    else:
-        head = nn.Sequential(
-            nn.Linear(feature_dim, hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, config.embedding_dim),
-        )
+    hidden_widths = [] if config.head == "linear" else [hidden] * (config.head_layers - 1)
+    head = build_head(config.head, [feature_dim, *hidden_widths, config.embedding_dim])
     return Encoder(backbone, head, feature_dim)
+
+
+def build_head(kind: str, widths: list[int]) -> nn.Module:
+    """Build a projection head.
+
+    Args:
+        kind: linear, mlp or mlp_bn, as the setting `model.head`.
+        widths: Of its input, its hidden layers and its output.
+    """
+    if kind == "mlp_bn":
+        return mlp_with_batch_norm(widths, last_bn=True)
+    if kind == "linear":
+        return nn.Linear(*widths)
+    layers = [[nn.Linear(*pair), nn.ReLU(inplace=True)] for pair in pairwise(widths)]
+    return nn.Sequential(*[part for layer in layers for part in layer][:-1])
+
+
+def build_predictor(config: ModelConfig, feature_dim: int) -> nn.Module:
+    """Build what maps N x C query embeddings to N x C predictions of keys; identity without one.
+
+    Source: arXiv:2104.02057, section 4.1.
+    """
+    if config.predictor == "none":
+        return nn.Identity()
+    dim = config.embedding_dim
+    widths = [dim, config.head_hidden_dim or feature_dim, dim]
+    return mlp_with_batch_norm(widths, config.predictor_last_bn)
+
+
+def mlp_with_batch_norm(widths: list[int], last_bn: bool) -> nn.Sequential:
+    """Build an MLP without biases and with BatchNorm and ReLU after every hidden layer.
+
+    Args:
+        widths: Of its input, its hidden layers and its output.
+        last_bn: Whether BatchNorm without gain and bias follows the last layer.
+
+    Source: arXiv:2104.02057, appendix A.
+    """
+    layers: list[nn.Module] = []
+    for width, following in pairwise(widths):
+        layers += [nn.Linear(width, following, bias=False), nn.BatchNorm1d(following)]
+        layers.append(nn.ReLU(inplace=True))
+    last = [nn.BatchNorm1d(widths[-1], affine=False)] if last_bn else []
+    return nn.Sequential(*layers[:-2], *last)
 
 
 def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
@@ -83,12 +124,7 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
             f"model.backbone {config.backbone!r} is not a torchvision ResNet or timm model: {hint}"
         )
     is_resnet = timm.models.is_model_in_modules(config.backbone, ["resnet"])
-    if not is_resnet and (config.stem == "cifar" or config.width != 1):
-        raise UserError(
-            f"model.stem {config.stem} and model.width {config.width} need a ResNet, and "
-            "model.backbone "
-            f"{config.backbone!r} is none: take model.stem imagenet and model.width 1"
-        )
+    _check_kind(config, is_resnet)
     try:
         backbone = timm.create_model(
             config.backbone,
@@ -99,6 +135,8 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
         )
         if is_resnet:
             _set_stem(backbone, config, channels)
+        elif is_vit(config.backbone):
+            start_as_v3(backbone, config)
         if any(p.numel() == 0 for p in backbone.parameters()):
             raise ValueError("a layer has no channels left")
         # Some networks widen their features after pooling, to `head_hidden_size`.
@@ -111,13 +149,33 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
         ) from error
 
 
+def _check_kind(config: ModelConfig, is_resnet: bool) -> None:
+    """Raise UserError for a setting of ResNets or of ViTs that this backbone does not have."""
+    vit, usual = is_vit(config.backbone), ModelConfig()
+    kinds = {
+        "a ResNet": (is_resnet, ("stem", "zero_init_residual")),
+        "a ResNet or ViT": (is_resnet or vit, ("width",)),
+        "a ViT": (
+            vit,
+            ("patch_size", "depth", "num_heads", "positions", "vit_init", "freeze_patch_embed"),
+        ),
+    }
+    for kind, (is_one, names) in kinds.items():
+        for name in names:
+            if not is_one and getattr(config, name) != getattr(usual, name):
+                raise UserError(
+                    f"model.{name} {getattr(config, name)} needs {kind}, and model.backbone "
+                    f"{config.backbone!r} is none: take model.{name} {getattr(usual, name)}"
+                )
+
+
 def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     """Choose what timm's constructor is told beyond the name and the number of channels."""
     from timm.models import get_pretrained_cfg, is_model_in_modules
 
     if is_model_in_modules(config.backbone, ["resnet"]):
-        # torchvision and the papers do not zero the last BatchNorm of a block; timm would.
-        arguments: dict[str, Any] = {"zero_init_last": False}
+        # torchvision, v1 and v2 do not zero the last BatchNorm of a block; timm would.
+        arguments: dict[str, Any] = {"zero_init_last": config.zero_init_residual}
         if config.width != 1:
             arguments["channels"] = tuple(
                 max(8, int(c * config.width)) for c in (64, 128, 256, 512)
@@ -125,6 +183,8 @@ def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
             # timm takes a width of the stem only for deep stems; `_set_stem` replaces it.
             arguments |= {"stem_type": "deep", "stem_width": max(4, int(32 * config.width))}
         return arguments
+    if is_vit(config.backbone):
+        return vit_arguments(config, image_size)
     default = get_pretrained_cfg(config.backbone)
     fixed = default is not None and default.fixed_input_size
     return {"img_size": image_size} if fixed else {}

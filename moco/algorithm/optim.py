@@ -1,14 +1,15 @@
 """Optimisers and schedules. Rates are pure functions of the step, so a resume restores none.
 
-Sources: 1911.05722, section 4 (steps), 2003.04297 (cosine), 2104.02057 (warm-up, key momentum along
-a cosine).
+Sources: 1911.05722, section 4 (steps), 2003.04297 (cosine), 2104.02057 (LARS, warm-up, key momentum
+along a cosine).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,23 +20,88 @@ from moco.config import ModelConfig, OptimConfig
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig
 ) -> torch.optim.Optimizer:
-    """Build torch's SGD or AdamW, with weight decay on every parameter, fused where possible."""
+    """Build LARS, or torch's SGD or AdamW, fused where possible.
+
+    Parameters of one dimension, those of norms and biases, are a group of their own where weight
+    decay or adaptation leaves them out.
+    """
     parameters = [p for p in parameters if p.requires_grad]
-    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if config.name == "lars" or not config.decay_norm_and_bias:
+        groups[0]["params"] = [p for p in parameters if p.ndim > 1]
+        groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    if config.name == "lars":
+        groups[1]["trust"] = None
+        return LARS(groups, config.lr, config.sgd_momentum, trust=config.lars_trust)
+    # Gradients must be unscaled before they are clipped, which fused optimisers do too late.
+    fused = config.clip_grad_norm == 0 and all(
+        p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters
+    )
     if config.name == "adamw":
         betas = (config.adam_beta1, config.adam_beta2)
-        return torch.optim.AdamW(
-            parameters, config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused
-        )
+        return torch.optim.AdamW(groups, config.lr, betas=betas, fused=fused)
     return torch.optim.SGD(
-        parameters,
+        groups,
         config.lr,
         momentum=config.sgd_momentum,
         dampening=config.dampening,
         nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
         fused=fused,
     )
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose rate each layer scales by its own |weights| / |update|.
+
+    Args:
+        params: Parameters, or groups of them; `trust` None in a group leaves it plain SGD.
+        lr: Learning rate.
+        momentum: Of SGD.
+        weight_decay: Added to the gradient, and so part of the update.
+        trust: Factor of |weights| / |update|.
+
+    Source: arXiv:1708.03888; with the order of operations of arXiv:2104.02057's code. timm's `Lars`
+    divides by |gradient| + decay * |weights| instead, and is off by 1.5e-4 after 50 steps.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float | None = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; the device is not waited for."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            updates = [p.grad for p in parameters]
+            if group["weight_decay"]:
+                updates = torch._foreach_add(updates, parameters, alpha=group["weight_decay"])
+            if group["trust"] is not None:
+                weights, norms = torch._foreach_norm(parameters), torch._foreach_norm(updates)
+                ratios = [
+                    torch.where((w > 0) & (u > 0), group["trust"] * w / u, 1.0)
+                    for w, u in zip(weights, norms, strict=True)
+                ]
+                updates = torch._foreach_mul(updates, ratios)
+            for p in parameters:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            velocities = [self.state[p]["momentum_buffer"] for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates)
+            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
+        return loss
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

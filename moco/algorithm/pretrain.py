@@ -1,6 +1,6 @@
-"""MoCo: the algorithm on one page (1911.05722, Algorithm 1; v2 2003.04297).
+"""MoCo: the algorithm on one page (1911.05722, Algorithm 1; v2 2003.04297; v3 2104.02057).
 
-v1, v2 and v2+ differ in orthogonal settings (`moco.config.ModelConfig`), not in code.
+v1, v2, v2+ and v3 differ in orthogonal settings (`moco.config.ModelConfig`), not in code.
 `moco.images.loader` makes views of images, and `moco.training.run` makes a run of these steps.
 Shapes: N images per device, W devices, B = N*W, C embedding, K queue, S side of a view.
 """
@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
+from itertools import cycle
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from moco.algorithm import optim
 from moco.algorithm.batch import Batch
-from moco.algorithm.batch_norm import set_batch_norm
+from moco.algorithm.batch_norm import frozen_statistics, set_batch_norm
 from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
-from moco.algorithm.encoder import build_encoder
+from moco.algorithm.encoder import build_encoder, build_predictor
 from moco.config import ModelConfig, OptimConfig
 from moco.distributed import all_gather, local_rows, rank, restore
 from moco.random import stream_id
@@ -35,11 +38,13 @@ class MoCo(pl.LightningModule):
         channels: Of the images.
         image_size: Side of the views in pixels.
         seed: Of the queue's first, random keys, and of what the networks draw themselves.
+        chunks: Parts in which a batch is encoded.
 
     Attributes:
         query_encoder, key_encoder: Equal at the start, head included; the key encoder takes no
             gradient.
-        queue: K x C keys, in every checkpoint.
+        predictor: Behind the query encoder alone; the identity where there is none.
+        queue, second_queue: K x C keys, in every checkpoint; None where there is none.
         total_steps, steps_per_epoch, accumulate: Set before training, since the schedules need
             them; `accumulate` counts the batches of an optimiser step.
         wants_metrics, metrics: Where the first is set, a step fills the second, on the device.
@@ -53,15 +58,24 @@ class MoCo(pl.LightningModule):
         channels: int,
         image_size: int,
         seed: int = 0,
+        chunks: int = 1,
     ) -> None:
         super().__init__()
         self.model_config, self.optim_config, self.seed = model_config, optim_config, seed
+        self.chunks = chunks
         encoder = build_encoder(model_config, channels, image_size)
+        predictor = build_predictor(model_config, encoder.feature_dim)
         key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.query_encoder = set_batch_norm(encoder, model_config.query_bn, model_config.bn_splits)
         self.key_encoder = set_batch_norm(key_encoder, model_config.key_bn, model_config.bn_splits)
+        self.predictor = set_batch_norm(predictor, model_config.query_bn, model_config.bn_splits)
         generator = torch.Generator().manual_seed(seed)
-        self.queue = KeyQueue(model_config.queue_size, model_config.embedding_dim, generator)
+        size, dim = model_config.queue_size, model_config.embedding_dim
+        self.queue = KeyQueue(size, dim, generator) if size else None
+        self.second_queue = KeyQueue(size, dim, generator) if model_config.queues == 2 else None
+        # Of the sum of the losses; 2104.02057's code has the 2 T where it has no queue.
+        self.loss_scale = 0.5 if model_config.symmetric == "mean" else 1.0
+        self.loss_scale *= 1.0 if size else 2 * model_config.temperature
         self.plateau = optim.Plateau(optim_config)
         self.total_steps = self.steps_per_epoch = 1
         self.accumulate = 1
@@ -73,34 +87,58 @@ class MoCo(pl.LightningModule):
 
     def compile_encoders(self, backend: str) -> None:
         """Compile each encoder to fused kernels for one shape; the state dict keeps its keys."""
-        for encoder in (self.query_encoder, self.key_encoder):
+        for encoder in (self.query_encoder, self.key_encoder, self.predictor):
             encoder.compile(backend=backend, dynamic=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take one step of Algorithm 1 on one pair of views or, if symmetric, on two."""
-        queries = [
-            normalize(at_least_fp32(self.query_encoder(view))) for view in batch.query_views
-        ]  # N C
+        queries = [self.encode_queries(view) for view in batch.query_views]  # N C
         with torch.no_grad():
             if batch_idx % self.accumulate == 0:
                 self.update_key_encoder()
             keys = [self.encode_keys(view, batch.key_order) for view in batch.key_views]  # B C
-        negatives = self.queue.snapshot()  # K C
-        losses = []
-        for query, key in zip(queries, keys, strict=True):
+        negatives = [queue.snapshot() for queue in self.queues] or keys  # K C, or B C
+        own_rows = None if self.queues else rank() * len(queries[0])  # of the own keys in B
+        temperature, losses = self.model_config.temperature, []
+        for query, key, others in zip(queries, keys, cycle(negatives), strict=False):
             own = local_rows(key, len(query))  # N C
-            loss, logits = info_nce(query, own, negatives, self.model_config.temperature)
+            loss, logits = info_nce(query, own, others, temperature, own_rows)
             losses.append(loss)
-        for key in keys:
-            self.queue.enqueue(key)  # after all losses: no key may be its own query's negative
-        total = torch.stack(losses).sum()
-        loss = total if self.model_config.symmetric == "sum" else total / len(losses)
+        for key, queue in zip(keys, cycle(self.queues), strict=False):
+            queue.enqueue(key)  # after all losses: no key may be its own query's negative
+        loss = torch.stack(losses).sum() * self.loss_scale
         self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
         if self.accumulate == 1:
             return loss
         # Lightning divides by `accumulate`; the last step of an epoch may have fewer batches.
         first = batch_idx // self.accumulate * self.accumulate
         return loss * (self.accumulate / (self.window_end(batch_idx) - first))
+
+    @property
+    def queues(self) -> list[KeyQueue]:
+        """No queue, one for all keys, or one for the keys of each view."""
+        return [queue for queue in (self.queue, self.second_queue) if queue is not None]
+
+    def encode_queries(self, view: Tensor) -> Tensor:
+        """Encode this device's queries, N x C unit vectors.
+
+        In chunks, no activation is kept: the backward pass encodes a chunk again with the same
+        dropout, and takes its gradient, so that the gradient is the whole batch's at the memory of
+        a chunk (GradCache, arXiv:2101.06983).
+        """
+        if self.chunks == 1:
+            return normalize(at_least_fp32(self.predictor(self.query_encoder(view))))
+        networks = self.query_encoder, self.predictor
+        embeddings = [
+            checkpoint(
+                lambda images: self.predictor(self.query_encoder(images)),
+                part,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), frozen_statistics(*networks)),
+            )
+            for part in view.chunk(self.chunks)
+        ]
+        return normalize(at_least_fp32(torch.cat(embeddings)))
 
     def window_end(self, batch_idx: int) -> int:
         """Return the number after the last batch of this batch's optimiser step."""
@@ -131,7 +169,8 @@ class MoCo(pl.LightningModule):
         Returns:
             B x C unit vectors in rank order, without gradient.
         """
-        return restore(normalize(at_least_fp32(self.key_encoder(key_view))), key_order)
+        keys = torch.cat([self.key_encoder(part) for part in key_view.chunk(self.chunks)])
+        return restore(normalize(at_least_fp32(keys)), key_order)
 
     @torch.no_grad()
     def take_note(self, loss: Tensor, logits: Tensor, query: Tensor) -> None:
@@ -141,13 +180,15 @@ class MoCo(pl.LightningModule):
         if not self.wants_metrics:
             return
         top1, top5 = contrast_accuracy(logits)
-        chance = math.log(logits.shape[1]) * (2 if self.model_config.symmetric == "sum" else 1)
+        pairs = 1 if self.model_config.symmetric == "none" else 2
+        candidates = logits.shape[1] - (not self.queues)  # without a queue one is left out
+        chance = math.log(candidates) * pairs * self.loss_scale
         self.metrics = {
             "train/loss": loss,
             "train/chance_loss": loss.new_tensor(chance),
             "train/contrast_top1": top1,
             "train/contrast_top5": top5,
-            "train/queue_fill": self.queue.fill(),
+            "train/queue_fill": self.queue.fill() if self.queue else loss.new_ones(()),
             # It is 1 where embeddings spread evenly over the sphere, 0 where they are one point.
             "train/spread": query.std(0).mean() * query.shape[1] ** 0.5,
         }
@@ -168,8 +209,15 @@ class MoCo(pl.LightningModule):
         self.loss_count = 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Build the optimiser over the query encoder alone."""
-        return optim.build_optimizer(self.query_encoder.parameters(), self.optim_config)
+        """Build the optimiser over query encoder and predictor."""
+        parameters = [*self.query_encoder.parameters(), *self.predictor.parameters()]
+        return optim.build_optimizer(parameters, self.optim_config)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradient; Lightning refuses to where the optimiser is fused."""
+        if self.optim_config.clip_grad_norm:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.optim_config.clip_grad_norm)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the rate of this step, and seed torch's generators for dropout and drop-path.

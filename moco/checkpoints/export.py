@@ -21,15 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco.checkpoints.describe import Features, Files, loading_line, obstacle
 from moco.checkpoints.load import Loaded, load_encoder
+from moco.checkpoints.official import CLASSIFIER
 from moco.checkpoints.write import (
-    CLASSIFIER,
     FORMATS,
     TIMM_FILES,
-    Features,
-    Files,
-    loading_line,
-    obstacle,
 )
 from moco.config import UserError
 

@@ -1,8 +1,8 @@
 """Recognise whose code wrote a file by the names of its tensors, and translate them to our names.
 
-Our names are `query_encoder.backbone.*`, `query_encoder.head.*`, the same of `key_encoder`, and
-`queue.*`. A bare backbone counts as the query encoder's. Inside a backbone the names are those of
-torchvision and timm. Shapes: C embedding, K queue.
+Our names are `query_encoder.backbone.*`, `query_encoder.head.*`, the same of `key_encoder`,
+`queue.*`, and `predictor.*` of v3. A bare backbone counts as the query encoder's. Inside a backbone
+the names are those of torchvision and timm. Shapes: C embedding, K queue.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ _SOLO = (("projector.", "momentum_projector."), ("momentum_", "projector."))
 _OURS = ("query_encoder.head.", "key_encoder.head.")
 _LIGHTLY = ("projection_head.layers.", "projection_head_momentum.layers.")
 _NECKS = [(f"encoder_q.1.{neck}.", f"encoder_k.1.{neck}.") for neck in ("mlp", "fc")]
+_MM = (  # the key encoder of v1, v2 and v3 in mmpretrain, its head, and a name in such files
+    ("encoder_k.module", "mlp.", ("neck.mlp.",)),
+    ("encoder_k.module", "fc.", ("neck.fc.",)),
+    ("momentum_encoder.module", "", ("neck.fc0.", "backbone.layers.0.ln1.")),
+)
 _LAYOUTS = (  # the first one that fits is taken
     _Layout("moco", ("query_encoder.backbone.", "key_encoder.backbone."), _OURS),
     *(  # also mmselfsup before 1.0: a Sequential of backbone and neck, which names its head
@@ -48,6 +53,10 @@ _LAYOUTS = (  # the first one that fits is taken
     ),
     _Layout("official", ("encoder_q.", "encoder_k.")),
     _Layout("official-v3", ("base_encoder.", "momentum_encoder.")),
+    *(  # also mmselfsup from 1.0 on
+        _Layout("mmpretrain", ("backbone.", f"{key}.0."), (f"neck.{at}", f"{key}.1.{at}"), sign)
+        for key, at, sign in _MM
+    ),
     _Layout("solo-learn", ("backbone.", "momentum_backbone."), *_SOLO),
     _Layout("lightly", ("backbone.", "backbone_momentum."), _LIGHTLY),
     _Layout("solo-learn", ("encoder.", "momentum_encoder."), *_SOLO),
@@ -59,8 +68,8 @@ class Contents:
     """The content of a file, its tensors under our names.
 
     Attributes:
-        layout: moco, official, official-v3, openselfsup, lightly or solo-learn; for a bare
-            backbone timm, safetensors, or torchvision for every file that torch wrote.
+        layout: moco, official, official-v3, openselfsup, mmpretrain, lightly or solo-learn; for a
+            bare backbone timm, safetensors, or torchvision for every file that torch wrote.
         state: Tensors under our names.
         others: Names of tensors that have no name of ours.
         raw: The file's own dict.
@@ -144,13 +153,21 @@ def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:
         if not layout.heads:
             inside = [name for name in backbone if name.startswith(("fc.", "head."))]
             head = {name.split(".", 1)[1]: backbone.pop(name) for name in inside}
+        head = _numbered(head) if contents.layout == "mmpretrain" else head
         for kind, part in (("head", head), ("backbone", backbone)):
             contents.state |= {f"{side}.{kind}.{name}": tensor for name, tensor in part.items()}
-    if contents.layout in ("official", "openselfsup") and rest.get("queue", ABSENT).ndim == 2:
+    if (
+        contents.layout in ("official", "openselfsup", "mmpretrain")
+        and rest.get("queue", ABSENT).ndim == 2
+    ):
         place = rest.pop("queue_ptr", torch.tensor(0))
         contents.state |= _official_queue(contents, rest.pop("queue"), place)
-    if contents.layout == "moco":
-        contents.state |= {f"queue.{name}": tensor for name, tensor in pull("queue.").items()}
+    kept = {"moco": ("queue.", "second_queue.", "predictor."), "official-v3": ("predictor.",)}
+    for prefix in kept.get(contents.layout, ()):
+        contents.state |= {prefix + name: tensor for name, tensor in pull(prefix).items()}
+    if contents.layout == "mmpretrain":
+        predictor = _numbered(pull("head.predictor."))
+        contents.state |= {f"predictor.{name}": tensor for name, tensor in predictor.items()}
     contents.others = list(rest)
     return contents
 
@@ -176,6 +193,8 @@ def _plain_names(contents: Contents, part: State) -> State:
         part = take(part, "net.")
     if contents.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1:] == (384,):
         contents.facts["num_heads"] = 12  # v3's ViT-S has 12, timm's has 6
+    if "layers.0.ln1.weight" in part:
+        part = {_timm_vit_name(name): tensor for name, tensor in part.items()}
     part = _unnumber(contents, part)
     own = re.compile(r"(layer\d\.\d+)\.shortcut\.")
     if contents.layout == "lightly" and any(map(own.match, part)):
@@ -183,6 +202,32 @@ def _plain_names(contents: Contents, part: State) -> State:
         contents.facts["stem_padding"] = 1
         part = {own.sub(r"\1.downsample.", name): tensor for name, tensor in part.items()}
     return part
+
+
+def _numbered(head: State) -> State:
+    """Name the layers of mmpretrain's MLPs, fc0, bn0, fc1, by their places in a Sequential."""
+
+    def place(found: re.Match[str]) -> str:
+        return f"{3 * int(found[2]) + (found[1] == 'bn')}."
+
+    return {re.sub(r"^(fc|bn)(\d+)\.", place, name): tensor for name, tensor in head.items()}
+
+
+# Names of mmpretrain's ViT to timm's.
+_MM_VIT = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^ln1\.", "norm."),
+    (r"\.ln(\d)\.", r".norm\1."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    (r"^layers\.", "blocks."),
+)
+
+
+def _timm_vit_name(name: str) -> str:
+    for pattern, new in _MM_VIT:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def _unnumber(contents: Contents, part: State) -> State:

@@ -22,7 +22,7 @@ from moco.checkpoints.shapes import head_shape
 from moco.config import ModelConfig, UserError
 
 # Layouts whose checkpoints hold heads and a queue as ours do.
-_WITH_QUEUE = ("moco", "official", "openselfsup")
+_WITH_HEADS = ("moco", "official", "official-v3", "openselfsup", "mmpretrain")
 
 
 @dataclass
@@ -158,8 +158,8 @@ def restore_pretraining(
         UserError: As for `load_encoder`.
     """
     contents = read_contents(path)
-    notes = [_refuse_variant(contents, allow_partial)]
-    both = contents.layout in (*_WITH_QUEUE, "official-v3")
+    notes = [_refuse_variant(contents, backbone, allow_partial)]
+    both = contents.layout in _WITH_HEADS
     both = both and bool(contents.take("key_encoder.backbone."))
     state = dict(module_state)
     for side in ("query", "key"):
@@ -175,9 +175,20 @@ def restore_pretraining(
     return state, "; ".join(filter(None, notes))
 
 
-def _refuse_variant(contents: Contents, allowed: bool) -> str:
-    """Refuse a file of a network that no run here builds, or return a note about it."""
+def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool) -> str:
+    """Refuse a file of another network than the run's, or return a note about it."""
     _, _, known, questions = look(contents, contents.backbone("query"))
+    attention = getattr(next(iter(getattr(network, "blocks", [])), None), "attn", None)
+    if (heads := getattr(attention, "num_heads", 0)) and known.get("num_heads", heads) != heads:
+        wanted = known["num_heads"]
+        if not allowed:
+            raise UserError(
+                f"{contents.path} is of a ViT with {wanted} attention heads, and the run's has "
+                f"{heads}: set model.num_heads {wanted}, or give --allow_partial to start from its "
+                "weights all the same"
+            )
+    elif heads:
+        known.pop("num_heads", None)
     reasons = {"num_heads": "{} attention heads", "stem_relu": "no ReLU after its first BatchNorm"}
     reasons["stem_padding"] = "a stem that pads by {}"
     if known.get("stem_padding") == 1:
@@ -207,18 +218,23 @@ def _to_channels(part: State, network: nn.Module | None) -> tuple[State, str]:
 
 
 def _restore_heads_and_queue(contents: Contents, state: State) -> str:
-    """Fill heads and queue in place; the keys in a queue only mean something to their own heads."""
-    prefixes = ("query_encoder.head.", "key_encoder.head.", "queue.")
+    """Fill heads, predictor and queues in place; all mean something only to their own heads."""
+    prefixes = ("query_encoder.head.", "key_encoder.head.", "predictor.", "queue.", "second_queue.")
     found = {p: match_state(take(state, p), contents.take(p)) for p in prefixes}
     for side in ("query", "key"):
         head = found[f"{side}_encoder.head."]
-        if contents.layout not in _WITH_QUEUE or not head.whole:
+        if contents.layout not in _WITH_HEADS or not head.whole:
             return f"heads and queue stay fresh, the file's {side} head: {head.text()}"
     for prefix in [prefix for prefix in prefixes if found[prefix].whole]:
         state |= {prefix + name: t.clone() for name, t in found[prefix].matched.items()}
-    if not found["queue."].whole:
-        return f"heads; the queue stays fresh, the file's: {found['queue.'].text()}"
-    return f"heads; queue of {shape_text(state['queue.keys'])}"
+    said = ["heads"]
+    for prefix, name in (("predictor.", "predictor"), ("queue.", "queue")):
+        if not any(key.startswith(prefix) for key in state):
+            continue
+        shape = f" of {shape_text(state['queue.keys'])}" if name == "queue" else ""
+        fresh = f"the {name} stays fresh, the file's: {found[prefix].text()}"
+        said.append(f"{name}{shape}" if found[prefix].whole else fresh)
+    return "; ".join(said)
 
 
 def _report(loaded: Loaded, contents: Contents, found: Match) -> str:

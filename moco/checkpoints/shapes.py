@@ -9,8 +9,10 @@ import math
 from typing import Any
 
 import timm
+import torch
 from timm.layers import build_sincos2d_pos_embed
 
+from moco.algorithm.encoder import build_head
 from moco.checkpoints.matching import ABSENT, State
 
 # Blocks per stage and their kind; then groups x their width at 64 planes, if not 1 x 64.
@@ -106,11 +108,19 @@ def count_channels(name: str, part: State) -> int:
 def head_shape(head: State, queue: State) -> dict[str, Any]:
     """Describe a queue, and a head where it is one that we rebuild, by fields of `ModelConfig`."""
     found: dict[str, Any] = {}
-    for kind, layers in (("linear", [""]), ("mlp", ["0.", "2."])):
-        weights = [head.get(f"{layer}weight", ABSENT) for layer in layers]
-        names = {f"{layer}{name}" for layer in layers for name in ("weight", "bias")}
-        if names == head.keys() and all(weight.ndim == 2 for weight in weights):
-            found = {"head": kind, "embedding_dim": len(weights[-1])}
-            found["head_hidden_dim"] = len(weights[0]) if kind == "mlp" else 0
+    weights = [tensor for name, tensor in head.items() if name.endswith("weight")]
+    weights = [tensor for tensor in weights if tensor.ndim == 2]
+    widths = [tensor.shape[1] for tensor in weights[:1]] + [len(tensor) for tensor in weights]
+    for kind in ("linear", "mlp", "mlp_bn") if 2 <= len(widths) <= 9 else ():
+        if kind == "linear" and len(widths) > 2:
+            continue
+        with torch.device("meta"):
+            names = build_head(kind, widths).state_dict().keys()
+        if {name for name in names if not name.endswith("num_batches_tracked")} == {
+            name for name in head if not name.endswith("num_batches_tracked")
+        }:
+            hidden = {"head_layers": len(widths) - 1} if kind != "linear" else {}
+            found = {"head": kind, "embedding_dim": widths[-1], **hidden}
+            found["head_hidden_dim"] = widths[1] if len(widths) > 2 else 0
     keys = queue.get("keys", ABSENT)
     return found | ({"queue_size": len(keys)} if keys.ndim == 2 else {})

@@ -132,11 +132,11 @@ def _nearest(name: str, names: list[str]) -> str:
     leaves: dict[str, str] = {}
     for full in names:
         leaves.setdefault(full.rsplit(".", 1)[-1], full)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    leaf = name.rsplit(".", 1)[-1]
+    same = [leaves[leaf]] if leaf in leaves else []
+    near = same or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     if not near:
-        near = [
-            leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
-        ]
+        near = [leaves[each] for each in difflib.get_close_matches(leaf, leaves, n=1)]
     return f": did you mean --{near[0]}?" if near else ": see --help"
 
 

@@ -80,19 +80,23 @@ def train_linear(
 
     Networks stay in eval mode: BatchNorm uses its running statistics and does not update them. All
     networks and learning rates share the crops, all rates of a network its features. Weights start
-    at N(0, 0.01), biases at 0; no weight decay; the rate falls tenfold at each milestone. Where
-    there are several rates, classifiers that do not see a held-out part are trained besides.
+    at N(0, 0.01), biases at 0; no weight decay; the rate falls tenfold at each milestone, in v3's
+    protocols along a cosine, epoch by epoch. Where there are several rates, classifiers that do not
+    see a held-out part are trained besides.
 
     Args:
         networks: Name to a network (images to N x D) and its R learning rates.
         crops: Training images.
         config: Epochs, milestones, share that is held out, and images per step over all ranks.
 
-    Source: arXiv:1911.05722, section 4.1; the official main_lincls.py.
+    Source: arXiv:1911.05722, section 4.1, and arXiv:2104.02057, section 5; the official
+    main_lincls.py of both.
     """
     trained: dict[str, Classifiers] = {}
     for epoch in track(range(config.epochs), ", ".join(networks)):
         factor = 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
+        if config.protocol in ("v3", "v3_vit"):
+            factor = cosine(epoch / config.epochs)
         batches = crops.order(epoch).split(config.batch_size)
         for classifiers in trained.values():
             classifiers.losses.zero_()

@@ -32,6 +32,8 @@ DEFAULTS = {
     "cached": (SWEEP, 100, 1024),
     "views": (SWEEP, 100, 1024),
     "paper": ((30.0,), 100, 256),
+    "v3": ((0.4,), 90, 1024),  # 0.1 for each 256 images
+    "v3_vit": ((12.0,), 90, 1024),  # 3 for each 256 images
     "finetune": ((0.05,), 50, 256),
 }
 

@@ -95,7 +95,14 @@ def finetune(subject: Subject, config: LinearConfig) -> dict[str, Any]:
     return scores
 
 
-PROTOCOLS = {"cached": cached, "views": cached, "paper": paper, "finetune": finetune}
+PROTOCOLS = {
+    "cached": cached,
+    "views": cached,
+    "paper": paper,
+    "v3": paper,
+    "v3_vit": paper,
+    "finetune": finetune,
+}
 
 
 def _linear_on_crops(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moco.config import DataConfig, UserError
+from moco.config import DataConfig, UserError, per_view
 from moco.random import combine, stream_id, uniform
 
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back
@@ -32,13 +32,18 @@ class ViewRecipe:
     strengths: tuple[float, float, float, float]  # brightness, contrast, saturation, hue
     grey: float
     blur: float
+    solarise: float = 0.0
     grey_first: bool = False
 
 
-RECIPES = {
+_V3 = ViewRecipe(0.2, 0.5, 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 1.0)
+_SAME = {
     "v1": ViewRecipe(0.2, 0.5, 1.0, (0.4, 0.4, 0.4, 0.4), 0.2, 0.0, grey_first=True),  # 1911.05722
     "v2": ViewRecipe(0.2, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.5),  # 2003.04297
     "cifar": ViewRecipe(0.08, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.0),  # the official demo
+}
+RECIPES = {name: (recipe, recipe) for name, recipe in _SAME.items()} | {
+    "v3": (_V3, replace(_V3, blur=0.1, solarise=0.2)),  # 2104.02057
 }
 
 
@@ -60,7 +65,7 @@ class Colours:
     Attributes:
         order: N x 4, which operation stands in each of the four places of the jitter.
         factors: N x 4, of brightness, contrast, saturation, and the hue's shift in turns.
-        jitter, grey, blur: N bool, whether the step applies.
+        jitter, grey, blur, solarise: N bool, whether the step applies.
         sigma: N, of the blur, in pixels.
     """
 
@@ -70,22 +75,27 @@ class Colours:
     grey: Tensor
     blur: Tensor
     sigma: Tensor
+    solarise: Tensor
 
 
-def view_recipe(data: DataConfig) -> ViewRecipe:
-    """Take the named recipe with the user's own probabilities put in.
+def view_recipes(data: DataConfig) -> tuple[ViewRecipe, ViewRecipe]:
+    """Take the named recipe of each view with the user's own probabilities put in.
 
     Raises:
         UserError: Greyscale asked for on images that are not RGB.
     """
-    names = ("crop_min", "flip", "jitter", "grey", "blur")
-    own = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
-    if own.get("grey") and data.channels != 3:
+    own: list[dict[str, float]] = [{}, {}]
+    for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
+        if (value := getattr(data, name)) is not None:
+            for view, one in zip(own, per_view(value), strict=True):
+                view[name] = one
+    if any(view.get("grey") for view in own) and data.channels != 3:
         raise UserError(
             f"data.grey is {data.grey} but data.channels is {data.channels}: greyscale needs "
             "RGB, leave it out"
         )
-    return replace(RECIPES[data.views], **own)
+    first, second = (replace(r, **v) for r, v in zip(RECIPES[data.views], own, strict=True))
+    return first, second
 
 
 def view_streams(seed: int, view: int) -> tuple[int, int]:
@@ -141,8 +151,8 @@ def centre_crops(count: int, height: int, width: int, size: int, device: torch.d
 
 
 def draw_colours(recipe: ViewRecipe, stream: int, epoch: int | Tensor, index: Tensor) -> Colours:
-    """Draw jitter, greyscale and blur for each sample, from the second of `view_streams`."""
-    u = uniform(stream, combine(epoch, index), 12)
+    """Draw what happens to the colours of each sample, from the second of `view_streams`."""
+    u = uniform(stream, combine(epoch, index), 13)
     low, high = _BLUR_SIGMA
     factors = [
         centre + strength * (2 * u[:, 4 + i] - 1)  # no tensor of constants: making one would wait
@@ -155,4 +165,5 @@ def draw_colours(recipe: ViewRecipe, stream: int, epoch: int | Tensor, index: Te
         grey=u[:, 9] < recipe.grey,
         blur=u[:, 10] < recipe.blur,
         sigma=low + (high - low) * u[:, 11],
+        solarise=u[:, 12] < recipe.solarise,
     )

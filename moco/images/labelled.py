@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from moco import distributed
-from moco.config import DataConfig, normalisation
+from moco.config import DataConfig, normalisation, per_view
 from moco.images import views
 from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
@@ -169,7 +169,7 @@ class RandomCrops:
     def __init__(self, images: LabelledData, crop_min: float, seed: int) -> None:
         self.images, self.seed = images, seed
         self.stream, _ = view_streams(seed, 0)
-        flip = 0.5 if images.config.flip is None else images.config.flip
+        flip = 0.5 if images.config.flip is None else per_view(images.config.flip)[0]
         self.recipe = ViewRecipe(crop_min, flip, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0)
 
     def order(self, epoch: int) -> Tensor:

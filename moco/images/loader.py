@@ -24,7 +24,7 @@ from moco.algorithm.batch import Batch
 from moco.config import DataConfig, UserError, normalisation
 from moco.images import sources, views
 from moco.images.bad_files import BadFiles
-from moco.images.draws import view_recipe
+from moco.images.draws import view_recipes
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
 from moco.images.streamed import Cuts
@@ -73,7 +73,7 @@ class PretrainData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
-        self.recipe = view_recipe(config)
+        self.recipes = view_recipes(config)
         self.device = torch.device("cpu")
         self.source = source or sources.open_source(config, "train")
         self.resident = "memory"
@@ -103,7 +103,7 @@ class PretrainData(pl.LightningDataModule):
         self.device = device
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
         size = self.config.image_size
-        self._make_view = views.ViewMaker(self.recipe, self.seed, size, mean, std, backend)
+        self._make_view = views.ViewMaker(self.recipes, self.seed, size, mean, std, backend)
 
     def train_dataloader(self) -> StepLoader:
         """Build the loader; it finds its place from Lightning's batch counter, mid-epoch too."""

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 from moco.config import DataConfig
 from moco.images import views
 from moco.images.decode import BadImage
-from moco.images.draws import draw_crops, view_recipe, view_streams
+from moco.images.draws import draw_crops, view_recipes, view_streams
 from moco.images.sources import ImageSource
 from moco.random import combine, stream_id, uniform
 
@@ -28,7 +28,7 @@ class Cuts(Dataset):
     """
 
     def __init__(self, source: ImageSource, config: DataConfig, seed: int) -> None:
-        self.source, self.size, self.recipe = source, config.image_size, view_recipe(config)
+        self.source, self.size, self.recipes = source, config.image_size, view_recipes(config)
         self.streams = [view_streams(seed, view)[0] for view in (0, 1)]
         self.substitutes = stream_id(seed, "substitute")
 
@@ -50,7 +50,8 @@ class Cuts(Dataset):
         index = torch.tensor(rows)
         images = [self._read(epoch, row, bad) for row in rows]
         sizes = torch.tensor([image.shape[1:] for image in images]).unbind(1)
-        boxes = [draw_crops(self.recipe, s, epoch, index, *sizes) for s in self.streams]
+        chains = zip(self.recipes, self.streams, strict=True)
+        boxes = [draw_crops(recipe, s, epoch, index, *sizes) for recipe, s in chains]
         return [
             torch.stack([views.cut(image, b, self.size, row).permute(1, 2, 0) for b in boxes])
             for row, image in enumerate(images)

@@ -29,7 +29,7 @@ class ViewMaker:
     """Makes views of uint8 images by one recipe.
 
     Args:
-        recipe: What happens to them.
+        recipes: What happens to them, for each of the two views.
         seed: Of all that is random.
         size: S.
         mean, std: C each, of images on a 0-1 scale, on the device that makes the views.
@@ -38,14 +38,14 @@ class ViewMaker:
 
     def __init__(
         self,
-        recipe: ViewRecipe,
+        recipes: tuple[ViewRecipe, ViewRecipe],
         seed: int,
         size: int,
         mean: Tensor,
         std: Tensor,
         backend: str = "",
     ) -> None:
-        self.recipe, self.size, self.mean, self.std = recipe, size, mean, std
+        self.recipes, self.size, self.mean, self.std = recipes, size, mean, std
         self.streams = [view_streams(seed, view) for view in (0, 1)]
         self._chain, self._part = self._make, 0
         if backend:
@@ -75,14 +75,14 @@ class ViewMaker:
     def _make(
         self, images: Tensor, epoch: Tensor, index: Tensor, number: int, whole: bool
     ) -> Tensor:
-        crop, colour = self.streams[number]
+        recipe, (crop, colour) = self.recipes[number], self.streams[number]
         if whole:
-            boxes = draw_crops(self.recipe, crop, epoch, index, *images.shape[2:])
+            boxes = draw_crops(recipe, crop, epoch, index, *images.shape[2:])
             view = crop_and_resize(images, boxes, self.size)
         else:
             view = images.contiguous().float() / 255
-        colours = draw_colours(self.recipe, colour, epoch, index)
-        view = adjust_colours(view, colours, self.recipe)
+        colours = draw_colours(recipe, colour, epoch, index)
+        view = adjust_colours(view, colours, recipe)
         view = normalise(view, self.mean, self.std)
         return view.contiguous(memory_format=torch.channels_last)
 
@@ -138,7 +138,7 @@ def cut(image: Tensor, boxes: Crops, size: int, row: int = 0) -> Tensor:
 
 
 def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tensor:
-    """Apply jitter, greyscale and blur.
+    """Apply jitter, greyscale, blur and solarisation.
 
     Args:
         images: N x C x S x S float, 0-1. Hue, saturation and greyscale act on RGB only.
@@ -153,6 +153,8 @@ def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tens
         images = _on_rows(colours.grey, images, _grey_like)
     if recipe.blur > 0:
         images = _on_rows(colours.blur, images, _blur, colours.sigma)
+    if recipe.solarise > 0:
+        images = _on_rows(colours.solarise, images, _solarise)
     return images
 
 
@@ -209,6 +211,11 @@ def _blend(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     mean = grey.mean((1, 2, 3), keepdim=True) * (operation == _CONTRAST)
     partner = torch.where(operation == _SATURATION, grey, mean)
     return torch.addcmul(partner * (1 - factor), images, factor).clamp_(0, 1)
+
+
+def _solarise(images: Tensor) -> Tensor:
+    """Invert what is bright, from 128 of 255 levels up, as PIL does."""
+    return torch.where(images >= 0.5, 1 - images, images)  # 127.5 rounds to 128
 
 
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:

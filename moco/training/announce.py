@@ -56,11 +56,12 @@ def say_what_was_decided(
         module.steps_per_epoch,
     )
     log.info(
-        "%s, %.2f M parameters; head %s, %d keys queued, temperature %g, key momentum %g",
+        "%s, %.2f M parameters; head %s%s, %s, temperature %g, key momentum %g",
         model.backbone,
         millions,
         model.head,
-        model.queue_size,
+        ", predictor" if model.predictor != "none" else "",
+        f"{model.queue_size} keys queued" if model.queue_size else "negatives of the batch",
         model.temperature,
         model.key_momentum,
     )
@@ -75,6 +76,8 @@ def say_what_was_decided(
         config.optim.lr,
     )
     log.info("key BatchNorm: %s (%s)", decided.key_bn, why["key_bn"])
+    if decided.query_bn != "plain" or model.query_bn != "plain":
+        log.info("query BatchNorm: %s (%s)", decided.query_bn, why["query_bn"])
     compiled = "compiled" if decided.compile else "not compiled"
     log.info("encoders and views: %s (%s)", compiled, why["compile"])
     log.info("run directory: %s", run_dir)

@@ -55,8 +55,9 @@ def build_module(
 ) -> MoCo:
     """Build encoders and queue from the run's seed, or with the weights of a checkpoint."""
     pl.seed_everything(config.run.seed, verbose=False)
-    data, model = config.data, replace(config.model, key_bn=decided.key_bn)
-    module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed)
+    data = config.data
+    model = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
+    module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed, data.chunks)
     if init_from:
         state, report = restore_pretraining(
             init_from, module.state_dict(), module.query_encoder.backbone, allow_partial

@@ -32,7 +32,8 @@ class Decided:
     Attributes:
         accelerator: cuda or cpu.
         devices, num_nodes: Processes per machine, and machines.
-        precision, key_bn: As the settings of these names, never auto.
+        precision, key_bn, query_bn: As the settings of these names, never auto; query_bn is empty
+            in a checkpoint of the first version, whose settings say it.
         compile: Backend of torch.compile; empty: nothing is compiled.
         resident: Where the images are held: device, memory, or streamed; empty until they are read.
         reasons: Name of an attribute to why.
@@ -45,6 +46,7 @@ class Decided:
     key_bn: str
     compile: str
     resident: str = ""
+    query_bn: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -56,7 +58,9 @@ class Decided:
     def from_dict(cls, stored: Any) -> Decided | None:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
-        return cls(**stored) if isinstance(stored, dict) and stored.keys() == known else None
+        needed = known - {"query_bn"}
+        fits = isinstance(stored, dict) and needed <= stored.keys() <= known
+        return cls(**stored) if fits else None
 
 
 def decide(
@@ -84,22 +88,24 @@ def decide(
         if config.data.resident == asked.data.resident:
             resident = _resident_here(config, before)
     precision, why_precision = choose_precision(wanted)
-    key_bn, why_key_bn = choose_key_bn(wanted.model.key_bn, world)
+    model, synced = wanted.model, accelerator(config) == "cuda"
+    key_bn, why_key_bn = choose_key_bn(model.key_bn, world, model.queue_size > 0, synced)
+    query_bn, why_query_bn = choose_query_bn(model.query_bn, world, synced)
     backend, why_compile = choose_compile(wanted, steps)
     fits = "auto: what fits into data.resident_budget"
     reasons = {
         "precision": why_precision,
         "key_bn": why_key_bn,
+        "query_bn": why_query_bn,
         "compile": why_compile,
         "resident": fits if config.data.resident == "auto" else "as set",
     }
-    decided = Decided(
-        accelerator(config), devices, num_nodes, precision, key_bn, backend, resident, reasons
-    )
+    chosen = precision, key_bn, backend, resident, query_bn
+    decided = Decided(accelerator(config), devices, num_nodes, *chosen, reasons)
     if before:
         kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
         reasons.update(dict.fromkeys(kept, "as the run began"))
-    check_shares(config, world, key_bn, decided.accelerator == "cuda")
+    check_shares(config, world, key_bn, query_bn)
     return decided
 
 
@@ -121,6 +127,11 @@ def _as_before(config: TrainConfig, before: Decided, asked: TrainConfig, world: 
             "would hide nothing: go on with trainer.devices 2 or more, or start a new run with "
             "--init_from and model.key_bn split"
         )
+    if "sync" in (before.key_bn, before.query_bn) and world > 1 and not on_gpu:
+        raise UserError(
+            "--resume: the run's BatchNorm is sync, which torch has not on several CPU processes: "
+            "go on with GPUs or one process, or start a new run with --init_from"
+        )
     if compiled == asked.model.compile:
         compiled = "on" if before.compile else "off"
         if before.compile and (missing := missing_compiler(on_gpu)):
@@ -136,7 +147,8 @@ def _as_before(config: TrainConfig, before: Decided, asked: TrainConfig, world: 
             world,
         )
     trainer = replace(config.trainer, precision=before.precision)
-    model = replace(config.model, key_bn=before.key_bn, compile=compiled)
+    query_bn = before.query_bn or config.model.query_bn
+    model = replace(config.model, key_bn=before.key_bn, query_bn=query_bn, compile=compiled)
     return replace(config, trainer=trainer, model=model)
 
 
@@ -178,15 +190,36 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
     return devices, num_nodes
 
 
-def choose_key_bn(key_bn: str, world: int) -> tuple[str, str]:
-    """Decide what `auto` means, and say why; on one device there is no other to shuffle with."""
+_NO_SYNC = "torch has no sync on CPUs: each device has statistics of its own"
+
+
+def choose_key_bn(key_bn: str, world: int, queued: bool, synced: bool) -> tuple[str, str]:
+    """Decide what `auto` means for the keys' BatchNorm, and say why.
+
+    Args:
+        key_bn: As set.
+        world: Devices; on one there is no other to shuffle with.
+        queued: Whether the negatives are queued keys.
+        synced: Whether BatchNorm can reach over several devices.
+    """
     if key_bn == "shuffle" and world == 1:
         return "split", "shuffle as set would hide nothing on one device: groups stand for devices"
-    if key_bn != "auto":
-        return key_bn, "as set"
-    if world > 1:
+    if key_bn == "auto" and not queued:
+        key_bn, why = "sync", "auto: negatives of the batch, as in v3"
+    elif key_bn == "auto" and world > 1:
         return "shuffle", f"auto: {world} devices, each normalises keys of all"
-    return "split", "auto: one device, so its batch is split into groups for the keys"
+    elif key_bn == "auto":
+        return "split", "auto: one device, so its batch is split into groups for the keys"
+    else:
+        why = "as set"
+    return ("plain", _NO_SYNC) if key_bn == "sync" and world > 1 and not synced else (key_bn, why)
+
+
+def choose_query_bn(query_bn: str, world: int, synced: bool) -> tuple[str, str]:
+    """Decide the queries' BatchNorm, and say why; arguments as of `choose_key_bn`."""
+    if query_bn == "sync" and world > 1 and not synced:
+        return "plain", _NO_SYNC
+    return query_bn, "as set"
 
 
 def choose_compile(config: TrainConfig, steps: int) -> tuple[str, str]:

@@ -92,7 +92,8 @@ def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) 
     device, model = trainer.strategy.root_device, module.model_config
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    encoders = nn.ModuleList([module.query_encoder, module.key_encoder])
+    query_side = nn.Sequential(module.query_encoder, module.predictor)
+    encoders = nn.ModuleList([query_side, module.key_encoder])
     encoders = copy.deepcopy(encoders).to(device)
     for layer in encoders.modules():
         if isinstance(layer, nn.SyncBatchNorm):
@@ -103,7 +104,8 @@ def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) 
         dtype=torch.uint8,
         device=device,
     )
-    negatives = module.queue.snapshot().to(device)  # K C
+    size_of_queue = model.queue_size or count * trainer.world_size
+    negatives = torch.zeros(size_of_queue, model.embedding_dim, device=device)
     pairs = 1 if model.symmetric == "none" else 2
     size = data.image_size
     views = [torch.zeros(count, data.channels, size, size, device=device) for _ in range(2)]

@@ -14,16 +14,15 @@ log = logging.getLogger("moco")
 WORTH_A_WARNING = 0.05  # share of the queries that meet their own image's older key
 
 
-def check_shares(config: TrainConfig, world: int, key_bn: str, on_gpu: bool) -> None:
+def check_shares(config: TrainConfig, world: int, key_bn: str, query_bn: str) -> None:
     """Raise UserError when the batch does not divide by the devices and BatchNorm groups."""
     batch, model = config.data.batch_size, config.model
-    kinds = (key_bn, model.query_bn)
-    if "sync" in kinds and world > 1 and not on_gpu:
-        raise UserError(
-            "model.key_bn or query_bn is sync on CPUs, where torch has none: use shuffle"
-        )
     groups, why, needs = world, f"{world} devices", []
-    if "split" in kinds:
+    if config.data.chunks > 1:
+        groups *= config.data.chunks
+        why += f" x {config.data.chunks} chunks"
+        needs.append((groups, why))
+    if "split" in (key_bn, query_bn):
         groups *= model.bn_splits
         why += f" x {model.bn_splits} BatchNorm groups"
         needs.append((groups, why))
@@ -70,7 +69,9 @@ def check_queue(config: TrainConfig, count: int) -> None:
         UserError: The queue is longer than the set.
     """
     size, batch = config.model.queue_size, config.data.batch_size
-    views = 1 if config.model.symmetric == "none" else 2
+    if size == 0:
+        return
+    views = 2 if config.model.symmetric != "none" and config.model.queues == 1 else 1
     keys = max(count // batch, 1) * batch * views
     share, most = own_key_share(size, keys), max(keys // 8, batch * views)  # K holds a step's keys
     meet = f"{share:.0%} of the queries would meet an older key of their own image as a negative"

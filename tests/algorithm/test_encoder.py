@@ -159,11 +159,21 @@ def test_an_unknown_backbone_names_the_nearest():
         build_backbone(config(""), 3, 32)
 
 
-@pytest.mark.parametrize("settings", [{"stem": "cifar"}, {"width": 0.5}])
-@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "convnext_atto"])
-def test_stem_and_width_of_another_network_are_refused(backbone, settings):
-    with pytest.raises(UserError, match=rf"model\.stem.*ResNet.*{backbone}"):
-        build_backbone(config(backbone, **settings), 3, 32)
+@pytest.mark.parametrize(
+    ("backbone", "name", "value"),
+    [
+        ("vit_tiny_patch16_224", "stem", "cifar"),
+        ("convnext_atto", "stem", "cifar"),
+        ("convnext_atto", "width", 0.5),
+        ("vit_tiny_patch16_224", "zero_init_residual", True),
+        ("resnet18", "patch_size", 4),
+        ("resnet18", "positions", "sincos"),
+        ("convnext_atto", "freeze_patch_embed", True),
+    ],
+)
+def test_settings_of_another_kind_of_network_are_refused(backbone, name, value):
+    with pytest.raises(UserError, match=rf"model\.{name} {value} needs a .*{backbone}"):
+        build_backbone(config(backbone, **{name: value}), 3, 32)
 
 
 @pytest.mark.parametrize(

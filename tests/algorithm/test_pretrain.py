@@ -160,10 +160,10 @@ def test_keys_get_no_gradient_and_no_optimiser_state():
 def test_own_keys_are_never_among_the_negatives_and_are_enqueued_afterwards(monkeypatch):
     module, seen = make_module(replace(MODEL, symmetric="mean")), []
 
-    def spy(query, key, negatives, temperature):
+    def spy(query, key, negatives, *others):
         nearest = (key @ negatives.T).max().item()
         seen.append((nearest, key.clone(), negatives.clone()))
-        return info_nce(query, key, negatives, temperature)
+        return info_nce(query, key, negatives, *others)
 
     info_nce = pretrain.info_nce
     monkeypatch.setattr(pretrain, "info_nce", spy)

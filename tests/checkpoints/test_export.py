@@ -11,6 +11,9 @@ import torch
 from consumers import LOADERS, fresh_weights_of_ones, load_official, load_timm
 from networks import (
     PLAIN,
+    V3,
+    V3_VIT,
+    V3_VIT_SMALL,
     VIT,
     distance,
     images,
@@ -31,14 +34,18 @@ CIFAR = dataclasses.replace(PLAIN, stem="cifar")
 TINY_CIFAR = ModelConfig(backbone="test_resnet", stem="cifar", queue_size=64)
 GRAPHS = ("onnx", "torch-export")
 EVERYWHERE = ["safetensors", *GRAPHS]
+OFFICIAL = ["official", "official-v3"]
 FILES = {"onnx": "net.onnx", "torch-export": "net.pt2", "detectron2": "net.pkl"}
 NETWORKS = {  # model, channels, formats that fit
     "resnet18": (PLAIN, 3, list(LOADERS)),
     "resnet50": (ModelConfig(backbone="resnet50"), 3, list(LOADERS)),
     "cifar-stem-one-channel": (TINY_CIFAR, 1, EVERYWHERE),
-    "cifar-stem": (CIFAR, 1, [*EVERYWHERE, "official"]),
-    "one-channel": (PLAIN, 1, [*EVERYWHERE, "official", "detectron2", "timm"]),
+    "cifar-stem": (CIFAR, 1, [*EVERYWHERE, *OFFICIAL]),
+    "one-channel": (PLAIN, 1, [*EVERYWHERE, *OFFICIAL, "detectron2", "timm"]),
     "vit": (VIT, 3, [*EVERYWHERE, "timm"]),
+    "v3-resnet": (V3, 3, list(LOADERS)),
+    "v3-vit": (V3_VIT, 3, [*EVERYWHERE, "timm"]),
+    "v3-vit-small": (V3_VIT_SMALL, 3, [*EVERYWHERE, "timm", "official-v3"]),
 }
 
 
@@ -81,7 +88,7 @@ def test_round_trips(written, exported, name):
     model, channels, fitting = NETWORKS[name]
     # Graphs are slow to trace. The tiny network has this stem, one channel and a bottleneck, so
     # its graphs stand for those of the larger ones.
-    traced = name not in ("one-channel", "cifar-stem", "resnet50")
+    traced = name not in ("one-channel", "cifar-stem", "resnet50", "v3-resnet", "v3-vit-small")
     backbone = written(name)[1]
     for form in [form for form in fitting if traced or form not in GRAPHS]:
         path, result = exported(name, form)
@@ -134,6 +141,23 @@ def test_what_a_name_does_not_tell_travels_along(tmp_path):
 
 
 # official
+
+
+@pytest.mark.parametrize("name", ["v3-resnet", "v3-vit-small"])
+def test_official_v3_carries_both_encoders_heads_and_predictor(exported, tmp_path, name):
+    model = NETWORKS[name][0]
+    state, _, _ = module_state(model)
+    path, _ = exported(name, "official-v3")
+    fresh = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    backbone = load_encoder(path).backbone
+    restored, report = restore_pretraining(path, fresh, backbone)
+    assert restored.keys() == state.keys()
+    assert all(restored[key].equal(tensor) for key, tensor in state.items())
+    assert "both encoders" in report and "heads; predictor" in report
+    loaded = load_encoder(path)
+    assert loaded.model.head == "mlp_bn" and loaded.model.head_layers == model.head_layers
+    with torch.no_grad():
+        assert loaded.head(loaded.backbone(images())).shape == (2, 16)
 
 
 def test_official_carries_both_encoders_and_the_queue(exported):

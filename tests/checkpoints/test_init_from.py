@@ -1,11 +1,22 @@
 """Starting a run from other weights fits them as loading does: one road for both."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from networks import SMALL, distance, images, module_state, prefixed, torchvision_resnet
+from networks import (
+    SMALL,
+    V3,
+    V3_VIT,
+    V3_VIT_SMALL,
+    distance,
+    images,
+    module_state,
+    prefixed,
+    torchvision_resnet,
+)
 from test_load import mlp
 from torch import nn
 
@@ -105,3 +116,94 @@ def test_a_part_is_taken_only_where_that_is_allowed(tmp_path):
     encoder, report = start(tmp_path / "a.pth", IMAGENET, allow_partial=True)
     assert "missing: layer2.0.conv1.weight" in report
     assert torch.equal(encoder.backbone.conv1.weight, state["conv1.weight"])
+
+
+# mmpretrain, and mmselfsup from 1.0 on
+
+
+def mm_vit(name: str) -> str:
+    """Return mmpretrain's name of a tensor of timm's ViT."""
+    pairs = (
+        ("patch_embed.proj.", "patch_embed.projection."),
+        (".mlp.fc1.", ".ffn.layers.0.0."),
+        (".mlp.fc2.", ".ffn.layers.1."),
+        (".norm1.", ".ln1."),
+        (".norm2.", ".ln2."),
+        ("blocks.", "layers."),
+    )
+    for ours, theirs in pairs:
+        name = name.replace(ours, theirs)
+    return f"ln1.{name.removeprefix('norm.')}" if name.startswith("norm.") else name
+
+
+def mm_neck(name: str) -> str:
+    """Return mmpretrain's name of a tensor in a Sequential of Linear, BatchNorm and ReLU."""
+    number, leaf = name.split(".", 1)
+    return f"{('fc', 'bn')[int(number) % 3]}{int(number) // 3}.{leaf}"
+
+
+@pytest.mark.parametrize("model", [V3_VIT, V3], ids=["vit", "resnet"])
+def test_mmpretrains_v3_gives_both_encoders_heads_and_predictor(tmp_path, model):
+    state, query, key = module_state(model)
+    rename = mm_vit if model is V3_VIT else str
+    theirs = {}
+    for place, network in (("", query), ("momentum_encoder.module.", key)):
+        at = ("0.", "1.") if place else ("backbone.", "neck.")
+        theirs |= {
+            f"{place}{at[0]}{rename(n)}": t for n, t in network.backbone.state_dict().items()
+        }
+        theirs |= {f"{place}{at[1]}{mm_neck(n)}": t for n, t in network.head.state_dict().items()}
+    for name, tensor in state.items():
+        if name.startswith("predictor."):
+            theirs[f"head.predictor.{mm_neck(name.removeprefix('predictor.'))}"] = tensor
+    theirs["momentum_encoder.steps"] = torch.tensor(7)
+    torch.save({"meta": {}, "state_dict": theirs}, tmp_path / "mm.pth")
+    fresh = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    restored, report = restore_pretraining(tmp_path / "mm.pth", fresh, query.backbone)
+    assert "mmpretrain layout, backbone: both encoders" in report and "heads; predictor" in report
+    assert [name for name in state if not restored[name].equal(state[name])] == []
+
+
+@pytest.mark.parametrize(("neck", "head"), [("mlp", "mlp"), ("fc", "linear")])
+def test_mmpretrains_v1_and_v2_give_both_encoders_heads_and_queue(tmp_path, neck, head):
+    state, query, key = module_state(replace(SMALL, stem="imagenet", head=head))
+    theirs = prefixed("backbone.", query.backbone.state_dict())
+    theirs |= prefixed(f"neck.{neck}.", query.head.state_dict())
+    theirs |= prefixed("encoder_k.module.0.", key.backbone.state_dict())
+    theirs |= prefixed(f"encoder_k.module.1.{neck}.", key.head.state_dict())
+    theirs |= {"queue": state["queue.keys"].T.contiguous(), "queue_ptr": torch.tensor([40])}
+    torch.save({"state_dict": theirs}, tmp_path / "mm.pth")
+    loaded = load_encoder(tmp_path / "mm.pth", "key")
+    assert (loaded.layout, loaded.model.head) == ("mmpretrain", head)
+    assert distance(key.backbone, loaded.backbone, images()) == 0
+    fresh = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    restored, report = restore_pretraining(tmp_path / "mm.pth", fresh, query.backbone)
+    assert "mmpretrain layout, backbone: both encoders" in report and "queue of 64x16" in report
+    kept = [name for name in state if name != "queue.num_enqueued"]
+    assert [name for name in kept if not restored[name].equal(state[name])] == []
+
+
+def test_mmpretrains_vit_of_v3_is_read_with_12_heads(tmp_path):
+    model = replace(V3_VIT_SMALL, depth=12)
+    query = module_state(model)[1]
+    theirs = {f"backbone.{mm_vit(n)}": t for n, t in query.backbone.state_dict().items()}
+    theirs |= {f"neck.{mm_neck(n)}": t for n, t in query.head.state_dict().items()}
+    torch.save({"state_dict": theirs}, tmp_path / "mm.pth")
+    loaded = load_encoder(tmp_path / "mm.pth")
+    assert loaded.model.backbone == "vit_small_patch16_224"
+    assert distance(query.backbone, loaded.backbone, images()) == 0
+
+
+def test_a_run_with_other_attention_heads_is_refused_with_the_number(tmp_path):
+    state, query, _ = module_state(V3_VIT_SMALL)
+    path = tmp_path / "v3.pth.tar"
+    theirs = prefixed("module.base_encoder.", query.backbone.state_dict())
+    torch.save({"arch": "vit_small", "state_dict": theirs}, path)
+    other = module_state(replace(V3_VIT_SMALL, num_heads=6))[1].backbone
+    with pytest.raises(UserError, match=r"12 attention heads, and the run's has 6.*num_heads 12"):
+        restore_pretraining(path, state, other)
+    restore_pretraining(path, state, other, allow_partial=True)
+    restored, _ = restore_pretraining(path, state, query.backbone)
+    assert "blocks.0.attn.qkv.weight" in query.backbone.state_dict()
+    assert all(restored[f"key_encoder.backbone.{n}"].equal(t) for n, t in
+               query.backbone.state_dict().items())  # fmt: skip

@@ -92,7 +92,7 @@ def test_cached_probe_states_everything(checkpoint):
     assert json.loads(stored.read_text()) == result
 
 
-@pytest.mark.parametrize("protocol", ["views", "finetune"])
+@pytest.mark.parametrize("protocol", ["views", "finetune", "v3"])
 def test_other_protocols_run_and_beat_chance(checkpoint, protocol, tmp_path):
     result = inside(
         *("eval_linear", "--checkpoint", checkpoint, "--protocol", protocol, "--epochs", 8),

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from moco.checkpoints.matching import checksum
 from moco.config import DataConfig, LinearConfig, UserError
+from moco.evaluation import finetune
 from moco.evaluation.finetune import train_linear, train_whole
 from moco.evaluation.labels import few_labels, hold_out
 from moco.evaluation.probe import SWEEP, LinearProbe, RateResult, Stack, choose, rate_results
@@ -242,6 +243,19 @@ def test_the_seed_decides_the_initial_weights():
     ]
     assert torch.equal(starts[0], starts[1])
     assert (starts[0] - starts[2]).abs().max() > 0.001
+
+
+def test_the_rate_of_v3s_protocol_falls_along_a_cosine_epoch_by_epoch(monkeypatch):
+    factors, step = [], finetune.Classifiers.step
+
+    def watched(self, *arguments):
+        factors.append(arguments[-1])
+        step(self, *arguments)
+
+    monkeypatch.setattr(finetune.Classifiers, "step", watched)
+    train_on(RandomCrops(images(), 0.3, 0), network(), (0.1,), epochs=4, protocol="v3")
+    cosine = [0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
+    assert [round(f, 12) for f in dict.fromkeys(factors)] == [round(f, 12) for f in cosine]
 
 
 def test_milestones_divide_the_rate_by_ten():

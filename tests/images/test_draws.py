@@ -15,7 +15,7 @@ from moco.images.draws import (
     ViewRecipe,
     draw_colours,
     draw_crops,
-    view_recipe,
+    view_recipes,
     view_streams,
 )
 
@@ -86,9 +86,9 @@ def test_flips_have_their_probability_and_stand_apart_from_the_box():
     assert same_source(flipped, straight) > LEAST
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_colours_have_the_recipes_distribution(name):
-    count, recipe = 24_000, RECIPES[name]
+@pytest.mark.parametrize(("name", "view"), [*((name, 1) for name in RECIPES), ("v3", 0)])
+def test_colours_have_the_recipes_distribution(name, view):
+    count, recipe = 24_000, RECIPES[name][view]
     colours = draw_colours(recipe, COLOUR, 0, torch.arange(count))
     for i, (strength, middle) in enumerate(zip(recipe.strengths, (1, 1, 1, 0), strict=True)):
         spread = stats.uniform(middle - strength, 2 * strength)
@@ -96,13 +96,13 @@ def test_colours_have_the_recipes_distribution(name):
     assert stats.kstest(colours.sigma.numpy(), stats.uniform(0.1, 1.9).cdf).pvalue > LEAST
     orders, counts = colours.order.unique(dim=0, return_counts=True)
     assert len(orders) == 24 and stats.chisquare(counts.numpy()).pvalue > LEAST
-    applied = (colours.jitter, colours.grey, colours.blur)
-    for flags, share in zip(applied, (recipe.jitter, recipe.grey, recipe.blur), strict=True):
-        assert stats.binomtest(int(flags.sum()), count, share).pvalue > LEAST
+    for step in ("jitter", "grey", "blur", "solarise"):
+        share = getattr(recipe, step)
+        assert stats.binomtest(int(getattr(colours, step).sum()), count, share).pvalue > LEAST
 
 
 def test_colour_parameters_are_independent():
-    colours = draw_colours(RECIPES["v2"], COLOUR, 0, torch.arange(20_000))
+    colours = draw_colours(RECIPES["v2"][0], COLOUR, 0, torch.arange(20_000))
     flags = [colours.jitter, colours.grey, colours.blur]
     columns = [*flags, *colours.factors.T, *colours.order.T[:1], colours.sigma]
     table = np.corrcoef(torch.stack([c.double() for c in columns]).numpy())
@@ -111,30 +111,41 @@ def test_colour_parameters_are_independent():
 
 
 def test_recipes_are_the_papers():
-    assert RECIPES["v1"] == ViewRecipe(0.2, 0.5, 1.0, (0.4,) * 4, 0.2, 0.0, grey_first=True)
-    assert RECIPES["v2"] == ViewRecipe(0.2, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.5)
-    assert RECIPES["cifar"] == ViewRecipe(0.08, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.0)
+    assert RECIPES["v1"][0] == ViewRecipe(0.2, 0.5, 1.0, (0.4,) * 4, 0.2, 0.0, grey_first=True)
+    assert RECIPES["v2"][0] == ViewRecipe(0.2, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.5)
+    assert RECIPES["cifar"][0] == ViewRecipe(0.08, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.0)
+    assert all(RECIPES[name][0] == RECIPES[name][1] for name in ("v1", "v2", "cifar"))
+    first, second = RECIPES["v3"]
+    assert first == ViewRecipe(0.2, 0.5, 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 1.0)
+    assert second == replace(first, blur=0.1, solarise=0.2)
 
 
 def test_own_probabilities_go_into_the_recipe():
     data = DataConfig(views="v2", crop_min=0.5, flip=0.0, jitter=0.1, grey=0.3, blur=0.9)
-    expected = replace(RECIPES["v2"], crop_min=0.5, flip=0.0, jitter=0.1, grey=0.3, blur=0.9)
-    assert view_recipe(data) == expected
-    assert view_recipe(DataConfig(views="v1")) == RECIPES["v1"]
+    expected = replace(RECIPES["v2"][0], crop_min=0.5, flip=0.0, jitter=0.1, grey=0.3, blur=0.9)
+    assert view_recipes(data) == (expected, expected)
+    assert view_recipes(DataConfig(views="v1")) == RECIPES["v1"]
+
+
+def test_a_probability_of_two_values_is_one_for_each_view():
+    data = DataConfig(views="v2", blur=[1.0, 0.1], solarise=[0.0, 0.2], crop_min=[0.3])
+    first, second = view_recipes(data)
+    assert first == replace(RECIPES["v2"][0], crop_min=0.3, blur=1.0)
+    assert second == replace(RECIPES["v2"][0], crop_min=0.3, blur=0.1, solarise=0.2)
 
 
 def test_greyscale_of_other_channels_is_refused():
     with pytest.raises(UserError, match=r"data\.grey is 0\.3 .*data\.channels is 5"):
-        view_recipe(DataConfig(channels=5, grey=0.3))
-    assert view_recipe(DataConfig(channels=5, grey=0.0)).grey == 0
+        view_recipes(DataConfig(channels=5, grey=0.3))
+    assert view_recipes(DataConfig(channels=5, grey=0.0))[0].grey == 0
 
 
 DRAWS = {
     "crops": lambda seed, epoch, index, view: (
-        draw_crops(RECIPES["v2"], view_streams(seed, view)[0], epoch, index, 32, 32).left
+        draw_crops(RECIPES["v2"][0], view_streams(seed, view)[0], epoch, index, 32, 32).left
     ),
     "colours": lambda seed, epoch, index, view: draw_colours(
-        RECIPES["v2"], view_streams(seed, view)[1], epoch, index
+        RECIPES["v2"][0], view_streams(seed, view)[1], epoch, index
     ).factors[:, 0],
 }
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import (
     ColorJitter,
     Compose,
@@ -66,6 +66,7 @@ def nothing(count: int, **changes) -> Colours:
         grey=no,
         blur=no,
         sigma=torch.ones(count),
+        solarise=no,
     )
     return replace(plain, **changes)
 
@@ -233,15 +234,14 @@ def test_only_the_masked_samples_change(branch):
     batch = floats(8, 3, 16)
     mask = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0]).bool()
     factors = draw_factors(8)
-    for changes in ({"jitter": mask, "factors": factors}, {"grey": mask}, {"blur": mask}):
-        ours = adjust_colours(batch, nothing(8, **changes), ALL)
+    recipe = replace(ALL, solarise=1.0)
+    steps = ("grey", "blur", "solarise")
+    for changes in ({"jitter": mask, "factors": factors}, *({step: mask} for step in steps)):
+        ours = adjust_colours(batch, nothing(8, **changes), recipe)
         torch.testing.assert_close(ours[~mask], batch[~mask], atol=1e-7, rtol=0)
         assert ((ours - batch)[mask].abs().amax((1, 2, 3)) > 1e-3).all()
-        alone = {
-            name: getattr(nothing(8, **changes), name)[mask]
-            for name in ("order", "factors", "jitter", "grey", "blur", "sigma")
-        }
-        close(ours[mask], adjust_colours(batch[mask], Colours(**alone), ALL))
+        alone = {name: value[mask] for name, value in vars(nothing(8, **changes)).items()}
+        close(ours[mask], adjust_colours(batch[mask], Colours(**alone), recipe))
 
 
 def test_the_input_is_left_as_it_was(branch):
@@ -257,9 +257,9 @@ def test_the_input_is_left_as_it_was(branch):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_both_branches_give_the_same_views(recipe, channels, monkeypatch):
     batch = images(40, channels, 32, 32)
-    views = [make(batch, torch.arange(40), RECIPES[recipe], 24)]
+    views = [make(batch, torch.arange(40), RECIPES[recipe][1], 24)]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    views.append(make(batch, torch.arange(40), RECIPES[recipe], 24))
+    views.append(make(batch, torch.arange(40), RECIPES[recipe][1], 24))
     close(*views)
 
 
@@ -267,10 +267,10 @@ def test_the_whole_chain_is_one_graph():
     """Dynamo traces it without a break, so a compiled view never waits for the device."""
 
     def chain(batch, index, epoch):
-        boxes = draw_crops(RECIPES["v2"], CROP, epoch, index, 32, 32)
+        boxes = draw_crops(RECIPES["v2"][0], CROP, epoch, index, 32, 32)
         cut = crop_and_resize(batch, boxes, 16)
-        colours = draw_colours(RECIPES["v2"], COLOUR, epoch, index)
-        return adjust_colours(cut, colours, RECIPES["v2"])
+        colours = draw_colours(RECIPES["v2"][0], COLOUR, epoch, index)
+        return adjust_colours(cut, colours, RECIPES["v2"][0])
 
     batch, index = images(16, 3, 32, 32), torch.arange(16)
     compiled = torch.compile(chain, backend="eager", fullgraph=True)
@@ -302,32 +302,39 @@ def make(batch, index, recipe, size, *, seed=0, epoch=0, view=0):
 
 def test_a_view_does_not_depend_on_its_batch():
     batch, index = images(32, 3, 40, 40), torch.arange(100, 132)
-    whole = make(batch, index, RECIPES["v2"], 24)
+    whole = make(batch, index, RECIPES["v2"][0], 24)
     for rows in ([5], [31, 0, 17], list(range(31, -1, -1))):
-        part = make(batch[rows], index[rows], RECIPES["v2"], 24)
+        part = make(batch[rows], index[rows], RECIPES["v2"][0], 24)
         torch.testing.assert_close(part, whole[rows], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"view": 1}])
 def test_other_seeds_epochs_and_views_look_different(change):
     batch, index = images(16, 3, 32, 32), torch.arange(16)
-    one, other = (make(batch, index, RECIPES["v2"], 24, **c) for c in ({}, change))
+    one, other = (make(batch, index, RECIPES["v2"][0], 24, **c) for c in ({}, change))
     assert ((one - other).abs().mean((1, 2, 3)) > 1e-3).all()
-    assert torch.equal(one, make(batch, index, RECIPES["v2"], 24))
+    assert torch.equal(one, make(batch, index, RECIPES["v2"][0], 24))
 
 
 def test_neighbours_in_the_data_set_look_different():
     batch = images(1, 3, 32, 32).expand(16, 3, 32, 32)
-    views = make(batch, torch.arange(16), RECIPES["v2"], 24)
+    views = make(batch, torch.arange(16), RECIPES["v2"][0], 24)
     for a, b in itertools.combinations(views, 2):
         assert (a - b).abs().mean() > 1e-3
+
+
+def test_solarisation_equals_pils_on_every_level():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    colours = nothing(1, solarise=yes(1))
+    ours = adjust_colours(levels.float() / 255, colours, replace(ALL, solarise=1.0))
+    theirs = ImageOps.solarize(Image.fromarray(levels[0].permute(1, 2, 0).numpy()))
+    close(ours[0], ToTensor()(theirs))
 
 
 # The whole chain against PIL's
 
 
-def pil_chain(name: str, size: int) -> Compose:
-    recipe = RECIPES[name]
+def pil_chain(recipe: ViewRecipe, size: int) -> Compose:
 
     def blur(image: Image.Image) -> Image.Image:
         radius = torch.empty(1).uniform_(0.1, 2.0).item()
@@ -339,7 +346,8 @@ def pil_chain(name: str, size: int) -> Compose:
     ]
     steps = steps[::-1] if recipe.grey_first else steps
     cut = RandomResizedCrop(size, scale=(recipe.crop_min, 1))
-    steps = [cut, *steps, RandomApply([Lambda(blur)], recipe.blur), RandomHorizontalFlip()]
+    steps = [cut, *steps, RandomApply([Lambda(blur)], recipe.blur)]
+    steps += [RandomApply([Lambda(ImageOps.solarize)], recipe.solarise), RandomHorizontalFlip()]
     return Compose([*steps, ToTensor()])
 
 
@@ -358,16 +366,16 @@ def statistics(views: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_faithful_to_the_pil_chain_in_distribution(name):
+@pytest.mark.parametrize(("name", "view"), [*((name, 1) for name in RECIPES), ("v3", 0)])
+def test_faithful_to_the_pil_chain_in_distribution(name, view):
     """The means and the spreads of what a view looks like agree; PIL rounds to 8 bits between."""
-    count, size = 600, 32
+    count, size, recipe = 600, 32, RECIPES[name][view]
     image = images(1, 3, 56, 72, seed=5)[0]
     torch.manual_seed(0)
-    chain, picture = pil_chain(name, size), Image.fromarray(image.permute(1, 2, 0).numpy())
+    chain, picture = pil_chain(recipe, size), Image.fromarray(image.permute(1, 2, 0).numpy())
     theirs = statistics(torch.stack([chain(picture) for _ in range(count)]))
     batch = image.expand(count, *image.shape)
-    ours = statistics(make(batch, torch.arange(count), RECIPES[name], size))
+    ours = statistics(make(batch, torch.arange(count), recipe, size))
     for what, values in ours.items():
         expected = theirs[what]
         error = ((values.var() + expected.var()) / count).sqrt()

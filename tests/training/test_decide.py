@@ -141,7 +141,8 @@ def test_settings_given_anew_have_the_last_word(many_cores, monkeypatch):
         ({}, 1, ("2 devices", "trainer.devices 2 or more", "model.key_bn split")),
         ({"compile": "inductor"}, 2, ("no compiler", "install it", "--model.compile off")),
         ({"key_bn": "split"}, 3, ("does not divide by 24",)),
-        ({"key_bn": "sync"}, 2, ("sync on CPUs",)),
+        ({"key_bn": "sync"}, 2, ("is sync", "several CPU processes", "--init_from")),
+        ({"query_bn": "sync"}, 2, ("is sync", "several CPU processes", "--init_from")),
     ],
 )
 def test_what_cannot_go_on_here_is_refused_with_a_remedy(
@@ -151,6 +152,38 @@ def test_what_cannot_go_on_here_is_refused_with_a_remedy(
     with pytest.raises(UserError) as error:
         goes_on(settings(devices=devices), replace(BEFORE, **changes))
     assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("key_bn", ["auto", "sync"])
+def test_negatives_of_the_batch_take_sync_where_torch_has_it(many_cores, key_bn, devices):
+    config = settings(devices)
+    config.model.queue_size, config.model.key_bn, config.model.query_bn = 0, key_bn, "sync"
+    decided = decide.decide(config, 10)
+    assert decided.key_bn == decided.query_bn == ("sync" if devices == 1 else "plain")
+    if devices == 2:
+        assert "CPUs" in decided.reasons["key_bn"] and "CPUs" in decided.reasons["query_bn"]
+
+
+def test_a_checkpoint_that_decided_nothing_about_queries_keeps_its_setting(many_cores):
+    stored = asdict(replace(BEFORE, accelerator="cpu", precision="32-true", key_bn="split"))
+    del stored["query_bn"]
+    config = settings()
+    config.model.query_bn = "split"
+    assert goes_on(config, Decided.from_dict(stored)).query_bn == "split"
+
+
+def test_chunks_must_divide_what_a_device_takes():
+    config = settings()
+    config.data.chunks, config.model.queue_size = 5, 0
+    with pytest.raises(UserError, match=r"does not divide by 5 \(1 devices x 5 chunks\): take 30"):
+        decide.decide(config, 10)
+    config.data.chunks, config.model.key_bn = 16, "split"
+    with pytest.raises(UserError, match=r"batch_size 32 .*16 chunks x 8 BatchNorm groups"):
+        decide.decide(config, 10)
+    config.model.bn_splits = 2
+    with pytest.raises(UserError, match="leaves 1 image in a BatchNorm group .*: take 64"):
+        decide.decide(config, 10)
 
 
 @pytest.mark.parametrize("splits", [2, 3, 4])

@@ -103,11 +103,11 @@ def test_resuming_twice_from_the_end_of_an_epoch(images):
 
 
 def test_a_short_torture():
-    """Kill five times at random moments; `make torture` kills thirty times and more."""
-    words = ["--kills", "5", "--epochs", "6"]
+    """Kill three times at random moments; `make torture` kills thirty times and more."""
+    words = ["--kills", "3", "--epochs", "3"]
     code, out, err = finish(start(*words, script=ROOT / "tests/torture.py"))
     assert code == 0, err
-    assert out.startswith("5 kills")
+    assert out.startswith("3 kills")
 
 
 def test_old_checkpoints_are_pruned(images):

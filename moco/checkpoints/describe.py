@@ -1,0 +1,99 @@
+"""What an export says of a network: what a format can hold, and how to build and feed it.
+
+`write` and `official` have the formats themselves.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moco.algorithm.encoder import TORCHVISION_RESNETS
+from moco.algorithm.vit import is_vit, shape_arguments
+from moco.checkpoints.architecture import constructor_arguments
+from moco.checkpoints.load import Loaded
+
+# The names of v3's ViTs, which have 12 heads, to those of the same networks in timm.
+V3_VITS = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
+OFFICIAL = ("official", "official-v3")
+Features = Callable[[Tensor], Tensor]
+Files = dict[str, bytes]  # name to content; a single file has the name ""
+
+
+def obstacle(loaded: Loaded, form: str) -> str:
+    """Return what of a network a format cannot hold; empty if it can hold all."""
+    model, channels = loaded.model, loaded.data["channels"]
+    published = model.backbone in TORCHVISION_RESNETS
+    vit = is_vit(model.backbone)
+    if form == "official-v3" and vit:
+        return "" if _as_in_v3(loaded) else f"a {model.backbone} that v3's code does not have"
+    if form in ("torchvision", "detectron2", *OFFICIAL) and not published:
+        return f"{model.backbone}, which torchvision does not have"
+    if form in ("timm", "torchvision", "detectron2", *OFFICIAL) and model.width != 1 and not vit:
+        return f"a {model.backbone} of width {model.width:g}"
+    if form in ("timm", "torchvision", "detectron2") and model.stem == "cifar":
+        return f"a {model.backbone} with CIFAR stem"
+    if form in OFFICIAL and {"stem_padding", "stem_relu"} & loaded.variant.keys():
+        return f"a {model.backbone} whose first layers are not those that its users build"
+    if form == "torchvision" and channels != 3:
+        return f"a {model.backbone} of {channels} channels"
+    return ""
+
+
+def _as_in_v3(loaded: Loaded) -> bool:
+    """Tell whether a ViT has the shape of one that v3's code builds."""
+    blocks, model = loaded.backbone.blocks, loaded.model
+    named = model.backbone in V3_VITS.values() and model.width == 1 and model.patch_size in (0, 16)
+    return named and (len(blocks), blocks[0].attn.num_heads) == (12, 12)
+
+
+def describe(loaded: Loaded) -> dict[str, Any]:
+    """Return the note that travels with the weights: how to build the network and feed it."""
+    model = loaded.model
+    note = {"backbone": model.backbone, "stem": model.stem, "width": model.width}
+    if is_vit(model.backbone):
+        note["width"] = 1.0  # `embed_dim` in the variant says it
+    note |= {**loaded.data, "feature_dim": loaded.feature_dim, "variant": variant(loaded)}
+    note |= {"source_layout": loaded.layout, "encoder": loaded.encoder}
+    return note | ({} if loaded.epoch is None else {"epoch": loaded.epoch})
+
+
+def variant(loaded: Loaded) -> dict[str, Any]:
+    """Return what shapes a network besides its name, stem and the width of a ResNet."""
+    vit = shape_arguments(loaded.model) if is_vit(loaded.model.backbone) else {}
+    return vit | loaded.variant
+
+
+def tensors(loaded: Loaded) -> dict[str, Tensor]:
+    """Return the backbone's tensors, each with memory of its own, as safetensors needs them."""
+    return {k: v.detach().clone().contiguous() for k, v in loaded.backbone.state_dict().items()}
+
+
+def saved(write: Callable[[io.BytesIO], Any]) -> Files:
+    """Return what a function writes to a file as the one file of an export."""
+    buffer = io.BytesIO()
+    write(buffer)
+    return {"": buffer.getvalue()}
+
+
+def loading_line(loaded: Loaded, path: Path) -> str:
+    """Return the Python that builds a safetensors file's network by timm and fills it."""
+    model = loaded.model
+    arguments = constructor_arguments(loaded)
+    arguments.pop("weight_init", None)  # the file's weights take the place of the first ones
+    words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    steps = [f"network = timm.create_model({model.backbone!r}, {words})"]
+    if (model.stem == "cifar" or model.width != 1) and not is_vit(model.backbone):
+        c = loaded.backbone.conv1
+        sizes = (c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0])
+        layer = f"torch.nn.Conv2d({', '.join(map(str, sizes))}, bias=False)"
+        steps.append(f"network.conv1 = {layer}")
+    absent = ["maxpool"] if model.stem == "cifar" else []
+    absent += [] if loaded.variant.get("stem_relu", True) else ["act1"]
+    steps += [f"network.{name} = torch.nn.Identity()" for name in absent]
+    steps.append(f"network.load_state_dict(safetensors.torch.load_file({str(path)!r}))")
+    return "; ".join(steps)
