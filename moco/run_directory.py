@@ -4,22 +4,31 @@ This room needs no torch.
 RUN_DIR/config.yaml      every setting as it was asked for, and what the run has decided
 RUN_DIR/metrics.csv      one row per reading
 RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
+RUN_DIR/.lock            names the process that trains here, and is locked by it
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
+import logging
 import os
+import socket
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
 from moco.config import TrainConfig, UserError
 
+log = logging.getLogger("moco")
 RUNS = Path("runs")
 VERSION = 2  # of a checkpoint; version 1 stored none and drew other random numbers
 
@@ -51,6 +60,12 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
         moment = time.strftime("%Y%m%d-%H%M%S")
         return RUNS / f"{recipe or config.data.dataset}-{moment}-{_starter()}"
     path = Path(config.run.dir)
+    check_new(path)
+    return path
+
+
+def check_new(path: Path) -> None:
+    """Raise UserError when a new run cannot have this directory."""
     try:
         is_file, begun = path.is_file(), any((path / "checkpoints").glob("*.ckpt"))
     except (OSError, ValueError) as error:
@@ -62,7 +77,6 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
             f"run.dir {path} holds a run already: go on with --resume {path}, or name another "
             "directory"
         )
-    return path
 
 
 def _starter() -> str:
@@ -70,6 +84,53 @@ def _starter() -> str:
     if step := os.environ.get("SLURM_STEP_ID"):
         return f"{os.environ.get('SLURM_JOB_ID')}.{step}"
     return str(os.getppid() if "LOCAL_RANK" in os.environ else os.getpid())
+
+
+@contextlib.contextmanager
+def sole_run(run_dir: Path, is_new: bool) -> Iterator[None]:
+    """Make a run directory, and keep other runs out of it while the block runs.
+
+    The lock belongs to this process alone: it ends with the process, however that ends, and forked
+    workers do not inherit it. NFS keeps such locks for all its machines.
+
+    Args:
+        run_dir: The directory.
+        is_new: Whether no run may have begun in it.
+
+    Raises:
+        UserError: Another process trains in it or has just done so, or it takes no file.
+    """
+    path = run_dir / ".lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _unwritable(run_dir, error) from None
+    with file:
+        _lock(file, run_dir)
+        if is_new:
+            check_new(run_dir)
+        yield
+
+
+def _lock(file: TextIO, run_dir: Path) -> None:
+    """Lock a file and write into it who this process is; raise UserError if another has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # the file system knows no locks
+            reason = error.strerror
+            log.warning("%s cannot be locked (%s): start no other run in it", run_dir, reason)
+            return
+        file.seek(0)
+        raise UserError(
+            f"run directory {run_dir} is in use by {file.read(200).strip() or 'another process'}: "
+            "stop that run first, or name another directory with --run.dir (if its machine is "
+            f"gone for good, remove {file.name})"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
@@ -190,15 +251,19 @@ def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path)
     """
     target, temporary = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         content = {**asdict(config), "decided": decided}
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         os.replace(temporary, target)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"run directory {run_dir} cannot be written ({getattr(error, 'strerror', error)}): "
-            "make room, or name another with --run.dir"
-        ) from None
+        raise _unwritable(run_dir, error) from None
+
+
+def _unwritable(run_dir: Path, error: Exception) -> UserError:
+    """Say why a run directory takes no file, and what to do."""
+    return UserError(
+        f"run directory {run_dir} cannot be written ({getattr(error, 'strerror', error)}): "
+        "make room, or name another with --run.dir"
+    )
 
 
 def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:

@@ -1,6 +1,9 @@
 """Run directories: which run and checkpoint `--resume` means, and which recipes may go on."""
 
+import errno
 import os
+import signal
+import socket
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,7 +14,15 @@ import yaml
 
 from moco import run_directory
 from moco.config import DataConfig, TrainConfig, UserError
-from moco.run_directory import check_same, find_run, is_whole, last_whole, new_run, write_config
+from moco.run_directory import (
+    check_same,
+    find_run,
+    is_whole,
+    last_whole,
+    new_run,
+    sole_run,
+    write_config,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +88,38 @@ def test_a_chosen_directory_is_taken_unless_it_holds_a_run():
     Path("file").write_text("x")
     with pytest.raises(UserError, match=r"run\.dir file is a file"):
         new_run(config, "x")
+
+
+# One run in a directory
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_directory_in_use_is_refused_by_its_owners_process_and_host(held, is_new):
+    owner = rf"run directory run is in use by process {held.pid} on {socket.gethostname()}: stop"
+    with pytest.raises(UserError, match=owner), sole_run(Path("run"), is_new):
+        pytest.fail("two runs in one directory")
+
+
+def test_a_dead_owners_directory_is_taken_over_although_its_worker_lives(held):
+    os.kill(held.pid, signal.SIGKILL)
+    held.wait()
+    with sole_run(Path("run"), is_new=True):
+        assert Path("run/.lock").read_text().split()[1] == str(os.getpid())
+
+
+def test_a_run_that_has_begun_and_ended_while_another_started_is_no_place_for_it():
+    run("one")
+    with pytest.raises(UserError, match="holds a run already"), sole_run(Path("runs/one"), True):
+        pytest.fail("two runs in one directory")
+
+
+def test_where_nothing_can_be_locked_a_run_starts_and_says_so(monkeypatch, said):
+    def unknown(file, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_directory.fcntl, "lockf", unknown)
+    with sole_run(Path("run"), is_new=True):
+        assert [line for line in said if "run cannot be locked (Function not" in line]
 
 
 # Which run goes on
@@ -193,6 +236,7 @@ def test_is_whole():
 
 def test_config_is_written_whole_and_reads_back():
     config = TrainConfig(data=DataConfig(root="a: b # c", mean=[0.1, 0.2, 0.3], crop_min=0.08))
+    Path("runs/new").mkdir(parents=True)
     for precision in ("32-true", "bf16-mixed"):
         write_config(config, {"precision": precision}, Path("runs/new"))
     assert [p.name for p in Path("runs/new").iterdir()] == ["config.yaml"]

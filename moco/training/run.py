@@ -29,6 +29,7 @@ from moco.run_directory import (
     check_same,
     find_run,
     new_run,
+    sole_run,
     stored_groups,
     write_config,
 )
@@ -115,9 +116,11 @@ def _pretrain(
     extras = {"version": VERSION, **stored}
     run = assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
     run.monitor.is_loaded = bool(init_from)
-    if run.trainer.is_global_zero:
+    if not run.trainer.is_global_zero:
+        return _fit(run, run_dir, checkpoint)
+    with sole_run(run_dir, is_new=checkpoint is None):
         write_config(config, asdict(decided), run_dir)
-    return _fit(run, run_dir, checkpoint)
+        return _fit(run, run_dir, checkpoint)
 
 
 def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:

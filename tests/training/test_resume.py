@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from processes import ROOT, finish, start
+from processes import ROOT, end_group, finish, start
 from runs import TINY, assert_same_end, at, load, run_tiny, same
 
 import train
@@ -129,6 +129,19 @@ def test_a_missing_or_damaged_config_is_one_line(images, damage):
         train.main(["--resume", "run"])
     Path("mine.yaml").write_text(content)
     assert train.main(["--resume", "run", "--config", "mine.yaml"])["steps"] == 1
+
+
+def test_a_resume_beside_the_live_run_is_refused_and_changes_nothing(images, request):
+    run_tiny(images, "--trainer.max_epochs", "1")
+    Path("run/checkpoints/step_000000003.ckpt").unlink()
+    Path("run/checkpoints/last.ckpt").unlink()  # step 2 is the newest now
+    owner = request.getfixturevalue("held")
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*.*")}
+    with pytest.raises(UserError, match=f"run is in use by process {owner.pid} on "):
+        train.main(["--resume", "run"])
+    assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*.*")}
+    end_group(owner)
+    assert train.main(["--resume", "run"])["steps"] == 3
 
 
 def test_another_data_set_is_refused(copied):
