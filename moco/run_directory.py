@@ -133,7 +133,7 @@ def _lock(file: TextIO, run_dir: Path) -> None:
     file.flush()
 
 
-def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
+def find_run(resume: str, run_dir: str) -> tuple[Path | None, Path] | None:
     """Find the run and the checkpoint that `--resume` means.
 
     Args:
@@ -141,7 +141,8 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
         run_dir: `run.dir`, where "auto" looks if given.
 
     Returns:
-        Run directory and checkpoint, or None if "auto" finds nothing to go on from.
+        Run directory and checkpoint, or None if "auto" finds nothing to go on from. A copied
+        checkpoint has no run directory: where it lies is not for a run to write to.
 
     Raises:
         UserError: No such run, or no checkpoint in it is whole.
@@ -158,7 +159,7 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
                 f"--resume {path} is torn or no checkpoint: name the run directory to use the "
                 "one before"
             )
-        return path.parent.parent, path
+        return _run_of(path), path
     if not path.is_dir():
         raise UserError(
             f"--resume {path} does not exist: name a run directory, a checkpoint, or auto"
@@ -169,6 +170,15 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
             f"--resume {path} holds no whole checkpoint in {path / 'checkpoints'}: start a new run"
         )
     return path, last
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """Return the run directory that a checkpoint lies in, or None; of a link, its target counts."""
+    folder = checkpoint.resolve().parent
+    if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
+        return None
+    named = checkpoint.parent.parent
+    return named if named.samefile(folder.parent) else folder.parent
 
 
 def last_whole(run_dir: Path) -> Path | None:
@@ -209,28 +219,6 @@ def is_whole(path: Path) -> bool:
             return named and archive.testzip() is None
     except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, EOFError, zlib.error):
         return False
-
-
-def read_config(run_dir: Path, parsed: bool) -> Path | None:
-    """Return the config.yaml that a resumed run starts from; None where `--config` stands in.
-
-    Args:
-        run_dir: The run.
-        parsed: Whether the command line names a recipe.
-
-    Raises:
-        UserError: There is none, or it is damaged.
-    """
-    path = run_dir / "config.yaml"
-    if stored_groups(run_dir):
-        return path
-    problem = "is damaged" if path.exists() else "is missing"
-    if parsed:
-        return None
-    raise UserError(
-        f"--resume {run_dir}: {path} {problem}: put it back, or give the run's own settings with "
-        "--config and the options it was started with"
-    )
 
 
 def stored_groups(run_dir: Path) -> dict[str, dict[str, object]]:

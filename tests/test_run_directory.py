@@ -170,7 +170,22 @@ def test_a_named_run_and_a_named_checkpoint():
     folder = run("one", step_000000010=False, step_000000020=False, last=False)
     assert find_run(str(folder), "") == (folder, folder / "checkpoints" / "last.ckpt")
     chosen = folder / "checkpoints" / "step_000000010.ckpt"
+    (folder / "config.yaml").touch()
     assert find_run(str(chosen), "") == (folder, chosen)
+
+
+def test_a_checkpoint_belongs_to_the_run_that_it_lies_in_and_a_copy_to_none(monkeypatch):
+    folder = run("one")
+    (folder / "config.yaml").touch()
+    original = folder / "checkpoints" / "last.ckpt"
+    Path("link.ckpt").symlink_to(original)
+    assert find_run("link.ckpt", "") == (folder.resolve(), Path("link.ckpt"))
+    for copy in (Path("Downloads/last.ckpt"), Path("home/checkpoints/last.ckpt")):
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(original.read_bytes())
+        assert find_run(str(copy), "") == (None, copy)
+    monkeypatch.chdir(original.parent)
+    assert find_run("last.ckpt", "")[0].samefile("..")
 
 
 @pytest.mark.parametrize("last", [True, None])
