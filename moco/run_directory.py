@@ -68,10 +68,13 @@ def check_new(path: Path) -> None:
     """Raise UserError when a new run cannot have this directory."""
     try:
         is_file, begun = path.is_file(), any((path / "checkpoints").glob("*.ckpt"))
+        dead_link = _dead_link(path)
     except (OSError, ValueError) as error:
         raise UserError(f"run.dir {str(path)[:80]!r} is no possible directory: {error}") from None
     if is_file:
         raise UserError(f"run.dir {path} is a file: name a directory")
+    if dead_link:
+        raise UserError(f"run.dir {path}: {dead_link}: make that directory, or name another")
     if begun:  # a kill may have left a folder without checkpoints
         raise UserError(
             f"run.dir {path} holds a run already: go on with --resume {path}, or name another "
@@ -248,10 +251,18 @@ def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path)
 
 def _unwritable(run_dir: Path, error: Exception) -> UserError:
     """Say why a run directory takes no file, and what to do."""
+    reason = _dead_link(run_dir) or getattr(error, "strerror", None) or str(error)
+    is_full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "make room, or name" if is_full else "name"
     return UserError(
-        f"run directory {run_dir} cannot be written ({getattr(error, 'strerror', error)}): "
-        "make room, or name another with --run.dir"
+        f"run directory {run_dir} cannot be written ({reason}): {remedy} another with --run.dir"
     )
+
+
+def _dead_link(path: Path) -> str:
+    """Name the link of a path whose target does not exist; empty if there is none."""
+    links = [part for part in (path, *path.parents) if part.is_symlink() and not part.exists()]
+    return f"{links[-1]} links to {os.readlink(links[-1])}, which does not exist" if links else ""
 
 
 def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:

@@ -90,6 +90,29 @@ def test_a_chosen_directory_is_taken_unless_it_holds_a_run():
         new_run(config, "x")
 
 
+@pytest.mark.parametrize("link", ["out", "out/below/it"])
+def test_a_link_to_nowhere_is_named_with_its_target(link):
+    Path("out").symlink_to("gone")
+    config = TrainConfig()
+    config.run.dir = link
+    with pytest.raises(UserError, match=rf"run\.dir {link}: out links to gone, which does not ex"):
+        new_run(config, "x")
+    with pytest.raises(UserError) as error, sole_run(Path(link), is_new=False):
+        pytest.fail("there is no such directory")
+    assert "(out links to gone, which does not exist): name another" in str(error.value)
+
+
+@pytest.mark.parametrize(("number", "makes_room"), [("ENOSPC", True), ("EACCES", False)])
+def test_only_a_full_disk_is_a_matter_of_room(monkeypatch, number, makes_room):
+    def fail(*arguments, **options):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(UserError, match="cannot be written") as error, sole_run(Path("x"), True):
+        pytest.fail("there is no such directory")
+    assert ("make room" in str(error.value)) == makes_room
+
+
 # One run in a directory
 
 
