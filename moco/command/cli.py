@@ -4,8 +4,8 @@ The parser is built from the dataclasses of `moco.config` with jsonargparse. No 
 so help and errors take under a second. A recipe is a YAML file of differences from the defaults;
 `--config` may be repeated, and later recipes override earlier ones.
 Exit codes: 0 for success, 2 for wrong input, 1 for a run that could not go on (both with one line
-on standard error), 130, 143 and 138 for a stop by SIGINT, SIGTERM and SIGUSR1. The last line of
-standard output is one JSON object; everything else goes to standard error.
+on standard error), 130, 129, 143 and 138 for a stop by SIGINT, SIGHUP, SIGTERM and SIGUSR1. The
+last line of standard output is one JSON object; everything else goes to standard error.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from moco.config import RunError, UserError
 log = logging.getLogger("moco")
 # Signals that stop a run; where several come, the last in this list decides the exit code. SLURM
 # sends SIGUSR1 ahead of a preemption (sbatch --signal=USR1@60) and may send SIGTERM after it.
-STOPPING = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# SIGHUP says that the terminal is gone.
+STOPPING = (0, signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -91,7 +92,8 @@ class Signals(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Handle the signals; Lightning restores the handlers from before the run at its end."""
         for number in STOPPING[1:]:
-            signal.signal(number, self._note)
+            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # by nohup
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.came == number == signal.SIGINT:
