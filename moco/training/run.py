@@ -47,6 +47,7 @@ from moco.training.explain import explain
 from moco.training.saving import requeue
 from moco.training.shares import check_queue
 from moco.training.tracking import finish
+from moco.training.trial import check_encoder
 
 log = logging.getLogger("moco")
 
@@ -107,6 +108,8 @@ def _pretrain(
     decided = decide(config, steps, *before)
     _share_cores(decided)
     module = build_module(config, decided, init_from, allow_partial)
+    if not checkpoint:
+        check_encoder(module.query_encoder, config)
     data = build_data(config, decided, source, run_dir)
     if decided.compile:
         module.compile_encoders(decided.compile)
