@@ -22,6 +22,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
 from moco.config import RunError, UserError
+from moco.training.monitor import MetricsLogger
 
 log = logging.getLogger("moco")
 # Signals that stop a run; where several come, the last in this list decides the exit code. SLURM
@@ -106,6 +107,7 @@ class Checkpoints(pl.Callback):
 
     Args:
         signals: Tells which signal came.
+        metrics: Its clock stops while a checkpoint is written.
         directory: Of the checkpoints.
         every: Steps between checkpoints; 0: one at the end of each epoch.
         minutes: Between further checkpoints; 0: there are none.
@@ -121,13 +123,14 @@ class Checkpoints(pl.Callback):
     def __init__(
         self,
         signals: Signals,
+        metrics: MetricsLogger,
         directory: Path,
         every: int,
         minutes: float,
         keep: int,
         extras: dict[str, Any],
     ) -> None:
-        self.signals = signals
+        self.signals, self.metrics = signals, metrics
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
         self.extras = extras
         self.stop_signal = 0
@@ -182,6 +185,8 @@ class Checkpoints(pl.Callback):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write step_N.ckpt, point last.ckpt to it, and remove old ones."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()  # the steps before are still computed: that is no saving
         start = time.monotonic()
         path = self.directory / f"step_{trainer.global_step:09d}.ckpt"
         trainer.save_checkpoint(path)
@@ -190,6 +195,7 @@ class Checkpoints(pl.Callback):
             self._tidy(path)
         self._saved_at = time.monotonic()
         self.seconds += self._saved_at - start
+        self.metrics.paused += self._saved_at - start
 
     @rank_zero_only
     def _tidy(self, path: Path) -> None:
