@@ -107,10 +107,8 @@ def parse(
     for name in PATHS & {*names}:
         group, _, field = name.rpartition(".")
         usual = known[group].get(field) if group in known else parser.get_default(name)
-        if values[name] not in (
-            usual,
-            None,
-        ):  # what a checkpoint names is no reason to read the environment
+        # What a checkpoint names is not expanded: it could read secrets from the environment.
+        if values[name] not in (usual, None):
             values[name] = expanded(name, values[name])
     hints = get_type_hints(config)
     groups = {group: kind(**vars(getattr(values, group))) for group, kind in hints.items()}

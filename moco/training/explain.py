@@ -28,15 +28,8 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
     """Turn what a library raised during training into a RunError; other errors stay."""
     text = " ".join(str(error).split())
     memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
-    frames = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
-    if (memory or _is_out_of_memory(error)) and KNNMonitor.read.__code__ in frames:
-        return RunError(
-            f"out of memory on {trainer.strategy.root_device} while kNN was read after step "
-            f"{trainer.global_step}: set data.resident memory or off if the images lie on the "
-            "device, or run.knn_every 0 (a resumed run may change both) and judge the checkpoint "
-            "with eval_knn.py",
-            local=True,
-        )
+    if (memory or _is_out_of_memory(error)) and _in_reading(error):
+        return _full_in_reading(trainer)
     if _is_out_of_memory(error):
         # The failed step's activations hang on the frames that the error remembers.
         traceback.clear_frames(error.__traceback__)
@@ -69,6 +62,22 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
             local=True,
         )
     return error
+
+
+def _in_reading(error: Exception) -> bool:
+    """Tell whether an error was raised while kNN was read."""
+    frames = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return KNNMonitor.read.__code__ in frames
+
+
+def _full_in_reading(trainer: pl.Trainer) -> RunError:
+    return RunError(
+        f"out of memory on {trainer.strategy.root_device} while kNN was read after step "
+        f"{trainer.global_step}: set data.resident memory or off if the images lie on the "
+        "device, or run.knn_every 0 (a resumed run may change both) and judge the checkpoint "
+        "with eval_knn.py",
+        local=True,
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:
