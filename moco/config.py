@@ -468,13 +468,13 @@ def check(config: TrainConfig) -> None:
         raise UserError("trainer.max_steps is 0: give a number of steps, or -1 to train max_epochs")
     if optim.milestones != sorted(optim.milestones):
         raise UserError(f"optim.milestones is {optim.milestones}: list the epochs in rising order")
-    if (
-        optim.plateau_metric == "val/knn_top1"
-        and optim.schedule == "plateau"
-        and config.run.knn_every == 0
+    if (optim.schedule, optim.plateau_metric) == ("plateau", "val/knn_top1") and (
+        not 0 < config.run.knn_every < config.trainer.max_epochs
     ):
         raise UserError(
-            "optim.plateau_metric is val/knn_top1 but run.knn_every is 0: set run.knn_every to 1"
+            f"optim.plateau_metric is val/knn_top1 but run.knn_every is {config.run.knn_every} and "
+            f"trainer.max_epochs {config.trainer.max_epochs}, so kNN is not read while the rate "
+            "could follow it: set run.knn_every to 1, or train longer"
         )
     _check_queues(config)
     for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):

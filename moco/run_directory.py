@@ -4,21 +4,30 @@ This room needs no torch.
 RUN_DIR/config.yaml      every setting as it was asked for, and what the run has decided
 RUN_DIR/metrics.csv      one row per reading
 RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
+RUN_DIR/.lock            names the process that trains here, and is locked by it
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
+import logging
 import os
+import socket
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
 from moco.config import TrainConfig, UserError
 
+log = logging.getLogger("moco")
 RUNS = Path("runs")
 VERSION = 2  # of a checkpoint; version 1 stored none and drew other random numbers
 
@@ -50,18 +59,26 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
         moment = time.strftime("%Y%m%d-%H%M%S")
         return RUNS / f"{recipe or config.data.dataset}-{moment}-{_starter()}"
     path = Path(config.run.dir)
+    check_new(path)
+    return path
+
+
+def check_new(path: Path) -> None:
+    """Raise UserError when a new run cannot have this directory."""
     try:
         is_file, begun = path.is_file(), any((path / "checkpoints").glob("*.ckpt"))
+        dead_link = _dead_link(path)
     except (OSError, ValueError) as error:
         raise UserError(f"run.dir {str(path)[:80]!r} is no possible directory: {error}") from None
     if is_file:
         raise UserError(f"run.dir {path} is a file: name a directory")
+    if dead_link:
+        raise UserError(f"run.dir {path}: {dead_link}: make that directory, or name another")
     if begun:  # a kill may have left a folder without checkpoints
         raise UserError(
             f"run.dir {path} holds a run already: go on with --resume {path}, or name another "
             "directory"
         )
-    return path
 
 
 def _starter() -> str:
@@ -71,7 +88,54 @@ def _starter() -> str:
     return str(os.getppid() if "LOCAL_RANK" in os.environ else os.getpid())
 
 
-def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
+@contextlib.contextmanager
+def sole_run(run_dir: Path, is_new: bool) -> Iterator[None]:
+    """Make a run directory, and keep other runs out of it while the block runs.
+
+    The lock belongs to this process alone: it ends with the process, however that ends, and forked
+    workers do not inherit it. NFS keeps such locks for all its machines.
+
+    Args:
+        run_dir: The directory.
+        is_new: Whether no run may have begun in it.
+
+    Raises:
+        UserError: Another process trains in it or has just done so, or it takes no file.
+    """
+    path = run_dir / ".lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _unwritable(run_dir, error) from None
+    with file:
+        _lock(file, run_dir)
+        if is_new:
+            check_new(run_dir)
+        yield
+
+
+def _lock(file: TextIO, run_dir: Path) -> None:
+    """Lock a file and write into it who this process is; raise UserError if another has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # the file system knows no locks
+            reason = error.strerror
+            log.warning("%s cannot be locked (%s): start no other run in it", run_dir, reason)
+            return
+        file.seek(0)
+        raise UserError(
+            f"run directory {run_dir} is in use by {file.read(200).strip() or 'another process'}: "
+            "stop that run first, or name another directory with --run.dir (if its machine is "
+            f"gone for good, remove {file.name})"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def find_run(resume: str, run_dir: str) -> tuple[Path | None, Path] | None:
     """Find the run and the checkpoint that `--resume` means.
 
     Args:
@@ -79,7 +143,8 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
         run_dir: `run.dir`, where "auto" looks if given.
 
     Returns:
-        Run directory and checkpoint, or None if "auto" finds nothing to go on from.
+        Run directory and checkpoint, or None if "auto" finds nothing to go on from. A copied
+        checkpoint has no run directory: where it lies is not for a run to write to.
 
     Raises:
         UserError: No such run, or no checkpoint in it is whole.
@@ -96,7 +161,7 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
                 f"--resume {path} is torn or no checkpoint: name the run directory to use the "
                 "one before"
             )
-        return path.parent.parent, path
+        return _run_of(path), path
     if not path.is_dir():
         raise UserError(
             f"--resume {path} does not exist: name a run directory, a checkpoint, or auto"
@@ -107,6 +172,15 @@ def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:
             f"--resume {path} holds no whole checkpoint in {path / 'checkpoints'}: start a new run"
         )
     return path, last
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """Return the run directory that a checkpoint lies in, or None; of a link, its target counts."""
+    folder = checkpoint.resolve().parent
+    if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
+        return None
+    named = checkpoint.parent.parent
+    return named if named.samefile(folder.parent) else folder.parent
 
 
 def last_whole(run_dir: Path) -> Path | None:
@@ -149,28 +223,6 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def read_config(run_dir: Path, parsed: bool) -> Path | None:
-    """Return the config.yaml that a resumed run starts from; None where `--config` stands in.
-
-    Args:
-        run_dir: The run.
-        parsed: Whether the command line names a recipe.
-
-    Raises:
-        UserError: There is none, or it is damaged.
-    """
-    path = run_dir / "config.yaml"
-    if stored_groups(run_dir):
-        return path
-    problem = "is damaged" if path.exists() else "is missing"
-    if parsed:
-        return None
-    raise UserError(
-        f"--resume {run_dir}: {path} {problem}: put it back, or give the run's own settings with "
-        "--config and the options it was started with"
-    )
-
-
 def stored_groups(run_dir: Path) -> dict[str, dict[str, object]]:
     """Read the groups of settings in config.yaml; empty where it is missing or damaged."""
     try:
@@ -189,15 +241,27 @@ def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path)
     """
     target, temporary = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         content = {**asdict(config), "decided": decided}
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         os.replace(temporary, target)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"run directory {run_dir} cannot be written ({getattr(error, 'strerror', error)}): "
-            "make room, or name another with --run.dir"
-        ) from None
+        raise _unwritable(run_dir, error) from None
+
+
+def _unwritable(run_dir: Path, error: Exception) -> UserError:
+    """Say why a run directory takes no file, and what to do."""
+    reason = _dead_link(run_dir) or getattr(error, "strerror", None) or str(error)
+    is_full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "make room, or name" if is_full else "name"
+    return UserError(
+        f"run directory {run_dir} cannot be written ({reason}): {remedy} another with --run.dir"
+    )
+
+
+def _dead_link(path: Path) -> str:
+    """Name the link of a path whose target does not exist; empty if there is none."""
+    links = [part for part in (path, *path.parents) if part.is_symlink() and not part.exists()]
+    return f"{links[-1]} links to {os.readlink(links[-1])}, which does not exist" if links else ""
 
 
 def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:

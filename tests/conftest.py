@@ -21,7 +21,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import write_pictures
+from processes import ROOT, end_group, start_command
 from ranks import Ranks
+
+HOLD = """
+import os, signal
+from pathlib import Path
+from moco.run_directory import sole_run
+with sole_run(Path("run"), is_new=False):
+    worker = os.fork()
+    if worker:
+        print(worker, flush=True)
+    signal.pause()
+"""
 
 
 @pytest.fixture
@@ -62,6 +74,15 @@ def images(tmp_path_factory):
 def copied(images, tmp_path):
     """Copy the images, so that a test may damage them."""
     return shutil.copytree(images, tmp_path / "images")
+
+
+@pytest.fixture
+def held():
+    """Start a process that trains in `run`, with a worker that is its fork."""
+    process = start_command("-c", HOLD, PYTHONPATH=str(ROOT))
+    assert int(process.stdout.readline()) > 0, process.stderr.read()
+    yield process
+    end_group(process)
 
 
 @pytest.fixture

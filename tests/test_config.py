@@ -202,6 +202,14 @@ CONTRADICTIONS = {
         "optim.plateau_metric",
         "run.knn_every",
     ),
+    "plateau of kNN that comes too late": (
+        {
+            "optim": {"schedule": "plateau", "plateau_metric": "val/knn_top1"},
+            "trainer": {"max_epochs": 10},
+        },
+        "run.knn_every is 10",
+        "trainer.max_epochs 10",
+    ),
     "queue below the batch": (
         {"model": {"queue_size": 255}},
         "model.queue_size 255",

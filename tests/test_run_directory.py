@@ -1,6 +1,9 @@
 """Run directories: which run and checkpoint `--resume` means, and which recipes may go on."""
 
+import errno
 import os
+import signal
+import socket
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,7 +14,15 @@ import yaml
 
 from moco import run_directory
 from moco.config import DataConfig, TrainConfig, UserError
-from moco.run_directory import check_same, find_run, is_whole, last_whole, new_run, write_config
+from moco.run_directory import (
+    check_same,
+    find_run,
+    is_whole,
+    last_whole,
+    new_run,
+    sole_run,
+    write_config,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +90,61 @@ def test_a_chosen_directory_is_taken_unless_it_holds_a_run():
         new_run(config, "x")
 
 
+@pytest.mark.parametrize("link", ["out", "out/below/it"])
+def test_a_link_to_nowhere_is_named_with_its_target(link):
+    Path("out").symlink_to("gone")
+    config = TrainConfig()
+    config.run.dir = link
+    with pytest.raises(UserError, match=rf"run\.dir {link}: out links to gone, which does not ex"):
+        new_run(config, "x")
+    with pytest.raises(UserError) as error, sole_run(Path(link), is_new=False):
+        pytest.fail("there is no such directory")
+    assert "(out links to gone, which does not exist): name another" in str(error.value)
+
+
+@pytest.mark.parametrize(("number", "makes_room"), [("ENOSPC", True), ("EACCES", False)])
+def test_only_a_full_disk_is_a_matter_of_room(monkeypatch, number, makes_room):
+    def fail(*arguments, **options):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(UserError, match="cannot be written") as error, sole_run(Path("x"), True):
+        pytest.fail("there is no such directory")
+    assert ("make room" in str(error.value)) == makes_room
+
+
+# One run in a directory
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_directory_in_use_is_refused_by_its_owners_process_and_host(held, is_new):
+    owner = rf"run directory run is in use by process {held.pid} on {socket.gethostname()}: stop"
+    with pytest.raises(UserError, match=owner), sole_run(Path("run"), is_new):
+        pytest.fail("two runs in one directory")
+
+
+def test_a_dead_owners_directory_is_taken_over_although_its_worker_lives(held):
+    os.kill(held.pid, signal.SIGKILL)
+    held.wait()
+    with sole_run(Path("run"), is_new=True):
+        assert Path("run/.lock").read_text().split()[1] == str(os.getpid())
+
+
+def test_a_run_that_has_begun_and_ended_while_another_started_is_no_place_for_it():
+    run("one")
+    with pytest.raises(UserError, match="holds a run already"), sole_run(Path("runs/one"), True):
+        pytest.fail("two runs in one directory")
+
+
+def test_where_nothing_can_be_locked_a_run_starts_and_says_so(monkeypatch, said):
+    def unknown(file, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_directory.fcntl, "lockf", unknown)
+    with sole_run(Path("run"), is_new=True):
+        assert [line for line in said if "run cannot be locked (Function not" in line]
+
+
 # Which run goes on
 
 
@@ -127,7 +193,22 @@ def test_a_named_run_and_a_named_checkpoint():
     folder = run("one", step_000000010=False, step_000000020=False, last=False)
     assert find_run(str(folder), "") == (folder, folder / "checkpoints" / "last.ckpt")
     chosen = folder / "checkpoints" / "step_000000010.ckpt"
+    (folder / "config.yaml").touch()
     assert find_run(str(chosen), "") == (folder, chosen)
+
+
+def test_a_checkpoint_belongs_to_the_run_that_it_lies_in_and_a_copy_to_none(monkeypatch):
+    folder = run("one")
+    (folder / "config.yaml").touch()
+    original = folder / "checkpoints" / "last.ckpt"
+    Path("link.ckpt").symlink_to(original)
+    assert find_run("link.ckpt", "") == (folder.resolve(), Path("link.ckpt"))
+    for copy in (Path("Downloads/last.ckpt"), Path("home/checkpoints/last.ckpt")):
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(original.read_bytes())
+        assert find_run(str(copy), "") == (None, copy)
+    monkeypatch.chdir(original.parent)
+    assert find_run("last.ckpt", "")[0].samefile("..")
 
 
 @pytest.mark.parametrize("last", [True, None])
@@ -193,6 +274,7 @@ def test_is_whole():
 
 def test_config_is_written_whole_and_reads_back():
     config = TrainConfig(data=DataConfig(root="a: b # c", mean=[0.1, 0.2, 0.3], crop_min=0.08))
+    Path("runs/new").mkdir(parents=True)
     for precision in ("32-true", "bf16-mixed"):
         write_config(config, {"precision": precision}, Path("runs/new"))
     assert [p.name for p in Path("runs/new").iterdir()] == ["config.yaml"]

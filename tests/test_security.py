@@ -75,9 +75,24 @@ def test_a_yaml_runs_no_code(images, place):
         run_tiny(images, "--trainer.max_steps", "1")
         Path("run/config.yaml").write_text(code)
         argument = "run"
-    with pytest.raises(UserError):
-        train.main([place, argument])
+    if place == "--config":
+        with pytest.raises(UserError):
+            train.main([place, argument])
+    else:  # the settings in the checkpoint stand in
+        assert train.main([place, argument])["steps"] == 1
     assert not Path("pwned").exists()
+
+
+def test_a_path_of_a_checkpoint_reads_no_variable(images, monkeypatch, capfd):
+    monkeypatch.setenv("SECRET", "c0ffee" * 6)
+    run_tiny(images, "--trainer.max_steps", "1")
+    state = at(1)
+    state["config"]["data"]["root"] = "$SECRET"
+    torch.save(state, "alone.ckpt")
+    for argument in (["--run.dir", "other"], ["--run.dir", "other", "--data.root", "$SECRET"]):
+        with pytest.raises(UserError) as error:
+            train.main(["--resume", "alone.ckpt", *argument])
+        assert "c0ffee" not in str(error.value)
 
 
 class Pwned:

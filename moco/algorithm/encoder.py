@@ -8,6 +8,7 @@ Shapes: N images per device, D feature, C embedding, H W pixels.
 from __future__ import annotations
 
 import difflib
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -139,6 +140,7 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
             start_as_v3(backbone, config)
         if any(p.numel() == 0 for p in backbone.parameters()):
             raise ValueError("a layer has no channels left")
+        _take_strides_first(backbone)
         # Some networks widen their features after pooling, to `head_hidden_size`.
         return backbone, getattr(backbone, "head_hidden_size", backbone.num_features)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
@@ -188,6 +190,24 @@ def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     default = get_pretrained_cfg(config.backbone)
     fixed = default is not None and default.fixed_input_size
     return {"img_size": image_size} if fixed else {}
+
+
+def _take_strides_first(backbone: nn.Module) -> None:
+    """Have strided 1x1 convolutions of few channels skip pixels before they convolve.
+
+    The result is the same. In channels-last format torch's CPU kernel writes beyond its memory in
+    their backward pass and aborts the process, for fewer than 8 channels (torch 2.14.1).
+    """
+    for layer in backbone.modules():
+        if not isinstance(layer, nn.Conv2d) or layer.in_channels >= 8:
+            continue
+        if (layer.kernel_size, layer.padding) == ((1, 1), (0, 0)) and layer.stride != (1, 1):
+            layer.register_forward_pre_hook(partial(_skip_pixels, stride=layer.stride))
+            layer.stride = (1, 1)
+
+
+def _skip_pixels(layer: nn.Module, inputs: tuple[Tensor], stride: tuple[int, int]) -> tuple[Tensor]:
+    return (inputs[0][..., :: stride[0], :: stride[1]],)
 
 
 def _set_stem(backbone: nn.Module, config: ModelConfig, channels: int) -> None:

@@ -4,8 +4,8 @@ The parser is built from the dataclasses of `moco.config` with jsonargparse. No 
 so help and errors take under a second. A recipe is a YAML file of differences from the defaults;
 `--config` may be repeated, and later recipes override earlier ones.
 Exit codes: 0 for success, 2 for wrong input, 1 for a run that could not go on (both with one line
-on standard error), 130, 143 and 138 for a stop by SIGINT, SIGTERM and SIGUSR1. The last line of
-standard output is one JSON object; everything else goes to standard error.
+on standard error), 130, 129, 143 and 138 for a stop by SIGINT, SIGHUP, SIGTERM and SIGUSR1. The
+last line of standard output is one JSON object; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from moco.command import launch
+from moco.command.paths import PATHS, check_recipe, expanded
 from moco.config import RunError, UserError
 
 # Seconds that a rank waits before it ends with an error that another rank may have caused, and with
@@ -81,28 +82,34 @@ def option_help(metadata: Any) -> str:
 
 
 def parse(
-    parser: Any, config: type, argv: Sequence[str], stored: Path | None = None
+    parser: Any, config: type, argv: Sequence[str], stored: dict[str, Any] | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """Parse `argv` and return the config dataclass and the extra options.
 
     Args:
-        stored: The config.yaml of a run, in the place of the defaults; of another version, it may
-            hold settings that are gone, which are left out.
+        stored: The settings of a run, in the place of the defaults; of another version, they may
+            hold some that are gone, which are left out.
 
     Raises:
         UserError: A setting is unknown, given twice or of the wrong type, or a recipe is missing.
+            A path names a variable or a user that is unknown here.
     """
     from argparse import ArgumentError
 
     names = _names(parser)
     _check_arguments(argv, names)
     words = _with_contents(argv, names)
-    if stored:
-        words.insert(0, _as_option(_known(_read_yaml(stored), names)))
+    known = _known(stored or {}, names)
     try:
-        values = parser.parse_args(words)
-    except (ArgumentError, ValueError) as error:
+        values = parser.parse_args([_as_option(known), *words] if known else words)
+    except (ArgumentError, ValueError, yaml.YAMLError) as error:
         raise UserError(_one_line(error)) from None
+    for name in PATHS & {*names}:
+        group, _, field = name.rpartition(".")
+        usual = known[group].get(field) if group in known else parser.get_default(name)
+        # What a checkpoint names is not expanded: it could read secrets from the environment.
+        if values[name] not in (usual, None):
+            values[name] = expanded(name, values[name])
     hints = get_type_hints(config)
     groups = {group: kind(**vars(getattr(values, group))) for group, kind in hints.items()}
     extra = {k: v for k, v in vars(values).items() if k not in groups and k != "config"}
@@ -163,7 +170,8 @@ def _with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
         option, equals, value = word.partition("=")
         path = value if equals else next(rest, None) if option == "--config" else None
         if option == "--config" and path is not None:
-            _check_path(Path(path))
+            path = expanded("--config", path)
+            check_recipe(Path(path))
             content = _read_yaml(Path(path))
             _check_settings(content, names, path)
             word = _as_option(content)
@@ -173,19 +181,6 @@ def _with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
 
 def _as_option(content: dict[str, Any]) -> str:
     return f"--config={yaml.safe_dump(content, sort_keys=False)}"
-
-
-def _check_path(path: Path) -> None:
-    """Raise UserError when a recipe is no file, and name the recipe that may be meant."""
-    if path.is_dir():
-        raise UserError(f"--config {path} is a directory: name a YAML file in it")
-    if not path.is_file():
-        folders = (Path("configs"), path.parent)
-        recipes = {p.stem: p for f in folders for p in sorted(f.glob("*.yaml"))}
-        near = difflib.get_close_matches(path.stem, recipes, n=1)
-        listed = f"there are {', '.join(recipes)}" if recipes else "give the path of a YAML file"
-        hint = f"did you mean {recipes[near[0]]}?" if near else listed
-        raise UserError(f"--config {path} does not exist: {hint}")
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

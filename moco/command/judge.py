@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from moco.command import cli
 from moco.command.launch import start_ranks
+from moco.command.paths import check_stored_root
 from moco.config import (
     DataConfig,
     EvalDataConfig,
@@ -58,7 +59,9 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
         known = {item.name for item in dataclasses.fields(DataConfig)}
         defaults = {f"data.{name}": value for name, value in stored.items() if name in known}
         parser.set_defaults(defaults)
-        return cli.parse(parser, EvalDataConfig, argv)[0].data
+        data = cli.parse(parser, EvalDataConfig, argv)[0].data
+        check_stored_root(data, stored)
+        return data
 
     return judge, own, read_data
 

@@ -134,6 +134,7 @@ def _pass_signals_on(agent: Any) -> set[int]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.id, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # by nohup
+            signal.signal(number, pass_on)
     return passed_on

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moco.command import cli
 from moco.command.launch import start_ranks
+from moco.command.paths import check_stored_root
 from moco.config import TrainConfig, UserError, check
-from moco.run_directory import find_run, read_config
+from moco.run_directory import find_run, stored_groups
 
 EXTRAS = {
     "resume": {
@@ -39,9 +41,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if found := find_run(extra["resume"], config.run.dir) if extra["resume"] else None:
         # A resumed run starts from its own settings; those on the command line override them, and
         # `pretrain` checks that the run may go on with them.
-        stored = read_config(found[0], parsed=bool(recipe))
-        if stored:
-            config, extra = cli.parse(parser, TrainConfig, argv, stored)
+        stored = _stored_settings(*found, config.run.dir)
+        config, extra = cli.parse(parser, TrainConfig, argv, stored)
+        check_stored_root(config.data, stored["data"])
     check(config)
     if extra["resume"] and extra["init_from"]:
         raise UserError(
@@ -53,6 +55,28 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
 
     return pretrain(config, extra["resume"], recipe, extra["init_from"], extra["allow_partial"])
+
+
+def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dict[str, Any]:
+    """Return the settings of the run to resume: its config.yaml's, or else its checkpoint's.
+
+    Args:
+        run_dir, checkpoint: What `find_run` has found.
+        wanted: `run.dir` of the command line, where a copied checkpoint may go on.
+    """
+    if run_dir and wanted and Path(wanted).absolute() != run_dir.absolute():
+        raise UserError(
+            f"run.dir is {wanted} but --resume goes on where the run lies, in {run_dir}: leave it "
+            "out, or copy the checkpoint to elsewhere"
+        )
+    if run_dir and (stored := stored_groups(run_dir)):
+        return stored
+    from moco.training.run import load_stored  # imports torch, so it waits until it is needed
+
+    stored = asdict(TrainConfig.from_dict(load_stored(checkpoint)["config"]))
+    if not run_dir:
+        stored["run"]["dir"] = ""
+    return stored
 
 
 def _start_ranks(config: TrainConfig) -> None:

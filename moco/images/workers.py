@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
@@ -39,7 +40,7 @@ def worker_loader(
     count = worker_count(config)
     if persistent and count:
         options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
-    return DataLoader(dataset, num_workers=count, worker_init_fn=_ignore_signals, **options)
+    return DataLoader(dataset, num_workers=count, worker_init_fn=_set_up, **options)
 
 
 def fetched(loader: DataLoader, timeout: float) -> Iterator[Any]:
@@ -117,10 +118,20 @@ def end_workers(loader: DataLoader | None) -> None:
         worker.kill()
 
 
-def _ignore_signals(worker: int) -> None:
+def _set_up(worker: int) -> None:
     """Leave stopping to the main process: a signal to the whole group must not cost its step."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _tell_unless_left
+
+
+def _tell_unless_left(kind: type, error: BaseException, trace: Any) -> None:
+    """Print a traceback, unless the main process went away while a worker handed it a tensor.
+
+    The thread of multiprocessing that hands tensors over is the only one that calls this hook.
+    """
+    if not issubclass(kind, OSError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _worker_error(error: Exception, workers: list[Any], late: bool) -> Exception:

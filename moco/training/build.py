@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from moco.algorithm.pretrain import MoCo
 from moco.checkpoints.load import restore_pretraining
-from moco.config import TrainConfig
+from moco.config import TrainConfig, UserError
 from moco.images import sources
 from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
@@ -113,6 +113,7 @@ def assemble(
     signals = Signals()
     saver = Checkpoints(
         signals,
+        metrics,
         run_dir / "checkpoints",
         config.run.checkpoint_every,
         config.run.checkpoint_minutes,
@@ -163,11 +164,20 @@ def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.T
 def open_labelled(
     config: TrainConfig, data: PretrainData
 ) -> tuple[LabelledData, LabelledData] | None:
-    """Open the bank and the queries of kNN, sharing the training images; None without labels."""
+    """Open the bank and the queries of kNN, sharing the training images; None without labels.
+
+    Raises:
+        UserError: The rate is to follow kNN, and there are no labels.
+    """
     if config.run.knn_every == 0:
         return None
     pair = sources.open_labelled(data.config, data.source)
     if pair is None:
+        if (config.optim.schedule, config.optim.plateau_metric) == ("plateau", "val/knn_top1"):
+            raise UserError(
+                "optim.plateau_metric is val/knn_top1 but the images have no labelled train and "
+                "test splits, so kNN is never read: set it to train/loss"
+            )
         log.info("no labelled train and test splits: kNN is not read")
         return None
     bank, queries = (

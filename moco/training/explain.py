@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from moco.algorithm.contrast import info_nce
 from moco.config import DataConfig, RunError
+from moco.training.monitor import KNNMonitor
 
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
@@ -26,6 +27,9 @@ _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
 def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig) -> Exception:
     """Turn what a library raised during training into a RunError; other errors stay."""
     text = " ".join(str(error).split())
+    memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
+    if (memory or _is_out_of_memory(error)) and _in_reading(error):
+        return _full_in_reading(trainer)
     if _is_out_of_memory(error):
         # The failed step's activations hang on the frames that the error remembers.
         traceback.clear_frames(error.__traceback__)
@@ -39,7 +43,7 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
             "trainer.accumulate_grad_batches",
             local=True,
         )
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+    if memory:
         return RunError(
             f"memory ran out with data.batch_size {data.batch_size}: lower it, data.num_workers or "
             "data.resident_budget, or set data.resident off",
@@ -58,6 +62,22 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
             local=True,
         )
     return error
+
+
+def _in_reading(error: Exception) -> bool:
+    """Tell whether an error was raised while kNN was read."""
+    frames = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return KNNMonitor.read.__code__ in frames
+
+
+def _full_in_reading(trainer: pl.Trainer) -> RunError:
+    return RunError(
+        f"out of memory on {trainer.strategy.root_device} while kNN was read after step "
+        f"{trainer.global_step}: set data.resident memory or off if the images lie on the "
+        "device, or run.knn_every 0 (a resumed run may change both) and judge the checkpoint "
+        "with eval_knn.py",
+        local=True,
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

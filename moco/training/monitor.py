@@ -43,7 +43,7 @@ class MetricsLogger(pl.Callback):
     Attributes:
         latest: Name to value of the last readings of all callbacks.
         read_at: Name to the step of that reading.
-        paused: Seconds spent on other things than training; other callbacks add theirs.
+        paused: Seconds spent on kNN and checkpoints; their callbacks add them.
         images, seconds: Trained on in this process, without the pauses.
     """
 
@@ -149,6 +149,11 @@ class KNNMonitor(pl.Callback):
         """Read the network as it starts, to which later readings are compared."""
         if self._enabled and trainer.global_step == 0:
             self.read(trainer, module, final=False)
+            if not self.is_loaded and trainer.is_global_zero:
+                log.info(
+                    "kNN %.1f %% before the first step: one draw of weights, others differ",
+                    self.first,
+                )
 
     @property
     def _enabled(self) -> bool:
@@ -174,11 +179,15 @@ class KNNMonitor(pl.Callback):
         """Extract features on all ranks, vote, and log."""
         start = time.perf_counter()
         network, device = module.query_encoder.backbone, module.device
+        buffers = list(network.buffers())
+        own = [buffer.clone() for buffer in buffers]
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             broadcast_buffers(network)
             (bank, labels), (queries, targets) = (
                 self._features(network, images, device) for images in self.data
             )
+            for buffer, before in zip(buffers, own, strict=True):
+                buffer.copy_(before)  # of ranks above 0
         bank, labels = gather_ragged(bank), gather_ragged(labels)
         k = min(self.config.knn_k, len(bank))
         num_classes = len(self.data[0].source.classes)
@@ -197,10 +206,12 @@ class KNNMonitor(pl.Callback):
         """Return the readings by name; the newest one is null where only the first was taken."""
         start = "knn_top1_init_from" if self.is_loaded else "knn_top1_untrained"
         step = self.read_at or None
+        is_drawn = self.first is not None and not self.is_loaded
         return {
             "knn_top1": self.last if step else None,
             "knn_top1_step": step,
             start: self.first,
+            **({"knn_top1_untrained_draws": 1} if is_drawn else {}),
             **self.few_shot,
         }
 

@@ -29,6 +29,7 @@ from moco.run_directory import (
     check_same,
     find_run,
     new_run,
+    sole_run,
     stored_groups,
     write_config,
 )
@@ -46,6 +47,7 @@ from moco.training.explain import explain
 from moco.training.saving import requeue
 from moco.training.shares import check_queue
 from moco.training.tracking import finish
+from moco.training.trial import check_encoder
 
 log = logging.getLogger("moco")
 
@@ -93,19 +95,21 @@ def _pretrain(
     source = sources.open_source(config.data, "train")
     check_batch(config.data, len(source))
     check_queue(config, len(source))
-    found = find_run(resume, config.run.dir) if resume else None
-    run_dir, checkpoint = found or (new_run(config, recipe), None)
+    run_dir, checkpoint, is_new = _choose_place(config, resume, recipe)
     images = sources.identify(source, config.data.root)
     start_step, before = 0, ()
     if checkpoint:
-        start_step, *before = read_stored(checkpoint, config, images)
+        start_step, *before = read_stored(checkpoint, config, images, run_dir)
     steps = total_steps(config, len(source) // config.data.batch_size)
     if start_step >= steps:
-        log.info("%s is finished after %d steps: nothing to do", run_dir, start_step)
-        return {"run_dir": str(run_dir), "checkpoint": str(checkpoint), "steps": start_step}
+        log.info("%s is finished after %d steps: nothing to do", checkpoint, start_step)
+        place = None if is_new else str(run_dir)
+        return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
     decided = decide(config, steps, *before)
     _share_cores(decided)
     module = build_module(config, decided, init_from, allow_partial)
+    if not checkpoint:
+        check_encoder(module.query_encoder, config)
     data = build_data(config, decided, source, run_dir)
     if decided.compile:
         module.compile_encoders(decided.compile)
@@ -115,9 +119,22 @@ def _pretrain(
     extras = {"version": VERSION, **stored}
     run = assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
     run.monitor.is_loaded = bool(init_from)
-    if run.trainer.is_global_zero:
+    if not run.trainer.is_global_zero:
+        return _fit(run, run_dir, checkpoint)
+    with sole_run(run_dir, is_new):
         write_config(config, asdict(decided), run_dir)
-    return _fit(run, run_dir, checkpoint)
+        return _fit(run, run_dir, checkpoint)
+
+
+def _choose_place(config: TrainConfig, resume: str, recipe: str) -> tuple[Path, Path | None, bool]:
+    """Choose run directory and checkpoint to go on from, and tell whether the directory is new."""
+    run_dir, checkpoint = (find_run(resume, config.run.dir) if resume else None) or (None, None)
+    if run_dir:
+        return run_dir, checkpoint, False
+    run_dir = new_run(config, recipe)
+    if checkpoint:
+        log.info("%s lies in no run directory: the run goes on in %s", checkpoint, run_dir)
+    return run_dir, checkpoint, True
 
 
 def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
@@ -160,8 +177,31 @@ def _train(run: Run, checkpoint: Path | None) -> None:
         finish()
 
 
+def load_stored(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, its tensors by need.
+
+    Raises:
+        UserError: It cannot be read, or is none of ours.
+    """
+    try:
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"--resume {checkpoint} cannot be read ({reason}): name another checkpoint of the run"
+        ) from None
+    parts = {"config": dict, "global_step": int, "loops": dict}
+    if not isinstance(stored, dict) or not all(
+        isinstance(stored.get(name), kind) for name, kind in parts.items()
+    ):
+        raise UserError(
+            f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
+        )
+    return stored
+
+
 def read_stored(
-    checkpoint: Path, config: TrainConfig, images: dict[str, Any]
+    checkpoint: Path, config: TrainConfig, images: dict[str, Any], run_dir: Path
 ) -> tuple[int, Decided | None, TrainConfig]:
     """Check that a checkpoint belongs to these settings and images.
 
@@ -171,21 +211,17 @@ def read_stored(
     Raises:
         UserError: Not one of our checkpoints, or of another recipe or data set.
     """
-    try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(
-            f"--resume {checkpoint} cannot be read ({reason}): name another checkpoint of the run"
-        ) from None
-    if not isinstance(stored, dict) or not {"config", "global_step", "loops"} <= stored.keys():
-        raise UserError(
-            f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
-        )
+    stored = load_stored(checkpoint)
     check_same(config, stored["config"], checkpoint)
     check_images(images, stored.get("images"), checkpoint)
-    run_dir = checkpoint.parent.parent
-    gone = {*unknown_settings(stored["config"]), *unknown_settings(stored_groups(run_dir))}
+    asked = stored_groups(run_dir)
+    if run_dir.exists() and not asked:
+        log.warning(
+            "%s is missing or damaged: the settings in %s are taken",
+            run_dir / "config.yaml",
+            checkpoint,
+        )
+    gone = {*unknown_settings(stored["config"]), *unknown_settings(asked)}
     if gone:
         names = ", ".join(sorted(gone))
         log.info("%s: stored settings that are gone are left out: %s", run_dir, names)

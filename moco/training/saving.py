@@ -22,11 +22,13 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
 from moco.config import RunError, UserError
+from moco.training.monitor import MetricsLogger
 
 log = logging.getLogger("moco")
 # Signals that stop a run; where several come, the last in this list decides the exit code. SLURM
 # sends SIGUSR1 ahead of a preemption (sbatch --signal=USR1@60) and may send SIGTERM after it.
-STOPPING = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# SIGHUP says that the terminal is gone.
+STOPPING = (0, signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -91,7 +93,8 @@ class Signals(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Handle the signals; Lightning restores the handlers from before the run at its end."""
         for number in STOPPING[1:]:
-            signal.signal(number, self._note)
+            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # by nohup
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.came == number == signal.SIGINT:
@@ -104,6 +107,7 @@ class Checkpoints(pl.Callback):
 
     Args:
         signals: Tells which signal came.
+        metrics: Its clock stops while a checkpoint is written.
         directory: Of the checkpoints.
         every: Steps between checkpoints; 0: one at the end of each epoch.
         minutes: Between further checkpoints; 0: there are none.
@@ -119,13 +123,14 @@ class Checkpoints(pl.Callback):
     def __init__(
         self,
         signals: Signals,
+        metrics: MetricsLogger,
         directory: Path,
         every: int,
         minutes: float,
         keep: int,
         extras: dict[str, Any],
     ) -> None:
-        self.signals = signals
+        self.signals, self.metrics = signals, metrics
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
         self.extras = extras
         self.stop_signal = 0
@@ -180,6 +185,8 @@ class Checkpoints(pl.Callback):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write step_N.ckpt, point last.ckpt to it, and remove old ones."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()  # the steps before are still computed: that is no saving
         start = time.monotonic()
         path = self.directory / f"step_{trainer.global_step:09d}.ckpt"
         trainer.save_checkpoint(path)
@@ -188,6 +195,7 @@ class Checkpoints(pl.Callback):
             self._tidy(path)
         self._saved_at = time.monotonic()
         self.seconds += self._saved_at - start
+        self.metrics.paused += self._saved_at - start
 
     @rank_zero_only
     def _tidy(self, path: Path) -> None:

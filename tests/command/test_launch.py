@@ -104,7 +104,7 @@ def body(rank, argv):
             raise KeyboardInterrupt
         came.append(number)
         Path(f"{rank}-{int(number)}").touch()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, note)
     ready(rank)
     while True:
@@ -112,7 +112,7 @@ def body(rank, argv):
 """
     process = start_ranks(body)
     ready_ranks(process)
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
         process.send_signal(number)
         for rank in (0, 1):
             wait_for(f"{rank}-{int(number)}", process)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing import resource_sharer
 
 import pytest
 import pytorch_lightning as pl
@@ -35,6 +37,22 @@ class KillWorker(pl.Callback):
             workers = trainer.datamodule.loader._workers._iterator._workers
             os.kill(workers[0].pid, self.number)
             workers[0].join(5 if self.number == signal.SIGKILL else 0)
+
+
+def test_a_worker_that_is_left_in_the_middle_tells_no_traceback(monkeypatch, capsys):
+    """Python's thread that hands tensors over meets a main process that is gone."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    workers._set_up(0)
+    handed = []
+    ident = resource_sharer._resource_sharer.register(lambda *to: handed.append(to), handed.clear)
+    with socket.socket(socket.AF_UNIX) as main:
+        main.connect(ident[0])
+    resource_sharer._resource_sharer.get_connection(ident).close()
+    resource_sharer.stop()  # it waits for the thread, which has met the first one before
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ZeroDivisionError, ZeroDivisionError("a bug of ours"), None)
+    assert "a bug of ours" in capsys.readouterr().err
 
 
 def test_a_killed_worker_ends_the_run_with_its_state_saved(images, with_callback):

@@ -8,11 +8,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import Precision
+from runs import run_tiny
 from steps import MODEL, SIZE
 from steps import make_module as make_module_of_any_precision
 
 from moco.config import DataConfig, ModelConfig, RunError
-from moco.training import explain
+from moco.training import explain, monitor
 
 DATA = DataConfig(image_size=SIZE, batch_size=64)
 
@@ -127,6 +128,24 @@ def test_errors_of_libraries_say_what_to_set(monkeypatch, error, words):
     monkeypatch.setattr(explain, "peak_memory", full)
     said = explain.explain(error, a_trainer(), make_module(), DATA)
     assert isinstance(said, RunError) and said.local and words in str(said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")],
+)
+def test_memory_that_ran_out_in_a_reading_of_knn_is_no_matter_of_the_batch(
+    images, monkeypatch, in_tmp, error
+):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(monitor, "extract_features", full)
+    digits = ["--data.dataset", "digits", "--data.upscale", "2", "--run.knn_every", "1"]
+    with pytest.raises(RunError) as said:
+        run_tiny(images, *digits)
+    assert "out of memory on cpu while kNN was read after step 0: set data.res" in str(said.value)
+    assert "run.knn_every 0" in str(said.value) and "batch" not in str(said.value)
 
 
 def test_other_errors_stay_what_they_are():

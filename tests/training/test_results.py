@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 import time
 from pathlib import Path
@@ -10,13 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 from pictures import write_pictures
 from processes import ROOT
+from pytorch_lightning.plugins import Precision
 from runs import run_tiny
+from steps import SIZE, make_module
 
 import train
-from moco.config import UserError
-from moco.training.monitor import Progress
+from moco import distributed
+from moco.config import RunConfig, UserError
+from moco.training import monitor, saving
+from moco.training.monitor import KNNMonitor, Progress
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -44,6 +50,7 @@ def test_a_stopped_run_reports_no_reading_of_the_untrained_network_as_its_own(wi
     stopped = train.main([*DIGITS, "--run.dir", "run"])
     assert stopped["steps"] == 2 and stopped["knn_top1_untrained"] > 50
     assert (stopped["knn_top1"], stopped["knn_top1_step"]) == (None, None)
+    assert stopped["knn_top1_untrained_draws"] == 1
     assert stopped["loss_step"] == 1 and stopped["loss"] > 0
     assert stopped["images_per_second"] < 400 / 0.2, "not the images of two steps by one's seconds"
     with_callback(StopIn(5))
@@ -60,7 +67,7 @@ def test_a_first_reading_of_loaded_weights_is_named_for_them(with_callback):
     started = [*DIGITS, "--run.dir", "run", "--init_from", "first/checkpoints/last.ckpt"]
     for result in (train.main(started), train.main(["--resume", "run"])):
         assert result["knn_top1_init_from"] == first["knn_top1"]
-        assert "knn_top1_untrained" not in result
+        assert not [name for name in result if "untrained" in name]
 
 
 def test_the_time_left_counts_all_batches_of_a_step():
@@ -90,3 +97,72 @@ def test_readings_of_a_streamed_set_leave_out_torn_files_and_name_them(tmp_path,
     named = [line.split("\t")[0] for line in Path("run/bad_files.txt").read_text().splitlines()]
     assert sorted(named) == sorted(map(str, torn))
     assert sum("run.knn_k is 200: kNN takes all 24 training images" in line for line in said) == 1
+
+
+class Clock(pl.Callback):
+    """A clock that a step moves by a second, and a checkpoint by a thousand."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
+        for room in (monitor, saving):
+            monkeypatch.setattr(room, "time", clock)
+
+    def on_train_batch_start(self, *args) -> None:
+        self.now += 1
+
+    def on_save_checkpoint(self, *args) -> None:
+        self.now += 1000
+
+
+def test_writing_checkpoints_is_no_time_of_training(images, monkeypatch, with_callback):
+    with_callback(Clock(monkeypatch))
+    assert run_tiny(images)["images_per_second"] == 16
+    with open("run/metrics.csv") as file:
+        rates = [float(row["train/images_per_second"]) for row in csv.DictReader(file)]
+    assert rates == [16] * 6
+
+
+class OnTwoRanks:
+    """Images of a labelled split, of which each rank has a half."""
+
+    source, config = SimpleNamespace(classes=["a", "b"]), None
+
+    def __len__(self):
+        return 16
+
+    def batches(self, device):
+        generator = torch.Generator().manual_seed(distributed.rank())
+        images = torch.randn(8, 3, SIZE, SIZE, generator=generator).double()
+        yield images, torch.arange(8)
+
+    def labels(self, rows):
+        return rows % 2
+
+
+def _statistics_after_a_reading() -> tuple[list[float], float]:
+    """Give each rank statistics of its own, and read kNN."""
+    module = make_module()
+    statistic = module.query_encoder.backbone.bn1.running_mean.fill_(1 + distributed.rank())
+    shown = SimpleNamespace(paused=0.0, publish=lambda *args: None)
+    reader = KNNMonitor((OnTwoRanks(), OnTwoRanks()), RunConfig(knn_k=3), shown)
+    trainer = SimpleNamespace(global_step=3, precision_plugin=Precision())
+    seen = []
+    hook = module.query_encoder.backbone.bn1.register_forward_pre_hook(
+        lambda layer, inputs: seen.append(layer.running_mean[0].item())
+    )
+    reader.read(trainer, module, final=False)
+    hook.remove()
+    return seen, statistic[0].item()
+
+
+def test_a_reading_leaves_each_rank_its_own_statistics(two_ranks):
+    """It judges rank 0's, which the checkpoint holds."""
+    assert two_ranks.run(_statistics_after_a_reading) == [([1.0, 1.0], 1.0), ([1.0, 1.0], 2.0)]
+
+
+def test_a_rate_that_is_to_follow_knn_needs_labels(images):
+    follow = ["--optim.schedule", "plateau", "--optim.plateau_metric", "val/knn_top1"]
+    with pytest.raises(UserError, match=r"kNN is never read: set it to train/loss"):
+        run_tiny(images, *follow, "--run.knn_every", "1")
+    assert not Path("run").exists()

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from processes import ROOT, finish, start
+from processes import ROOT, end_group, finish, start
 from runs import TINY, assert_same_end, at, load, run_tiny, same
 
 import train
@@ -117,8 +117,9 @@ def test_old_checkpoints_are_pruned(images):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "shorter", "binary"])
-def test_a_missing_or_damaged_config_is_one_line(images, damage):
-    run_tiny(images, "--trainer.max_steps", "1")
+def test_a_missing_or_damaged_config_is_made_anew_from_the_checkpoint(images, damage, said):
+    run_tiny(images, "--trainer.max_epochs", "1", run_dir="whole")
+    shutil.copytree("whole", "run")
     path = Path("run/config.yaml")
     content = path.read_text()
     if damage == "missing":
@@ -127,10 +128,57 @@ def test_a_missing_or_damaged_config_is_one_line(images, damage):
         half = content[: len(content) // 2].rpartition("\n")[0]
         damaged = {"binary": b"\xff\x00\x01", "cut": b"model: {back", "shorter": half.encode()}
         path.write_bytes(damaged[damage])
-    with pytest.raises(UserError, match=r"run/config.yaml is (missing|damaged): put it back"):
+    for later in ("step_000000003", "last"):
+        Path(f"run/checkpoints/{later}.ckpt").unlink()
+    assert train.main(["--resume", "run"])["steps"] == 3
+    assert_same_end("whole", "run")
+    assert len([line for line in said if "run/config.yaml is missing or damaged" in line]) == 1
+    assert yaml.safe_load(path.read_text())["model"] == yaml.safe_load(content)["model"]
+
+
+@pytest.mark.parametrize("chosen", [[], ["--run.dir", "mine"]])
+def test_a_copied_checkpoint_goes_on_in_a_directory_of_its_own(images, chosen, said):
+    """By its own settings, but for the directory that they name."""
+    run_tiny(images, "--trainer.max_epochs", "1", run_dir="whole")
+    home = Path("home/Downloads")
+    home.mkdir(parents=True)
+    shutil.copy("whole/checkpoints/step_000000002.ckpt", home / "last.ckpt")
+    result = train.main(["--resume", "home/Downloads/last.ckpt", *chosen])
+    run_dir = Path(result["run_dir"])
+    assert run_dir == Path("mine") if chosen else run_dir.parent == Path("runs")
+    assert any(line.endswith(f"the run goes on in {run_dir}") for line in said)
+    assert_same_end("whole", result["run_dir"])
+    assert [str(path) for path in Path("home").rglob("*")] == [str(home), str(home / "last.ckpt")]
+    assert train.main(["--resume", str(run_dir)])["steps"] == 3
+
+
+def test_a_run_goes_on_where_it_lies_and_says_so_to_who_names_another_place(images):
+    run_tiny(images, "--trainer.max_steps", "1")
+    with pytest.raises(UserError, match=r"run.dir is other but --resume goes on .* in run: leave"):
+        train.main(["--resume", "run", "--run.dir", "other"])
+    assert not Path("other").exists()
+    assert train.main(["--resume", "run/checkpoints/last.ckpt", "--run.dir", "./run"])["steps"] == 1
+
+
+def test_a_relative_root_of_a_checkpoint_says_whence_it_came(copied, monkeypatch):
+    run_tiny(copied.name, "--trainer.max_epochs", "1")
+    monkeypatch.chdir("run")
+    with pytest.raises(UserError, match=r"'images' came from the checkpoint .* not in .*/run: it"):
+        train.main(["--resume", "."])
+    assert train.main(["--resume", ".", "--data.root", str(copied)])["steps"] == 3
+
+
+def test_a_resume_beside_the_live_run_is_refused_and_changes_nothing(images, request):
+    run_tiny(images, "--trainer.max_epochs", "1")
+    Path("run/checkpoints/step_000000003.ckpt").unlink()
+    Path("run/checkpoints/last.ckpt").unlink()  # step 2 is the newest now
+    owner = request.getfixturevalue("held")
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*.*")}
+    with pytest.raises(UserError, match=f"run is in use by process {owner.pid} on "):
         train.main(["--resume", "run"])
-    Path("mine.yaml").write_text(content)
-    assert train.main(["--resume", "run", "--config", "mine.yaml"])["steps"] == 1
+    assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*.*")}
+    end_group(owner)
+    assert train.main(["--resume", "run"])["steps"] == 3
 
 
 def test_another_data_set_is_refused(copied):

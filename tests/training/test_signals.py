@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from processes import finish, start
 from runs import TINY, run_tiny
@@ -33,11 +34,33 @@ cli.run_main(train.main)
 
 
 def test_no_handler_is_left_after_a_run(images):
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a test before may have left torch's
     before = [signal.getsignal(number) for number in numbers]
     run_tiny(images, "--trainer.max_steps", "1")
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+class HangUp(pl.Callback):
+    """Close the terminal in the first step."""
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == 0:
+            signal.raise_signal(signal.SIGHUP)
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_closed_terminal_stops_the_run_unless_hangups_are_ignored(
+    images, with_callback, is_ignored
+):
+    with_callback(HangUp())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        result = run_tiny(images, "--trainer.max_epochs", "1")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result["steps"], result.get("stopped_by")) == ((3, None) if is_ignored else (1, 1))
+    assert torch.load(result["checkpoint"], weights_only=True)["global_step"] == result["steps"]
 
 
 def test_a_signal_during_the_first_reading_stops_after_the_first_step(tmp_path):

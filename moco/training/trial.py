@@ -1,0 +1,68 @@
+"""A trial before the first step: whether the encoder can take the images at all.
+
+Torch's meta device computes shapes and no numbers, so it takes a second at most, no memory, and no
+kernel that could abort the process.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.layers import PatchEmbed
+from torch import nn
+
+from moco.algorithm.encoder import Encoder
+from moco.config import TrainConfig, UserError
+
+
+def check_encoder(encoder: Encoder, config: TrainConfig) -> None:
+    """Try one forward and backward pass on a copy of the encoder.
+
+    Args:
+        encoder: On the CPU; it stays as it is.
+        config: Settings of the images.
+
+    Raises:
+        UserError: The backbone cannot take images of this size, or would leave a part of them out.
+    """
+    backbone, size = config.model.backbone, config.data.image_size
+    for layer in encoder.backbone.modules():
+        if isinstance(layer, PatchEmbed) and layer.proj.in_channels == config.data.channels:
+            _check_patches(backbone, size, layer)
+    try:
+        _pass(encoder, config, "meta")
+    except Exception:  # some networks do what only real tensors can
+        try:
+            _pass(encoder, config, "cpu")
+        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"model.backbone {backbone} cannot take images of data.image_size {size} "
+                f"({reason}): take another size or backbone"
+            ) from error
+
+
+def _check_patches(backbone: str, size: int, layer: PatchEmbed) -> None:
+    """Raise UserError when patches do not cover the image: its last rows would never be seen."""
+    patch = layer.patch_size[0]
+    if size % patch == 0 or layer.dynamic_img_pad:
+        return
+    below = size // patch * patch
+    near = f"{below} or {below + patch}" if below else str(patch)
+    raise UserError(
+        f"data.image_size {size} is no multiple of the {patch} pixels of a patch of "
+        f"model.backbone {backbone}, so the last {size % patch} rows and columns would never reach "
+        f"it: take {near}"
+    )
+
+
+def _pass(encoder: Encoder, config: TrainConfig, device: str) -> None:
+    """Take one training pass of two images for each BatchNorm group on a copy."""
+    trial, side = copy.deepcopy(encoder).to(device).train(), config.data.image_size
+    for layer in trial.modules():
+        if isinstance(layer, nn.SyncBatchNorm):
+            layer.eval()  # it would ask for other ranks
+    with torch.random.fork_rng(devices=[]):
+        images = torch.zeros(2 * config.model.bn_splits, config.data.channels, side, side)
+        trial(images.to(device)).sum().backward()

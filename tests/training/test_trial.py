@@ -1,0 +1,71 @@
+"""The trial before the first step: what a backbone cannot take is one line, and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import run_tiny
+from steps import MODEL
+from torch import nn
+
+from moco.algorithm.encoder import Encoder, build_encoder
+from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
+from moco.training.trial import check_encoder
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def settings(backbone: str, size: int) -> TrainConfig:
+    model = ModelConfig(backbone=backbone, bn_splits=2, embedding_dim=8)
+    return TrainConfig(model=model, data=DataConfig(image_size=size))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "words"),
+    [
+        ("densenet121", 16, "cannot take images of data.image_size 16 (Given input size: (512x1x1"),
+        ("vit_tiny_patch16_224", 30, "the last 14 rows and columns would never reach it: take 16 "),
+        ("vit_tiny_patch16_224", 12, "would never reach it: take 16"),
+        ("swin_tiny_patch4_window7_224", 30, "take 28 or 32"),
+    ],
+)
+def test_a_size_that_a_backbone_cannot_take_is_one_line(backbone, size, words):
+    config = settings(backbone, size)
+    with pytest.raises(UserError) as error:
+        check_encoder(build_encoder(config.model, 3, size), config)
+    assert words in str(error.value) and f"data.image_size {size}" in str(error.value)
+    assert backbone in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_is_refused_before_it_makes_a_directory(images):
+    vit = ["--model.backbone", "test_vit", "--model.stem", "imagenet", "--model.width", "1"]
+    with pytest.raises(UserError, match="data.image_size 20 is no multiple of the 16 pixels"):
+        run_tiny(images, *vit, "--data.image_size", "20")
+    assert not Path("run").exists()
+
+
+def test_a_trial_leaves_weights_statistics_and_random_numbers_as_they_are():
+    config = settings("resnet10t", 32)
+    encoder = build_encoder(config.model, 3, 32).eval()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    drawn = torch.random.get_rng_state()
+    check_encoder(encoder, config)
+    assert all(value.equal(before[name]) for name, value in encoder.state_dict().items())
+    assert torch.random.get_rng_state().equal(drawn) and not encoder.training
+    assert all(p.grad is None and p.device.type == "cpu" for p in encoder.parameters())
+
+
+class Asks(nn.Flatten):
+    """A layer that looks at its numbers, which the meta device has not."""
+
+    def forward(self, images):
+        return super().forward(images) * (1 if float(images.sum()) == 0 else 2)
+
+
+def test_a_network_that_only_real_tensors_can_try_is_tried_with_them():
+    config = TrainConfig(model=MODEL, data=DataConfig(image_size=4))
+    check_encoder(Encoder(Asks(), nn.Linear(48, 2), 48), config)
+    with pytest.raises(UserError, match="mat1 and mat2"):
+        check_encoder(Encoder(Asks(), nn.Linear(49, 2), 49), config)
