@@ -1,5 +1,7 @@
-"""Several processes: gathering rows and the block shuffle of shuffle-BN (1911.05722, section 3.3).
+"""Several processes: how they meet and agree, how they gather rows, and the block shuffle of
+shuffle-BN (1911.05722, section 3.3).
 
+torchrun's variables say which processes there are; `moco.slurm` sets them for the tasks of srun.
 Every function is the identity, or does without communication, on one process; none needs Lightning.
 Where each key is encoded is a pure function of (seed, step), so no rank has to be told.
 Shapes: N images per device, W devices, B = N*W rows in rank order.
@@ -7,10 +9,23 @@ Shapes: N images per device, W devices, B = N*W rows in rank order.
 
 from __future__ import annotations
 
+import logging
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor, distributed, nn
 
+from moco.config import RunError, UserError
 from moco.random import permutations, stream_id
+
+log = logging.getLogger("moco")
+T = TypeVar("T")
+PATIENCE_S = 10.0  # before a rank says that it waits for others
+GIVE_UP = timedelta(minutes=30)  # torch's own limit
 
 
 def world_size() -> int:
@@ -25,6 +40,111 @@ def rank() -> int:
 
 def _active() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+def connect(device: torch.device) -> None:
+    """Take `device` for this process, and meet the other ranks of its run if there are any.
+
+    Raises:
+        RunError: The port is taken, or a rank did not come.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or _active():
+        return
+    number = int(os.environ["RANK"])
+    on_gpu = device.type == "cuda"
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_meet(number, world),
+        rank=number,
+        world_size=world,
+        timeout=GIVE_UP,
+        device_id=device if on_gpu else None,
+    )
+
+
+def disconnect() -> None:
+    """Leave the other ranks at the end of a run; what was built on the group is void then."""
+    if _active():
+        distributed.destroy_process_group()
+
+
+def _meet(number: int, world: int) -> distributed.Store:
+    """Wait until all ranks have come to one store, and say after a while which are missing."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    patience, store = _Patience(), None
+    while store is None:
+        try:
+            store = distributed.TCPStore(
+                address, port, None, hosts, timedelta(seconds=5), wait_for_workers=False
+            )
+        except (distributed.DistError, RuntimeError) as error:
+            if hosts:
+                reason = "is taken" if "EADDRINUSE" in str(error) else f"cannot be used ({error})"
+                raise RunError(
+                    f"port {port}, at which the ranks meet, {reason}: set MASTER_PORT to another "
+                    "one, the same for all ranks",
+                    local=True,
+                ) from None
+            patience.wait(f"rank 0 at {address}:{port}")
+    # A second attempt of torchrun's meets in the store of the first, whose keys are void.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store.set_timeout(GIVE_UP)
+    store = distributed.PrefixStore(f"moco/{attempt}", store)
+    store.set(str(number), "")
+    store.add("come", 1)
+    while store.add("come", 0) < world:
+        missing = [str(rank) for rank in range(world) if not store.check([str(rank)])]
+        patience.wait(f"rank {', '.join(missing)} of {world}", aloud=number == 0)
+    return store
+
+
+class _Patience:
+    """Wait for other ranks: say once, after a while, which are missing, and give up in the end."""
+
+    def __init__(self) -> None:
+        self.begun, self.told = time.monotonic(), False
+
+    def wait(self, missing: str, aloud: bool = True) -> None:
+        waited = time.monotonic() - self.begun
+        if waited > GIVE_UP.total_seconds():
+            raise RunError(f"{missing} did not come within {GIVE_UP}: start all ranks", local=True)
+        if aloud and not self.told and waited > PATIENCE_S:
+            log.warning("waiting for %s", missing)
+            self.told = True
+        time.sleep(0.1)
+
+
+def together(make: Callable[[], T]) -> T:
+    """Return what this rank makes; an error of any rank is raised on all, so that none waits.
+
+    Raises:
+        UserError, RunError: Of the first rank that failed.
+    """
+    if world_size() == 1:
+        return make()
+    made, error = None, None
+    try:
+        made = make()
+    except (UserError, RunError) as caught:
+        error = caught
+    errors: list[Any] = [None] * world_size()
+    distributed.all_gather_object(errors, error)
+    for number, each in enumerate(errors):
+        if each is not None:
+            raise type(each)(f"rank {number}: {each}" if number else str(each))
+    return cast(T, made)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Return on all ranks what rank 0 makes; what it raises is raised on all."""
+    made = [together(lambda: make() if rank() == 0 else None)]
+    if world_size() > 1:
+        distributed.broadcast_object_list(made)
+    return cast(T, made[0])
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
     """
     if not config.run.dir:
         moment = time.strftime("%Y%m%d-%H%M%S")
-        return RUNS / f"{recipe or config.data.dataset}-{moment}-{_starter()}"
+        return RUNS / f"{recipe or config.data.dataset}-{moment}-{os.getpid()}"
     path = Path(config.run.dir)
     try:
         is_file, begun = path.is_file(), any((path / "checkpoints").glob("*.ckpt"))
@@ -63,13 +63,6 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
             "directory"
         )
     return path
-
-
-def _starter() -> str:
-    """Name what only the ranks of one run share, so that each run has a directory of its own."""
-    if step := os.environ.get("SLURM_STEP_ID"):
-        return f"{os.environ.get('SLURM_JOB_ID')}.{step}"
-    return str(os.getppid() if "LOCAL_RANK" in os.environ else os.getpid())
 
 
 def find_run(resume: str, run_dir: str) -> tuple[Path, Path] | None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from moco import distributed, slurm
 from moco.config import RunError, TrainConfig, UserError, unknown_settings
 from moco.images import sources
 from moco.images.loader import check_batch
@@ -41,9 +42,8 @@ from moco.training.build import (
     set_length,
     total_steps,
 )
-from moco.training.decide import Decided, decide
+from moco.training.decide import Decided, decide, own_device
 from moco.training.explain import explain
-from moco.training.saving import requeue
 from moco.training.shares import check_queue
 from moco.training.tracking import finish
 
@@ -75,11 +75,10 @@ def pretrain(
         UserError: Anything that the user can mend, before the first step wherever possible.
     """
     set_up_logging()
-    before = signal.signal(signal.SIGUSR1, _stop_before_training)
-    try:
-        return _pretrain(config, resume, recipe, init_from, allow_partial, callbacks)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    distributed.connect(own_device(config))
+    result = _pretrain(config, resume, recipe, init_from, allow_partial, callbacks)
+    distributed.disconnect()
+    return result
 
 
 def _pretrain(
@@ -90,11 +89,10 @@ def _pretrain(
     allow_partial: bool,
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
-    source = sources.open_source(config.data, "train")
-    check_batch(config.data, len(source))
-    check_queue(config, len(source))
-    found = find_run(resume, config.run.dir) if resume else None
-    run_dir, checkpoint = found or (new_run(config, recipe), None)
+    source = distributed.together(lambda: sources.open_source(config.data, "train"))
+    config, run_dir, checkpoint = distributed.from_first(
+        lambda: _begin(config, len(source), resume, recipe)
+    )
     images = sources.identify(source, config.data.root)
     start_step, before = 0, ()
     if checkpoint:
@@ -104,6 +102,11 @@ def _pretrain(
         log.info("%s is finished after %d steps: nothing to do", run_dir, start_step)
         return {"run_dir": str(run_dir), "checkpoint": str(checkpoint), "steps": start_step}
     decided = decide(config, steps, *before)
+    if decided.world != distributed.world_size():
+        raise UserError(
+            f"the settings ask for {decided.world} devices and {distributed.world_size()} process "
+            "runs: start train.py, which starts one per device, or take trainer.devices 1"
+        )
     _share_cores(decided)
     module = build_module(config, decided, init_from, allow_partial)
     data = build_data(config, decided, source, run_dir)
@@ -118,6 +121,16 @@ def _pretrain(
     if run.trainer.is_global_zero:
         write_config(config, asdict(decided), run_dir)
     return _fit(run, run_dir, checkpoint)
+
+
+def _begin(
+    config: TrainConfig, count: int, resume: str, recipe: str
+) -> tuple[TrainConfig, Path, Path | None]:
+    """Choose the run directory, and the checkpoint to go on from; runs on rank 0 alone."""
+    check_batch(config.data, count)
+    check_queue(config, count)
+    found = find_run(resume, config.run.dir) if resume else None
+    return config, *(found or (new_run(config, recipe), None))
 
 
 def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
@@ -140,7 +153,7 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
         )
         result["stopped_by"] = saver.stop_signal
         if saver.stop_signal == signal.SIGUSR1 and trainer.is_global_zero:
-            requeue()
+            slurm.requeue()
     return result if trainer.is_global_zero else {}
 
 
@@ -200,12 +213,6 @@ def read_stored(
     if decided is None:
         log.info("%s keeps no decisions, of an older version: `auto` is decided anew", run_dir)
     return stored["global_step"], decided, TrainConfig.from_dict(stored["config"])
-
-
-def _stop_before_training(number: int, frame: Any) -> None:
-    """Answer SLURM's warning while the images are still read: there is nothing to save."""
-    requeue()
-    os._exit(128 + number)
 
 
 def _share_cores(decided: Decided) -> None:
