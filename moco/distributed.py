@@ -26,6 +26,8 @@ log = logging.getLogger("moco")
 T = TypeVar("T")
 PATIENCE_S = 10.0  # before a rank says that it waits for others
 GIVE_UP = timedelta(minutes=30)  # torch's own limit
+# torch 2.14 warns of the older name, on every rank.
+_all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
 
 
 def world_size() -> int:
@@ -97,8 +99,11 @@ def _meet(number: int, world: int) -> distributed.Store:
     store.set(str(number), "")
     store.add("come", 1)
     while store.add("come", 0) < world:
-        missing = [str(rank) for rank in range(world) if not store.check([str(rank)])]
-        patience.wait(f"rank {', '.join(missing)} of {world}", aloud=number == 0)
+        missing = "another rank"
+        if number == 0:  # which tells it for all
+            names = [str(other) for other in range(world) if not store.check([str(other)])]
+            missing = f"rank {', '.join(names)} of {world}"
+        patience.wait(missing, aloud=number == 0)
     return store
 
 
@@ -153,7 +158,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows
     gathered = rows.new_empty(len(rows) * world_size(), *rows.shape[1:])
-    distributed.all_gather_into_tensor(gathered, rows.contiguous())
+    _all_gather(gathered, rows.contiguous())
     return gathered
 
 

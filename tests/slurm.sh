@@ -133,6 +133,15 @@ count() {  # PATTERN: lines of the output with it
     grep -cE -- "$1" "$out"
 }
 
+train_undisturbed() {  # once; its weights are $expected
+    if [ "${expected:-}" ]; then return; fi
+    submit undisturbed "-n 2" "srun $long --run.dir run"
+    finish
+    check "an undisturbed run: exit code 0" '[ "$code" = 0 ]'
+    expected=$(weights "$here/run")
+    echo "          $expected"
+}
+
 # Cases
 
 case_two_tasks() {  # the number of devices is read, not asked for; one directory, chosen by rank 0
@@ -199,12 +208,7 @@ case_shell() {  # an interactive shell of two tasks, in which one process is sta
 }
 
 case_warned() {  # SIGUSR1 at second 2, in the middle: requeued, and the same bits
-    submit undisturbed "-n 2" "srun $long --run.dir run"
-    finish
-    check "an undisturbed run: exit code 0" '[ "$code" = 0 ]'
-    expected=$(weights "$here/run")
-    echo "          $expected"
-
+    train_undisturbed
     submit early "-n 2 --requeue" "srun $long --resume auto --run.dir run"
     until_true '[ "$(fact JobState)" = RUNNING ]'
     sleep 2
@@ -237,17 +241,34 @@ cli.run_main(train.main)' ${short#*train.py} --run.dir run"
     check "not requeued" '[ "$(restarts)" = 0 ]'
 }
 
-case_time_limit() {  # a minute each, too little for the whole run
-    local longer="${long/200/${STEPS:-1000}}"
-    submit whole "-n 2" "srun $longer --run.dir run"
-    finish
-    expected=$(weights "$here/run")
-    echo "          $expected"
-    submit limited "-n 2 --requeue --time 1 --signal USR1@20" \
-        "srun $longer --resume auto --run.dir run"
+case_time_limit() {  # reached in the middle of a run that takes a minute on any machine
+    train_undisturbed
+    cat > "$folder/slow.py" <<END
+import sys, time
+sys.path.insert(0, "$root")
+from moco import slurm
+from moco.command import cli, train
+def main(argv):
+    slurm.restartable = True
+    from moco.algorithm.pretrain import MoCo
+    step = MoCo.training_step
+    def slow(*arguments):
+        time.sleep(0.3)
+        return step(*arguments)
+    MoCo.training_step = slow
+    return train.main(argv)
+cli.run_main(main)
+END
+    submit limited "-n 2 --requeue --signal USR1@60" \
+        "srun $python $folder/slow.py ${long#*train.py} --resume auto --run.dir run"
+    until_true '[ -f "$here/run/checkpoints/last.ckpt" ]'
+    scontrol update "JobId=$id" TimeLimit=$(($(fact RunTime | cut -d: -f2 | sed 's/^0//') + 1))
+    until_true '[ "$(restarts)" = 1 ]'
+    scontrol update "JobId=$id" TimeLimit=UNLIMITED
     finish
     check "exit code 0 in the end" '[ "$code" = 0 ]'
-    check "requeued ($(restarts) times)" '[ "$(restarts)" -gt 0 ]'
+    check "requeued once" '[ "$(restarts)" = 1 ]'
+    check "the state was saved" '[ "$(count "stopped by signal 10")" = 1 ]'
     check "the same bits" '[ "$(weights "$here/run")" = "$expected" ]'
 }
 

@@ -53,7 +53,7 @@ def test_what_is_wrong_on_one_task_is_told_once_and_ends_all(images, srun):
     tasks = srun("--data.root", str(images), more=("--data.root", "missing"))
     code, out, err = finish(tasks[0])
     assert (code, out) == (2, "")
-    assert error_line(err).startswith("error: rank 1: data.root missing")
+    assert error_line(err).startswith("error: rank 1: data.root 'missing' does")
     end_group(tasks[1])
     assert "error" not in "".join(tasks[1].communicate())
     assert not Path("runs").exists()
