@@ -69,12 +69,16 @@ END
 }
 
 stop_cluster() {
+    local pid pids
     scancel -u "$(id -un)" 2> /dev/null
-    local file
-    for file in "$folder"/slurmd.*.pid "$folder/slurmctld.pid" "$folder/munged.pid"; do
-        [ -f "$file" ] && kill "$(cat "$file")" 2> /dev/null
+    timeout 60 bash -c 'while [ "$(squeue -h 2> /dev/null)" ]; do sleep 0.2; done'
+    pids=$(cat "$folder"/slurmd.*.pid "$folder/slurmctld.pid" "$folder/munged.pid" 2> /dev/null)
+    # shellcheck disable=SC2086  # the ids are words
+    kill $pids 2> /dev/null
+    for pid in $pids; do
+        timeout 20 tail --pid "$pid" -f /dev/null || kill -9 "$pid"
     done
-    if [ "${KEEP:-}" ]; then echo "kept: $folder"; else sleep 2; rm -rf "$folder"; fi
+    if [ "${KEEP:-}" ]; then echo "kept: $folder"; else rm -rf "$folder"; fi
 }
 trap stop_cluster EXIT
 trap 'exit 1' INT TERM
@@ -264,7 +268,7 @@ END
     until_true '[ -f "$here/run/checkpoints/last.ckpt" ]'
     scontrol update "JobId=$id" TimeLimit=$(($(fact RunTime | cut -d: -f2 | sed 's/^0//') + 1))
     until_true '[ "$(restarts)" = 1 ]'
-    scontrol update "JobId=$id" TimeLimit=UNLIMITED
+    until scontrol update "JobId=$id" TimeLimit=UNLIMITED 2> /dev/null; do sleep 0.2; done
     finish
     check "exit code 0 in the end" '[ "$code" = 0 ]'
     check "requeued once" '[ "$(restarts)" = 1 ]'
