@@ -149,20 +149,19 @@ def compare_sklearn(checkpoint: str, root: str) -> None:
 
     from moco.checkpoints.load import load_encoder
     from moco.config import DataConfig
-    from moco.images.labelled import LabelledData
-    from moco.images.resident import make_resident
+    from moco.images.labelled import open_data
     from moco.images.sources import open_labelled
 
     torch.set_num_threads(os.cpu_count() or 1)
     loaded = load_encoder(checkpoint)
     data = DataConfig(**{**loaded.config.get("data", {}), **loaded.data})
     data.dataset, data.root = "folder", root
-    parts = [make_resident(s, data, torch.device("cpu"), None)[:2] for s in open_labelled(data)]
-    images = LabelledData(data, parts[0][0], parts[1][0], parts[0][1], parts[1][1])
-    (bank, labels), (queries, targets) = (
-        extract_features(loaded.backbone, images.batches(s, torch.device("cpu")))
-        for s in ("bank", "queries")
+    device = torch.device("cpu")
+    parts = [open_data(source, data, device, None) for source in open_labelled(data)]
+    (bank, rows), (queries, query_rows) = (
+        extract_features(loaded.backbone, part.batches(device)) for part in parts
     )
+    labels, targets = parts[0].labels(rows), parts[1].labels(query_rows)
     probe = LinearProbe().fit(bank, labels)
     ours = 100 * (probe.predict(queries) == targets).double().mean().item()
     scaler = StandardScaler().fit(bank.numpy())

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from moco.config import JudgeConfig, KNNConfig, LinearConfig, TrainConfig
+from moco.config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig, TrainConfig
 
 INTRODUCTION = """\
 # Settings
@@ -25,11 +25,11 @@ names a recipe (later ones win), `--resume RUN` goes on with a run, and `--init_
 from the weights of a checkpoint.
 """
 EVALUATION = """\
-# Settings of evaluation
+# Settings of evaluation and export
 
 `eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
 whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
-`grey` and `blur` belong to pretraining and are refused.
+`grey` and `blur` belong to pretraining and are refused. `export.py` takes its own alone.
 """
 
 
@@ -37,7 +37,8 @@ def page() -> str:
     """Return the whole page: a table for each group."""
     groups = [_section(f"`{name}`", kind) for name, kind in get_type_hints(TrainConfig).items()]
     judging = {"Both": JudgeConfig, "`eval_linear.py`": LinearConfig, "`eval_knn.py`": KNNConfig}
-    parts = [_section(title, kind) for title, kind in judging.items()]
+    others = judging | {"`export.py`": ExportConfig}
+    parts = [_section(title, kind) for title, kind in others.items()]
     return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
 
 
@@ -52,7 +53,8 @@ def _section(title: str, kind: type) -> str:
 def _row(item: dataclasses.Field, kind: Any) -> str:
     factory = item.default_factory
     default = item.default if factory is dataclasses.MISSING else factory()
-    cells = [f"`{item.name}`", item.metadata["meaning"], _value(default), _values(item, kind)]
+    shown = "needed" if default is dataclasses.MISSING else _value(default)
+    cells = [f"`{item.name}`", item.metadata["meaning"], shown, _values(item, kind)]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -42,7 +42,10 @@ def setting(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """Declare a field: its default, its meaning, and the range that `check` enforces."""
+    """Declare a field: its default, its meaning, and the range that `check` enforces.
+
+    A field whose default is MISSING must be given.
+    """
     limits = {"above": above, "at_least": at_least, "at_most": at_most}
     metadata = {"meaning": meaning, **{k: v for k, v in limits.items() if v is not None}}
     if isinstance(default, list):
@@ -520,6 +523,39 @@ class KNNConfig:
     )
     draws: int = setting(20, "Random choices of these images", at_least=2, at_most=100_000)
     gallery: bool = setting(True, "Draw test images beside their nearest neighbours")
+
+
+@dataclass
+class ExportConfig:
+    """What `export.py` takes."""
+
+    checkpoint: str = setting(
+        MISSING, "Checkpoint of any layout, a state dict, safetensors, or a timm directory"
+    )
+    format: Literal[
+        "timm", "torchvision", "safetensors", "official", "detectron2", "onnx", "torch-export"
+    ] = setting(MISSING, "Layout to write")
+    output: str = setting(MISSING, "File to write; for timm a directory")
+    encoder: Literal["query", "key"] = setting("query", "Which encoder")
+    overwrite: bool = setting(False, "Replace an earlier export")
+    license: str = setting("", "For the model card: mit, cc-by-4.0, other")
+    allow_partial: bool = setting(False, "Take a file that fits only in part")
+    backbone: str = setting("", "timm name, where the file does not tell it")
+    image_size: int = setting(
+        0, "Side in pixels; 0: as in the checkpoint", at_least=0, at_most=8192
+    )
+    stem_padding: int = setting(
+        0,
+        "Padding of a 3x3 stem: 2 in solo-learn, 1 in most other code; 0: as in the file",
+        at_least=0,
+        at_most=3,
+    )
+    num_heads: int = setting(
+        0,
+        "Attention heads of a ViT, where the file does not tell them; 0: as in the file",
+        at_least=0,
+        at_most=1024,
+    )
 
 
 @dataclass

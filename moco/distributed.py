@@ -9,17 +9,18 @@ Shapes: N images per device, W devices, B = N*W rows in rank order.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from moco.config import RunError, UserError
+from moco.config import RunError
 from moco.random import permutations, stream_id
 
 log = logging.getLogger("moco")
@@ -123,30 +124,32 @@ class _Patience:
         time.sleep(0.1)
 
 
-def together(make: Callable[[], T]) -> T:
-    """Return what this rank makes; an error of any rank is raised on all, so that none waits.
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raise a block's ValueError on all ranks, so that none waits for the one that raised it.
 
-    Raises:
-        UserError, RunError: Of the first rank that failed.
+    Every rank comes here; ranks do not wait for each other within the block.
     """
-    if world_size() == 1:
-        return make()
-    made, error = None, None
+    error = None
     try:
-        made = make()
-    except (UserError, RunError) as caught:
-        error = caught
-    errors: list[Any] = [None] * world_size()
-    distributed.all_gather_object(errors, error)
-    for number, each in enumerate(errors):
-        if each is not None:
-            raise type(each)(f"rank {number}: {each}" if number else str(each))
-    return cast(T, made)
+        yield
+    except ValueError as raised:
+        error = raised
+    if world_size() > 1:
+        errors: list[ValueError | None] = [None] * world_size()
+        distributed.all_gather_object(errors, error)
+        number, error = next(((n, e) for n, e in enumerate(errors) if e), (0, None))
+        if number and error:
+            error.args = (f"rank {number}: {error}",)
+    if error:
+        raise error
 
 
 def from_first(make: Callable[[], T]) -> T:
     """Return on all ranks what rank 0 makes; what it raises is raised on all."""
-    made = [together(lambda: make() if rank() == 0 else None)]
+    made: list[T | None] = [None]
+    with together():
+        made = [make() if rank() == 0 else None]
     if world_size() > 1:
         distributed.broadcast_object_list(made)
     return cast(T, made[0])

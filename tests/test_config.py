@@ -9,6 +9,7 @@ import torch
 
 from moco.config import (
     DataConfig,
+    ExportConfig,
     JudgeConfig,
     KNNConfig,
     LinearConfig,
@@ -98,7 +99,9 @@ def test_ranges_are_enforced(name, limits, kind, limit):
 NUMERIC = (int, float, float | None, list[int], list[float])
 
 
-@pytest.mark.parametrize("config", [TrainConfig, JudgeConfig, LinearConfig, KNNConfig])
+@pytest.mark.parametrize(
+    "config", [TrainConfig, JudgeConfig, LinearConfig, KNNConfig, ExportConfig]
+)
 def test_every_number_has_an_upper_bound(config):
     """An absurd size is refused by name; it must not end in a traceback or run for ever."""
     kinds = typing.get_type_hints(config)

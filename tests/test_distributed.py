@@ -106,7 +106,11 @@ def _make(first: bool, failing: tuple[int, ...]):
         return f"of {distributed.rank()}"
 
     try:
-        return (distributed.from_first if first else distributed.together)(make)
+        if first:
+            return distributed.from_first(make)
+        with distributed.together():
+            made = make()
+        return made
     except UserError as error:
         return error
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from moco.algorithm.encoder import build_backbone, build_encoder, timm_arguments
 from moco.checkpoints.layouts import Contents
-from moco.checkpoints.matching import State, one_line, some
+from moco.checkpoints.matching import ABSENT, State, one_line, some
 from moco.checkpoints.shapes import (
     count_channels,
     fixed_positions,
@@ -24,9 +24,9 @@ from moco.checkpoints.shapes import (
     vit_image_size,
     vit_shape,
 )
-from moco.config import DataConfig, ModelConfig, UserError, normalisation
+from moco.config import DataConfig, ModelConfig, TrainConfig, UserError, normalisation
 
-MOST = {"channels": 4096, "image_size": 8192, "width": 8, "stem_padding": 3}
+MOST = {"channels": 4096, "image_size": 8192, "width": 8, "stem_padding": 3, "num_heads": 1024}
 
 
 @dataclasses.dataclass
@@ -53,8 +53,7 @@ def identify(
     Raises:
         UserError: The file contradicts itself or tells too little; a size out of range.
     """
-    described = _described(contents, part)
-    model, said, _ = described or (_seen(contents, part), {}, {})
+    model, said, variant, questions = look(contents, part)
     head = head_shape(contents.take("query_encoder.head."), contents.take("queue."))
     model = dataclasses.replace(model, backbone=backbone or model.backbone, **head)
     if not model.backbone:
@@ -63,7 +62,6 @@ def identify(
             "give its timm name with --backbone"
         )
     told = {name: value for name, value in told.items() if value}
-    variant, questions = open_points(contents, part, model.stem)
     for name, question in questions.items():
         if name not in told:
             raise UserError(f"{contents.path} ({contents.layout} layout) does not {question}")
@@ -79,15 +77,24 @@ def identify(
     return Architecture(model, sizes | {"mean": mean, "std": std}, variant)
 
 
-def open_points(
-    contents: Contents, part: State, stem: str
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what a file tells of its network beyond shapes, and what it leaves open, to ask."""
-    if described := _described(contents, part):
-        return described[2], {}
+def look(
+    contents: Contents, part: State
+) -> tuple[ModelConfig, dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Return model, images and variant as a file says or shows them, and what it leaves open, to
+    ask; an empty backbone means that its tensors do not tell.
+
+    Raises:
+        UserError: The file describes itself and makes no sense.
+    """
+    try:
+        if said := _said(contents, part):
+            return *said, {}
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{contents.path} describes itself wrongly: {one_line(error)}") from None
+    model = _seen(contents, part)
     known, questions = dict(contents.facts), {}
-    positions = part.get("pos_embed")
-    if positions is not None and positions.shape[-1] in (192, 384) and "num_heads" not in known:
+    width = part.get("pos_embed", ABSENT).shape[-1:]
+    if width in ((192,), (384,)) and "num_heads" not in known:
         kind = fixed_positions(part)
         if kind == "v3":
             known["num_heads"] = 12  # as in v3's ViT-S, and in solo-learn's ViT-Ti; timm: 6 and 3
@@ -96,12 +103,12 @@ def open_points(
                 "tell the attention heads of its ViT, and its fixed positions come with several "
                 "numbers: give --num_heads, such as 12 (solo-learn, MAE-Lite), or timm's 6 or 3"
             )
-    if stem == "cifar" and "stem_padding" not in known:
+    if model.stem == "cifar" and "stem_padding" not in known:
         questions["stem_padding"] = (
             "tell how its 3x3 stem pads: give --stem_padding 2 for solo-learn, 1 for most other "
             "code"
         )
-    return known, questions
+    return model, {}, known, questions
 
 
 def _check_sizes(
@@ -110,7 +117,9 @@ def _check_sizes(
     """Raise UserError for sizes that no network here has, before anything is built with them."""
     for name, value in (sizes | told).items():
         if not 0 < value <= MOST.get(name, value):
-            raise UserError(f"{contents.path}: {name} is {value}: at most {MOST[name]} is possible")
+            raise UserError(
+                f"{contents.path}: {name} is {value}: at most {MOST[name]} is possible, and above 0"
+            )
     if "stem_padding" in told and model.stem != "cifar":
         raise UserError(f"{contents.path} has no 3x3 stem: leave --stem_padding out")
 
@@ -122,15 +131,19 @@ def build(architecture: Architecture, with_head: bool) -> tuple[nn.Module, nn.Mo
         UserError: timm does not take these arguments.
     """
     model, data, variant = architecture.model, architecture.data, architecture.variant
-    head = None
+    head, images = None, (data["channels"], data["image_size"])
     if with_head:
-        encoder = build_encoder(model, data["channels"], data["image_size"])
+        encoder = build_encoder(model, *images)
         network, head, feature_dim = encoder.backbone, encoder.head, encoder.feature_dim
     else:
-        network, feature_dim = build_backbone(model, data["channels"], data["image_size"])
-    arguments = {name: v for name, v in variant.items() if not name.startswith("stem_")}
-    if arguments:
-        network = _rebuild(architecture, arguments)
+        network, feature_dim = build_backbone(model, *images)
+    if any(not name.startswith("stem_") for name in variant):
+        arguments = constructor_arguments(architecture)
+        try:
+            network = timm.create_model(model.backbone, **arguments)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            reason = f"{model.backbone} does not take {arguments}: {one_line(error)}"
+            raise UserError(reason) from None
     if model.stem == "cifar" and "stem_padding" in variant:
         network.conv1.padding = (int(variant["stem_padding"]),) * 2
     if model.stem == "cifar" and not variant.get("stem_relu", True):
@@ -138,28 +151,12 @@ def build(architecture: Architecture, with_head: bool) -> tuple[nn.Module, nn.Mo
     return network, head, feature_dim
 
 
-def _rebuild(architecture: Architecture, arguments: dict[str, Any]) -> nn.Module:
-    """Build a network with arguments that only timm's constructor takes."""
-    name, data = architecture.model.backbone, architecture.data
-    arguments = timm_arguments(architecture.model, data["image_size"]) | arguments
-    try:
-        return timm.create_model(name, num_classes=0, in_chans=data["channels"], **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"{name} does not take {arguments}: {one_line(error)}") from None
-
-
-def _described(
-    contents: Contents, part: State
-) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]] | None:
-    """Return model, data and variant as a file describes itself, or None.
-
-    Raises:
-        UserError: The description makes no sense.
-    """
-    try:
-        return _said(contents, part)
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{contents.path} describes itself wrongly: {one_line(error)}") from None
+def constructor_arguments(architecture: Any) -> dict[str, Any]:
+    """Return what timm's constructor is told besides the name of an `Architecture` or `Loaded`."""
+    data, variant = architecture.data, architecture.variant
+    arguments = {"num_classes": 0, "in_chans": data["channels"]}
+    arguments |= timm_arguments(architecture.model, data["image_size"])
+    return arguments | {name: v for name, v in variant.items() if not name.startswith("stem_")}
 
 
 def _said(
@@ -167,9 +164,9 @@ def _said(
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]] | None:
     """Return what a run's settings, the note of our exports, or timm's config say, if any."""
     if contents.layout == "moco" and "model" in contents.config:
-        model = _known_fields(ModelConfig, contents.config["model"])
-        data = _known_fields(DataConfig, contents.config["data"])
-        return model, _data(vars(data), data.channels, data.image_size), {}
+        stored = TrainConfig.from_dict(contents.config)
+        data = _data(vars(stored.data), stored.data.channels, stored.data.image_size)
+        return stored.model, data, {}
     if isinstance(contents.raw.get("moco"), dict):
         note = contents.raw["moco"]
         names = {name: str(note[name]) for name in ("backbone", "stem")}
@@ -186,12 +183,6 @@ def _said(
         data = _data(details, arguments.get("in_chans", size[0]), image_size)
         return ModelConfig(backbone=note["architecture"]), data, _safe(arguments, part)
     return None
-
-
-def _known_fields(kind: type, values: dict[str, Any]) -> Any:
-    """Make a group of settings; names of other versions of this program are ignored."""
-    names = {item.name for item in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def _data(source: dict[str, Any], channels: Any, image_size: Any) -> dict[str, Any]:
@@ -225,14 +216,11 @@ def _safe(arguments: dict[str, Any], part: State) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if not _NOT_SHAPE.fullmatch(name)}
 
 
-# `arch` in files of v3 to the name of the same network in timm.
-_V3_VITS = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
-
-
 def _seen(contents: Contents, part: State) -> ModelConfig:
     """Describe a model by its `arch` and tensors; an empty backbone means that they do not tell."""
-    shape = resnet_shape(part) or vit_shape(part)
+    shape = {"backbone": ""} | (resnet_shape(part) or vit_shape(part))
     arch = contents.raw.get("arch")
-    if isinstance(arch, str) and timm.is_model(_V3_VITS.get(arch, arch)):
-        shape["backbone"] = _V3_VITS.get(arch, arch)
-    return ModelConfig(**{"backbone": ""} | shape)
+    for name in (arch, f"{arch}_patch16_224"):  # the second is what v3 calls vit_small, vit_base
+        if isinstance(arch, str) and timm.is_model(name):
+            shape["backbone"] = name
+    return ModelConfig(**shape)

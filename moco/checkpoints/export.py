@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -44,19 +43,14 @@ def export(
     form: str,
     output: str | Path,
     *,
-    encoder: str = "query",
     overwrite: bool = False,
     licence: str = "",
-    allow_partial: bool = False,
-    backbone: str = "",
-    image_size: int = 0,
-    stem_padding: int = 0,
-    num_heads: int = 0,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write a checkpoint's backbone to `output` and compare what was written with the source.
 
     Args:
-        checkpoint: As for `moco.checkpoints.load.load_encoder`, like the arguments not listed.
+        checkpoint, options: As for `moco.checkpoints.load.load_encoder`.
         form: One of `FORMATS`.
         output: A file, or a directory for timm. It appears whole or not at all.
         overwrite: Replace an earlier export.
@@ -71,9 +65,7 @@ def export(
     """
     output = Path(output)
     _check_request(Path(checkpoint), form, output, overwrite, licence)
-    loaded = load_encoder(
-        checkpoint, encoder, allow_partial, backbone, image_size, stem_padding, num_heads
-    )
+    loaded = load_encoder(checkpoint, **options)
     print(loaded.report, file=sys.stderr)
     if reason := obstacle(loaded, form):
         fitting = ", ".join(name for name in FORMATS if not obstacle(loaded, name))
@@ -96,16 +88,10 @@ def _result(
     loaded: Loaded, form: str, output: Path, files: Files, difference: float
 ) -> dict[str, Any]:
     """Describe what was written, for the last line of the command."""
-    result = {
-        "format": form,
-        "output": str(output),
-        "layout": loaded.layout,
-        "encoder": loaded.encoder,
-        "epoch": loaded.epoch,
-        "backbone": loaded.model.backbone,
-        "feature_dim": loaded.feature_dim,
-        "max_feature_difference": difference,
-    }
+    told = ("layout", "encoder", "epoch", "feature_dim")
+    result = {"format": form, "output": str(output), "backbone": loaded.model.backbone}
+    result |= {name: getattr(loaded, name) for name in told}
+    result["max_feature_difference"] = difference
     if form in ("torchvision", "official"):
         result["left_to_the_consumer"] = list(CLASSIFIER)
     if form == "safetensors":
@@ -137,15 +123,11 @@ def _check_request(
             f"--license {licence!r}: give an identifier such as mit, cc-by-4.0 or other"
         )
     needed = ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ()
-    absent = [name for name in needed if find_spec(name) is None]
-    if absent:
-        raise UserError(
-            f"--format {form} needs {', '.join(absent)}: pip install {' '.join(absent)}"
-        )
-    try:
+    if absent := " ".join(name for name in needed if find_spec(name) is None):
+        listed = absent.replace(" ", ", ")
+        raise UserError(f"--format {form} needs {listed}: pip install {absent}")
+    with _explained(output):
         _check_output(checkpoint, form, output, overwrite)
-    except OSError as error:
-        raise _explain(error, output) from None
 
 
 def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) -> None:
@@ -157,33 +139,32 @@ def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) ->
         return
     if not overwrite:
         raise UserError(f"--output {output} exists: choose another, or give --overwrite")
+    fault = ""
     if checkpoint.exists() and output.exists() and output.samefile(checkpoint):
-        raise UserError(f"--output {output} is the checkpoint itself: choose another")
-    if form != "timm" and not output.is_file():
-        raise UserError(f"--output {output} is no regular file: choose another")
-    if form == "timm":
-        if not output.is_dir():
-            raise UserError(f"--output {output} is no directory: choose another")
-        foreign = sorted({p.name for p in output.iterdir()} - set(TIMM_FILES))
-        if foreign:
-            raise UserError(
-                f"--output {output} also holds {foreign[0]}, which no export wrote: choose another"
-            )
+        fault = "is the checkpoint itself"
+    elif form != "timm" and not output.is_file():
+        fault = "is no regular file"
+    elif form == "timm" and not output.is_dir():
+        fault = "is no directory"
+    elif form == "timm" and (foreign := {p.name for p in output.iterdir()} - set(TIMM_FILES)):
+        fault = f"also holds {min(foreign)}, which no export wrote"
+    if fault:
+        raise UserError(f"--output {output} {fault}: choose another")
 
 
 @contextlib.contextmanager
 def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
     """Write files beside `output`, yield them to be checked, and rename them if no error came."""
-    try:
-        room = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
-    except OSError as error:
-        raise _explain(error, output) from None
-    try:
-        written, old = room / output.name, room / f"{output.name}.old"
+    beside = {"prefix": ".export-", "dir": output.parent, "ignore_cleanup_errors": True}
+    with _explained(output), tempfile.TemporaryDirectory(**beside) as room:
+        written, old = Path(room, output.name), Path(room, f"{output.name}.old")
         if "" not in files:
             written.mkdir()
         for name, content in files.items():
-            _write(written / name if name else written, content)
+            with (written / name if name else written).open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
         yield written
         if output.exists() and not overwrite:
             raise UserError(f"--output {output} exists by now: choose another")
@@ -195,26 +176,18 @@ def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, output)
             raise
+
+
+@contextlib.contextmanager
+def _explained(output: Path) -> Iterator[None]:
+    """Raise a DiskError for a failure of the disk, a UserError for a wrong place."""
+    try:
+        yield
     except OSError as error:
-        raise _explain(error, output) from None
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _explain(error: OSError, output: Path) -> Exception:
-    """Return a DiskError for a failure of the disk, a UserError for a wrong place."""
-    disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    text = f"--output {output} cannot be written: {error.strerror or error}"
-    if error.errno in disk:
-        return DiskError(f"{text}; make room, nothing was left behind")
-    return UserError(f"{text}: choose another place")
+        text = f"--output {output} cannot be written: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise DiskError(f"{text}; make room, nothing was left behind") from None
+        raise UserError(f"{text}: choose another place") from None
 
 
 def example_images(loaded: Loaded) -> Tensor:
@@ -229,10 +202,8 @@ def example_images(loaded: Loaded) -> Tensor:
             square = image[:, :, :, left : left + 400]
             crops.append(nn.functional.interpolate(square, (size, size), mode="area"))
     images = torch.cat(crops)
-    if channels == 1:
-        images = images.mean(1, keepdim=True)
-    elif channels != 3:
-        images = images.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
+    grey = images.mean(1, keepdim=True)
+    images = grey if channels == 1 else images.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
     mean, std = (torch.tensor(loaded.data[name])[:, None, None] for name in ("mean", "std"))
     return (images - mean) / std
 

@@ -16,25 +16,19 @@ import torch
 from torch import Tensor
 
 from moco.checkpoints.matching import ABSENT, State, take
-from moco.checkpoints.read import tensors_of
+from moco.checkpoints.read import read_state, tensors_of
 from moco.config import UserError
 
 _WRAPPERS = ("module.", "model.", "_forward_module.")
 
 
 class _Layout(NamedTuple):
-    """The prefixes of a layout's tensor names, for the query encoder and the key encoder.
-
-    Attributes:
-        backbones: A file of this layout has names with the first of these prefixes.
-        heads: None where the head is inside the backbone, as fc or head.
-        sign: A file of this layout also has a name with one of these prefixes.
-    """
+    """The prefixes of a layout's tensor names, for the query encoder and the key encoder."""
 
     name: str
     backbones: tuple[str, str]
-    heads: tuple[str, str] | None = None
-    sign: tuple[str, ...] = ("",)
+    heads: tuple[str, str] | None = None  # None: the head is inside the backbone, as fc or head
+    sign: tuple[str, ...] = ("",)  # a file also has a name with one of these prefixes
 
     def fits(self, state: State) -> bool:
         """Tell whether a file has this layout."""
@@ -87,7 +81,7 @@ class Contents:
 
     @property
     def epoch(self) -> int | None:
-        """Return the epoch, if the file states it."""
+        """Return the epoch that the file states, in ours the number of whole ones, or None."""
         epoch = self.raw.get("epoch")
         return epoch if isinstance(epoch, int) else None
 
@@ -113,13 +107,13 @@ class Contents:
         return part
 
 
-def recognise(raw: dict[str, Any], path: str | Path) -> Contents:
-    """Recognise the layout of what `read_state` returned and translate its names to ours.
+def read_contents(path: str | Path) -> Contents:
+    """Read a file, recognise its layout and translate its names to ours.
 
     Raises:
-        UserError: No tensors, or two of one name; the message names `path`.
+        UserError: As for `read_state`; no tensors, or two of one name.
     """
-    state: State = {}
+    raw, state = read_state(path), {}
     for name, tensor in tensors_of(raw, path).items():
         short = name.replace("_orig_mod.", "")  # torch.compile
         while short.startswith(_WRAPPERS):
@@ -180,7 +174,7 @@ def _plain_names(contents: Contents, part: State) -> State:
     if part and all(name.startswith("net.") for name in part):
         contents.facts["stem_padding"] = 1  # the official CIFAR demo pads by 1
         part = take(part, "net.")
-    if contents.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1] == 384:
+    if contents.layout == "official-v3" and part.get("cls_token", ABSENT).shape[-1:] == (384,):
         contents.facts["num_heads"] = 12  # v3's ViT-S has 12, timm's has 6
     part = _unnumber(contents, part)
     own = re.compile(r"(layer\d\.\d+)\.shortcut\.")
@@ -213,9 +207,8 @@ def _unnumber(contents: Contents, part: State) -> State:
         )
     if gap == 0:
         contents.facts["stem_relu"] = False
-    places = dict(
-        zip(order, ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"), strict=False)
-    )
+    children = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+    places = dict(zip(order, children, strict=False))
     if len(order) == 7 and part.get(f"{order[6]}.weight", ABSENT).ndim == 2:
         places[order[6]] = "fc"
     split = [(name.partition("."), tensor) for name, tensor in part.items()]

@@ -15,11 +15,10 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS
-from moco.checkpoints.architecture import Architecture, build, identify, open_points
-from moco.checkpoints.layouts import Contents, recognise
+from moco.checkpoints.architecture import Architecture, build, identify, look
+from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state, shape_text, take
-from moco.checkpoints.read import read_state
-from moco.checkpoints.shapes import head_kind, resnet_shape
+from moco.checkpoints.shapes import head_shape
 from moco.config import ModelConfig, UserError
 
 # Layouts whose checkpoints hold heads and a queue as ours do.
@@ -57,18 +56,10 @@ class Loaded:
 
 
 def load_backbone(
-    path: str | Path,
-    encoder: Literal["query", "key"] = "query",
-    allow_partial: bool = False,
-    backbone: str = "",
-    image_size: int = 0,
-    stem_padding: int = 0,
-    num_heads: int = 0,
+    path: str | Path, encoder: Literal["query", "key"] = "query", **options: Any
 ) -> nn.Module:
     """Return a checkpoint's backbone in eval mode; arguments as for `load_encoder`."""
-    return load_encoder(
-        path, encoder, allow_partial, backbone, image_size, stem_padding, num_heads
-    ).backbone
+    return load_encoder(path, encoder, **options).backbone
 
 
 def load_encoder(
@@ -101,11 +92,14 @@ def load_encoder(
     architecture = identify(contents, part, backbone, image_size, told)
     head_state = contents.take(f"{encoder}_encoder.head.")
     network, head, feature_dim, found = _fill(path, architecture, part, head_state, allow_partial)
+    layout = contents.layout
+    if layout == "torchvision" and architecture.model.backbone not in TORCHVISION_RESNETS:
+        layout = "timm"
     loaded = Loaded(
         **vars(architecture),
         backbone=network.eval(),
         head=head,
-        layout=_layout_name(contents, architecture.model.backbone),
+        layout=layout,
         encoder="backbone" if contents.plain else encoder,
         report="",
         epoch=contents.epoch,
@@ -128,7 +122,7 @@ def _fill(
         found.check(path, name, "take another --backbone, or --allow_partial", partly)
         if found.absent > 2**31:
             raise UserError(f"{path}: {name} needs {found.absent} numbers more than it holds")
-        network, head, feature_dim = build(architecture, bool(head_kind(head_state)))
+        network, head, feature_dim = build(architecture, "head" in head_shape(head_state, {}))
     network.load_state_dict(found.matched, strict=False)
     if head is not None:
         found_head = match_state(head.state_dict(), head_state)
@@ -183,8 +177,7 @@ def restore_pretraining(
 
 def _refuse_variant(contents: Contents, allowed: bool) -> str:
     """Refuse a file of a network that no run here builds, or return a note about it."""
-    part = contents.backbone("query")
-    known, questions = open_points(contents, part, resnet_shape(part).get("stem", ""))
+    _, _, known, questions = look(contents, contents.backbone("query"))
     reasons = {"num_heads": "{} attention heads", "stem_relu": "no ReLU after its first BatchNorm"}
     reasons["stem_padding"] = "a stem that pads by {}"
     if known.get("stem_padding") == 1:
@@ -206,54 +199,41 @@ def _to_channels(part: State, network: nn.Module | None) -> tuple[State, str]:
     goal = {} if network is None else network.state_dict()
     if name not in part or name not in goal or part[name].shape[1:2] != (3,):
         return part, ""
-    channels = goal[name].shape[1]
-    if channels == 3 or part[name].ndim != 4 or not part[name].is_floating_point():
+    channels, weight = goal[name].shape[1], part[name]
+    if channels == 3 or weight.ndim != 4 or not weight.is_floating_point():
         return part, ""
-    fitted = adapt_input_conv(channels, part[name])
+    fitted = adapt_input_conv(channels, weight)
     return part | {name: fitted}, f"first convolution fitted from 3 channels to {channels}"
 
 
 def _restore_heads_and_queue(contents: Contents, state: State) -> str:
     """Fill heads and queue in place; the keys in a queue only mean something to their own heads."""
+    prefixes = ("query_encoder.head.", "key_encoder.head.", "queue.")
+    found = {p: match_state(take(state, p), contents.take(p)) for p in prefixes}
     for side in ("query", "key"):
-        prefix = f"{side}_encoder.head."
-        found = match_state(take(state, prefix), contents.take(prefix))
-        if contents.layout not in _WITH_QUEUE or not found.whole:
-            return f"heads and queue stay fresh, the file's {side} head: {found.text()}"
-    heads = {name: value for name, value in contents.state.items() if "_encoder.head." in name}
-    state |= {name: value.to(state[name].dtype).clone() for name, value in heads.items()}
-    queue = contents.take("queue.")
-    found = match_state(take(state, "queue."), queue)
-    if not found.whole:
-        return f"heads; the queue stays fresh, the file's: {found.text()}"
-    state |= {f"queue.{name}": value.clone() for name, value in found.matched.items()}
-    return f"heads; queue of {shape_text(queue['keys'])}"
-
-
-def read_contents(path: str | Path) -> Contents:
-    """Read a file with its tensors under our names; raises as `read_state` and `recognise` do."""
-    return recognise(read_state(path), path)
-
-
-def _layout_name(contents: Contents, backbone: str) -> str:
-    """Return the layout, where torchvision becomes timm for networks that it does not have."""
-    ambiguous = contents.layout == "torchvision"
-    return "timm" if ambiguous and backbone not in TORCHVISION_RESNETS else contents.layout
+        head = found[f"{side}_encoder.head."]
+        if contents.layout not in _WITH_QUEUE or not head.whole:
+            return f"heads and queue stay fresh, the file's {side} head: {head.text()}"
+    for prefix in [prefix for prefix in prefixes if found[prefix].whole]:
+        state |= {prefix + name: t.clone() for name, t in found[prefix].matched.items()}
+    if not found["queue."].whole:
+        return f"heads; the queue stays fresh, the file's: {found['queue.'].text()}"
+    return f"heads; queue of {shape_text(state['queue.keys'])}"
 
 
 def _report(loaded: Loaded, contents: Contents, found: Match) -> str:
+    """Say on one line what was loaded, what matched, what was left out and what is missing."""
+    model, data = loaded.model, loaded.data
     side = "key" if loaded.encoder == "key" else "query"
     used = f"{side}_encoder." if loaded.head else f"{side}_encoder.backbone."
-    left_out = [name for name in contents.state if not name.startswith(used)] + contents.others
-    left_out += [*(f"classifier.{name}" for name in found.classifier), *found.extras]
-    return f"{_describe(loaded)}: {found.text()}; left out: {groups(left_out)}"
-
-
-def _describe(loaded: Loaded) -> str:
-    model, data = loaded.model, loaded.data
-    stem = f", {model.stem} stem" if hasattr(loaded.backbone, "conv1") else ""
-    width = f", width {model.width:g}" if model.width != 1 else ""
-    epoch = "" if loaded.epoch is None else f", epoch {loaded.epoch}"
-    images = f"{data['channels']} channels, {data['image_size']} px"
-    encoder = loaded.encoder + ("" if loaded.encoder == "backbone" else " encoder")
-    return f"{loaded.layout} layout{epoch}, {encoder}, {model.backbone}{stem}{width}, {images}"
+    left_out = [name for name in contents.state if not name.startswith(used)]
+    left_out += [*contents.others, *found.left_out]
+    about = [
+        f"{loaded.layout} layout",
+        "" if loaded.epoch is None else f"epoch {loaded.epoch}",
+        loaded.encoder + ("" if loaded.encoder == "backbone" else " encoder"),
+        model.backbone + (f", {model.stem} stem" if hasattr(loaded.backbone, "conv1") else ""),
+        f"width {model.width:g}" if model.width != 1 else "",
+        f"{data['channels']} channels, {data['image_size']} px",
+    ]
+    return f"{', '.join(filter(None, about))}: {found.text()}; left out: {groups(left_out)}"

@@ -45,19 +45,18 @@ class Match:
     Attributes:
         matched: Tensors ready to load.
         faults: Kind of fault to the names that have it; a whole match has none.
-        classifier: Names of a classifier, which a backbone does not need.
-        absent: Count of the numbers that the network needs and the file lacks.
-        extras: Names of what training or older code leaves in a file and no backbone needs.
+        left_out: Names of what no backbone needs: a classifier, which gets that prefix, and what
+            training or older code leaves in a file.
         total: Number of tensors that the network needs.
         note: How tensors were changed to fit.
+        absent: Count of the numbers that the network needs and the file lacks.
     """
 
     matched: State
     faults: dict[str, list[str]]
-    classifier: list[str]
-    extras: list[str]
+    left_out: list[str]
     total: int
-    note: str
+    note: str = ""
     absent: int = 0
 
     @property
@@ -89,41 +88,38 @@ def match_state(target: State, source: State, network: nn.Module | None = None) 
         network: The owner of `target`, which knows the name of its classifier. A ViT's positions
             are resampled only where it is given.
     """
-    classifiers = ("fc.", "head.", "classifier.", *_classifiers(network))
+    own = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    own = [f"{name}." for name in ([own] if isinstance(own, str) else own)]
+    classifiers = ("fc.", "head.", "classifier.", *own)
     # Files from before torch 0.4.1 do not count batches; nothing else may be absent.
     needed = [n for n in target if n in source or not n.endswith("num_batches_tracked")]
-    missing, unknown, misshapen = [n for n in needed if n not in source], [], []
-    no_weights: list[str] = []
-    found = Match({}, {}, [], [], len(needed), "")
+    kinds = ("missing", "unknown", "of other shape", "no floating-point numbers")
+    missing, unknown, misshapen, no_weights = faults = [[] for _ in kinds]
+    missing += [name for name in needed if name not in source]
+    found = Match({}, {}, [], len(needed))
     for name, tensor in source.items():
-        if name not in target:
-            known = found.extras if name.endswith(_EXTRAS) else unknown
-            (found.classifier if name.startswith(classifiers) else known).append(name)
+        goal = target.get(name)
+        if goal is None and name.startswith(classifiers):
+            found.left_out.append(f"classifier.{name}")
+        elif goal is None:
+            (found.left_out if name.endswith(_EXTRAS) else unknown).append(name)
+        if goal is None:
             continue
-        goal = target[name]
-        floating = tensor.is_floating_point()
-        if tensor.is_complex() or (goal.is_floating_point() and not floating):
+        if tensor.is_complex() or (goal.is_floating_point() and not tensor.is_floating_point()):
             no_weights.append(f"{name} ({tensor.dtype})")
             continue
         if name == "pos_embed" and network is not None and tensor.shape != goal.shape:
             tensor, found.note = _resample(tensor, goal, network)
-        elif name.endswith(("running_mean", "running_var")):
-            tensor = _merge_groups(tensor, goal)
+        repeats = tensor.numel() / max(goal.numel(), 1)
+        if name.endswith(("running_mean", "running_var")) and repeats > 1 and repeats % 1 == 0:
+            tensor = tensor.reshape(-1, *goal.shape).mean(0)  # lightly's split BatchNorm: per group
         if tensor.shape == goal.shape:
             found.matched[name] = tensor.to(goal.dtype)
         else:
             misshapen.append(f"{name} ({shape_text(tensor)} for {shape_text(goal)})")
-    faults = {"missing": missing, "unknown": unknown, "of other shape": misshapen}
-    faults["no floating-point numbers"] = no_weights
     found.absent = sum(t.numel() for name, t in target.items() if name not in found.matched)
-    found.faults = {kind: names for kind, names in faults.items() if names}
+    found.faults = {kind: names for kind, names in zip(kinds, faults, strict=True) if names}
     return found
-
-
-def _classifiers(network: nn.Module | None) -> tuple[str, ...]:
-    """Return the prefixes of this network's classifier, as timm names it."""
-    named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
-    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
 
 def _resample(positions: Tensor, goal: Tensor, network: nn.Module) -> tuple[Tensor, str]:
@@ -136,13 +132,6 @@ def _resample(positions: Tensor, goal: Tensor, network: nn.Module) -> tuple[Tens
         return positions, ""
     positions = resample_abs_pos_embed(positions, grid, num_prefix_tokens=tokens)
     return positions, f"positions resampled to {grid[0]}x{grid[1]}"
-
-
-def _merge_groups(statistics: Tensor, goal: Tensor) -> Tensor:
-    """Average the statistics of lightly's split BatchNorm, which stores them per group."""
-    if statistics.numel() > goal.numel() > 0 and statistics.numel() % goal.numel() == 0:
-        return statistics.view(-1, goal.numel()).mean(0)
-    return statistics
 
 
 def shape_text(tensor: Tensor) -> str:
@@ -159,8 +148,7 @@ def some(names: Iterable[str]) -> str:
 
 def groups(names: Iterable[str]) -> str:
     """Count names by their first parts."""
-    depth = {True: 2, False: 1}
-    counts = Counter(".".join(n.split(".")[: depth["_encoder." in n]]) for n in names)
+    counts = Counter(".".join(n.split(".")[: 2 if "_encoder." in n else 1]) for n in names)
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
 
 

@@ -6,6 +6,7 @@ names, which `layouts` translates. Whatever is wrong with a file becomes a UserE
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moco.checkpoints.matching import State, one_line, shape_text, some
@@ -79,16 +81,12 @@ def _check_archive(path: Path) -> None:
 
     torch stores its records uncompressed, and it does not compare their checksums.
     """
-    size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(record.file_size for record in archive.infolist())
-        whole = claimed <= 2 * size + 2**20 and is_whole(path)
-    except Exception:  # a foreign file can make zipfile raise anything
-        claimed, whole = 0, False
+    size, claimed = path.stat().st_size, 0
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # `is_whole` judges it
+        claimed = sum(record.file_size for record in archive.infolist())
     if claimed > 2 * size + 2**20:
         raise UserError(f"{path} of {size} bytes would inflate to {claimed}: take another copy")
-    if not whole:
+    if not is_whole(path):
         raise UserError(f"{path} is damaged or cut short: take another copy")
 
 
@@ -117,8 +115,6 @@ def _read_torch(path: Path, start: bytes) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

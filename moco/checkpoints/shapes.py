@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import timm
-import torch
+from timm.layers import build_sincos2d_pos_embed
 
 from moco.checkpoints.matching import ABSENT, State
 
@@ -30,13 +30,8 @@ _RESNETS = {
     "3-4-23-3 bottleneck 1x128": "wide_resnet101_2",
 }
 # Width x depth, from 2010.11929, table 1; the two smaller ones are DeiT's.
-_VITS = {
-    "192x12": "tiny",
-    "384x12": "small",
-    "768x12": "base",
-    "1024x24": "large",
-    "1280x32": "huge",
-}
+_VITS = {"192x12": "tiny", "384x12": "small", "768x12": "base", "1024x24": "large"}
+_VITS["1280x32"] = "huge"
 
 
 def resnet_shape(part: State) -> dict[str, Any]:
@@ -86,19 +81,15 @@ def vit_image_size(part: State) -> int:
 def fixed_positions(part: State) -> str:
     """Return whose fixed sine-cosine positions a ViT has: v3, mae, or empty for other ones.
 
-    Both have a half for each axis of the grid. The first half of v3 follows rows, that of MAE
-    columns, since v3 passes the axes to `torch.meshgrid` exchanged.
+    The first half of v3's follows rows, that of MAE's columns: v3 exchanges the axes.
     """
     positions = part.get("pos_embed", ABSENT)
     side = math.isqrt(max(0, positions.shape[1] - 1)) if positions.ndim == 3 else 0
     if side < 2 or len(positions) != 1 or positions.shape[2] % 4 or positions.is_complex():
         return ""
-    quarter = positions.shape[2] // 4
-    angles = torch.outer(torch.arange(side), 10000 ** -(torch.arange(quarter) / quarter))
-    half = torch.cat([angles.sin(), angles.cos()], 1)  # side D/2
-    rows, columns = half.repeat_interleave(side, 0), half.repeat(side, 1)
-    for name, halves in (("v3", (rows, columns)), ("mae", (columns, rows))):
-        wanted, found = torch.cat(halves, 1), positions[0, 1:].float()
+    found = positions[0, 1:].float()
+    v3 = build_sincos2d_pos_embed([side, side], found.shape[1], interleave_sin_cos=True)
+    for name, wanted in (("v3", v3), ("mae", v3.roll(found.shape[1] // 2, 1))):
         if found.shape == wanted.shape and (found - wanted).norm() < 0.02 * wanted.norm():
             return name
     return ""
@@ -112,19 +103,14 @@ def count_channels(name: str, part: State) -> int:
     return weight.shape[1] if weight.ndim == 4 else 3
 
 
-def head_kind(head: State) -> str:
-    """Return linear or mlp; empty where there is no head that we can rebuild."""
-    names = {"weight bias": "linear", "0.weight 0.bias 2.weight 2.bias": "mlp"}
-    kinds = [kind for text, kind in names.items() if set(text.split()) == set(head)]
-    return kinds[0] if kinds and all(t.ndim == 2 for n, t in head.items() if "weight" in n) else ""
-
-
 def head_shape(head: State, queue: State) -> dict[str, Any]:
-    """Describe a head and a queue by fields of `ModelConfig`."""
-    weights = [head[name] for name in ("weight", "0.weight", "2.weight") if name in head]
+    """Describe a queue, and a head where it is one that we rebuild, by fields of `ModelConfig`."""
     found: dict[str, Any] = {}
-    if head_kind(head):
-        found = {"head": head_kind(head), "embedding_dim": len(weights[-1])}
-        found["head_hidden_dim"] = len(weights[0]) if len(weights) == 2 else 0
+    for kind, layers in (("linear", [""]), ("mlp", ["0.", "2."])):
+        weights = [head.get(f"{layer}weight", ABSENT) for layer in layers]
+        names = {f"{layer}{name}" for layer in layers for name in ("weight", "bias")}
+        if names == head.keys() and all(weight.ndim == 2 for weight in weights):
+            found = {"head": kind, "embedding_dim": len(weights[-1])}
+            found["head_hidden_dim"] = len(weights[0]) if kind == "mlp" else 0
     keys = queue.get("keys", ABSENT)
     return found | ({"queue_size": len(keys)} if keys.ndim == 2 else {})

@@ -13,15 +13,20 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
-from moco.checkpoints.load import Loaded, load_encoder, read_contents
+from moco.checkpoints.architecture import constructor_arguments
+from moco.checkpoints.layouts import read_contents
+from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.matching import take
 from moco.checkpoints.model_card import model_card
 from moco.config import UserError
@@ -63,22 +68,18 @@ def _tensors(loaded: Loaded) -> dict[str, Tensor]:
     return {k: v.detach().clone().contiguous() for k, v in loaded.backbone.state_dict().items()}
 
 
-def _saved(content: Any) -> Files:
+def _saved(write: Callable[[io.BytesIO], Any]) -> Files:
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    write(buffer)
     return {"": buffer.getvalue()}
 
 
 def _write_safetensors(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    from safetensors.torch import save
-
     metadata = {"format": "pt", "moco": json.dumps(describe(loaded))}
     return {"": save(_tensors(loaded), metadata | ({"license": licence} if licence else {}))}
 
 
 def _write_timm(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    from safetensors.torch import save
-
     config = json.dumps(_timm_config(loaded, licence), indent=2).encode()
     weights = save(_tensors(loaded), {"format": "pt"})
     card = model_card(loaded, checkpoint, licence).encode()
@@ -106,8 +107,6 @@ def _timm_config(loaded: Loaded, licence: str) -> dict[str, Any]:
 
 
 def _read_timm(path: Path, loaded: Loaded) -> Features:
-    import timm
-
     return timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
 
 
@@ -134,15 +133,13 @@ def _write_official(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
 
     The official scripts read `encoder_q` alone, so an export of the key encoder is written there.
     """
-    contents = read_contents(checkpoint)
-    state, note = {}, describe(loaded)
+    contents, note = read_contents(checkpoint), describe(loaded)
     own = "key" if loaded.encoder == "key" else "query"
-    for place, side in {"encoder_q": own, "encoder_k": "" if own == "key" else "key"}.items():
-        backbone = contents.take(f"{side}_encoder.backbone.")
-        parts = {"": _tensors(loaded) if place == "encoder_q" else backbone}
-        parts["fc."] = contents.take(f"{side}_encoder.head.")
-        for part, tensors in parts.items():
-            state |= {f"module.{place}.{part}{name}": value for name, value in tensors.items()}
+    parts = {"encoder_q.": _tensors(loaded), "encoder_q.fc.": contents.take(f"{own}_encoder.head.")}
+    if own == "query":
+        parts["encoder_k."] = contents.take("key_encoder.backbone.")
+        parts["encoder_k.fc."] = contents.take("key_encoder.head.")
+    state = {f"module.{part}{n}": v for part, tensors in parts.items() for n, v in tensors.items()}
     keys = contents.state.get("queue.keys")
     if keys is not None and own == "query":
         count = int(contents.state.get("queue.num_enqueued", 0))
@@ -150,7 +147,7 @@ def _write_official(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
         state["module.queue_ptr"] = torch.tensor([count % len(keys)])
         note["num_enqueued"] = count
     content = {"epoch": loaded.epoch or 0, "arch": loaded.model.backbone, "state_dict": state}
-    return _saved(content | {"moco": note})
+    return _saved(lambda file: torch.save(content | {"moco": note}, file))
 
 
 def _read_official(path: Path, loaded: Loaded) -> Features:
@@ -178,9 +175,8 @@ def _write_detectron2(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
     names = [name for name in state if not name.endswith("num_batches_tracked")]
     model = {_detectron2_name(name): state[name].numpy() for name in names}
     content = {"model": model, "__author__": "MoCo", "matching_heuristics": True}
-    buffer = io.BytesIO()
-    _ArrayPickler(buffer, protocol=4).dump(content | {"moco": describe(loaded)})
-    return {"": buffer.getvalue()}
+    content["moco"] = describe(loaded)
+    return _saved(lambda file: _ArrayPickler(file, protocol=4).dump(content))
 
 
 class _ArrayPickler(pickle.Pickler):
@@ -242,9 +238,8 @@ def _read_onnx(path: Path, loaded: Loaded) -> Features:
 
 def _write_torch_export(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
     program = torch.export.export(loaded.backbone, **_dynamic_batch(loaded))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"moco.json": json.dumps(describe(loaded))})
-    return {"": buffer.getvalue()}
+    note = {"moco.json": json.dumps(describe(loaded))}
+    return _saved(lambda file: torch.export.save(program, file, extra_files=note))
 
 
 def _read_torch_export(path: Path, loaded: Loaded) -> Features:
@@ -254,11 +249,9 @@ def _read_torch_export(path: Path, loaded: Loaded) -> Features:
 
 def loading_line(loaded: Loaded, path: Path) -> str:
     """Return the Python that builds a safetensors file's network by timm and fills it."""
-    model, data, variant = loaded.model, loaded.data, loaded.variant
-    arguments = {"num_classes": 0, "in_chans": data["channels"]}
-    arguments |= timm_arguments(model, data["image_size"])
-    arguments |= {name: v for name, v in variant.items() if not name.startswith("stem_")}
-    words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    model = loaded.model
+    arguments = constructor_arguments(loaded).items()
+    words = ", ".join(f"{name}={value!r}" for name, value in arguments)
     steps = [f"network = timm.create_model({model.backbone!r}, {words})"]
     if model.stem == "cifar" or model.width != 1:
         c = loaded.backbone.conv1
@@ -266,7 +259,7 @@ def loading_line(loaded: Loaded, path: Path) -> str:
         layer = f"torch.nn.Conv2d({', '.join(map(str, sizes))}, bias=False)"
         steps.append(f"network.conv1 = {layer}")
     absent = ["maxpool"] if model.stem == "cifar" else []
-    absent += [] if variant.get("stem_relu", True) else ["act1"]
+    absent += [] if loaded.variant.get("stem_relu", True) else ["act1"]
     steps += [f"network.{name} = torch.nn.Identity()" for name in absent]
     steps.append(f"network.load_state_dict(safetensors.torch.load_file({str(path)!r}))")
     return "; ".join(steps)
@@ -276,7 +269,7 @@ def loading_line(loaded: Loaded, path: Path) -> str:
 FORMATS: dict[str, tuple[Callable[..., Files], Callable[..., Features], float]] = {
     "timm": (_write_timm, _read_timm, 1e-5),
     "torchvision": (
-        lambda loaded, *_: _saved(_tensors(loaded)),
+        lambda loaded, *_: _saved(partial(torch.save, _tensors(loaded))),
         lambda path, loaded: _into_twin(torch.load(path, weights_only=True), loaded),
         1e-5,
     ),

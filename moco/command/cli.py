@@ -307,6 +307,8 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         print(json.dumps(result), flush=True)
     if signal_number:
         sys.exit(128 + signal_number)
+    if result and result.get("verdict") == "diverged":
+        sys.exit(1)
 
 
 def _fold(error: Exception) -> str:

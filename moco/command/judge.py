@@ -99,12 +99,16 @@ def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
     for kind in kinds:
         hints = get_type_hints(kind)
         for item in dataclasses.fields(kind):
-            fresh = item.default is dataclasses.MISSING
-            options[item.name] = {
-                "type": hints[item.name],
-                "default": item.default_factory() if fresh else item.default,
-                "help": cli.option_help(item.metadata),
-            }
+            option = {"type": hints[item.name], "help": cli.option_help(item.metadata)}
+            if item.default is not dataclasses.MISSING:
+                option["default"] = item.default
+            elif item.default_factory is not dataclasses.MISSING:
+                option["default"] = item.default_factory()
+            else:
+                option["required"] = True
+            if hints[item.name] is bool:  # its name alone means true
+                option |= {"nargs": "?", "const": True}
+            options[item.name] = option
     return options
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from moco import distributed
 from moco.config import DataConfig, UserError
 
 
@@ -21,26 +22,29 @@ def extract_features(
 
     Args:
         network: Images to N x D features; it gets its training mode back afterwards.
-        batches: Images and labels, as `LabelledData.batches` yields them.
+        batches: Images and their rows, as `LabelledData.batches` yields them, or their labels.
 
     Returns:
-        Features M x D float32, not normalised, and labels M, of this rank's share.
+        Features M x D float32, not normalised, and rows or labels M, of this rank's share.
 
     Raises:
-        UserError: There is no batch, or a feature is not finite.
+        UserError: There is no batch, or a feature is not finite, on any rank.
     """
     training = {module: module.training for module in network.modules()}
     network.eval()
-    features, labels = [], []
-    for images, target in batches:
+    features, rows = [], []
+    for images, part in batches:
         features.append(network(images).float())
-        labels.append(target)
+        rows.append(part)
     for module, mode in training.items():
         module.training = mode
-    if not features:
-        raise UserError("there are no images to take features of: check data.root")
-    check_finite(features := torch.cat(features), "the encoder's features")
-    return features, torch.cat(labels)
+    with distributed.together():
+        if not features:
+            raise UserError(
+                "a device has no images to take features of: check data.root, or use fewer devices"
+            )
+        check_finite(found := torch.cat(features), "the encoder's features")
+    return found, torch.cat(rows).to(found.device)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ class Classifiers:
     Args:
         feature_dim, num_classes, rates, device: As of `Stack`.
         held: The images, M bool, that `trial` does not see, or None.
+        seed: Of the initial weights.
 
     Attributes:
         held: The same.
@@ -51,8 +52,9 @@ class Classifiers:
         rates: Sequence[float],
         device: torch.device,
         held: Tensor | None,
+        seed: int,
     ) -> None:
-        args = feature_dim, num_classes, rates, SGD_MOMENTUM, device, INITIAL_STD
+        args = feature_dim, num_classes, rates, SGD_MOMENTUM, device, INITIAL_STD, seed
         self.stack, self.trial = Stack(*args), None if held is None else Stack(*args)
         self.losses = torch.zeros(len(rates), device=device)
         self.held = held
@@ -96,11 +98,12 @@ def train_linear(
             classifiers.losses.zero_()
         cropped = crops.batches(epoch, batches, device)
         for batch, (images, rows) in zip(batches, cropped, strict=True):
-            labels = crops.labels[rows].to(device)
+            labels = crops.images.labels(rows).to(device)
             for name, (network, rates) in networks.items():
                 features = _features(network.eval(), images)
                 if name not in trained:
-                    check_finite(features, f"features ({name})")
+                    with distributed.together():
+                        check_finite(features, f"features ({name})")
                     trained[name] = _start(features.shape[1], rates, crops, config, device)
                 trained[name].step(features, labels, rows, batch, factor)
     for classifiers in trained.values():
@@ -111,9 +114,9 @@ def train_linear(
 def _start(
     dim: int, rates: Sequence[float], crops: RandomCrops, config: LinearConfig, device: torch.device
 ) -> Classifiers:
-    source = crops.images.source
-    held = hold_out(source.labels, config.held_out, crops.seed) if len(rates) > 1 else None
-    return Classifiers(dim, len(source.classes), rates, device, held)
+    source, seed = crops.images.source, crops.seed
+    held = hold_out(source.labels, config.held_out, seed) if len(rates) > 1 else None
+    return Classifiers(dim, len(source.classes), rates, device, held, seed)
 
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ def train_whole(
             "2, too few for BatchNorm: use fewer devices, a larger batch_size or more labels"
         )
     num_classes = len(crops.images.source.classes)
-    classifier = nn.Linear(feature_dim(network.eval(), crops.config, device), num_classes)
+    classifier = nn.Linear(feature_dim(network.eval(), crops.images.config, device), num_classes)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     model = nn.Sequential(copy.deepcopy(network), classifier).to(device)
@@ -183,7 +186,7 @@ def _fit(
         for step, (images, rows) in enumerate(crops.batches(epoch, batches, device)):
             done = (epoch * steps + step) / (epochs * steps)
             optimiser.param_groups[0]["lr"] = rate * cosine(done)
-            labels = crops.labels[rows].to(device)
+            labels = crops.images.labels(rows).to(device)
             loss = cross_entropy(model(images).float(), labels, reduction="sum")
             optimiser.zero_grad()
             (loss / len(batches[step])).backward()

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from moco import distributed
 from moco.checkpoints.matching import checksum
 from moco.config import JudgeConfig, KNNConfig, LinearConfig, UserError, normalisation
@@ -80,7 +82,7 @@ def judge_knn(judge: JudgeConfig, config: KNNConfig, read_data: ReadData) -> dic
                 f"k {max(config.k)} is above the {len(subject.bank)} training images: "
                 f"give smaller ones, as in --k [{min(10, len(subject.bank))}]"
             )
-        gallery = output_path(judge, f"{name}.png")
+        gallery = output_path(judge, f"{subject.name}.png")
         return {each: knn(subject, config, each, gallery) for each in subject.networks}
 
     return _judge(name, "knn", judge, config, read_data, score)
@@ -94,7 +96,7 @@ def _judge(
     read_data: ReadData,
     score: Callable[[Subject], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Open the subject, score its networks, and write the result to a file called `name`."""
+    """Open the subject, score its networks, and write the result; `name` begins its file's name."""
     start = time.perf_counter()
     with open_subject(judge, config, read_data, name) as subject:
         check_labels(subject.bank.source.labels)
@@ -105,12 +107,29 @@ def _judge(
             raise AssertionError("the judged network changed: its score is void")
         if distributed.rank() > 0:
             return {}
+        _say(subject, scores)
         result = {"script": name.partition("-")[0], **scores.pop("encoder"), **_describe(subject)}
         result |= {"protocol": protocol, "settings": asdict(config)}
         result |= {"backbone_sha256": before, "backbone_sha256_after": after}
         result |= {"baselines": scores, "seconds": round(time.perf_counter() - start, 1)}
-        _write(result, judge, name)
+        _write(result, judge, subject.name)
         return result
+
+
+def _say(subject: Subject, scores: dict[str, Any]) -> None:
+    """Say how many images were scored, and the mean over classes where these are unbalanced."""
+    for images in (subject.bank, subject.queries):
+        if images.num_unread:
+            total = images.num_read + images.num_unread
+            log.info("%s: %d of %d images were read", images.source.name, images.num_read, total)
+    counts = torch.bincount(subject.queries.source.labels)
+    if counts.max() < 2 * counts.min():
+        return
+    log.info("the classes have %d to %d test images:", counts.min(), counts.max())
+    for name, score in scores.items():
+        if score:
+            top1, mean = score["top1"], score["mean_per_class"]
+            log.info("%s: top-1 %.2f, mean over classes %.2f", name, top1, mean)
 
 
 def _describe(subject: Subject) -> dict[str, Any]:
@@ -134,8 +153,10 @@ def _describe(subject: Subject) -> dict[str, Any]:
             "image_size": data.image_size,
             "mean": mean,
             "std": std,
-            "train_images": len(subject.bank),
-            "test_images": len(subject.queries),
+            "train_images": subject.bank.num_read,
+            "test_images": subject.queries.num_read,
+            "train_images_unread": subject.bank.num_unread,
+            "test_images_unread": subject.queries.num_unread,
             "classes": len(subject.classes),
         },
     }

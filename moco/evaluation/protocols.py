@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.config import KNNConfig, LinearConfig
+from moco.config import KNNConfig, LinearConfig, RunError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
 from moco.evaluation.finetune import train_linear, train_whole
@@ -27,8 +27,8 @@ from moco.evaluation.labels import few_labels, hold_out
 from moco.evaluation.probe import LinearProbe, RateResult, choose, rate_results
 from moco.evaluation.scores import accuracies, rate_table
 from moco.evaluation.search import nearest_sharded
-from moco.evaluation.subject import Subject, in_order, rank_order, track
-from moco.images.labelled import Labelled, RandomCrops
+from moco.evaluation.subject import Subject, in_order, track
+from moco.images.labelled import LabelledData, RandomCrops
 
 log = logging.getLogger("moco")
 
@@ -38,34 +38,43 @@ BASELINE_RATES = (30.0, 3.0, 0.3, 0.03, 0.003, 0.0003)
 
 def cached(subject: Subject, config: LinearConfig) -> dict[str, Any]:
     """Take features once, of the images or of several crops of each, and sweep rates on rank 0."""
-    scores = {}
+    scores: dict[str, Any] = {}
+    if config.protocol == "views":
+        subject.bank = subject.bank.readable(subject.device)
     for name in subject.networks:
-        features, labels = subject.all_features(name, subject.bank)
-        centre = features
+        features, rows = subject.all_features(name, subject.bank)
+        labels, centre = subject.bank.labels(rows), features
         if config.protocol == "views":
-            features = _crop_features(subject, config, name)
-        queries, targets = subject.all_features(name, subject.queries)
-        if distributed.rank() > 0:
-            continue
-        options = {"held_out": config.held_out, "seed": subject.judge.seed}
-        probe = LinearProbe(config.learning_rates, config.epochs, config.batch_size, **options)
-        probe.fit(features, labels, len(subject.classes), centre, track)
+            features = _crop_features(subject, config, name, rows)
+        queries, rows = subject.all_features(name, subject.queries)
+        targets = subject.queries.labels(rows)
+        with distributed.together():
+            if distributed.rank() == 0:
+                options = {"held_out": config.held_out, "seed": subject.judge.seed}
+                args = config.learning_rates, config.epochs, config.batch_size
+                probe = LinearProbe(*args, **options)
+                probe.fit(features, labels, len(subject.classes), centre, track)
+                scores[name] = accuracies(probe.logits(queries), targets, subject.classes)
+                scores[name] |= rate_table(name, probe.results, probe.rate)
         del features, centre
-        scores[name] = accuracies(probe.logits(queries), targets, subject.classes)
-        scores[name] |= rate_table(name, probe.results, probe.rate)
     return scores
 
 
-def _crop_features(subject: Subject, config: LinearConfig, name: str) -> Tensor:
-    """Take features of `num_views` random crops of each image: V x M x D."""
-    crops = RandomCrops(subject.data, subject.bank, config.crop_min, subject.judge.seed)
-    rows = torch.arange(len(subject.bank)).split(256 * distributed.world_size())
+def _crop_features(subject: Subject, config: LinearConfig, name: str, rows: Tensor) -> Tensor:
+    """Take features of `num_views` random crops of each image, given by its row: V x M x D."""
+    crops = RandomCrops(subject.bank, config.crop_min, subject.judge.seed)
+    parts = rows.cpu().split(256 * distributed.world_size())
     views = []
     for view in range(config.num_views):
-        batches = crops.batches(view, rows, subject.device)
-        batches = track(batches, f"{name} view {view + 1}", len(rows))
-        found, _ = extract_features(subject.networks[name], batches)
-        views.append(in_order(found, len(subject.bank)))
+        batches = crops.batches(view, parts, subject.device)
+        batches = track(batches, f"{name} view {view + 1}", len(parts))
+        found, read = in_order(*extract_features(subject.networks[name], batches))
+        if not torch.equal(read, rows):
+            raise RunError(
+                "training images that could be read at first cannot be read any more: "
+                "mend the storage and run the command again"
+            )
+        views.append(found)
     return torch.stack(views)
 
 
@@ -77,6 +86,7 @@ def paper(subject: Subject, config: LinearConfig) -> dict[str, Any]:
 def finetune(subject: Subject, config: LinearConfig) -> dict[str, Any]:
     """Fine-tune one network after another; raw pixels get a linear classifier."""
     scores = {}
+    subject.bank = subject.bank.readable(subject.device)
     for name in subject.networks:
         if name == "raw_pixels":
             scores |= _linear_on_crops(subject, config, [name])
@@ -92,7 +102,8 @@ def _linear_on_crops(
     subject: Subject, config: LinearConfig, names: Sequence[str]
 ) -> dict[str, Any]:
     """Train linear classifiers on the same crops, and choose each network's rate."""
-    crops = RandomCrops(subject.data, subject.bank, config.crop_min, subject.judge.seed)
+    subject.bank = subject.bank.readable(subject.device)
+    crops = RandomCrops(subject.bank, config.crop_min, subject.judge.seed)
     rates = {n: config.learning_rates if n == "encoder" else BASELINE_RATES for n in names}
     networks = {n: (subject.networks[n], rates[n]) for n in names}
     trained = train_linear(networks, crops, config, subject.device)
@@ -101,17 +112,17 @@ def _linear_on_crops(
         top1 = None
         if classifiers.trial is not None:
             part = subject.bank.rows(classifiers.held.nonzero()[:, 0])
-            found, targets = subject.all_features(name, part)
-            hits = classifiers.trial.logits(found).argmax(2) == targets[:, None]
+            found, rows = subject.all_features(name, part)
+            hits = classifiers.trial.logits(found).argmax(2) == part.labels(rows)[:, None]
             top1 = 100 * hits.double().mean(0)
         results = rate_results(rates[name], classifiers.losses, top1, len(subject.classes))
         if name != "encoder" and all(result.diverged for result in results):
             scores[name] = None  # a baseline that diverges at all rates has no score
             continue
         chosen = choose(results)
-        found, targets = subject.all_features(name, subject.queries)
+        found, rows = subject.all_features(name, subject.queries)
         logits = classifiers.stack.logits(found)[:, chosen]
-        scores[name] = accuracies(logits, targets, subject.classes)
+        scores[name] = accuracies(logits, subject.queries.labels(rows), subject.classes)
         scores[name] |= rate_table(name, results, rates[name][chosen])
     return scores
 
@@ -120,13 +131,13 @@ def _fine_tuned(subject: Subject, config: LinearConfig, name: str) -> dict[str, 
     """Fine-tune; of several rates the best on a held-out part is trained again on everything."""
     seed = subject.judge.seed
 
-    def train(images: Labelled, rate: float) -> tuple[nn.Module, RateResult]:
-        crops = RandomCrops(subject.data, images, config.crop_min, seed)
+    def train(images: LabelledData, rate: float) -> tuple[nn.Module, RateResult]:
+        crops = RandomCrops(images, config.crop_min, seed)
         return train_whole(subject.networks[name], crops, rate, config, subject.device)
 
-    def logits(model: nn.Module, images: Labelled) -> tuple[Tensor, Tensor]:
-        found, targets = extract_features(model, subject.batches(images))
-        return in_order(found, len(images)), in_order(targets, len(images))
+    def logits(model: nn.Module, images: LabelledData) -> tuple[Tensor, Tensor]:
+        found, rows = in_order(*extract_features(model, images.batches(subject.device)))
+        return found, images.labels(rows)
 
     rates, results = config.learning_rates, []
     rate = rates[0]
@@ -148,23 +159,27 @@ def _fine_tuned(subject: Subject, config: LinearConfig, name: str) -> dict[str, 
 
 def knn(subject: Subject, config: KNNConfig, name: str, gallery: Path) -> dict[str, Any]:
     """Search a bank that stays spread over the ranks, vote, and draw the encoder's gallery."""
-    bank, labels = subject.features(name, subject.bank)
-    queries, targets = subject.all_features(name, subject.queries)
+    bank, bank_rows = subject.features(name, subject.bank)
+    queries, query_rows = subject.all_features(name, subject.queries)
+    targets = subject.queries.labels(query_rows)
     budget = int(config.budget * 2**30)
     similarity, place = nearest_sharded(queries, bank, max(config.k), budget)
-    row = rank_order(len(subject.bank))[place.cpu()]
-    neighbours = subject.bank.source.labels[row].to(subject.device)
+    rows = gather_ragged(bank_rows)[place]
+    neighbours = subject.bank.labels(rows)
     votes = vote(similarity, neighbours, len(subject.classes), config.k, config.temperature)
-    by_k = {str(k): accuracies(votes[k], targets, subject.classes) for k in votes}
+    # A class without a vote has no place among the best five.
+    scored = {str(k): found.masked_fill(found == 0, -torch.inf) for k, found in votes.items()}
+    by_k = {k: accuracies(found, targets, subject.classes) for k, found in scored.items()}
     last = str(max(votes))  # the best k would be chosen on the test images
     per_class = {k: score.pop("per_class") for k, score in by_k.items()}[last]
-    scores = {"top1": by_k[last]["top1"], "by_k": by_k, "k": int(last)}
-    scores |= {"temperature": config.temperature}
+    scores = {each: by_k[last][each] for each in ("top1", "mean_per_class")}
+    scores |= {"by_k": by_k, "k": int(last), "temperature": config.temperature}
     if name == "encoder":
         scores["per_class"] = per_class
-    scores["few_shot"] = _few_shot(subject, config, bank, labels, queries, targets)
+    scores["few_shot"] = _few_shot(subject, config, bank, bank_rows, queries, targets)
     if name == "encoder" and config.gallery and distributed.rank() == 0:
-        scores["gallery"] = draw_gallery(gallery, subject, similarity.cpu(), row)
+        found = (query_rows, similarity, rows)
+        scores["gallery"] = draw_gallery(gallery, subject, *(part.cpu() for part in found))
     return scores
 
 
@@ -172,7 +187,7 @@ def _few_shot(
     subject: Subject,
     config: KNNConfig,
     bank: Tensor,
-    labels: Tensor,
+    rows: Tensor,
     queries: Tensor,
     targets: Tensor,
 ) -> dict[str, Any]:
@@ -181,12 +196,10 @@ def _few_shot(
     wanted = max(config.shots) * config.draws
     smallest = int(torch.bincount(stored).min())
     pool = few_labels(stored, min(1.0, wanted / smallest), seed)
-    chosen = torch.isin(torch.arange(len(stored)), pool)
-    mine = chosen[distributed.rank() :: distributed.world_size()].to(bank.device)
-    order = rank_order(len(stored))
-    order = order[chosen[order]].argsort().to(bank.device)
-    bank, labels = gather_ragged(bank[mine])[order], gather_ragged(labels[mine])[order]
-    smallest = int(torch.bincount(labels).min())
+    mine = torch.isin(rows, pool.to(rows.device))
+    bank, rows = in_order(bank[mine], rows[mine])
+    labels = subject.bank.labels(rows)
+    smallest = int(torch.bincount(labels, minlength=len(subject.classes)).min())
     scores: dict[str, Any] = {}
     for shots in config.shots:
         scores[str(shots)] = None

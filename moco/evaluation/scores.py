@@ -26,26 +26,41 @@ def accuracies(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[
     Of classes with equal scores the one listed first comes first.
 
     Args:
-        logits: Q x L.
-        targets: Q int64; every class occurs.
+        logits: Q x L; a class at minus infinity has no score and is never a hit.
+        targets: Q int64.
         classes: L names.
 
     Returns:
-        `top1`, `top5` (None for five classes or fewer, where it says nothing) and `per_class`.
+        `top1`, `top5` (None for five classes or fewer, where it says nothing), `per_class` (None
+        where a class has no image), and its mean, `mean_per_class`.
     """
     own = logits.gather(1, targets[:, None])
     earlier = torch.arange(len(classes), device=targets.device) < targets[:, None]
     # A NaN is no score: it counts as a class before the right one.
     place = (~(logits <= own) | (earlier & (logits == own))).sum(1)
+    place[own[:, 0].isneginf()] = len(classes)
     hits = (place == 0).double()
-    per_class = torch.bincount(targets, hits, len(classes)) / torch.bincount(targets)
+    counts = torch.bincount(targets, minlength=len(classes))
+    shares = torch.bincount(targets, hits, len(classes)) / counts
     top5 = _percent((place < 5).double().mean()) if len(classes) > 5 else None
-    shares = {name: _percent(share) for name, share in zip(classes, per_class, strict=True)}
-    return {"top1": _percent(hits.mean()), "top5": top5, "per_class": shares}
+    per_class = {
+        name: _percent(share) if count else None
+        for name, share, count in zip(classes, shares, counts.tolist(), strict=True)
+    }
+    mean = _percent(shares[counts > 0].mean())
+    return {
+        "top1": _percent(hits.mean()),
+        "top5": top5,
+        "mean_per_class": mean,
+        "per_class": per_class,
+    }
 
 
 def rate_table(name: str, results: list[RateResult], rate: float) -> dict[str, Any]:
-    """State the chosen rate and how every rate did; JSON has no infinity."""
+    """State the chosen rate, how every rate did, and the verdict on the chosen one.
+
+    The verdict is "diverged" where the only rate given did so, else "good". JSON has no infinity.
+    """
     table = [asdict(result) for result in results]
     for row in table:
         if row["diverged"] and distributed.rank() == 0:
@@ -60,7 +75,8 @@ def rate_table(name: str, results: list[RateResult], rate: float) -> dict[str, A
         row["loss"] = round(row["loss"], 4) if math.isfinite(row["loss"]) else None
         if row["held_out_top1"] is not None:
             row["held_out_top1"] = round(row["held_out_top1"], 2)
-    return {"rate": rate, "rates": table}
+    diverged = any(row["diverged"] and row["rate"] == rate for row in table)
+    return {"verdict": "diverged" if diverged else "good", "rate": rate, "rates": table}
 
 
 def _percent(share: Tensor) -> float:

@@ -10,11 +10,13 @@ import contextlib
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +33,14 @@ from moco.config import (
     TrainConfig,
     UserError,
     check,
+    normalisation,
 )
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
 from moco.idle import idle_in_evaluation
 from moco.images import sources
-from moco.images.labelled import Labelled, LabelledData
-from moco.images.resident import make_resident
+from moco.images.folders import expanded
+from moco.images.labelled import LabelledData, open_data
 
 log = logging.getLogger("moco")
 ReadData = Callable[[dict[str, Any]], DataConfig]
@@ -78,49 +81,36 @@ class Subject:
         networks: `encoder`, and with baselines `untrained` and `raw_pixels`.
         bank, queries: Training and test images.
         classes: L names.
+        name: Of the files that take the results.
     """
 
     judge: JudgeConfig
     data: DataConfig
     loaded: Loaded
     networks: dict[str, nn.Module]
-    bank: Labelled
-    queries: Labelled
+    bank: LabelledData
+    queries: LabelledData
     classes: list[str]
     device: torch.device
+    name: str
 
-    def batches(self, images: Labelled) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's share of resized, centre-cropped images and labels."""
-        data = LabelledData(self.data, images.source, self.queries.source, images.images, None)
-        return data.batches("bank", self.device)
-
-    def features(self, name: str, images: Labelled) -> tuple[Tensor, Tensor]:
-        """Return this rank's share of features and labels."""
+    def features(self, name: str, images: LabelledData) -> tuple[Tensor, Tensor]:
+        """Return features and rows of this rank's share of what can be read."""
         total = math.ceil(len(images) / distributed.world_size() / 256)
-        batches = track(self.batches(images), f"{name} features", total)
+        batches = track(images.batches(self.device), f"{name} features", total)
         return extract_features(self.networks[name], batches)
 
-    def all_features(self, name: str, images: Labelled) -> tuple[Tensor, Tensor]:
-        """Return all features and labels, on every rank, in the order of the images."""
-        features, labels = self.features(name, images)
-        return in_order(features, len(images)), in_order(labels, len(images))
+    def all_features(self, name: str, images: LabelledData) -> tuple[Tensor, Tensor]:
+        """Return features and rows of all that can be read, on every rank, in rising order."""
+        return in_order(*self.features(name, images))
 
 
-def rank_order(count: int) -> Tensor:
-    """List M images in the order in which `gather_ragged` stacks them: every W-th of rank 0 first.
-
-    Returns:
-        M int64: place p holds image `order[p]`.
-    """
-    world = distributed.world_size()
-    return torch.cat([torch.arange(rank, count, world) for rank in range(world)])
-
-
-def in_order(rows: Tensor, count: int) -> Tensor:
-    """Gather every W-th row of all ranks and return the rows in the order of the images."""
+def in_order(found: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather what all ranks have found of their rows, and the rows, in rising order of these."""
     if distributed.world_size() == 1:
-        return rows
-    return gather_ragged(rows)[rank_order(count).argsort().to(rows.device)]
+        return found, rows
+    rows, order = gather_ragged(rows).sort()
+    return gather_ragged(found)[order], rows
 
 
 def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
@@ -149,27 +139,55 @@ def open_subject(
     """Open encoder and images on this rank's device, and leave the process group at the end."""
     device = _start_process(judge)
     try:
-        folder = output_path(judge, f"{name}.json").parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"{folder} is no directory to write in: name one with --output DIR")
-        loaded = _load(judge, 0)
-        data = _data_settings(loaded, read_data)
-        stored = loaded.config.get("data", {}) | loaded.data
-        if idle := idle_in_evaluation(judge, own, data, stored):
-            log.info("%s", idle)
-        if data.image_size != loaded.data["image_size"]:
-            loaded = _load(judge, data.image_size)
-        log.info("%s", loaded.report)
-        networks = _networks(judge, loaded, data)
-        bank, queries = _open_images(data, device)
-        for images in (bank, queries):
-            log.info("%s: %d images", images.source.name, len(images))
-        for network in networks.values():
-            network.eval().to(device)
-        classes = bank.source.classes
-        yield Subject(judge, data, loaded, networks, bank, queries, classes, device)
+        with distributed.together():
+            subject = _open(judge, own, read_data, name, device)
+        yield subject
     finally:
         distributed.disconnect()
+
+
+def _open(
+    judge: JudgeConfig,
+    own: LinearConfig | KNNConfig,
+    read_data: ReadData,
+    name: str,
+    device: torch.device,
+) -> Subject:
+    folder = output_path(judge, f"{name}.json").parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is no directory to write in: name one with --output DIR")
+    loaded = _load(judge, 0)
+    data = _data_settings(loaded, read_data)
+    stored = loaded.config.get("data", {}) | loaded.data
+    if idle := idle_in_evaluation(judge, own, data, stored):
+        log.info("%s", idle)
+    if data.image_size != loaded.data["image_size"]:
+        loaded = _load(judge, data.image_size)
+    log.info("%s", loaded.report)
+    networks = _networks(judge, loaded, data)
+    name += _other_images(data, TrainConfig.from_dict({"data": stored}).data)
+    bank, queries = _open_images(data, device, output_path(judge, f"{name}-bad_files.txt"))
+    for images in (bank, queries):
+        log.info("%s: %d images", images.source.name, len(images))
+    for network in networks.values():
+        network.eval().to(device)
+    classes = bank.source.classes
+    return Subject(judge, data, loaded, networks, bank, queries, classes, device, name)
+
+
+def _other_images(data: DataConfig, own: DataConfig) -> str:
+    """Name the images in the results' files unless they are those that the encoder's run took."""
+
+    def told(part: DataConfig) -> str:
+        place = part.root and os.path.realpath(expanded(part.root))
+        seen = part.image_size, part.channels, part.max_value, *normalisation(part)
+        return repr((part.dataset, place, seen))
+
+    if told(data) == told(own):
+        return ""
+    files = data.dataset in ("folder", "imagenet")
+    label = os.path.basename(expanded(data.root)) if files else data.dataset
+    return f"-{re.sub('[^A-Za-z0-9_]', '_', label)[:40]}-{crc32(told(data).encode()):08x}"
 
 
 def _load(judge: JudgeConfig, image_size: int) -> Loaded:
@@ -239,8 +257,11 @@ def _networks(judge: JudgeConfig, loaded: Loaded, data: DataConfig) -> dict[str,
     return networks
 
 
-def _open_images(data: DataConfig, device: torch.device) -> list[Labelled]:
+def _open_images(data: DataConfig, device: torch.device, report: Path) -> list[LabelledData]:
     """Open training and test images with labels, and refuse what gives no score.
+
+    Args:
+        report: Takes the names of unreadable files; an earlier one is removed.
 
     Raises:
         UserError: No labels, no test split, or classes that differ between the splits.
@@ -251,7 +272,9 @@ def _open_images(data: DataConfig, device: torch.device) -> list[Labelled]:
             f"{data.dataset} {data.root} has no labelled train and test images: give a folder with "
             "train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more"
         )
-    parts = [Labelled(*make_resident(source, data, device, None)[:2]) for source in pair]
+    if distributed.rank() == 0:
+        report.unlink(missing_ok=True)
+    parts = [open_data(source, data, device, str(report)) for source in pair]
     classes = parts[0].source.classes
     for part, other in (parts, parts[::-1]):
         counts = torch.bincount(part.source.labels, minlength=len(classes))

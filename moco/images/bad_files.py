@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,10 +32,9 @@ def without_bad(
     if not bad:
         return source
     BadFiles(source, most, report_path).note(bad, agreed=True)
-    dropped = {index for index, _ in bad}
-    kept = [index for index in range(len(source)) if index not in dropped]
-    labels = None if source.labels is None else source.labels[torch.tensor(kept)]
-    return replace(source, paths=[source.paths[index] for index in kept], labels=labels)
+    dropped = torch.tensor([index for index, _ in bad])
+    kept = torch.ones(len(source), dtype=torch.bool).index_fill_(0, dropped, False)
+    return source.rows(kept.nonzero()[:, 0])
 
 
 class BadFiles:

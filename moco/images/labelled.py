@@ -1,12 +1,12 @@
 """Labelled images for evaluation: centre-cropped, every image once, or at random crops.
 
-Shapes: N images of a batch, n of them on this rank, C channels, S side of a view, W devices.
+Shapes: M images of a split, N images of a batch, n of them on this rank, C channels, S side of a
+view, W devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -19,111 +19,157 @@ from moco.images import views
 from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
 from moco.images.draws import Crops, ViewRecipe, centre_crops, draw_crops, view_streams
+from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
 from moco.images.workers import as_it_is, fetched, worker_loader
 from moco.random import permutation
 
+Draw = Callable[[Tensor, int, int], Crops]  # of rows whose images have one height and width
+
 
 class LabelledData:
-    """Images for evaluation: a labelled bank and labelled queries, resized and centre-cropped.
+    """Labelled images of one split, resident or streamed.
 
     Args:
+        source: The images.
         config: Data settings of the run that made the encoder.
-        bank, queries: Sources with labels.
-        bank_images, query_images: Their decoded images if resident already.
+        bad: Counts the files that cannot be read while they are streamed; by default they are told
+            in the log alone.
+        left_out: Images that could not be read before, which the source no longer lists.
     """
 
     def __init__(
         self,
+        source: ImageSource,
         config: DataConfig,
-        bank: ImageSource,
-        queries: ImageSource,
-        bank_images: Tensor | None = None,
-        query_images: Tensor | None = None,
+        bad: BadFiles | None = None,
+        left_out: int = 0,
     ) -> None:
-        self.config = config
-        self.bank, self.queries = bank, queries
-        self.bank_images, self.query_images = bank_images, query_images
-        self.num_classes = len(bank.classes)
-
-    def batches(
-        self, split: str, device: torch.device, batch_size: int = 256
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's share of `bank` or `queries`: every W-th image, none twice, none left
-        out.
-
-        Yields:
-            Images N x C x S x S, normalised, and labels N int64, on `device`.
-        """
-        source = self.bank if split == "bank" else self.queries
-        images = self.bank_images if split == "bank" else self.query_images
-        mine = torch.arange(distributed.rank(), len(source), distributed.world_size())
-        mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
-        size = self.config.image_size
-        for index, part in self._read(source, images, mine, batch_size):
-            if not len(index):
-                continue
-            part = part.to(device, non_blocking=True)
-            if part.shape[2:] != (size, size):
-                boxes = centre_crops(len(part), *part.shape[2:], size, device)
-                part = views.crop_and_resize(part, boxes, size)
-            else:
-                part = part.float() / 255
-            yield views.normalise(part, mean, std), source.labels[index].to(device)
-
-    def _read(
-        self, source: ImageSource, images: Tensor | None, mine: Tensor, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield indices and uint8 images, from memory or through workers, which cut to size."""
-        if images is None:
-            yield from _streamed(source, self.config, mine.split(batch_size), None)
-            return
-        for index in mine.split(batch_size):
-            yield index, images[index.to(images.device)]
-
-
-@dataclass
-class Labelled:
-    """Labelled images of one split.
-
-    Attributes:
-        source: Names, files and labels.
-        images: M x C x H x W uint8 if they are resident, else None.
-    """
-
-    source: ImageSource
-    images: Tensor | None
+        self.source, self.config = source, config
+        self.bad = bad or BadFiles(source, config.max_bad_fraction, None)
+        self._left_out = left_out
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def rows(self, rows: Tensor) -> Labelled:
+    @property
+    def num_read(self) -> int:
+        """Count the images without those that could not be read so far."""
+        return len(self) - len(self.bad.found)
+
+    @property
+    def num_unread(self) -> int:
+        """Count the images that could not be read so far."""
+        return self._left_out + len(self.bad.found)
+
+    def rows(self, rows: Tensor) -> LabelledData:
         """Keep only some images."""
-        source, images = self.source, self.images
-        part = replace(
-            source,
-            images=None if source.images is None else source.images[rows],
-            paths=[source.paths[row] for row in rows.tolist()] if source.paths else [],
-            labels=source.labels[rows],
+        part = self.source.rows(rows)
+        bad = BadFiles(part, self.bad.most, self.bad.report_path)
+        return LabelledData(part, self.config, bad, self.num_unread)
+
+    def readable(self, device: torch.device) -> LabelledData:
+        """Keep the images that can be read; each of a streamed set is read once to know them."""
+        if self.source.images is not None:
+            return self
+        for _ in self.batches(device):
+            pass
+        kept = [row for row in range(len(self)) if row not in self.bad.found]
+        return self.rows(torch.tensor(kept))
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """Return the labels of some images, on the device of their rows."""
+        return self.source.labels[rows.cpu()].to(rows.device)
+
+    def batches(
+        self, device: torch.device, batch_size: int = 256
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's share, centre-cropped: every W-th image that can be read, none twice.
+
+        Yields:
+            Images N x C x S x S, normalised, on `device`, and their rows, N int64.
+        """
+        mine = torch.arange(distributed.rank(), len(self), distributed.world_size())
+        for images, rows in self.cut(mine.split(batch_size), device):
+            if len(rows):
+                yield images, rows
+
+    def cut(
+        self, batches: Iterable[Tensor], device: torch.device, draw: Draw | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the crops that `draw` chooses, by default the centres, of each batch of rows.
+
+        Ranks give equally many batches: after the last one all agree on what cannot be read.
+
+        Yields:
+            Images n x C x S x S, normalised, on `device`, and their rows, n; n may be 0.
+
+        Raises:
+            UserError: More files than `data.max_bad_fraction` allows cannot be read.
+        """
+        mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
+        size, stored = self.config.image_size, self.source.images
+        choose = draw or partial(_centres, size)
+        if stored is None:
+            for rows, cuts in self._streamed(batches, choose, device.type == "cuda"):
+                images = cuts.to(device, non_blocking=True).float() / 255
+                yield views.normalise(images, mean, std), rows
+            self.bad.agree()
+            return
+        for rows in batches:
+            images = stored[rows.to(stored.device)].to(device)
+            if draw is None and images.shape[2:] == (size, size):
+                images = images.float() / 255
+            else:
+                boxes = choose(rows.to(device), *images.shape[2:])
+                images = views.crop_and_resize(images, boxes, size)
+            yield views.normalise(images, mean, std), rows
+
+    def _streamed(
+        self, batches: Iterable[Tensor], draw: Draw, pinned: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows and cuts, n C S S uint8, of each batch, made by workers."""
+        loader = worker_loader(
+            _Cuts(self.source, self.config.image_size, draw),
+            self.config,
+            batch_sampler=[rows.tolist() for rows in batches],
+            pin_memory=pinned,
+            collate_fn=as_it_is,
         )
-        return Labelled(part, None if images is None else images[rows.to(images.device)])
+        for rows, cuts, unread in fetched(loader, self.config.worker_timeout):
+            self.bad.note(unread)
+            yield rows, cuts
+
+
+def open_data(
+    source: ImageSource, config: DataConfig, device: torch.device, report_path: str | None
+) -> LabelledData:
+    """Decode what is to be resident.
+
+    Args:
+        source, config: As of `LabelledData`.
+        device: As of `make_resident`.
+        report_path: Takes the names of unreadable files.
+    """
+    kept, _ = make_resident(source, config, device, report_path)
+    bad = BadFiles(kept, config.max_bad_fraction, report_path)
+    return LabelledData(kept, config, bad, len(source) - len(kept))
 
 
 class RandomCrops:
     """Random resized crops of labelled images, mirrored or not: the linear protocol's augmentation.
 
     Args:
-        config: Side, normalisation, and `flip` where images must not be mirrored; null is 0.5.
-        images: The training images.
+        images: The training images; their settings tell the side, the normalisation, and by `flip`
+            whether images must not be mirrored; null is 0.5.
         crop_min: Smallest share of the area that a crop keeps.
         seed: Of order and crops.
     """
 
-    def __init__(self, config: DataConfig, images: Labelled, crop_min: float, seed: int) -> None:
-        self.config, self.images, self.seed = config, images, seed
+    def __init__(self, images: LabelledData, crop_min: float, seed: int) -> None:
+        self.images, self.seed = images, seed
         self.stream, _ = view_streams(seed, 0)
-        self.labels = images.source.labels
-        flip = 0.5 if config.flip is None else config.flip
+        flip = 0.5 if images.config.flip is None else images.config.flip
         self.recipe = ViewRecipe(crop_min, flip, 0.0, (0.0, 0.0, 0.0, 0.0), 0.0, 0.0)
 
     def order(self, epoch: int) -> Tensor:
@@ -133,54 +179,19 @@ class RandomCrops:
     def batches(
         self, epoch: int, batches: Sequence[Tensor], device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's share of each global batch of rows: every W-th.
-
-        Yields:
-            Images n x C x S x S, normalised, and their rows, n; n may be 0.
-        """
+        """Yield this rank's share of each global batch of rows, every W-th, as `cut` does."""
         shares = [rows[distributed.rank() :: distributed.world_size()] for rows in batches]
-        mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
-        draw = partial(draw_crops, self.recipe, self.stream, epoch)
-        stored = self.images.images
-        if stored is None:
-            for rows, part in _streamed(self.images.source, self.config, shares, draw):
-                part = part.to(device, non_blocking=True).float() / 255
-                yield views.normalise(part, mean, std), rows
-            return
-        for rows in shares:
-            part = stored[rows.to(stored.device)].to(device)
-            boxes = draw(rows.to(device), *part.shape[2:])
-            part = views.crop_and_resize(part, boxes, self.config.image_size)
-            yield views.normalise(part, mean, std), rows
-
-
-def _streamed(
-    source: ImageSource, config: DataConfig, batches: Iterable[Tensor], draw: partial | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the indices and cuts, n C S S uint8, of each batch, made by workers.
-
-    Files that cannot be read are left out and named in the log, so that n may be 0.
-    """
-    loader = worker_loader(
-        _Cuts(source, config.image_size, draw),
-        config,
-        batch_sampler=[rows.tolist() for rows in batches],
-        collate_fn=as_it_is,
-    )
-    bad = BadFiles(source, 1.0, None)
-    for index, cuts, unread in fetched(loader, config.worker_timeout):
-        bad.note(unread)
-        yield index, cuts
+        return self.images.cut(shares, device, partial(draw_crops, self.recipe, self.stream, epoch))
 
 
 class _Cuts(Dataset):
-    """A cut of each streamed image: in the centre, or of a box from `draw_crops` in part."""
+    """The crop of each streamed image that `draw` chooses."""
 
-    def __init__(self, source: ImageSource, size: int, draw: partial | None) -> None:
+    def __init__(self, source: ImageSource, size: int, draw: Draw) -> None:
         self.source, self.size, self.draw = source, size, draw
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-        """Return the indices of what could be read, its cuts, and (index, reason) of the rest."""
+        """Return the rows of what could be read, its cuts, and (row, reason) of the rest."""
         read, cuts, bad = [], [], []
         for row in rows:
             try:
@@ -189,11 +200,11 @@ class _Cuts(Dataset):
                 bad.append((row, error.reason))
                 continue
             read.append(row)
-            cuts.append(views.cut(image, self._box(row, *image.shape[1:]), self.size))
+            box = self.draw(torch.tensor([row]), *image.shape[1:])
+            cuts.append(views.cut(image, box, self.size))
         empty = torch.empty(0, self.source.channels, self.size, self.size, dtype=torch.uint8)
         return torch.tensor(read, dtype=torch.long), default_collate(cuts) if cuts else empty, bad
 
-    def _box(self, row: int, height: int, width: int) -> Crops:
-        if self.draw is None:
-            return centre_crops(1, height, width, self.size, torch.device("cpu"))
-        return self.draw(torch.tensor([row]), height, width)
+
+def _centres(size: int, rows: Tensor, height: int, width: int) -> Crops:
+    return centre_crops(len(rows), height, width, size, rows.device)

@@ -76,7 +76,6 @@ class PretrainData(pl.LightningDataModule):
         self.recipe = view_recipe(config)
         self.device = torch.device("cpu")
         self.source = source or sources.open_source(config, "train")
-        self.images: Tensor | None = self.source.images
         self.resident = "memory"
         self.wait_seconds = 0.0
         self.loader: StepLoader | None = None
@@ -97,9 +96,7 @@ class PretrainData(pl.LightningDataModule):
             report_path: Takes the names of unreadable files.
             backend: Of torch.compile, for the views; empty: not compiled.
         """
-        self.source, self.images, self.resident = make_resident(
-            self.source, self.config, device, report_path
-        )
+        self.source, self.resident = make_resident(self.source, self.config, device, report_path)
         check_batch(self.config, len(self.source))
         remedy = "mend them and go on with --resume"
         self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path, remedy)
@@ -148,7 +145,8 @@ class PretrainData(pl.LightningDataModule):
         """Make one view, N x C x S x S, of N images or of their cuts."""
         if crops is not None:
             return self._make_view(crops[:, number], epoch, index, number, whole=False)
-        images = self.images[index.to(self.images.device)].to(index.device)
+        images = self.source.images
+        images = images[index.to(images.device)].to(index.device)
         return self._make_view(images, epoch, index, number, whole=True)
 
 
@@ -172,7 +170,7 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[Indices]:
         batches = self._batches(*divmod(self.position(), len(self)))
-        if self.data.images is None:
+        if self.data.source.images is None:
             batches = self._streamed(batches)
         while True:
             start = time.perf_counter()
@@ -185,7 +183,8 @@ class StepLoader:
     def _batches(self, epoch: int, start: int) -> Iterator[Indices]:
         """Slice the epoch's permutation into global batches."""
         data, size = self.data, self.data.config.batch_size
-        resident = data.images is not None and data.images.device == data.device
+        images = data.source.images
+        resident = images is not None and images.device == data.device
         counter = torch.full((1,), epoch, device=data.device if resident else "cpu")
         # On the device from the start, so that no step copies anything there.
         order = permutations(stream_id(data.seed, "order"), counter, len(data.source))[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,12 +28,12 @@ class MixedSizes(ValueError):
 
 def make_resident(
     source: ImageSource, config: DataConfig, device: torch.device, report_path: str | None
-) -> tuple[ImageSource, Tensor | None, str]:
+) -> tuple[ImageSource, str]:
     """Decide between device, memory and streaming, and decode.
 
     Returns:
-        The source without unreadable files, its images M x C x H x W uint8 or None if streamed, and
-        where they are.
+        The source, which holds its images and no unreadable files unless it is streamed, and where
+        they are.
     """
     needed, size = estimate_bytes(source)
     budget = config.resident_budget * 2**30
@@ -40,7 +41,7 @@ def make_resident(
     check_view_size(config, size)
     if source.images is None:
         if wanted == "off" or (wanted == "auto" and (size is None or needed > budget)):
-            return source, None, "streamed"
+            return source, "streamed"
         try:
             images, bad = load_all(source)
         except MixedSizes as error:
@@ -49,17 +50,12 @@ def make_resident(
                     f"data.resident is {wanted} but the images differ in size ({error}): set "
                     "data.resident off"
                 ) from None
-            return source, None, "streamed"
+            return source, "streamed"
+        source = replace(source, images=images)
         source = without_bad(source, bad, config.max_bad_fraction, report_path)
-        if bad:
-            whole = torch.ones(len(images), dtype=torch.bool)
-            whole[[index for index, _ in bad]] = False
-            images = images[whole]
-    else:
-        images = source.images
     if wanted == "device" or (wanted == "auto" and device.type == "cuda"):
-        return source, images.to(device), "device"
-    return source, images, "memory"
+        return replace(source, images=source.images.to(device)), "device"
+    return source, "memory"
 
 
 def check_view_size(config: DataConfig, size: tuple[int, int] | None) -> None:

@@ -31,7 +31,7 @@ class ImageSource:
 
     Attributes:
         name: For people, e.g. "cifar10 train".
-        images: N C H W uint8 where the set is small arrays, else None.
+        images: N C H W uint8 where they are held decoded, in memory or on a device, else None.
         paths: One per image where images are files, else empty.
         labels: N int64, or None when unlabelled.
         classes: Class names in the order of the labels; empty when unlabelled.
@@ -55,6 +55,15 @@ class ImageSource:
         if self.images is not None:
             return self.images[index]
         return decode(self.paths[index], self.channels, self.max_value)
+
+    def rows(self, rows: Tensor) -> ImageSource:
+        """Keep only some images: those at `rows`, in that order."""
+        return replace(
+            self,
+            images=None if self.images is None else self.images[rows.to(self.images.device)],
+            paths=[self.paths[row] for row in rows.tolist()] if self.paths else [],
+            labels=None if self.labels is None else self.labels[rows],
+        )
 
 
 def open_source(data: DataConfig, split: Literal["train", "test"]) -> ImageSource | None:
@@ -105,7 +114,7 @@ def identify(source: ImageSource, root: str) -> dict[str, int]:
 
     Of files, the names below `root` in their order; of arrays, about a thousand images.
     """
-    if source.images is None:
+    if source.paths:
         start = len(expanded(root))
         text = "\n".join(path[start:] for path in source.paths)
         return {"count": len(source), "crc32": crc32(os.fsencode(text))}

@@ -19,9 +19,8 @@ from moco.algorithm.pretrain import MoCo
 from moco.checkpoints.load import restore_pretraining
 from moco.config import TrainConfig
 from moco.images import sources
-from moco.images.labelled import LabelledData
+from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
-from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
 from moco.training.decide import Decided, own_device
 from moco.training.guard import NonFiniteGuard, Watch
@@ -159,17 +158,20 @@ def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.T
     return trainer
 
 
-def open_labelled(config: TrainConfig, data: PretrainData) -> LabelledData | None:
-    """Open what kNN needs, sharing the decoded training images; None without labels."""
+def open_labelled(
+    config: TrainConfig, data: PretrainData
+) -> tuple[LabelledData, LabelledData] | None:
+    """Open the bank and the queries of kNN, sharing the training images; None without labels."""
     if config.run.knn_every == 0:
         return None
     pair = sources.open_labelled(data.config, data.source)
     if pair is None:
         log.info("no labelled train and test splits: kNN is not read")
         return None
-    bank, queries = pair
-    queries, query_images, _ = make_resident(queries, data.config, data.device, None)
-    if bank is data.source:
-        return LabelledData(data.config, bank, queries, data.images, query_images)
-    bank, bank_images, _ = make_resident(bank, data.config, data.device, None)
-    return LabelledData(data.config, bank, queries, bank_images, query_images)
+    bank, queries = (
+        LabelledData(source, data.config, data.bad)
+        if source is data.source
+        else open_data(source, data.config, data.device, data.bad.report_path)
+        for source in pair
+    )
+    return bank, queries

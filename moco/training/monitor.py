@@ -13,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moco import distributed
 from moco.algorithm import optim
@@ -116,7 +116,7 @@ class KNNMonitor(pl.Callback):
     """Read kNN of the query backbone before the first step, every few epochs and after the last.
 
     Args:
-        data: Labelled bank and queries, or None without labels: then nothing is read.
+        data: Bank and queries with labels, or None: then nothing is read.
         config: k, temperature and how often.
         metrics: Logs the results.
 
@@ -129,9 +129,16 @@ class KNNMonitor(pl.Callback):
     """
 
     def __init__(
-        self, data: LabelledData | None, config: RunConfig, metrics: MetricsLogger
+        self,
+        data: tuple[LabelledData, LabelledData] | None,
+        config: RunConfig,
+        metrics: MetricsLogger,
     ) -> None:
         self.data, self.config, self.metrics = data, config, metrics
+        if data and config.knn_k > len(data[0]):
+            log.info(
+                "run.knn_k is %d: kNN takes all %d training images", config.knn_k, len(data[0])
+            )
         self.first: float | None = None
         self.last: float | None = None
         self.read_at: int | None = None
@@ -169,12 +176,14 @@ class KNNMonitor(pl.Callback):
         network, device = module.query_encoder.backbone, module.device
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             broadcast_buffers(network)
-            bank, labels = extract_features(network, self.data.batches("bank", device))
-            queries, targets = extract_features(network, self.data.batches("queries", device))
+            (bank, labels), (queries, targets) = (
+                self._features(network, images, device) for images in self.data
+            )
         bank, labels = gather_ragged(bank), gather_ragged(labels)
         k = min(self.config.knn_k, len(bank))
+        num_classes = len(self.data[0].source.classes)
         temperature = self.config.knn_temperature
-        found = knn_predict(queries, bank, labels, self.data.num_classes, k, temperature)
+        found = knn_predict(queries, bank, labels, num_classes, k, temperature)
         hits = gather_ragged((found == targets).float())
         self.last, self.read_at = 100 * hits.mean().item(), trainer.global_step
         self.first = self.last if self.first is None else self.first
@@ -200,16 +209,17 @@ class KNNMonitor(pl.Callback):
         if int(torch.bincount(labels).min()) < _SHOTS:
             return {}
         scores = {"ten_shot": few_shot_accuracy(bank, labels, queries, targets, _SHOTS)[0]}
-        config = self.data.config
+        config = self.data[0].config
         pixels = len(bank) * config.channels * config.image_size**2
         if pixels <= _RAW_LIMIT and distributed.world_size() == 1:
-            raw = nn.Flatten()
-            raw_bank, raw_labels = extract_features(raw, self.data.batches("bank", device))
-            raw_queries, raw_targets = extract_features(raw, self.data.batches("queries", device))
-            scores["ten_shot_raw_pixels"] = few_shot_accuracy(
-                raw_bank, raw_labels, raw_queries, raw_targets, _SHOTS
-            )[0]
+            raw = [self._features(nn.Flatten(), images, device) for images in self.data]
+            scores["ten_shot_raw_pixels"] = few_shot_accuracy(*raw[0], *raw[1], _SHOTS)[0]
         return scores
+
+    def _features(self, network, images, device) -> tuple[Tensor, Tensor]:
+        """Return features and labels of this rank's share of the images that can be read."""
+        features, rows = extract_features(network, images.batches(device))
+        return features, images.labels(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the readings for the checkpoint."""

@@ -89,7 +89,8 @@ def _pretrain(
     allow_partial: bool,
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
-    source = distributed.together(lambda: sources.open_source(config.data, "train"))
+    with distributed.together():
+        source = sources.open_source(config.data, "train")
     config, run_dir, checkpoint = distributed.from_first(
         lambda: _begin(config, len(source), resume, recipe)
     )

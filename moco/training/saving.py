@@ -243,7 +243,7 @@ class Checkpoints(pl.Callback):
 
 
 def set_counters(loop: dict[str, Any], batches: int) -> int:
-    """Set Lightning's counters to those of a run that never stopped, and return its epoch.
+    """Set Lightning's counters to those of a run that never stopped; return its whole epochs.
 
     After a resume from the end of an epoch Lightning 2.6 counts one epoch too few, so that a second
     resume loses its place. The number of batches that the run has taken gives all counters.
@@ -261,7 +261,7 @@ def set_counters(loop: dict[str, Any], batches: int) -> int:
     }
     started = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
     loop["epoch_progress"] = {"total": dict(started), "current": dict(started)}
-    return epoch
+    return taken // batches
 
 
 def _counts(taken: int, completed: int) -> dict[str, int]:

@@ -8,12 +8,13 @@ import zipfile
 import pytest
 import timm
 import torch
-from networks import SMALL, module_state, save_ours, torchvision_resnet
+from networks import SMALL, module_state, prefixed, save_ours, torchvision_resnet
 from safetensors.torch import save_file
 from test_load import official
 from torch import nn
 
-from moco.checkpoints.load import load_encoder, read_contents, restore_pretraining
+from moco.checkpoints.layouts import read_contents
+from moco.checkpoints.load import load_encoder, restore_pretraining
 from moco.checkpoints.read import read_state, tensors_of
 from moco.config import DataConfig, TrainConfig, UserError
 
@@ -193,12 +194,18 @@ def test_arguments_of_absurd_size_are_refused(tmp_path, arguments):
     refused(tmp_path, f"describes itself wrongly: ValueError: {next(iter(arguments))} is")
 
 
-@pytest.mark.parametrize("shape", [(1, 0, 64), (0,), (1, 0, 0), (1, 7, 64), (2, 5)])
+@pytest.mark.parametrize("shape", [(1, 0, 64), (0,), (1, 0, 0), (1, 7, 64), (2, 5), ()])
 def test_positions_without_a_grid_are_refused(tmp_path, shape):
     network = timm.create_model("test_vit", num_classes=0, img_size=32)
     state = network.state_dict() | {"pos_embed": torch.zeros(shape)}
     torch.save(state, tmp_path / "a.pth")
     refused(tmp_path / "a.pth", "of other shape: pos_embed", backbone="test_vit", image_size=32)
+
+
+def test_a_class_token_without_a_width_is_refused(tmp_path):
+    state = {"cls_token": torch.zeros(()), "blocks.0.norm1.weight": torch.zeros(8)}
+    torch.save(prefixed("module.base_encoder.", state), tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "do not tell the architecture")
 
 
 @pytest.mark.parametrize(

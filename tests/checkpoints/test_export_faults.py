@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder
 from moco.command import cli
 from moco.command import export as script
-from moco.config import UserError
+from moco.config import ExportConfig, UserError
 
 
 def run_script(monkeypatch, *words) -> int:
@@ -201,13 +201,32 @@ def test_images_of_the_comparison_are_real_and_differ(source):
 
 
 def test_command_parses_before_torch_and_knows_every_format():
-    assert set(get_args(script.Format)) == set(room.FORMATS) == set(LOADERS)
+    formats = get_args(get_type_hints(ExportConfig)["format"])
+    assert set(formats) == set(room.FORMATS) == set(LOADERS)
     code = "import sys, export\ntry: export.main(['--format', 'onnxx'])\n"
     code += "except ValueError as e: print(e)\n"
     code += "print(sorted({'torch', 'timm', 'numpy'} & set(sys.modules)))"
     _, out, _ = finish(start_command("-c", code, cwd=ROOT))
     first, second = out.splitlines()
     assert "'torch-export'" in first and second == "[]"
+
+
+BEYOND = {"image_size": 10**9, "stem_padding": 4, "num_heads": 10**30}
+
+
+@pytest.mark.parametrize("name, value", [*BEYOND.items(), ("image_size", -5), ("num_heads", -1)])
+def test_command_refuses_a_size_that_no_network_has(monkeypatch, capsys, name, value):
+    """The absent file shows that the sizes are judged before anything is read."""
+    words = ["--checkpoint", "absent", "--format", "timm", "--output", "a", f"--{name}={value}"]
+    assert run_script(monkeypatch, *words) == 2
+    assert f"error: {name} is {value}: it must be at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [-5, 10**30])
+def test_sizes_told_in_python_have_the_same_bounds(source, value):
+    for name in ("image_size", "num_heads", "stem_padding"):
+        with pytest.raises(UserError, match=f"{name} is {value}: at most .* is possible, and abo"):
+            load_encoder(source, **{name: value})
 
 
 def test_command_prints_one_json_line_and_progress_elsewhere(source):

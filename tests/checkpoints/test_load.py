@@ -24,8 +24,9 @@ from torchvision import models
 import moco
 from moco.algorithm.encoder import TORCHVISION_RESNETS, build_encoder
 from moco.checkpoints.architecture import resnet_shape
-from moco.checkpoints.load import load_encoder, read_state, restore_pretraining
+from moco.checkpoints.load import load_encoder, restore_pretraining
 from moco.checkpoints.matching import take
+from moco.checkpoints.read import read_state
 from moco.config import ModelConfig, UserError
 
 # Our own

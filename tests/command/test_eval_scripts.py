@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from processes import ROOT, finish, start
 
-from moco.config import UserError
+from moco.command.judge import read_settings
+from moco.config import KNNConfig, LinearConfig, UserError
 
 pytestmark = pytest.mark.timeout(300)  # processes start slowly on a busy machine
 
@@ -128,6 +129,7 @@ def test_knn_scores_several_k_and_draws_a_gallery(checkpoint, tmp_path):
     assert one["by_k"] == two["by_k"] and one["few_shot"] == two["few_shot"]
     assert one["layer"] == "head" and one["feature_dim"] == 16 and one["temperature"] == 0.1
     assert one["baselines"]["raw_pixels"]["by_k"]["1"]["top1"] > 95
+    assert one["by_k"]["1"]["top5"] == one["by_k"]["1"]["top1"], "one neighbour, one vote"
     shots = [one["few_shot"][n]["mean"] for n in ("1", "5", "10")]
     assert shots == sorted(shots) and one["few_shot"]["1"]["std"] > 0
     picture = Image.open(one["gallery"])
@@ -192,3 +194,103 @@ def test_broken_checkpoints_and_settings_are_one_line(checkpoint, tmp_path):
     assert code == 2 and result is None
     errors = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "other.pt" in errors[0] and "Traceback" not in errors[0]
+
+
+@pytest.mark.parametrize("kind", [KNNConfig, LinearConfig])
+def test_a_switch_is_given_by_its_name_alone_or_with_a_value(tmp_path, kind):
+    """Errors and docs say `--allow_partial`, as training and export take it."""
+    for words, wanted in (([], False), (["--allow_partial"], True), (["--allow_partial=false"], 0)):
+        common = ["--checkpoint", str(tmp_path), *words]
+        assert read_settings(common, kind, "")[0].allow_partial == wanted
+
+
+def torn(tmp_path, splits):
+    """Write dark images of class a and light ones of class b; cut off two files."""
+    root = folder(tmp_path / "images", splits)
+    for path in root.rglob("*.png"):
+        base = 127 if path.parent.name == "b" else 0
+        Image.open(path).point([base + value // 2 for value in range(256)]).save(path)
+    for path in (root / "train" / "a" / "0.png", root / "test" / "b" / "1.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    return [
+        *("--data.dataset", "folder", "--data.root", root, "--output", tmp_path),
+        *("--data.resident", "off", "--data.num_workers", 1, "--baselines", "false"),
+    ]
+
+
+TORN = {"train": {"a": 9, "b": 7}, "test": {"a": 9, "b": 3}}
+LINEAR = ("eval_linear", "--epochs", 4, "--batch_size", 8, "--learning_rates")
+PROTOCOLS = {
+    "knn": ("eval_knn", "--k", "[3]"),
+    "cached": (*LINEAR, "[0.1]"),
+    "views": (*LINEAR, "[0.01,0.001]", "--protocol", "views", "--num_views", 2),
+    "paper": (*LINEAR, "[0.01,0.001]", "--protocol", "paper"),
+    "finetune": (*LINEAR, "[0.01,0.001]", "--protocol", "finetune"),
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_torn_files_of_a_streamed_set_are_left_out_and_counted(
+    checkpoint, tmp_path, said, protocol
+):
+    arguments = [*PROTOCOLS[protocol], "--checkpoint", checkpoint, *torn(tmp_path, TORN)]
+    with pytest.raises(UserError, match=r"0\.png: .*cannot be decoded.*max_bad_fraction"):
+        inside(*arguments)
+    result = inside(*arguments, "--data.max_bad_fraction", 0.1)
+    counts = {name: n for name, n in result["data"].items() if "_images" in name}
+    assert counts == {
+        "train_images": 15, "test_images": 11, "train_images_unread": 1, "test_images_unread": 1
+    }  # fmt: skip
+    # Each accuracy is a share of the images that were read: 11, 9 of class a and 2 of class b.
+    assert result["top1"] in [round(100 * n / 11, 2) for n in range(12)]
+    assert result["per_class"]["b"] in (0, 50, 100)
+    assert any(line.endswith("/test: 11 of 12 images were read") for line in said)
+    (report,) = tmp_path.glob("last.ckpt.eval_*-bad_files.txt")
+    named = [line.split("\t")[0] for line in report.read_text().splitlines()]
+    assert [path.partition("/images/")[2] for path in named] == ["train/a/0.png", "test/b/1.png"]
+
+
+@pytest.mark.parametrize("protocol", ["knn", "paper"])
+def test_two_ranks_leave_out_torn_files_as_one_does(checkpoint, tmp_path, protocol):
+    arguments = [*PROTOCOLS[protocol], "--checkpoint", checkpoint, *torn(tmp_path, TORN)]
+    code, result, errors = under_torchrun(*arguments, "--data.max_bad_fraction", 0.1)
+    assert code == 0, errors
+    one = inside(*arguments, "--data.max_bad_fraction", 0.1)
+    assert result["data"] == one["data"] and result["per_class"] == one["per_class"]
+    assert errors.count("cannot be read") == 2, errors
+
+
+def test_results_on_other_images_have_names_of_their_own(checkpoint, tmp_path):
+    both = {"a": 6, "b": 5}
+    roots = [folder(tmp_path / n / "images", {"train": both, "test": both}) for n in "xy"]
+    arguments = ["eval_knn", "--checkpoint", checkpoint, "--output", tmp_path, "--k", "[3]"]
+    inside(*arguments)
+    for root in roots:
+        inside(*arguments, "--data.dataset", "folder", "--data.root", root)
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert len(found) == 3 and "last.ckpt.eval_knn-backbone.json" in found
+    assert found["last.ckpt.eval_knn-backbone.json"]["data"]["dataset"] == "digits"
+    others = [name for name in found if "-images-" in name]
+    assert {found[name]["data"]["root"] for name in others} == set(map(str, roots))
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_the_mean_over_unbalanced_classes_is_told(checkpoint, tmp_path, said):
+    root = folder(tmp_path / "images", {"train": {"a": 20, "b": 4}, "test": {"a": 17, "b": 3}})
+    arguments = ["--checkpoint", checkpoint, "--data.dataset", "folder", "--data.root", root]
+    result = inside("eval_knn", *arguments, "--k", "[24]", "--temperature", 100)
+    assert result["per_class"] == {"a": 100, "b": 0}, "of all neighbours most are of class a"
+    assert result["top1"] == 85 and result["mean_per_class"] == 50
+    assert "encoder: top-1 85.00, mean over classes 50.00" in said
+
+
+def test_the_only_rate_that_diverged_is_scored_and_fails(checkpoint, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--output", tmp_path, "--epochs", 3]
+    arguments += ["--label_fraction", 0.1, "--baselines", "false", "--learning_rates", "[1000]"]
+    code, result, errors = script("eval_linear", *arguments)
+    assert code == 1 and result["verdict"] == "diverged" and result["top1"] >= 0, errors
+    assert "Traceback" not in errors and "diverged" in errors
+    (stored,) = tmp_path.glob("*.json")
+    assert json.loads(stored.read_text()) == result
+    good = inside("eval_linear", *arguments[:-1], "[0.1]")
+    assert good["verdict"] == "good"

@@ -23,6 +23,7 @@ def test_accuracies_equal_those_of_scikit_learn():
         expected = top_k_accuracy_score(targets, logits.double().numpy(), k=k)
         assert found[name] == pytest.approx(100 * expected, abs=0.0051)
     shares = recall_score(targets, logits.argmax(1), average=None)
+    assert found["mean_per_class"] == pytest.approx(100 * shares.mean(), abs=0.0051)
     assert list(found["per_class"]) == list("abcdefg")
     assert list(found["per_class"].values()) == pytest.approx(100 * shares, abs=0.0051)
 
@@ -41,7 +42,25 @@ def test_of_equal_scores_the_class_listed_first_comes_first():
 def test_scores_that_are_no_numbers_are_misses():
     logits = torch.full((4, 2), float("nan"))
     found = accuracies(logits, torch.tensor([0, 1, 0, 1]), ["a", "b"])
-    assert found == {"top1": 0, "top5": None, "per_class": {"a": 0, "b": 0}}
+    assert found["top1"] == found["mean_per_class"] == 0 and found["top5"] is None
+    assert found["per_class"] == {"a": 0, "b": 0}
+
+
+def test_classes_without_a_score_are_no_hits():
+    """One neighbour votes for one class: the best five hold that one alone."""
+    generator = torch.Generator().manual_seed(0)
+    targets, voted = torch.randint(0, 20, (2, 4000), generator=generator)
+    logits = torch.full((4000, 20), -torch.inf).scatter_(1, voted[:, None], 0.0)
+    found = accuracies(logits, targets, [str(n) for n in range(20)])
+    share = 100 * (targets == voted).double().mean().item()
+    assert found["top1"] == found["top5"] == pytest.approx(share, abs=0.0051)
+
+
+def test_a_class_without_images_has_no_accuracy():
+    logits = torch.eye(4)[[0, 0, 0, 1, 2]]
+    found = accuracies(logits, torch.tensor([0, 0, 0, 0, 2]), list("abcd"))
+    assert found["per_class"] == {"a": 75, "b": None, "c": 100, "d": None}
+    assert (found["top1"], found["mean_per_class"]) == (80, 87.5)
 
 
 def test_judging_and_exporting_import_torch_but_neither_lightning_nor_faiss():

@@ -141,6 +141,28 @@ def test_k_above_the_bank_and_nan_are_errors(way, monkeypatch):
         extract_features(nn.Identity(), [(bank, labels)])
 
 
+def _refused_on_rank(first: float, second: float, empty: bool) -> str:
+    """Take features of which the second rank's may not be finite, or be none at all."""
+    rank = distributed.rank()
+    images = torch.full((3, 2), second if rank else first)
+    batches = [] if empty and rank else [(images, torch.arange(3))]
+    try:
+        extract_features(nn.Identity(), batches)
+    except UserError as error:
+        return str(error)
+    return f"gathered {distributed.gather_ragged(images).sum():g}"
+
+
+def test_what_one_rank_cannot_take_features_of_is_refused_on_all(two_ranks):
+    assert two_ranks.run(_refused_on_rank, 1.0, 2.0, False) == ["gathered 18", "gathered 18"]
+    for bad, words in (
+        ((1.0, float("nan"), False), "3 of 3 rows"),
+        ((1.0, 1.0, True), "no images"),
+    ):
+        first, second = two_ranks.run(_refused_on_rank, *bad)
+        assert words in first and first == second
+
+
 def test_extraction_puts_the_training_mode_back_and_leaves_batch_norm():
     network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(0.5)))
     network[2].eval()

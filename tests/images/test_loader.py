@@ -15,9 +15,9 @@ from PIL import Image
 from moco import distributed
 from moco.config import DataConfig, UserError
 from moco.images import sources
-from moco.images.labelled import Labelled, LabelledData, RandomCrops
+from moco.images.decode import decode
+from moco.images.labelled import LabelledData, RandomCrops, open_data
 from moco.images.loader import PretrainData, StepLoader
-from moco.images.resident import load_all
 
 CPU = torch.device("cpu")
 
@@ -83,8 +83,8 @@ def test_workers_do_not_change_the_views(folder):
 
 def test_streamed_views_equal_resident_ones_up_to_uint8_rounding(folder):
     held, streamed = make_data(folder, resident="memory"), make_data(folder, resident="off")
-    assert streamed.images is None
-    assert held.images.shape == (40, 3, 24, 20)
+    assert streamed.source.images is None
+    assert held.source.images.shape == (40, 3, 24, 20)
     for a, b in zip(take(held, 0, 2), take(streamed, 0, 2), strict=True):
         x, y = (d.on_after_batch_transfer(v, 0) for d, v in ((held, a), (streamed, b)))
         for first, second in (
@@ -140,10 +140,10 @@ def test_unreadable_files_are_left_out_with_their_rows(folder, tmp_path, said):
     root = shutil.copytree(folder, tmp_path / "copy")
     (root / "train" / "cat" / "11.png").write_bytes(b"no image")
     data = make_data(root, max_bad_fraction=0.1)
-    assert len(data.source) == len(data.images) == 39
+    assert len(data.source) == len(data.source.images) == 39
     assert any("1 of 40 images" in line and "11.png is left out" in line for line in said)
     for i in (0, 5, 38):
-        assert data.images[i].equal(data.source.read(i))
+        assert data.source.images[i].equal(decode(data.source.paths[i], 3, 255))
     with pytest.raises(UserError, match="max_bad_fraction"):
         make_data(root)
 
@@ -154,7 +154,7 @@ def test_images_of_mixed_sizes_are_streamed(folder, tmp_path):
     for i in range(12):
         Image.new("RGB", (20 + i, 24)).save(root / f"{i}.png")
     data = make_data(root, batch_size=4)
-    assert data.images is None
+    assert data.source.images is None
     assert take(data, 0, 1)[0].crops.shape == (4, 2, 3, 16, 16)
     with pytest.raises(UserError, match="data.resident"):
         make_data(root, batch_size=4, resident="memory")
@@ -163,19 +163,18 @@ def test_images_of_mixed_sizes_are_streamed(folder, tmp_path):
 def test_views_larger_than_the_images_are_refused(folder):
     with pytest.raises(UserError, match="data.image_size 32 is above the images' 20 pixels"):
         make_data(folder, image_size=32)
-    assert make_data(folder, image_size=32, upscale=1.6).images is not None
+    assert make_data(folder, image_size=32, upscale=1.6).source.images is not None
 
 
 def test_evaluation_takes_every_image_once_in_order(folder):
     config = DataConfig(root=str(folder), image_size=16, num_workers=0)
-    bank, queries = sources.open_labelled(config)
-    held = LabelledData(config, bank, queries, load_all(bank)[0], load_all(queries)[0])
-    streamed = LabelledData(config, bank, queries)
-    for split, count in (("bank", 40), ("queries", 10)):
-        images, labels = (torch.cat(x) for x in zip(*held.batches(split, CPU, 7), strict=True))
-        again, _ = (torch.cat(x) for x in zip(*streamed.batches(split, CPU, 7), strict=True))
+    for source, count in zip(sources.open_labelled(config), (40, 10), strict=True):
+        held, streamed = open_data(source, config, CPU, None), LabelledData(source, config)
+        assert held.source.images is not None and streamed.source.images is None
+        images, rows = (torch.cat(x) for x in zip(*held.batches(CPU, 7), strict=True))
+        again, _ = (torch.cat(x) for x in zip(*streamed.batches(CPU, 7), strict=True))
         assert len(images) == len(again) == count
-        assert labels.tolist() == (bank if split == "bank" else queries).labels.tolist()
+        assert held.labels(rows).tolist() == source.labels.tolist()
         assert (images - again).abs().mean() < 0.02
 
 
@@ -183,30 +182,51 @@ def test_unreadable_files_are_left_out_of_streamed_evaluation(folder, tmp_path, 
     root = shutil.copytree(folder, tmp_path / "copy")
     (root / "train" / "cat" / "11.png").write_bytes(b"no image")
     (root / "train" / "cat" / "12.png").write_bytes(b"")
-    config = DataConfig(root=str(root), image_size=16, num_workers=0)
-    bank, queries = sources.open_labelled(config)
+    config = DataConfig(root=str(root), image_size=16, num_workers=0, max_bad_fraction=0.1)
+    bank, _ = sources.open_labelled(config)
     bad = [bank.paths.index(str(root / f"train/cat/{n}.png")) for n in (11, 12)]
     good = [row for row in range(40) if row not in bad]
-    _, labels = zip(*LabelledData(config, bank, queries).batches("bank", CPU, 7), strict=True)
-    assert torch.cat(labels).equal(bank.labels[good])
-    crops = RandomCrops(config, Labelled(bank, None), 0.2, 0)
+    data = LabelledData(bank, config)
+    assert torch.cat([rows for _, rows in data.batches(CPU, 7)]).tolist() == good
+    assert (data.num_read, data.num_unread) == (38, 2)
+    crops = RandomCrops(data, 0.2, 0)
     shares = [torch.arange(40)[:20], torch.tensor(bad), torch.arange(40)[20:]]
     images, rows = zip(*crops.batches(0, shares, CPU), strict=True)
     assert torch.cat(rows).tolist() == good and len(torch.cat(images)) == 38
     assert len(images) == 3 and images[1].shape == (0, 3, 16, 16)
-    assert sum("11.png is left out: is no image" in line for line in said) == 2
+    assert sum("11.png is left out: is no image" in line for line in said) == 1
+    known = LabelledData(bank, config).readable(CPU)
+    assert known.source.paths == [bank.paths[row] for row in good] and known.num_unread == 2
+    assert known.labels(torch.arange(38)).equal(bank.labels[good])
 
 
 def _labels_on_rank(root: str):
     config = DataConfig(root=root, image_size=16, num_workers=0)
-    data = LabelledData(config, *sources.open_labelled(config))
-    return torch.cat([labels for _, labels in data.batches("queries", CPU, 3)]).tolist()
+    data = LabelledData(sources.open_labelled(config)[1], config)
+    return torch.cat([data.labels(rows) for _, rows in data.batches(CPU, 3)]).tolist()
 
 
 def test_two_ranks_share_the_evaluation_without_repeats(two_ranks, folder):
     first, second = two_ranks.run(_labels_on_rank, str(folder))
     assert len(first) + len(second) == 10
     assert sorted(first + second) == [0] * 5 + [1] * 5
+
+
+def _refused_on_rank(root: str, most: float) -> str:
+    config = DataConfig(root=root, image_size=16, num_workers=0, max_bad_fraction=most)
+    data = LabelledData(sources.open_labelled(config)[0], config)
+    try:
+        return str([len(rows) for _, rows in data.batches(CPU, 20)] + [data.num_unread])
+    except UserError as error:
+        return str(error)
+
+
+def test_a_file_that_one_rank_cannot_read_is_told_on_both(two_ranks, folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "copy")
+    (root / "train" / "cat" / "11.png").write_bytes(b"no image")
+    assert sorted(two_ranks.run(_refused_on_rank, str(root), 0.1)) == ["[19, 1]", "[20, 1]"]
+    first, second = two_ranks.run(_refused_on_rank, str(root), 0.0)
+    assert first == second and "11.png: is no image" in first and "1 of 40 images" in first
 
 
 def test_a_batch_above_the_set_is_refused(folder):

@@ -191,7 +191,7 @@ def test_a_step_never_waits(views, symmetric, streamed, monkeypatch):
     config = DataConfig(dataset="digits", image_size=16, upscale=2.0, batch_size=16, views=views)
     data = PretrainData(config, 0, shuffle=True, symmetric=symmetric != "none")
     data.prepare(meta)
-    data.images = data.images.to(meta)
+    data.source.images = data.source.images.to(meta)
     crops = torch.empty(16, 2, 3, 16, 16, dtype=torch.uint8, device=meta) if streamed else None
     model = ModelConfig(**{**vars(MODEL), "queue_size": 64, "symmetric": symmetric})
     module = MoCo(model, OptimConfig(), 3, 16).to(meta)
@@ -220,7 +220,7 @@ def test_the_order_of_a_resident_set_is_made_on_the_device(monkeypatch):
     """So that no step copies its indices there."""
     data = PretrainData(DataConfig(dataset="digits", batch_size=16), 0, True, False)
     data.device = torch.device("meta")
-    data.images = data.images.to("meta")
+    data.source.images = data.source.images.to("meta")
     data.trainer = SimpleNamespace(
         fit_loop=SimpleNamespace(
             epoch_loop=SimpleNamespace(

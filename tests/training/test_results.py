@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
+from pictures import write_pictures
 from processes import ROOT
+from runs import run_tiny
 
 import train
+from moco.config import UserError
 from moco.training.monitor import Progress
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -64,3 +69,24 @@ def test_the_time_left_counts_all_batches_of_a_step():
     module = SimpleNamespace(total_steps=10, steps_per_epoch=5, accumulate=3)
     text = progress._text(SimpleNamespace(global_step=4), module)
     assert text == "epoch 0.8/2, 0.3 min left"
+
+
+def test_readings_of_a_streamed_set_leave_out_torn_files_and_name_them(tmp_path, said):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for name in ("a", "b"):
+            write_pictures(tmp_path / split / name, [f"{i}.png" for i in range(count)], rng)
+    torn = [tmp_path / "train" / "a" / "3.png", tmp_path / "test" / "b" / "2.png"]
+    for path in torn:
+        path.write_bytes(path.read_bytes()[:100])
+    arguments = ["--data.resident", "off", "--data.num_workers", "0", "--run.knn_every", "1"]
+    arguments += ["--model.queue_size", "16"]
+    with pytest.raises(UserError, match=r"1 of 24 images .*3\.png: .*data\.max_bad_fraction"):
+        run_tiny(tmp_path, *arguments, run_dir="refused")
+    said.clear()
+    arguments += ["--data.max_bad_fraction", "0.1", "--run.knn_k", "200"]
+    result = run_tiny(tmp_path, *arguments)
+    assert result["knn_top1"] in [round(100 * n / 11, 2) for n in range(12)], "11 were read"
+    named = [line.split("\t")[0] for line in Path("run/bad_files.txt").read_text().splitlines()]
+    assert sorted(named) == sorted(map(str, torn))
+    assert sum("run.knn_k is 200: kNN takes all 24 training images" in line for line in said) == 1

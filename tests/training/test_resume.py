@@ -92,12 +92,14 @@ def test_a_torn_last_checkpoint_falls_back_to_the_one_before(images):
 def test_resuming_twice_from_the_end_of_an_epoch(images):
     run_tiny(images, "--trainer.max_epochs", "3", run_dir="whole")
     shutil.copytree("whole", "run")
+    assert [at(step)["epoch"] for step in range(1, 10)] == [0, 0, 1, 1, 1, 2, 2, 2, 3], "whole ones"
     for step in (3, 4, 6):
         for path in Path("run/checkpoints").glob("step_*.ckpt"):
             if int(path.stem[5:]) > step:
                 path.unlink()
         train.main(["--resume", f"run/checkpoints/step_{step:09d}.ckpt"])
         assert_same_end("whole", "run")
+        assert at(9)["epoch"] == 3
 
 
 def test_a_short_torture():
