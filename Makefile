@@ -1,6 +1,7 @@
 # make train   set up and run the main job: digits, about a minute, no download
 # make test    set up and run all tests
 # make test-oldest  the same with the oldest libraries that requirements*.txt allow, in .venv-oldest
+# make test-slurm  runs under a real SLURM on this machine, with Debian's packages: tests/slurm.sh
 # make torture kill runs 36 times at random moments, resume them, compare how they end
 # make breaks  break the code on purpose in 44 places; the tests must notice each one
 # make bench   speed on this CPU, side by side with what others do: about 8 minutes
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv)
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-oldest torture breaks bench bench-gpu lint clean
+.PHONY: train test test-oldest test-slurm torture breaks bench bench-gpu lint clean
 
 # $(call install,ENVIRONMENT,PACKAGES) installs with uv, which pip brings where it is not there.
 define install
@@ -47,6 +48,9 @@ test: $(VENV)/.test
 
 test-oldest: $(OLDEST)/.test
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST)
+
+test-slurm: $(VENV)/.train
+	tests/slurm.sh
 
 torture: $(VENV)/.test
 	$(BIN)/python tests/torture.py --kills 36

@@ -338,7 +338,12 @@ class TrainerConfig:
     devices: int = setting(
         0, "Devices per machine; 0: all GPUs, or one CPU process", at_least=0, at_most=1024
     )
-    num_nodes: int = setting(1, "Machines", at_least=1, at_most=65536)
+    num_nodes: int = setting(
+        1,
+        "Machines; torchrun or srun tells them, and a number above 1 must be theirs",
+        at_least=1,
+        at_most=65536,
+    )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto", "Arithmetic of the encoders; auto: bf16-mixed where the hardware is fast at it"
     )

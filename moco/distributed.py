@@ -1,5 +1,7 @@
-"""Several processes: gathering rows and the block shuffle of shuffle-BN (1911.05722, section 3.3).
+"""Several processes: how they meet and agree, how they gather rows, and the block shuffle of
+shuffle-BN (1911.05722, section 3.3).
 
+torchrun's variables say which processes there are; `moco.slurm` sets them for the tasks of srun.
 Every function is the identity, or does without communication, on one process; none needs Lightning.
 Where each key is encoded is a pure function of (seed, step), so no rank has to be told.
 Shapes: N images per device, W devices, B = N*W rows in rank order.
@@ -8,12 +10,25 @@ Shapes: N images per device, W devices, B = N*W rows in rank order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
+from moco.config import RunError
 from moco.random import permutations, stream_id
+
+log = logging.getLogger("moco")
+T = TypeVar("T")
+PATIENCE_S = 10.0  # before a rank says that it waits for others
+GIVE_UP = timedelta(minutes=30)  # torch's own limit
+# torch 2.14 warns of the older name, on every rank.
+_all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
 
 
 def world_size() -> int:
@@ -30,6 +45,85 @@ def _active() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
+def connect(device: torch.device) -> None:
+    """Take `device` for this process, and meet the other ranks of its run if there are any.
+
+    Raises:
+        RunError: The port is taken, or a rank did not come.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or _active():
+        return
+    number = int(os.environ["RANK"])
+    on_gpu = device.type == "cuda"
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_meet(number, world),
+        rank=number,
+        world_size=world,
+        timeout=GIVE_UP,
+        device_id=device if on_gpu else None,
+    )
+
+
+def disconnect() -> None:
+    """Leave the other ranks at the end of a run; what was built on the group is void then."""
+    if _active():
+        distributed.destroy_process_group()
+
+
+def _meet(number: int, world: int) -> distributed.Store:
+    """Wait until all ranks have come to one store, and say after a while which are missing."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    patience, store = _Patience(), None
+    while store is None:
+        try:
+            store = distributed.TCPStore(
+                address, port, None, hosts, timedelta(seconds=5), wait_for_workers=False
+            )
+        except (distributed.DistError, RuntimeError) as error:
+            if hosts:
+                reason = "is taken" if "EADDRINUSE" in str(error) else f"cannot be used ({error})"
+                raise RunError(
+                    f"port {port}, at which the ranks meet, {reason}: set MASTER_PORT to another "
+                    "one, the same for all ranks",
+                    local=True,
+                ) from None
+            patience.wait(f"rank 0 at {address}:{port}")
+    # A second attempt of torchrun's meets in the store of the first, whose keys are void.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store.set_timeout(GIVE_UP)
+    store = distributed.PrefixStore(f"moco/{attempt}", store)
+    store.set(str(number), "")
+    store.add("come", 1)
+    while store.add("come", 0) < world:
+        missing = "another rank"
+        if number == 0:  # which tells it for all
+            names = [str(other) for other in range(world) if not store.check([str(other)])]
+            missing = f"rank {', '.join(names)} of {world}"
+        patience.wait(missing, aloud=number == 0)
+    return store
+
+
+class _Patience:
+    """Wait for other ranks: say once, after a while, which are missing, and give up in the end."""
+
+    def __init__(self) -> None:
+        self.begun, self.told = time.monotonic(), False
+
+    def wait(self, missing: str, aloud: bool = True) -> None:
+        waited = time.monotonic() - self.begun
+        if waited > GIVE_UP.total_seconds():
+            raise RunError(f"{missing} did not come within {GIVE_UP}: start all ranks", local=True)
+        if aloud and not self.told and waited > PATIENCE_S:
+            log.warning("waiting for %s", missing)
+            self.told = True
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Raise a block's ValueError on all ranks, so that none waits for the one that raised it.
@@ -44,9 +138,21 @@ def together() -> Iterator[None]:
     if world_size() > 1:
         errors: list[ValueError | None] = [None] * world_size()
         distributed.all_gather_object(errors, error)
-        error = next(filter(None, errors), None)
+        number, error = next(((n, e) for n, e in enumerate(errors) if e), (0, None))
+        if number and error:
+            error.args = (f"rank {number}: {error}",)
     if error:
         raise error
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Return on all ranks what rank 0 makes; what it raises is raised on all."""
+    made: list[T | None] = [None]
+    with together():
+        made = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        distributed.broadcast_object_list(made)
+    return cast(T, made[0])
 
 
 @torch.no_grad()
@@ -55,7 +161,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows
     gathered = rows.new_empty(len(rows) * world_size(), *rows.shape[1:])
-    distributed.all_gather_into_tensor(gathered, rows.contiguous())
+    _all_gather(gathered, rows.contiguous())
     return gathered
 
 

@@ -57,7 +57,7 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
     """
     if not config.run.dir:
         moment = time.strftime("%Y%m%d-%H%M%S")
-        return RUNS / f"{recipe or config.data.dataset}-{moment}-{_starter()}"
+        return RUNS / f"{recipe or config.data.dataset}-{moment}-{os.getpid()}"
     path = Path(config.run.dir)
     check_new(path)
     return path
@@ -79,13 +79,6 @@ def check_new(path: Path) -> None:
             f"run.dir {path} holds a run already: go on with --resume {path}, or name another "
             "directory"
         )
-
-
-def _starter() -> str:
-    """Name what only the ranks of one run share, so that each run has a directory of its own."""
-    if step := os.environ.get("SLURM_STEP_ID"):
-        return f"{os.environ.get('SLURM_JOB_ID')}.{step}"
-    return str(os.getppid() if "LOCAL_RANK" in os.environ else os.getpid())
 
 
 @contextlib.contextmanager

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from datetime import timedelta
+
 import pytest
 import torch
 
 from moco import distributed
+from moco.config import RunError, UserError
 from moco.distributed import gather_ragged
 
 
@@ -88,3 +92,95 @@ def test_gather_keeps_rank_order_without_gradient(two_ranks):
 def test_local_rows_and_world_size_are_plain_on_one_process():
     assert (distributed.world_size(), distributed.rank()) == (1, 0)
     assert distributed.local_rows(torch.arange(4), 4).tolist() == [0, 1, 2, 3]
+
+
+# Meeting and agreeing
+
+
+def _make(first: bool, failing: tuple[int, ...]):
+    """What a rank gets from `together` or `from_first`, where some ranks fail."""
+
+    def make() -> str:
+        if distributed.rank() in failing:
+            raise UserError(f"no data on {distributed.rank()}")
+        return f"of {distributed.rank()}"
+
+    try:
+        if first:
+            return distributed.from_first(make)
+        with distributed.together():
+            made = make()
+        return made
+    except UserError as error:
+        return error
+
+
+def test_rank_0_decides_for_all(two_ranks):
+    assert two_ranks.run(_make, True, (1,)) == ["of 0", "of 0"]
+    assert [str(e) for e in two_ranks.run(_make, True, (0, 1))] == ["no data on 0"] * 2
+    assert _make(True, ()) == "of 0" and str(_make(True, (0,))) == "no data on 0"
+
+
+def test_an_error_of_one_rank_is_raised_on_all(two_ranks):
+    assert two_ranks.run(_make, False, ()) == ["of 0", "of 1"]
+    assert [str(e) for e in two_ranks.run(_make, False, (1,))] == ["rank 1: no data on 1"] * 2
+    assert [str(e) for e in two_ranks.run(_make, False, (0, 1))] == ["no data on 0"] * 2
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes by waiting alone."""
+    passed = [0.0]
+
+    def sleep(seconds):
+        passed[0] += 4
+
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: passed[0])
+    monkeypatch.setattr(distributed.time, "sleep", sleep)
+    monkeypatch.setattr(distributed, "GIVE_UP", timedelta(seconds=30))
+
+
+@pytest.fixture
+def agent(monkeypatch):
+    """The store of torchrun's agent, which outlives the ranks of an attempt."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    return store
+
+
+def test_a_rank_that_does_not_come_is_named_soon_and_once(clock, agent, said):
+    with pytest.raises(RunError, match=r"rank 1 of 2 did not come"):
+        distributed._meet(0, 2)
+    assert said == ["waiting for rank 1 of 2"]
+
+
+def test_rank_0_is_named_where_it_does_not_come(clock, agent, said, monkeypatch):
+    def refused(*arguments, **options):
+        raise torch.distributed.DistNetworkError("Connection refused")
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", refused)
+    with pytest.raises(RunError, match=r"rank 0 at 127.0.0.1:\d+ did not come"):
+        distributed._meet(1, 2)
+    assert len(said) == 1 and said[0].startswith("waiting for rank 0 at 127.0.0.1:")
+
+
+def test_a_second_attempt_does_not_meet_the_ranks_of_the_first(agent, monkeypatch):
+    """torchrun --max-restarts keeps its store, where the dead ranks have left their addresses."""
+    other = threading.Thread(target=distributed._meet, args=(1, 2))
+    other.start()
+    distributed._meet(0, 2)
+    other.join()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(distributed, "GIVE_UP", timedelta(0))
+    with pytest.raises(RunError, match=r"rank 1 of 2 did not come"):
+        distributed._meet(0, 2)
+
+
+def test_a_port_that_is_taken_is_told(agent, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    with pytest.raises(RunError, match=r"port \d+, at which.* is taken: set MASTER_PORT"):
+        distributed._meet(0, 2)

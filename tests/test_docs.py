@@ -49,7 +49,7 @@ ELSEWHERE = {
     "torchrun --standalone --nproc-per-node 8 train.py --config configs/imagenet_v2.yaml "
     "--data.root IMAGENET": "8 GPUs",
     "srun --nodes 2 --ntasks-per-node 8 python train.py --config configs/imagenet_v2.yaml "
-    "--data.root IMAGENET --trainer.num_nodes 2": "SLURM",
+    "--data.root IMAGENET": "SLURM",
     "python eval_linear.py --checkpoint RUN/checkpoints/last.ckpt --protocol paper --devices 8": (
         "8 GPUs"
     ),
@@ -59,6 +59,8 @@ ELSEWHERE = {
 # Inline code that names an option of somebody else's command, or a form and not a command.
 NOT_OURS = {
     "sbatch --signal=USR1@60": "an option of SLURM",
+    "sbatch --requeue --signal=USR1@60": "the same",
+    "torchrun --max-restarts 3": "an option of torchrun",
     "python train.py --config configs/NAME.yaml": "a form: NAME is any recipe",
     "python -m moco COMMAND": "a form: COMMAND is any of MAINS",
 }

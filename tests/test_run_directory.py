@@ -62,17 +62,9 @@ def test_a_new_run_is_named_after_its_recipe_or_data():
 
 def test_runs_started_in_one_second_have_directories_of_their_own(monkeypatch):
     monkeypatch.setattr(run_directory.time, "strftime", lambda form: "20300101-000000")
-    for name in ("LOCAL_RANK", "SLURM_STEP_ID"):
-        monkeypatch.delenv(name, raising=False)
     mine = new_run(TrainConfig(), "x")
     monkeypatch.setattr(os, "getpid", lambda: 1)
     assert new_run(TrainConfig(), "x") != mine
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")  # a rank started by process 1 shares its directory
-    assert new_run(TrainConfig(), "x") == Path("runs/x-20300101-000000-1")
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    assert new_run(TrainConfig(), "x") == Path("runs/x-20300101-000000-77.0")
 
 
 def test_a_chosen_directory_is_taken_unless_it_holds_a_run():

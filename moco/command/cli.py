@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from moco import slurm
 from moco.command import launch
 from moco.command.paths import PATHS, check_recipe, expanded
 from moco.config import RunError, UserError
@@ -272,10 +274,13 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
     When all ranks raise the same error, rank 0 prints it; a `local` error is printed by its rank.
     """
     launch.end_with_launcher()
+    slurm.answer_warnings()
     try:
+        slurm.join()
         result = main(sys.argv[1:])
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # also while Python shuts down
     except (UserError, RunError) as error:
-        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+        rank = int(os.environ.get("RANK", "0"))
         local = getattr(error, "local", False)
         if local or rank:
             # The death of another rank may be the cause of a local error. A common error is told

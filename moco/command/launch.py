@@ -1,7 +1,7 @@
 """Ranks: several processes of one command line, started and watched by torchrun's library.
 
 The process that the user called becomes the launcher. It starts the ranks, passes signals on to
-them and ends with the exit code of the first rank that failed. Under torchrun and SLURM, which
+them and ends with the exit code of the first rank that failed. Under torchrun and srun, which
 start the ranks themselves, this room starts nothing.
 """
 
@@ -16,9 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
-from moco.config import RunError
+from moco import slurm
+from moco.config import RunError, UserError
 
 _ROLE = "moco"  # torchrun's own ranks have another role
 
@@ -56,8 +57,8 @@ def say(line: str) -> None:
 
 
 def wait_for_others(seconds: float) -> None:
-    """Let another rank fail first; torchrun's library then ends this one before it has spoken."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    """Let another rank fail first; torchrun, or srun if it is told so, then ends this one."""
+    if "RANK" in os.environ:
         time.sleep(seconds)
 
 
@@ -75,6 +76,11 @@ def _watch(launcher: int) -> None:
 
 def _launch(count: int, remedy: str) -> int:
     """Run the ranks to their end and return the exit code."""
+    if hasattr(sys, "ps1") or threading.current_thread() is not threading.main_thread():
+        raise UserError(
+            f"{count} devices need {count} processes, which a notebook, Python's own shell and a "
+            "thread cannot start: take 1 device here, or give the command in a terminal"
+        )
     with tempfile.TemporaryDirectory() as folder:
         agent = _build_agent(count, folder)
         passed_on = _pass_signals_on(agent)
@@ -83,7 +89,7 @@ def _launch(count: int, remedy: str) -> int:
             return 0
         rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
         if -first.exitcode in passed_on:  # the signal came before the rank could handle it
-            return 128 - first.exitcode
+            _end_early(-first.exitcode)
         if first.exitcode < 0:
             raise RunError(
                 f"rank {rank} (process {first.pid}) was killed by signal {-first.exitcode}, so the "
@@ -92,6 +98,13 @@ def _launch(count: int, remedy: str) -> int:
         if os.path.isfile(first.error_file):
             print(first.message, file=sys.stderr)
         return first.exitcode
+
+
+def _end_early(number: int) -> NoReturn:
+    """End by a signal that came before any rank could answer it."""
+    if number == signal.SIGUSR1:
+        slurm.start_again(number, None)
+    sys.exit(128 + number)
 
 
 def _build_agent(count: int, folder: str) -> Any:
@@ -130,7 +143,7 @@ def _pass_signals_on(agent: Any) -> set[int]:
         passed_on.add(number)
         for worker in agent.get_worker_group().workers:
             if worker.id is None:  # no rank has started yet
-                sys.exit(128 + number)
+                _end_early(number)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.id, number)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moco import slurm
 from moco.command import cli
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import TrainConfig, UserError, check
 from moco.run_directory import find_run, stored_groups
+
+log = logging.getLogger("moco")
 
 EXTRAS = {
     "resume": {
@@ -35,6 +39,7 @@ EXTRAS = {
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, train, and return the results."""
+    slurm.restartable = True
     parser = cli.build_parser("Pretrain an encoder with MoCo.", TrainConfig, EXTRAS)
     config, extra = cli.parse(parser, TrainConfig, argv)
     recipe = next((Path(p).stem for p in cli.option_values(argv, "--config")), "")
@@ -80,17 +85,16 @@ def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dic
 
 
 def _start_ranks(config: TrainConfig) -> None:
-    """Start a rank per device, unless SLURM has started this process as one of its tasks."""
-    # Lightning tells the tasks of `srun` in the same way.
-    job = os.environ.get("SLURM_JOB_NAME")
-    if "SLURM_NTASKS" in os.environ and job not in ("bash", "interactive"):
-        return
-    if config.trainer.num_nodes > 1 and "RANK" not in os.environ:
-        raise UserError(
-            f"trainer.num_nodes is {config.trainer.num_nodes} but this process runs alone: start "
-            "train.py on every machine with torchrun or srun"
-        )
+    """Start a rank per device, unless this process is one of several already."""
     from moco.training.decide import choose_devices
 
     devices, _ = choose_devices(config)
+    asked = int(os.environ.get("SLURM_NTASKS", "1"))
+    if asked > devices and "RANK" not in os.environ:
+        log.warning(
+            "SLURM was asked for %d tasks and this process was started alone, so %d is used: start "
+            "train.py with srun to use all",
+            asked,
+            devices,
+        )
     start_ranks(devices, "go on with --resume from the last checkpoint")

@@ -143,8 +143,7 @@ def open_subject(
             subject = _open(judge, own, read_data, name, device)
         yield subject
     finally:
-        if distributed.world_size() > 1:
-            torch.distributed.destroy_process_group()
+        distributed.disconnect()
 
 
 def _open(
@@ -210,8 +209,7 @@ def _start_process(judge: JudgeConfig) -> torch.device:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     gpu = judge.accelerator != "cpu" and torch.cuda.is_available()
     if judge.accelerator == "gpu" and not gpu:
         raise UserError(
@@ -222,11 +220,9 @@ def _start_process(judge: JudgeConfig) -> torch.device:
     count = max(local + 1, judge.devices)
     if count > available:
         raise UserError(f"devices is {count} but there are {available} here: lower it")
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
-    if gpu:
-        torch.cuda.set_device(local)
-    return torch.device("cuda", local) if gpu else torch.device("cpu")
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    distributed.connect(device)
+    return device
 
 
 def _data_settings(loaded: Loaded, read_data: ReadData) -> DataConfig:

@@ -22,9 +22,7 @@ log = logging.getLogger("moco")
 
 def set_up_logging() -> None:
     """Send our own lines to standard error, on rank 0 alone, and silence what libraries chat."""
-    rank = int(
-        os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
-    )
+    rank = int(os.environ.get("RANK", "0"))
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))

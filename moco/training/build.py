@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from moco.algorithm.pretrain import MoCo
@@ -132,9 +132,8 @@ def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.T
     settings = config.trainer
     # The queue and the key encoder are equal on all ranks by construction: no buffer is broadcast.
     ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # `Checkpoints` does it
+    # Lightning would look for SLURM itself, and take what was asked for as what was started.
+    started = TorchElasticEnvironment() if decided.world > 1 else LightningEnvironment()
     trainer = pl.Trainer(
         accelerator=decided.accelerator,
         devices=decided.devices,
@@ -146,7 +145,7 @@ def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.T
         accumulate_grad_batches=settings.accumulate_grad_batches,
         deterministic=settings.deterministic,
         benchmark=not settings.deterministic,
-        plugins=plugins,
+        plugins=[AtomicCheckpointIO(), started],
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -160,11 +160,13 @@ def _resident_here(config: TrainConfig, before: Decided) -> str:
 
 
 def choose_devices(config: TrainConfig) -> tuple[int, int]:
-    """Decide how many processes each machine runs, and on how many machines, from the settings or
-    from torchrun's and SLURM's environment.
+    """Decide how many processes each machine runs, and on how many machines.
+
+    Processes that were started together are what they are, and settings that ask for other numbers
+    are refused; a process alone starts as many as the settings ask for.
 
     Raises:
-        UserError: Devices that do not exist.
+        UserError: Devices that do not exist, or others than were started.
     """
     trainer = config.trainer
     gpus = torch.cuda.device_count()
@@ -174,16 +176,24 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
             "trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver"
         )
     available = gpus if on_gpu else (os.cpu_count() or 1)
-    launched = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "0")))
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if launched and trainer.devices not in (0, launched):
         raise UserError(
             f"trainer.devices is {trainer.devices} but {launched} processes were launched: "
             "leave it out"
         )
-    num_nodes = trainer.num_nodes
-    if launched and "WORLD_SIZE" in os.environ:
-        num_nodes = max(1, int(os.environ["WORLD_SIZE"]) // launched)
+    num_nodes = int(os.environ["WORLD_SIZE"]) // launched if launched else 1
+    if trainer.num_nodes not in (1, num_nodes):
+        raise UserError(
+            f"trainer.num_nodes is {trainer.num_nodes} but processes were started on {num_nodes}: "
+            "start train.py on every machine with torchrun or srun"
+        )
     devices = trainer.devices or launched or (gpus if on_gpu else 1)
+    if on_gpu and launched > available == 1:
+        raise UserError(
+            f"{launched} processes were started here and each sees one GPU: give SLURM "
+            "--gpus-per-node in the place of --gpus-per-task, so that each sees all"
+        )
     if devices > available:
         kind = "GPUs" if on_gpu else "CPU cores"
         raise UserError(f"trainer.devices is {devices} but there are {available} {kind}: lower it")
@@ -289,5 +299,4 @@ def own_device(config: TrainConfig) -> torch.device:
     """Return the device that Lightning will give to this process."""
     if accelerator(config) == "cpu":
         return torch.device("cpu")
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    return torch.device("cuda", int(local) % max(1, torch.cuda.device_count()))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

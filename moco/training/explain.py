@@ -49,12 +49,6 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
             "data.resident_budget, or set data.resident off",
             local=True,
         )
-    if "EADDRINUSE" in text:
-        return RunError(
-            "the port at which the ranks meet is taken: set MASTER_PORT to another one, the same "
-            "for all ranks",
-            local=True,
-        )
     if trainer.world_size > 1 and any(words in text for words in _LOST):
         return RunError(
             f"another rank died or cannot be reached ({text[:120]}): go on with --resume from the "

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -20,6 +21,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from moco import distributed, slurm
 from moco.config import RunError, TrainConfig, UserError, unknown_settings
 from moco.images import sources
 from moco.images.loader import check_batch
@@ -42,9 +44,8 @@ from moco.training.build import (
     set_length,
     total_steps,
 )
-from moco.training.decide import Decided, decide
+from moco.training.decide import Decided, decide, own_device
 from moco.training.explain import explain
-from moco.training.saving import requeue
 from moco.training.shares import check_queue
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
@@ -77,11 +78,10 @@ def pretrain(
         UserError: Anything that the user can mend, before the first step wherever possible.
     """
     set_up_logging()
-    before = signal.signal(signal.SIGUSR1, _stop_before_training)
-    try:
-        return _pretrain(config, resume, recipe, init_from, allow_partial, callbacks)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    distributed.connect(own_device(config))
+    result = _pretrain(config, resume, recipe, init_from, allow_partial, callbacks)
+    distributed.disconnect()
+    return result
 
 
 def _pretrain(
@@ -92,10 +92,11 @@ def _pretrain(
     allow_partial: bool,
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
-    source = sources.open_source(config.data, "train")
-    check_batch(config.data, len(source))
-    check_queue(config, len(source))
-    run_dir, checkpoint, is_new = _choose_place(config, resume, recipe)
+    with distributed.together():
+        source = sources.open_source(config.data, "train")
+    config, run_dir, checkpoint, is_new = distributed.from_first(
+        lambda: _begin(config, len(source), resume, recipe)
+    )
     images = sources.identify(source, config.data.root)
     start_step, before = 0, ()
     if checkpoint:
@@ -106,6 +107,11 @@ def _pretrain(
         place = None if is_new else str(run_dir)
         return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
     decided = decide(config, steps, *before)
+    if decided.world != distributed.world_size():
+        raise UserError(
+            f"the settings ask for {decided.world} devices and {distributed.world_size()} process "
+            "runs: start train.py, which starts one per device, or take trainer.devices 1"
+        )
     _share_cores(decided)
     module = build_module(config, decided, init_from, allow_partial)
     if not checkpoint:
@@ -119,22 +125,30 @@ def _pretrain(
     extras = {"version": VERSION, **stored}
     run = assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
     run.monitor.is_loaded = bool(init_from)
-    if not run.trainer.is_global_zero:
-        return _fit(run, run_dir, checkpoint)
-    with sole_run(run_dir, is_new):
-        write_config(config, asdict(decided), run_dir)
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            if run.trainer.is_global_zero:
+                held.enter_context(sole_run(run_dir, is_new))
+                write_config(config, asdict(decided), run_dir)
         return _fit(run, run_dir, checkpoint)
 
 
-def _choose_place(config: TrainConfig, resume: str, recipe: str) -> tuple[Path, Path | None, bool]:
-    """Choose run directory and checkpoint to go on from, and tell whether the directory is new."""
+def _begin(
+    config: TrainConfig, count: int, resume: str, recipe: str
+) -> tuple[TrainConfig, Path, Path | None, bool]:
+    """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
+
+    It runs on rank 0 alone, which tells the others.
+    """
+    check_batch(config.data, count)
+    check_queue(config, count)
     run_dir, checkpoint = (find_run(resume, config.run.dir) if resume else None) or (None, None)
     if run_dir:
-        return run_dir, checkpoint, False
+        return config, run_dir, checkpoint, False
     run_dir = new_run(config, recipe)
     if checkpoint:
         log.info("%s lies in no run directory: the run goes on in %s", checkpoint, run_dir)
-    return run_dir, checkpoint, True
+    return config, run_dir, checkpoint, True
 
 
 def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
@@ -157,7 +171,7 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
         )
         result["stopped_by"] = saver.stop_signal
         if saver.stop_signal == signal.SIGUSR1 and trainer.is_global_zero:
-            requeue()
+            slurm.requeue()
     return result if trainer.is_global_zero else {}
 
 
@@ -236,12 +250,6 @@ def read_stored(
     if decided is None:
         log.info("%s keeps no decisions, of an older version: `auto` is decided anew", run_dir)
     return stored["global_step"], decided, TrainConfig.from_dict(stored["config"])
-
-
-def _stop_before_training(number: int, frame: Any) -> None:
-    """Answer SLURM's warning while the images are still read: there is nothing to save."""
-    requeue()
-    os._exit(128 + number)
 
 
 def _share_cores(decided: Decided) -> None:

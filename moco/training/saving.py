@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
+from moco import slurm
 from moco.config import RunError, UserError
 from moco.training.monitor import MetricsLogger
 
@@ -91,10 +92,19 @@ class Signals(pl.Callback):
         self.came = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Handle the signals; Lightning restores the handlers from before the run at its end."""
-        for number in STOPPING[1:]:
-            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # by nohup
-                signal.signal(number, self._note)
+        """Handle the signals; Lightning restores the handlers from before the run at its end.
+
+        Python allows it in the main thread alone: a run in another thread, as in a notebook or a
+        server, is left to its caller.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING[1:]:
+                if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # nohup
+                    signal.signal(number, self._note)
+
+    def on_train_end(self, *args: Any) -> None:
+        """Note that the state is saved: a restart would find nothing more to do."""
+        slurm.restartable = False
 
     def _note(self, number: int, frame: Any) -> None:
         if self.came == number == signal.SIGINT:
@@ -165,8 +175,9 @@ class Checkpoints(pl.Callback):
         due = step % self.every == 0 if self.every else last_batch
         late = 0 < 60 * self.minutes <= time.monotonic() - self._saved_at
         signal_place, late = self._agree(STOPPING.index(self.signals.came), int(late))
-        self.stop_signal, due = STOPPING[signal_place], due or bool(late)
-        if due or self.stop_signal or step >= module.total_steps:
+        finished = step >= module.total_steps
+        self.stop_signal = 0 if finished else STOPPING[signal_place]
+        if due or late or self.stop_signal or finished:
             self.save(trainer)
         self._in_step = False
         if self.stop_signal:
@@ -263,21 +274,3 @@ def set_counters(loop: dict[str, Any], batches: int) -> int:
 
 def _counts(taken: int, completed: int) -> dict[str, int]:
     return {"ready": taken, "started": taken, "processed": taken, "completed": completed}
-
-
-def requeue() -> None:
-    """Ask SLURM to start this job again; does nothing outside a SLURM job."""
-    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
-    if array:
-        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
-    if not job:
-        return
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, timeout=30)
-        problem = done.stderr.decode(errors="replace").strip() if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    if problem:
-        log.warning("job %s was not requeued: %s", job, problem)
-    else:
-        log.info("job %s is requeued", job)

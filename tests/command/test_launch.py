@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from processes import finish, is_running, start, wait_for
 
 from moco.command import cli, knn, launch, train
 from moco.config import RunError, TrainConfig, UserError
+from moco.training import decide
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("in_tmp")]
 LIMIT_S = 200  # a launcher imports torch, which takes long on a busy machine
@@ -205,14 +208,13 @@ def test_the_reason_is_told_once_by_who_knows_it(name):
     ],
 )
 def test_a_rank_waits_for_the_one_who_is_to_be_heard(monkeypatch, rank, error, seconds):
-    """Under torchrun too, which ends all ranks as soon as one has ended."""
+    """Under torchrun and srun too, which may end all ranks as soon as one has ended."""
     waited: list[float] = []
 
     def main(argv):
         raise error
 
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setattr(launch.time, "sleep", waited.append)
     with pytest.raises((SystemExit, ZeroDivisionError)):
         cli.run_main(main)
@@ -226,7 +228,7 @@ def test_a_rank_waits_for_the_one_who_is_to_be_heard(monkeypatch, rank, error, s
 def no_ranks(monkeypatch):
     """No environment of ranks, and none may be started."""
     for name in list(os.environ):
-        if name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE") or name.startswith("SLURM_"):
+        if name in ("RANK", "LOCAL_WORLD_SIZE") or name.startswith("SLURM_"):
             monkeypatch.delenv(name)
 
     def refuse(count, remedy):
@@ -235,22 +237,44 @@ def no_ranks(monkeypatch):
     monkeypatch.setattr(launch, "_launch", refuse)
 
 
-@pytest.mark.parametrize(
-    "told",
-    [
-        {"RANK": "1", "LOCAL_WORLD_SIZE": "2"},  # torchrun
-        {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "moco", "SLURM_PROCID": "1"},
-    ],
-    ids=["torchrun", "slurm"],
-)
-def test_nothing_is_started_where_others_start_ranks(no_ranks, monkeypatch, told):
+def test_nothing_is_started_where_others_start_ranks(no_ranks, monkeypatch):
+    """By torchrun, or by srun, whose variables `moco.slurm` has turned into torchrun's."""
     config = TrainConfig()
     config.trainer.accelerator, config.trainer.devices = "cpu", 2
     with pytest.raises(AssertionError, match="2 ranks are started"):
         train._start_ranks(config)
-    for name, value in told.items():
+    for name, value in {"RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     train._start_ranks(config)
+
+
+def test_tasks_that_slurm_was_asked_for_and_nobody_started_are_missed(no_ranks, monkeypatch, said):
+    """A batch script or a shell of two tasks, without srun: one device can be had."""
+    monkeypatch.setattr(decide.os, "cpu_count", lambda: 2)
+    config = TrainConfig()
+    config.trainer.accelerator = "cpu"
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for devices in (0, 1):
+        config.trainer.devices = devices
+        train._start_ranks(config)
+        assert "asked for 2 tasks" in said[-1] and "srun" in said[-1]
+    config.trainer.devices = 2  # all that was asked for
+    with pytest.raises(AssertionError, match="2 ranks are started"):
+        train._start_ranks(config)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("place", ["notebook", "thread"])
+def test_what_is_no_command_line_is_not_started_again(monkeypatch, place):
+    """A notebook's command line starts another kernel; no thread may handle signals."""
+    if place == "notebook":
+        monkeypatch.setattr(sys, "ps1", "In [1]: ", raising=False)
+        with pytest.raises(UserError, match=r"2 devices need 2 processes.*terminal"):
+            launch._launch(2, "")
+        return
+    with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match=r"2 devices need"):
+        pool.submit(launch._launch, 2, "").result()
 
 
 def test_several_machines_are_left_to_torchrun_and_slurm(no_ranks):

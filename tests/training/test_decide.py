@@ -26,7 +26,7 @@ BEFORE = Decided("cuda", 2, 1, "bf16-mixed", "shuffle", "", "device")
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """No launcher, whatever ran before."""
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 

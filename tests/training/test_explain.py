@@ -118,7 +118,6 @@ def test_lightning_moves_the_module_away_before_the_error_comes_out(monkeypatch)
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "not even a small"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out with data."),
         (MemoryError(), "data.resident_budget"),
-        (RuntimeError("port: 29500, code: -98, name: EADDRINUSE"), "set MASTER_PORT to another"),
     ],
 )
 def test_errors_of_libraries_say_what_to_set(monkeypatch, error, words):

@@ -1,0 +1,174 @@
+"""The world is what was started: tasks of srun, attempts of torchrun, a thread of a notebook."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from processes import ROOT, end_group, finish, start, start_command, wait_for
+from runs import STREAMED, TINY, error_line, run_tiny
+from test_slurm import step
+
+from moco.config import TrainConfig, UserError
+from moco.training import run
+
+pytestmark = [pytest.mark.usefixtures("in_tmp"), pytest.mark.timeout(400)]
+
+
+@pytest.fixture
+def srun():
+    """Start two tasks as `sbatch -n 2` and srun do; `more` is what a task alone is given."""
+    started = []
+
+    def start_tasks(*words: str, more: tuple[str, ...] = ()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        for rank in ("0", "1"):
+            told = step("2", "2", rank, rank, SLURM_JOB_NAME="bash", **place)
+            started.append(start(*TINY, *words, *(more if rank == "1" else ()), **told))
+        return started
+
+    yield start_tasks
+    for process in started:
+        end_group(process)
+
+
+def test_tasks_of_srun_are_one_run_in_one_directory(images, srun):
+    ends = [finish(p) for p in srun("--data.root", str(images), "--resume", "auto")]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    (directory,) = Path("runs").iterdir()
+    result = json.loads(ends[0][1])
+    assert result["run_dir"] == str(directory) and ends[1][1] == ""
+    assert "2 cpu device(s)" in ends[0][2] and "key BatchNorm: shuffle" in ends[0][2]
+
+
+def test_what_is_wrong_on_one_task_is_told_once_and_ends_all(images, srun):
+    """Rank 1 says nothing, also not later: it only waits to be ended, or for the others' words."""
+    tasks = srun("--data.root", str(images), more=("--data.root", "missing"))
+    code, out, err = finish(tasks[0])
+    assert (code, out) == (2, "")
+    assert error_line(err).startswith("error: rank 1: data.root 'missing' does")
+    end_group(tasks[1])
+    assert "error" not in "".join(tasks[1].communicate())
+    assert not Path("runs").exists()
+
+
+RESTARTED = """
+import os, sys
+import torch
+from moco import distributed
+distributed.connect(torch.device("cpu"))
+total = torch.ones(1)
+torch.distributed.all_reduce(total)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os._exit(1)
+open(f"done{distributed.rank()}", "w").write(str(total.item()))
+distributed.disconnect()
+"""
+
+
+@pytest.mark.parametrize("own_store", ["0", "1"])
+def test_the_second_attempt_of_torchrun_meets(own_store):
+    """In the agent's store, and in one of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)."""
+    Path("rank.py").write_text(RESTARTED)
+    Path("agent.py").write_text("from torch.distributed.run import main\nmain()\n")
+    words = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "rank.py")
+    told = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
+    code, _, err = finish(start(*words, script=Path("agent.py").resolve(), **told))
+    assert code == 0, err
+    assert [Path(f"done{rank}").read_text() for rank in (0, 1)] == ["2.0", "2.0"]
+
+
+# Signals at the edges of a run
+
+
+@pytest.fixture
+def scontrol(tmp_path):
+    """A stand-in, in a job of SLURM; returns the environment, which notes what it was asked."""
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+
+
+def test_a_warning_while_torch_is_imported_starts_the_job_again(tmp_path, scontrol):
+    """Of a torch that takes for ever."""
+    slow = tmp_path / "slow" / "torch" / "__init__.py"
+    slow.parent.mkdir(parents=True)
+    slow.write_text(f"import time\nopen({str(tmp_path / 'begun')!r}, 'w')\ntime.sleep(9999)\n")
+    process = start_command(
+        str(ROOT / "train.py"), "--data.dataset", "digits",
+        PYTHONPATH=str(slow.parent.parent), **scontrol,
+    )  # fmt: skip
+    wait_for(str(tmp_path / "begun"), process)
+    process.send_signal(signal.SIGUSR1)
+    code, out, err = finish(process)
+    assert (code, out) == (128 + signal.SIGUSR1, ""), err
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
+LATE = """
+import signal
+from moco.command import cli
+from moco.training import run
+import train
+results = run.results
+def warned(*arguments):
+    signal.raise_signal(signal.SIGUSR1)
+    return results(*arguments)
+run.results = warned
+cli.run_main(train.main)
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_a_warning_after_the_last_step_and_after_the_result_changes_nothing(
+    images, tmp_path, scontrol
+):
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    words = ("--data.root", str(images), "--run.dir", "run")
+    code, out, err = finish(start(*TINY, *words, script=script, **scontrol))
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 6
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_run(images, monkeypatch):
+    from moco.training.saving import Checkpoints
+
+    begin = Checkpoints.on_train_batch_start
+
+    def signalled(self, trainer, *arguments):
+        begin(self, trainer, *arguments)
+        if trainer.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "on_train_batch_start", signalled)
+    assert "stopped_by" not in run_tiny(images, "--trainer.max_steps", "2")
+
+
+# From Python
+
+
+@pytest.mark.parametrize("words", [[], STREAMED], ids=["resident", "streamed"])
+def test_a_thread_may_train(images, words):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_tiny, images, *words, "--trainer.max_steps", "2").result()["steps"]
+
+
+def test_a_run_of_several_devices_that_nobody_has_started_is_refused(images, monkeypatch):
+    config = TrainConfig()
+    config.data.dataset, config.data.root, config.data.batch_size = "folder", str(images), 16
+    config.model.queue_size, config.trainer.accelerator = 16, "cpu"
+    config.trainer.devices = 2
+    monkeypatch.setattr("moco.training.decide.os.cpu_count", lambda: 2)
+    with pytest.raises(UserError, match=r"ask for 2 devices and 1 process runs"):
+        run.pretrain(config)
