@@ -24,7 +24,8 @@ from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
 from moco.training.decide import Decided, own_device
 from moco.training.guard import NonFiniteGuard, Watch
-from moco.training.monitor import KNNMonitor, MetricsLogger, Progress
+from moco.training.metrics import MetricsLogger, Progress
+from moco.training.monitor import KNNMonitor
 from moco.training.saving import AtomicCheckpointIO, Checkpoints, Signals
 from moco.training.tracking import loggers
 

@@ -1,13 +1,11 @@
-"""Monitors of training: metrics, kNN and the progress bar, as Lightning callbacks.
+"""kNN accuracy while a run trains, as a Lightning callback; it changes nothing that is computed.
 
-Nothing here changes what is computed. The device computes metrics, and the host fetches them once
-every few steps: that is a reading.
+Shapes: M images of the bank, D feature.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import Any
 
@@ -16,100 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.algorithm import optim
 from moco.config import RunConfig
 from moco.distributed import broadcast_buffers, gather_ragged
 from moco.evaluation.features import extract_features
-from moco.evaluation.knn import (
-    few_shot_accuracy,
-    knn_predict,
-)
+from moco.evaluation.knn import few_shot_accuracy, knn_predict
 from moco.images.labelled import LabelledData
-from moco.images.loader import PretrainData
+from moco.training.metrics import MetricsLogger
 
 log = logging.getLogger("moco")
 _SHOTS = 10
 _READINGS = {"first", "last", "read_at", "is_loaded"}
 _RAW_LIMIT = 2**29  # values of raw pixels that the baseline may hold
-
-
-class MetricsLogger(pl.Callback):
-    """Log loss, contrast accuracy, queue, spread, rates and waiting every few steps.
-
-    Args:
-        data: It tells how long training has waited for its loader.
-        every: Optimiser steps between readings.
-
-    Attributes:
-        latest: Name to value of the last readings of all callbacks.
-        read_at: Name to the step of that reading.
-        paused: Seconds spent on kNN and checkpoints; their callbacks add them.
-        images, seconds: Trained on in this process, without the pauses.
-    """
-
-    def __init__(self, data: PretrainData, every: int) -> None:
-        self.data, self.every = data, every
-        self.latest: dict[str, float] = {}
-        self.read_at: dict[str, int] = {}
-        self.paused = 0.0
-        self.images, self.seconds = 0, 0.0
-        self._mark = (0.0, 0.0, 0)
-        self._start = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Start the clock."""
-        self._reset()
-        self._start = self._mark[0]
-
-    def _reset(self) -> None:
-        self._mark = (time.perf_counter() - self.paused, self.data.wait_seconds, self.images)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Have the step's last batch compute metrics if a reading is due after it."""
-        step = trainer.global_step + 1
-        due = step % self.every == 0 or step in (1, module.total_steps)
-        module.wants_metrics = due and batch_idx + 1 == module.window_end(batch_idx)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-        """Fetch and log the metrics if they are due."""
-        self.images += self.data.config.batch_size
-        now = time.perf_counter() - self.paused
-        self.seconds = now - self._start
-        if not module.wants_metrics:
-            return
-        values = torch.stack([v.float() for v in module.metrics.values()])
-        if distributed.world_size() > 1:
-            torch.distributed.all_reduce(values)
-            values /= distributed.world_size()
-        values = dict(zip(module.metrics, values.tolist(), strict=True))
-        start, waited, images = self._mark
-        elapsed = max(now - start, 1e-9)
-        step = trainer.global_step
-        values |= {
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/key_momentum": optim.key_momentum(
-                module.model_config, step - 1, module.total_steps
-            ),
-            "train/images_per_second": (self.images - images) / elapsed,
-            "train/wait_share": (self.data.wait_seconds - waited) / elapsed,
-        }
-        self._reset()
-        self.publish(trainer, module, values)
-
-    def publish(self, trainer: pl.Trainer, module: Any, values: dict[str, float]) -> None:
-        """Send metrics to every logger and remember them."""
-        step = trainer.global_step
-        self.latest |= values
-        self.read_at |= dict.fromkeys(values, step)
-        epoch = round(step / module.steps_per_epoch, 3)
-        for logger in trainer.loggers:
-            logger.log_metrics({"epoch": epoch, **values}, step=step)
-
-    def rate(self) -> float:
-        """Return images per second over the whole training time, over all devices."""
-        return self.images / self.seconds if self.seconds else 0.0
 
 
 class KNNMonitor(pl.Callback):
@@ -240,64 +155,3 @@ class KNNMonitor(pl.Callback):
         """Restore the readings from a checkpoint."""
         for name in _READINGS & state.keys():  # an older version stored two of them
             setattr(self, name, state[name])
-
-
-class Progress(pl.Callback):
-    """Show one bar over the whole run on a terminal, and elsewhere a line every ten seconds."""
-
-    def __init__(self, metrics: MetricsLogger) -> None:
-        self.metrics = metrics
-        self._bar: Any = None
-        self._spoke = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Open the bar."""
-        if not trainer.is_global_zero:
-            return
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=module.total_steps,
-                initial=trainer.global_step,
-                unit="step",
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            )
-        self._spoke = time.monotonic()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-        """Move the bar."""
-        if not trainer.is_global_zero:
-            return
-        if self._bar is not None:
-            self._bar.n = trainer.global_step
-            self._bar.set_postfix_str(self._text(trainer, module), refresh=False)
-            self._bar.update(0)
-        elif time.monotonic() - self._spoke > 10 or trainer.global_step >= module.total_steps:
-            self._spoke = time.monotonic()
-            print(self._text(trainer, module), file=sys.stderr, flush=True)
-
-    def _text(self, trainer: pl.Trainer, module: Any) -> str:
-        latest, step = self.metrics.latest, trainer.global_step
-        epochs = module.total_steps / module.steps_per_epoch
-        parts = [f"epoch {step / module.steps_per_epoch:.1f}/{epochs:.3g}"]
-        for name, label in (
-            ("train/loss", "loss {:.3f}"),
-            ("train/contrast_top1", "contrast {:.0%}"),
-            ("val/knn_top1", "kNN {:.1f}%"),
-            ("train/images_per_second", "{:,.0f} images/s"),
-        ):
-            if name in latest:
-                parts.append(label.format(latest[name]))
-        if self._bar is None and self.metrics.rate():
-            left = (module.total_steps - step) * module.accumulate
-            left *= self.metrics.data.config.batch_size
-            parts.append(f"{left / self.metrics.rate() / 60:.1f} min left")
-        return ", ".join(parts)
-
-    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()

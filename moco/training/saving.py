@@ -23,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from moco import slurm
 from moco.config import RunError, UserError
-from moco.training.monitor import MetricsLogger
+from moco.training.metrics import MetricsLogger
 
 log = logging.getLogger("moco")
 # Signals that stop a run; where several come, the last in this list decides the exit code. SLURM

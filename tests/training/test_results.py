@@ -21,8 +21,9 @@ from steps import SIZE, make_module
 import train
 from moco import distributed
 from moco.config import RunConfig, UserError
-from moco.training import monitor, saving
-from moco.training.monitor import KNNMonitor, Progress
+from moco.training import metrics, saving
+from moco.training.metrics import Progress
+from moco.training.monitor import KNNMonitor
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -105,7 +106,7 @@ class Clock(pl.Callback):
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0
         clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
-        for room in (monitor, saving):
+        for room in (metrics, saving):
             monkeypatch.setattr(room, "time", clock)
 
     def on_train_batch_start(self, *args) -> None:
