@@ -51,7 +51,10 @@ OF_DATA: Rules = {
         "only cifar10, cifar100 and stl10 are fetched",
         _is_not("data.dataset", "cifar10", "cifar100", "stl10"),
     ),
-    "data.max_value": ("this data set has 8 bits", _is("data.dataset", *_ARRAYS)),
+    **dict.fromkeys(
+        ("data.min_value", "data.max_value", "data.dicom_window", "data.exif", "data.max_pixels"),
+        ("this data set has 8 bits and no files", _is("data.dataset", *_ARRAYS)),
+    ),
     "data.resident": (
         "this data set is held in memory",
         lambda given: given["data.dataset"] in _ARRAYS and given["data.resident"] == "off",

@@ -44,7 +44,11 @@ NEVER_IDLE_IN_EVALUATION = {
 TRAINING = {
     "data.root": ("x", {"data.dataset": "digits"}, {"data.dataset": "folder"}),
     "data.download": (True, {"data.dataset": "folder"}, {"data.dataset": "stl10"}),
+    "data.min_value": (5.0, {"data.dataset": "cifar10"}, {}),
     "data.max_value": (255, {"data.dataset": "cifar10"}, {}),
+    "data.dicom_window": (False, {"data.dataset": "stl10"}, {}),
+    "data.exif": ("ignore", {"data.dataset": "digits"}, {}),
+    "data.max_pixels": (9, {"data.dataset": "digits"}, {}),
     "data.resident": ("off", {"data.dataset": "digits"}, {}),
     "data.resident_budget": (1.0, {"data.resident": "device"}, {}),
     "data.num_workers": (3, {"data.resident": "memory"}, {"data.resident": "auto"}),

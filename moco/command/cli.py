@@ -23,7 +23,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from moco.command import launch
-from moco.config import RunError, UserError
+from moco.config import RunError, UserError, with_former_ways
 
 # Seconds that a rank waits before it ends with an error that another rank may have caused, and with
 # one that rank 0 tells.
@@ -98,7 +98,7 @@ def parse(
     _check_arguments(argv, names)
     words = _with_contents(argv, names)
     if stored:
-        words.insert(0, _as_option(_known(_read_yaml(stored), names)))
+        words.insert(0, _as_option(with_former_ways(_known(_read_yaml(stored), names))))
     try:
         values = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:

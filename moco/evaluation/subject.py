@@ -255,6 +255,8 @@ def _open_images(data: DataConfig, device: torch.device) -> list[Labelled]:
             f"{data.dataset} {data.root} has no labelled train and test images: give a folder with "
             "train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more"
         )
+    if pair[0].reading.reason:
+        log.info("%s", pair[0].reading)
     parts = [Labelled(*make_resident(source, data, device, None)[:2]) for source in pair]
     classes = parts[0].source.classes
     for part, other in (parts, parts[::-1]):

@@ -5,14 +5,34 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+from collections import Counter
+from typing import NamedTuple
 
 from moco.config import UserError
-from moco.images.decode import extension, shown
+from moco.images.decode import shown
+from moco.images.formats import extension, looks_like_image, readable
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".webp", ".ppm", ".pgm", ".pbm", ".npy"),
-)
+# Folders that systems and archives keep beside the images, in lower case; so are hidden ones.
+_HOUSEKEEPING = {
+    *("__macosx", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+    *("~snapshot", "lost+found", "$recycle.bin", "system volume information", "recycler"),
+}
+
+
+class Tree(NamedTuple):
+    """What lies below a folder.
+
+    Attributes:
+        paths: The images that can be read here, sorted, each once.
+        unread: The folders that cannot be listed, each with its reason.
+        foreign: Ending to the number of images that are not read here.
+        left_out: Name to the number of hidden and housekeeping folders.
+    """
+
+    paths: list[str]
+    unread: list[str]
+    foreign: Counter[str]
+    left_out: Counter[str]
 
 
 def check_root(root: str) -> str:
@@ -39,12 +59,10 @@ def check_root(root: str) -> str:
     raise UserError(f"data.root {root!r} {problem}")
 
 
-def walk(top: str) -> tuple[list[str], list[str]]:
-    """Return the images below `top`, sorted, and the folders that cannot be read.
-
-    Each image comes once, even where links go in circles.
-    """
-    paths, links, unread = [], [], []
+def walk(top: str) -> Tree:
+    """List the images below `top`, each once, even where links go in circles."""
+    paths, links, endings = [], [], readable()
+    unread, foreign, left_out = [], Counter(), Counter()
     listed, waiting = set(), [top]
     while waiting:
         folder = waiting.pop()
@@ -53,16 +71,21 @@ def walk(top: str) -> tuple[list[str], list[str]]:
             continue
         try:
             with os.scandir(folder) as entries:
-                found = sorted((e for e in entries if visible(e.name)), key=lambda e: e.name)
+                everything = list(entries)
         except OSError as error:
             unread.append(f"{shown(folder)}: {error.strerror}")
             continue
         listed.add(real)
+        found = sorted((e for e in everything if visible(e.name)), key=lambda e: e.name)
+        left_out.update(e.name for e in everything if not visible(e.name) and is_dir(e))
         waiting += [entry.path for entry in reversed(found) if is_dir(entry)]
-        files = [entry for entry in found if extension(entry.name) in EXTENSIONS]
+        images = [e for e in found if looks_like_image(extension(e.name))]
+        files = [entry for entry in images if extension(entry.name) in endings]
+        others = [e for e in images if extension(e.name) not in endings and e.is_file()]
+        foreign.update(extension(entry.name) for entry in others)
         paths += [entry.path for entry in files if entry.is_file(follow_symlinks=False)]
         links += [entry.path for entry in files if entry.is_symlink() and _maybe_file(entry.path)]
-    return sorted(paths + _new_links(links, listed)), unread
+    return Tree(sorted(paths + _new_links(links, listed)), unread, foreign, left_out)
 
 
 def _new_links(links: list[str], listed: set[str]) -> list[str]:
@@ -71,7 +94,7 @@ def _new_links(links: list[str], listed: set[str]) -> list[str]:
     for path in sorted(links):
         real = os.path.realpath(path)
         folder, name = os.path.split(real)
-        image = visible(name) and extension(name) in EXTENSIONS
+        image = visible(name) and extension(name) in readable()
         if not (image and folder in listed and os.path.exists(real)):
             new.setdefault(real, path)
     return list(new.values())
@@ -82,8 +105,8 @@ def _maybe_file(link: str) -> bool:
 
 
 def visible(name: str) -> bool:
-    """Tell whether a name is neither hidden nor left over from an archive."""
-    return not name.startswith(".") and name != "__MACOSX"
+    """Tell whether a name is neither hidden nor that of a system's own folder."""
+    return not name.startswith(".") and name.lower() not in _HOUSEKEEPING
 
 
 def is_dir(entry: os.DirEntry) -> bool:

@@ -20,7 +20,11 @@ from torch import Tensor
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS, read_arrays
 from moco.images.decode import decode, shown
-from moco.images.folders import EXTENSIONS, check_root, expanded, is_dir, visible, walk
+from moco.images.dicom import with_frames
+from moco.images.folders import check_root, expanded, is_dir, visible, walk
+from moco.images.formats import listed, passed_over, readable
+from moco.images.scaling import PLAIN, Reading
+from moco.images.values import settle
 
 log = logging.getLogger("moco")
 
@@ -36,7 +40,7 @@ class ImageSource:
         labels: N int64, or None when unlabelled.
         classes: Class names in the order of the labels; empty when unlabelled.
         channels: C of every image.
-        max_value: Value in 16-bit files that becomes 255.
+        reading: How files become uint8.
     """
 
     name: str
@@ -45,7 +49,7 @@ class ImageSource:
     labels: Tensor | None
     classes: list[str]
     channels: int
-    max_value: int
+    reading: Reading = PLAIN
 
     def __len__(self) -> int:
         return len(self.paths) if self.images is None else len(self.images)
@@ -54,7 +58,7 @@ class ImageSource:
         """Return one image, C H W uint8, in its own size; raise BadImage as `decode` does."""
         if self.images is not None:
             return self.images[index]
-        return decode(self.paths[index], self.channels, self.max_value)
+        return decode(self.paths[index], self.channels, self.reading)
 
 
 def open_source(data: DataConfig, split: Literal["train", "test"]) -> ImageSource | None:
@@ -71,7 +75,7 @@ def open_source(data: DataConfig, split: Literal["train", "test"]) -> ImageSourc
     train, test = _split_folders(data)
     if split == "train":
         return _open_folder(data, train)
-    return test and _open_folder(data, test, _open_folder(data, train).classes)
+    return test and _open_folder(data, test, _open_folder(data, train))
 
 
 def open_labelled(
@@ -94,7 +98,7 @@ def open_labelled(
         return None
     if data.dataset in ("folder", "imagenet"):
         folder = _split_folders(data)[1]
-        queries = _open_folder(data, folder, bank.classes) if folder else None
+        queries = _open_folder(data, folder, bank) if folder else None
     else:
         queries = open_source(data, "test")
     return None if queries is None or queries.labels is None else (bank, queries)
@@ -118,7 +122,7 @@ def _open_arrays(data: DataConfig, split: str) -> ImageSource:
     if labels is not None:
         labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
     name = f"{data.dataset} {split}"
-    return ImageSource(name, images, [], labels, classes, data.channels, data.max_value)
+    return ImageSource(name, images, [], labels, classes, data.channels)
 
 
 def _split_folders(data: DataConfig) -> tuple[str, str | None]:
@@ -141,8 +145,12 @@ def _split_folders(data: DataConfig) -> tuple[str, str | None]:
     return root, None
 
 
-def _open_folder(data: DataConfig, top: str, classes: list[str] | None = None) -> ImageSource:
-    """List a directory; the first-level subfolders are its labels, by `classes` where given."""
+def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -> ImageSource:
+    """List a directory; the first-level subfolders are its labels.
+
+    The train split, where it is another one, tells the classes and the range of values.
+    """
+    classes = train and train.classes
     paths = _list_images(data, top)
     start = len(os.path.join(top, ""))
     parts = [path[start:].split(os.sep, 1) for path in paths]
@@ -153,9 +161,8 @@ def _open_folder(data: DataConfig, top: str, classes: list[str] | None = None) -
             f"data.root {data.root!r}: images lie directly in {shown(top)}, imagenet has them in "
             "one subfolder per class; for another tree set data.dataset folder"
         )
-    source = ImageSource(
-        f"folder {shown(top)}", None, paths, None, [], data.channels, data.max_value
-    )
+    reading = train.reading if train else settle(paths, data)
+    source = ImageSource(f"folder {shown(top)}", None, paths, None, [], data.channels, reading)
     if not labelled or classes == [] or (len(names) < 2 and not names <= set(classes or [])):
         return source
     classes = sorted(names) if classes is None else classes
@@ -171,14 +178,22 @@ def _open_folder(data: DataConfig, top: str, classes: list[str] | None = None) -
 
 
 def _list_images(data: DataConfig, top: str) -> list[str]:
-    paths, unread = walk(top)
+    tree = walk(top)
+    paths, unread = with_frames(tree.paths), tree.unread
     if unread:
         log.warning("%d folders cannot be read and are skipped, first %s", len(unread), unread[0])
+    foreign = passed_over(tree.foreign)
+    if foreign and paths:
+        log.info("%s: passed over, not read here: %s", shown(top), foreign)
+    if tree.left_out:
+        names = ", ".join(f"{count} {shown(name)}" for name, count in tree.left_out.most_common(5))
+        log.info("%s: hidden and system folders are left out: %s", shown(top), names)
     if not paths:
         where = f"{data.root!r}" if top == expanded(data.root) else f"{data.root!r}: {shown(top)}"
         skipped = f"; {len(unread)} of them cannot be read" if unread else ""
+        skipped += f"; there are {foreign}" if foreign else ""
         raise UserError(
-            f"data.root {where} holds no images (looked for {' '.join(EXTENSIONS)} in all "
+            f"data.root {where} holds no images (looked for {listed(readable())} in all "
             f"subfolders{skipped}): give the folder that holds them"
         )
     return paths

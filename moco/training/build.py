@@ -72,8 +72,9 @@ def build_data(
 ) -> PretrainData:
     """Decode what is to be resident, note in `decided` what is, and prepare what makes views."""
     resident = {"": config.data.resident, "streamed": "off"}.get(decided.resident, decided.resident)
+    source, ends = pin_values(source, decided)
     data = PretrainData(
-        replace(config.data, resident=resident),
+        replace(config.data, resident=resident, **ends),
         config.run.seed,
         shuffle=decided.key_bn in ("shuffle", "split"),
         symmetric=config.model.symmetric != "none",
@@ -82,6 +83,24 @@ def build_data(
     data.prepare(own_device(config), str(run_dir / "bad_files.txt"), decided.compile)
     decided.resident = data.resident
     return data
+
+
+def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict[str, Any]]:
+    """Read the images by the range that a resumed run has decided; note the range of a new run.
+
+    Returns:
+        The source, and the settings with which other images are read alike.
+    """
+    reading = source.reading
+    if decided.max_value:
+        low, high = tuple(decided.min_value), tuple(decided.max_value)
+        reading = replace(reading, low=low, high=high, reason="as the run began")
+    if not reading.reason:
+        return source, {}
+    ends = {"min_value": list(reading.low), "max_value": list(reading.high)}
+    decided.min_value, decided.max_value = ends["min_value"], ends["max_value"]
+    decided.reasons["max_value"] = reading.reason
+    return replace(source, reading=reading), ends
 
 
 def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:

@@ -35,6 +35,8 @@ class Decided:
         precision, key_bn: As the settings of these names, never auto.
         compile: Backend of torch.compile; empty: nothing is compiled.
         resident: Where the images are held: device, memory, or streamed; empty until they are read.
+        min_value, max_value: What becomes black and white in files of more than 8 bits, one value
+            or one per channel; empty where the images need none.
         reasons: Name of an attribute to why.
     """
 
@@ -45,6 +47,8 @@ class Decided:
     key_bn: str
     compile: str
     resident: str = ""
+    min_value: list[float] = field(default_factory=list)
+    max_value: list[float] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -56,7 +60,10 @@ class Decided:
     def from_dict(cls, stored: Any) -> Decided | None:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
-        return cls(**stored) if isinstance(stored, dict) and stored.keys() == known else None
+        if not isinstance(stored, dict):
+            return None
+        whole = stored.keys() | {"min_value", "max_value"} == known  # a version before had no range
+        return cls(**stored) if whole else None
 
 
 def decide(
@@ -94,9 +101,17 @@ def decide(
         "resident": fits if config.data.resident == "auto" else "as set",
     }
     decided = Decided(
-        accelerator(config), devices, num_nodes, precision, key_bn, backend, resident, reasons
+        accelerator(config),
+        devices,
+        num_nodes,
+        precision,
+        key_bn,
+        backend,
+        resident,
+        reasons=reasons,
     )
     if before:
+        decided.min_value, decided.max_value = before.min_value, before.max_value
         kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
         reasons.update(dict.fromkeys(kept, "as the run began"))
     check_shares(config, world, key_bn, decided.accelerator == "cuda")

@@ -254,7 +254,7 @@ def test_roots_that_give_nothing_are_refused_in_one_line(tmp_path):
         "picture": "data.root '.*picture' does not exist: did you mean '.*pictures'",
         "zzz": "data.root '.*zzz' does not exist: give a folder",
         "images.tar": "data.root '.*images.tar' is a file",
-        "pictures": r"data.root '.*pictures' holds no images \(looked for .jpg .*.npy in all",
+        "pictures": r"data.root '.*pictures' holds no images \(looked for .*.jpg .*.npy .* in all",
         "nul\0byte": "data.root .* cannot be read",
     }
     for name, message in cases.items():
