@@ -174,6 +174,14 @@ class DataConfig:
         "Where images come from; `folder` takes any tree of images, `digits` needs no files",
     )
     root: str = setting("", "Directory of the data set; not needed for digits")
+    files: str = setting(
+        "", "File that lists the training images, one path a line, absolute or below root"
+    )
+    labels: str = setting(
+        "",
+        "Table (CSV) of a path, a label and perhaps a split in each row, where folders are no "
+        "labels",
+    )
     download: bool = setting(
         False, "Fetch cifar10, cifar100 or stl10 into root when missing (uses the network)"
     )
@@ -324,6 +332,11 @@ class RunConfig:
         "Epochs between kNN readings, besides the first and the last; 0: none",
         at_least=0,
         at_most=MOST_EPOCHS,
+    )
+    knn_root: str = setting(
+        "",
+        "Labelled folder of its own for kNN readings, with train/CLASS/ and test/CLASS/; empty: "
+        "data.root",
     )
     knn_k: int = setting(200, "Neighbours that vote", at_least=1, at_most=MOST_ROWS)
     knn_temperature: float = setting(

@@ -43,6 +43,8 @@ NEVER_IDLE_IN_EVALUATION = {
 # beside which it is not.
 TRAINING = {
     "data.root": ("x", {"data.dataset": "digits"}, {"data.dataset": "folder"}),
+    "data.files": ("x", {"data.dataset": "digits"}, {}),
+    "data.labels": ("x", {"data.dataset": "digits"}, {}),
     "data.download": (True, {"data.dataset": "folder"}, {"data.dataset": "stl10"}),
     "data.min_value": (5.0, {"data.dataset": "cifar10"}, {}),
     "data.max_value": (255, {"data.dataset": "cifar10"}, {}),
@@ -68,6 +70,7 @@ TRAINING = {
     "optim.gamma": (0.5, {}, {"optim.schedule": "plateau"}),
     "optim.plateau_metric": ("val/knn_top1", {}, {"optim.schedule": "plateau"}),
     "optim.plateau_patience": (3, {"optim.schedule": "step"}, {"optim.schedule": "plateau"}),
+    "run.knn_root": ("x", {"run.knn_every": 0}, {}),
     "run.knn_k": (20, {"run.knn_every": 0}, {}),
     "run.knn_temperature": (0.2, {"run.knn_every": 0}, {}),
     "run.wandb_project": ("x", {}, {"run.wandb": True}),

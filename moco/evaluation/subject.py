@@ -247,24 +247,16 @@ def _open_images(data: DataConfig, device: torch.device) -> list[Labelled]:
     """Open training and test images with labels, and refuse what gives no score.
 
     Raises:
-        UserError: No labels, no test split, or classes that differ between the splits.
+        UserError: No labels, no test split, or no two classes in common.
     """
     pair = sources.open_labelled(data)
     if pair is None:
         raise UserError(
             f"{data.dataset} {data.root} has no labelled train and test images: give a folder with "
-            "train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more"
+            "train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more, or a table with "
+            "data.labels"
         )
     if pair[0].reading.reason:
         log.info("%s", pair[0].reading)
-    parts = [Labelled(*make_resident(source, data, device, None)[:2]) for source in pair]
-    classes = parts[0].source.classes
-    for part, other in (parts, parts[::-1]):
-        counts = torch.bincount(part.source.labels, minlength=len(classes))
-        missing = [classes[n] for n in (counts == 0).nonzero()[:, 0].tolist()]
-        if missing:
-            raise UserError(
-                f"{part.source.name} has no images of class {', '.join(missing[:3])}, unlike "
-                f"{other.source.name}: both need the same classes"
-            )
-    return parts
+    pair = sources.shared_classes(*pair)
+    return [Labelled(*make_resident(source, data, device, None)[:2]) for source in pair]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 from collections import Counter
 from typing import NamedTuple
 
-from moco.config import UserError
+from moco.config import DataConfig, UserError
 from moco.images.decode import shown
 from moco.images.formats import extension, looks_like_image, readable
+from moco.images.labels import HELD_OUT, TRAIN, read_table
+
+log = logging.getLogger("moco")
 
 # Folders that systems and archives keep beside the images, in lower case; so are hidden ones.
 _HOUSEKEEPING = {
@@ -57,6 +61,53 @@ def check_root(root: str) -> str:
     except (OSError, ValueError) as error:
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error}): make it readable"
     raise UserError(f"data.root {root!r} {problem}")
+
+
+def split_folders(data: DataConfig, say: bool = False) -> tuple[str, str | None]:
+    """Return the directories of the train and the held-out split, by their names in any case.
+
+    They are looked for below the root, and deeper where a folder holds one folder and no image. A
+    table of labels may hold images out that lie in the same directory.
+
+    Args:
+        say: Whether to log which directory was taken for which split.
+
+    Raises:
+        UserError: The root cannot be listed, or is not laid out as `imagenet` is.
+    """
+    top, seen = check_root(data.root), set()
+    while True:
+        seen.add(os.path.realpath(top))
+        with os.scandir(top) as entries:
+            found = [entry for entry in entries if visible(entry.name)]
+        names = sorted(entry.name for entry in found if is_dir(entry))
+        by_name = {name.lower(): os.path.join(top, name) for name in names}
+        train = next((by_name[name] for name in TRAIN if name in by_name), None)
+        test = next((by_name[name] for name in HELD_OUT if name in by_name), None)
+        # Among other folders `train` may be a class of images, unless one is a held-out split.
+        if train and (test or len(names) == 1):
+            break
+        deeper = os.path.join(top, names[0]) if len(names) == 1 else top
+        has_images = any(looks_like_image(extension(e.name)) and not is_dir(e) for e in found)
+        if has_images or os.path.realpath(deeper) in seen:
+            break
+        top = deeper
+    if data.dataset == "imagenet" and not (train and "val" in by_name):
+        raise UserError(
+            f"data.root {data.root!r} lacks train/ or val/: lay imagenet out as "
+            "train/CLASS/*.JPEG and val/CLASS/*.JPEG; for another tree set data.dataset folder"
+        )
+    if not train or not (test or len(names) == 1):
+        in_table = bool(data.labels) and read_table(data.labels).has_splits
+        return top, top if in_table else None
+    test = by_name["val"] if data.dataset == "imagenet" else test
+    if say:
+        rest = [name for name in names if by_name[name.lower()] not in (train, test)]
+        unused = f"; not used: {', '.join(map(shown, rest[:5]))}" if rest else ""
+        held_out = shown(os.path.basename(test)) if test else "none"
+        log.info("%s: trained on is %s, held out is %s%s", shown(top),
+                 shown(os.path.basename(train)), held_out, unused)  # fmt: skip
+    return train, test
 
 
 def walk(top: str) -> Tree:

@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from moco.algorithm.pretrain import MoCo
 from moco.checkpoints.load import restore_pretraining
-from moco.config import TrainConfig
+from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources
 from moco.images.labelled import LabelledData
 from moco.images.loader import PretrainData
@@ -183,7 +183,10 @@ def open_labelled(config: TrainConfig, data: PretrainData) -> LabelledData | Non
     """Open what kNN needs, sharing the decoded training images; None without labels."""
     if config.run.knn_every == 0:
         return None
-    pair = sources.open_labelled(data.config, data.source)
+    if config.run.knn_root:
+        pair = _open_own_labelled(data.config, config.run.knn_root)
+    else:
+        pair = sources.open_labelled(data.config, data.source)
     if pair is None:
         log.info("no labelled train and test splits: kNN is not read")
         return None
@@ -193,3 +196,22 @@ def open_labelled(config: TrainConfig, data: PretrainData) -> LabelledData | Non
         return LabelledData(data.config, bank, queries, data.images, query_images)
     bank, bank_images, _ = make_resident(bank, data.config, data.device, None)
     return LabelledData(data.config, bank, queries, bank_images, query_images)
+
+
+def _open_own_labelled(data: DataConfig, root: str) -> tuple[ImageSource, ImageSource]:
+    """Open `run.knn_root`, whose images are read as those of the run.
+
+    Raises:
+        UserError: It has no labelled train and test images.
+    """
+    own = replace(data, dataset="folder", root=root, files="", labels="")
+    try:
+        pair = sources.open_labelled(own)
+    except UserError as error:
+        raise UserError(str(error).replace("data.root", "run.knn_root")) from None
+    if pair is None:
+        raise UserError(
+            f"run.knn_root {root!r} has no labelled train and test images: give a folder with "
+            "train/CLASS/ and test/CLASS/ of two classes or more"
+        )
+    return sources.shared_classes(*pair)
