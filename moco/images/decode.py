@@ -202,6 +202,7 @@ class _Picture:
                 image.info.pop("transparency", None)  # else Pillow warns that it is lost
             image = image.convert(MODES[channels])
         pixels = np.asarray(image)
+        self.image.close()  # its memory serves the copy that is made next
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _uncut(self) -> np.ndarray:

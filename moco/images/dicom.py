@@ -31,7 +31,7 @@ def with_frames(paths: list[str]) -> list[str]:
     The headers of all are read only where one of a sample has several: a folder of single slices,
     as scanners write them, costs nothing.
     """
-    some = [path for path in paths if extension(path) in DICOM]
+    some = [path for path in paths if path[-6:].lower().endswith(DICOM)]
     some = some[:: max(1, len(some) // _SAMPLE)]
     if all(_frame_count(path) == 1 for path in some):
         return paths

@@ -130,22 +130,22 @@ def walk(top: str) -> Tree:
         found = sorted((e for e in everything if visible(e.name)), key=lambda e: e.name)
         left_out.update(e.name for e in everything if not visible(e.name) and is_dir(e))
         waiting += [entry.path for entry in reversed(found) if is_dir(entry)]
-        images = [e for e in found if looks_like_image(extension(e.name))]
-        files = [entry for entry in images if extension(entry.name) in endings]
-        others = [e for e in images if extension(e.name) not in endings and e.is_file()]
-        foreign.update(extension(entry.name) for entry in others)
+        kinds = [(entry, extension(entry.name)) for entry in found]
+        files = [entry for entry, ending in kinds if ending in endings]
+        others = [(e, x) for e, x in kinds if x not in endings and looks_like_image(x)]
+        foreign.update(ending for entry, ending in others if entry.is_file())
         paths += [entry.path for entry in files if entry.is_file(follow_symlinks=False)]
         links += [entry.path for entry in files if entry.is_symlink() and _maybe_file(entry.path)]
-    return Tree(sorted(paths + _new_links(links, listed)), unread, foreign, left_out)
+    return Tree(sorted(paths + _new_links(links, listed, endings)), unread, foreign, left_out)
 
 
-def _new_links(links: list[str], listed: set[str]) -> list[str]:
+def _new_links(links: list[str], listed: set[str], endings: frozenset[str]) -> list[str]:
     """Keep the links to files not listed already, and dangling ones: those get named as bad."""
     new: dict[str, str] = {}
     for path in sorted(links):
         real = os.path.realpath(path)
         folder, name = os.path.split(real)
-        image = visible(name) and extension(name) in readable()
+        image = visible(name) and extension(name) in endings
         if not (image and folder in listed and os.path.exists(real)):
             new.setdefault(real, path)
     return list(new.values())

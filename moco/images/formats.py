@@ -27,6 +27,7 @@ _FOREIGN = (
     *(".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".fits", ".fit", ".nii", ".mha", ".nrrd"),
     *(".czi", ".lif", ".nd2", ".svs", ".ndpi", ".mrxs", ".npz", ".mat", ".h5", ".hdf5"),
 )
+_IMAGES = frozenset((*_ALWAYS, *_FURTHER, *DICOM, *_FOREIGN))
 
 
 def extension(name: str) -> str:
@@ -61,7 +62,7 @@ def readable() -> frozenset[str]:
 
 def looks_like_image(ending: str) -> bool:
     """Tell whether files of this ending are images, whether or not they can be read here."""
-    return ending in _ALWAYS or ending in _FURTHER or ending in DICOM or ending in _FOREIGN
+    return ending in _IMAGES
 
 
 def passed_over(counts: dict[str, int]) -> str:

@@ -152,7 +152,7 @@ def twins(paths: Sequence[str], labels: Sequence[str | None]) -> list[tuple[str,
     first: dict[str, int] = {}
     pairs = []
     for place, path in enumerate(paths):
-        other = first.setdefault(os.path.basename(path), place)
+        other = first.setdefault(path.rpartition(os.sep)[2], place)
         if labels[other] != labels[place]:
             pairs.append((paths[other], path))
     some = pairs[:: max(1, len(pairs) // _PAIRS)]
