@@ -220,14 +220,12 @@ def test_blur_equals_torchvision_with_13_taps_and_a_border_that_is_repeated(chan
 
 
 def test_blur_at_the_border_is_that_of_pil():
-    batch, sigma = floats(1, 3, 32), 2.0
+    batch, sigma = torch.zeros(1, 3, 32, 32), 2.0
+    batch[:, :, 0], batch[:, :, :, -2:] = 1, 0.7  # what lies at an edge weighs most where repeated
     picture = Image.fromarray((batch[0] * 255).round().byte().permute(1, 2, 0).numpy())
     theirs = pil_to_tensor(picture.filter(ImageFilter.GaussianBlur(sigma))).float() / 255
     ours = adjust_colours(batch, nothing(1, blur=yes(1), sigma=torch.tensor([sigma])), ALL)[0]
-    border = torch.ones(32, 32, dtype=torch.bool)
-    border[6:-6, 6:-6] = False
-    inside, outside = ((ours - theirs).abs()[:, part].max() for part in (~border, border))
-    assert outside < inside + 0.02  # PIL's is made of boxes, and rounds to 8 bits
+    assert (ours - theirs).abs().max() < 0.03  # PIL's is made of boxes, and rounds to 8 bits
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
