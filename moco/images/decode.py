@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from moco.images.formats import DICOM, TIFF, extension, needed, pillow_formats
 from moco.images.scaling import PLAIN, Reading, to_uint8
 from moco.images.tiff import TiffImage, pillow_reads_it
 
+# The limit of pixels is our own, and is checked before pixels are read.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _ORIENTATION = 0x0112
 _METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where it may stand

@@ -75,39 +75,51 @@ def split_folders(data: DataConfig, say: bool = False) -> tuple[str, str | None]
     Raises:
         UserError: The root cannot be listed, or is not laid out as `imagenet` is.
     """
-    top, seen = check_root(data.root), set()
+    top, names, train, test = _find_splits(check_root(data.root))
+    by_name = {name.lower(): os.path.join(top, name) for name in names}
+    if data.dataset == "imagenet":
+        if not train or "val" not in by_name:
+            raise UserError(
+                f"data.root {data.root!r} lacks train/ or val/: lay imagenet out as "
+                "train/CLASS/*.JPEG and val/CLASS/*.JPEG; for another tree set data.dataset folder"
+            )
+        test = by_name["val"]
+    if not train:
+        in_table = bool(data.labels) and read_table(data.labels).has_splits
+        return top, top if in_table else None
+    if say:
+        rest = [name for name in names if by_name[name.lower()] not in (train, test)]
+        unused = f"; not used: {', '.join(map(shown, rest[:5]))}" if rest else ""
+        base, held_out = (shown(os.path.basename(path or "none")) for path in (train, test))
+        log.info("%s: trained on is %s, held out is %s%s", shown(top), base, held_out, unused)
+    return train, test
+
+
+def _find_splits(top: str) -> tuple[str, list[str], str | None, str | None]:
+    """Return where splits are, the folders there, and those of train and of what is held out.
+
+    Without splits that is the first directory that holds more than a single folder.
+    """
+    seen = set()
     while True:
         seen.add(os.path.realpath(top))
-        with os.scandir(top) as entries:
-            found = [entry for entry in entries if visible(entry.name)]
+        try:
+            with os.scandir(top) as entries:
+                found = [entry for entry in entries if visible(entry.name)]
+        except OSError:  # a folder below the root, which `walk` names
+            return os.path.dirname(top), [], None, None
         names = sorted(entry.name for entry in found if is_dir(entry))
         by_name = {name.lower(): os.path.join(top, name) for name in names}
         train = next((by_name[name] for name in TRAIN if name in by_name), None)
         test = next((by_name[name] for name in HELD_OUT if name in by_name), None)
         # Among other folders `train` may be a class of images, unless one is a held-out split.
         if train and (test or len(names) == 1):
-            break
-        deeper = os.path.join(top, names[0]) if len(names) == 1 else top
+            return top, names, train, test
         has_images = any(looks_like_image(extension(e.name)) and not is_dir(e) for e in found)
+        deeper = os.path.join(top, names[0]) if len(names) == 1 else top
         if has_images or os.path.realpath(deeper) in seen:
-            break
+            return top, names, None, None
         top = deeper
-    if data.dataset == "imagenet" and not (train and "val" in by_name):
-        raise UserError(
-            f"data.root {data.root!r} lacks train/ or val/: lay imagenet out as "
-            "train/CLASS/*.JPEG and val/CLASS/*.JPEG; for another tree set data.dataset folder"
-        )
-    if not train or not (test or len(names) == 1):
-        in_table = bool(data.labels) and read_table(data.labels).has_splits
-        return top, top if in_table else None
-    test = by_name["val"] if data.dataset == "imagenet" else test
-    if say:
-        rest = [name for name in names if by_name[name.lower()] not in (train, test)]
-        unused = f"; not used: {', '.join(map(shown, rest[:5]))}" if rest else ""
-        held_out = shown(os.path.basename(test)) if test else "none"
-        log.info("%s: trained on is %s, held out is %s%s", shown(top),
-                 shown(os.path.basename(train)), held_out, unused)  # fmt: skip
-    return train, test
 
 
 def walk(top: str) -> Tree:

@@ -35,9 +35,9 @@ class Decided:
         precision, key_bn: As the settings of these names, never auto.
         compile: Backend of torch.compile; empty: nothing is compiled.
         resident: Where the images are held: device, memory, or streamed; empty until they are read.
+        reasons: Name of an attribute to why.
         min_value, max_value: What becomes black and white in files of more than 8 bits, one value
             or one per channel; empty where the images need none.
-        reasons: Name of an attribute to why.
     """
 
     accelerator: str
@@ -47,9 +47,9 @@ class Decided:
     key_bn: str
     compile: str
     resident: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
     min_value: list[float] = field(default_factory=list)
     max_value: list[float] = field(default_factory=list)
-    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def world(self) -> int:
@@ -101,14 +101,7 @@ def decide(
         "resident": fits if config.data.resident == "auto" else "as set",
     }
     decided = Decided(
-        accelerator(config),
-        devices,
-        num_nodes,
-        precision,
-        key_bn,
-        backend,
-        resident,
-        reasons=reasons,
+        accelerator(config), devices, num_nodes, precision, key_bn, backend, resident, reasons
     )
     if before:
         decided.min_value, decided.max_value = before.min_value, before.max_value

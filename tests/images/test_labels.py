@@ -83,6 +83,20 @@ def test_a_single_folder_that_leads_back_ends(tmp_path):
         sources.open_source(folder(tmp_path / "root"), "train")
 
 
+def test_a_single_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    save(tmp_path / "root/closed/1.png")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError, match="holds no images .*1 of them cannot be read"):
+        sources.open_source(folder(tmp_path / "root"), "train")
+
+
 # What is no image of the set
 
 
