@@ -134,13 +134,13 @@ def random_source(data: Any, split: str) -> sources.ImageSource:
     small = data.image_size <= 32
     count, side = (50_000, 32) if small else (max(4_096, data.batch_size), 256)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
-    return sources.ImageSource("random", images, [], None, [], 3, 255)
+    return sources.ImageSource("random", images, [], None, [], 3)
 
 
 def repeated(source: sources.ImageSource, least: int) -> sources.ImageSource:
     """List files several times, so that an epoch lasts longer than the benchmark."""
     paths = source.paths * -(-least // len(source.paths))
-    return sources.ImageSource(source.name, None, paths, None, [], source.channels, 255)
+    return sources.ImageSource(source.name, None, paths, None, [], source.channels)
 
 
 def settings(options: Any, rest: list[str]) -> TrainConfig:

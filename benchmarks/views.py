@@ -77,7 +77,7 @@ def ways(name: str, images: Tensor, batch: int) -> dict[str, Callable[[], Any]]:
     """Build the three ways to make two views of each image, N x 3 x S x S uint8."""
     size = images.shape[-1]
     config = DataConfig("cifar10", views=name, image_size=size, batch_size=batch)
-    source = ImageSource("random", images, [], None, [], 3, 255)
+    source = ImageSource("random", images, [], None, [], 3)
     data = PretrainData(config, 0, shuffle=False, symmetric=False, source=source)
     data.prepare(torch.device("cpu"))
     mean, std = normalisation(config)

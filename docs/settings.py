@@ -73,6 +73,7 @@ def _values(item: dataclasses.Field, kind: Any) -> str:
         return "`true`, `false`"
     null = " or `null`" if type(None) in get_args(kind) else ""
     names = {int: "whole number", float: "number", str: "text", float | None: "number"}
+    names |= {float | list[float] | Literal["auto"]: "number, list of numbers or `auto`"}
     names |= {list[int]: "list of whole numbers", list[float]: "list of numbers"}
     names[float | list[float] | None] = "number, a list of two numbers"
     limits = {"above": "above", "at_least": "at least", "at_most": "at most"}

@@ -32,6 +32,7 @@ class RunError(RuntimeError):
 
 # Bounds of what is counted: no run or evaluation comes near them, and none of them overflows.
 MOST_EPOCHS, MOST_STEPS, MOST_ROWS = 1_000_000, 1_000_000_000, 1_000_000
+MOST_VALUE = 1e9  # of a pixel
 
 
 def setting(
@@ -234,6 +235,14 @@ class DataConfig:
         "Where images come from; `folder` takes any tree of images, `digits` needs no files",
     )
     root: str = setting("", "Directory of the data set; not needed for digits")
+    files: str = setting(
+        "", "File that lists the training images, one path a line, absolute or below root"
+    )
+    labels: str = setting(
+        "",
+        "Table (CSV) of a path, a label and perhaps a split in each row, where folders are no "
+        "labels",
+    )
     download: bool = setting(
         False, "Fetch cifar10, cifar100 or stl10 into root when missing (uses the network)"
     )
@@ -243,8 +252,33 @@ class DataConfig:
         at_least=1,
         at_most=1024,
     )
-    max_value: int = setting(
-        65535, "Value in 16-bit images that becomes white", at_least=1, at_most=65535
+    min_value: float | list[float] | Literal["auto"] = setting(
+        "auto",
+        "Value that becomes black in files of more than 8 bits, one or one per channel; auto: "
+        "from a sample of the files",
+        at_least=-MOST_VALUE,
+        at_most=MOST_VALUE,
+    )
+    max_value: float | list[float] | Literal["auto"] = setting(
+        "auto",
+        "Value that becomes white in files of more than 8 bits, one or one per channel; auto: "
+        "from a sample of the files, rounded up to 1, 255, 1023, 4095, 10000 or 65535",
+        at_least=-MOST_VALUE,
+        at_most=MOST_VALUE,
+    )
+    dicom_window: bool = setting(
+        True, "Show DICOM files through their own window; false: by min_value and max_value"
+    )
+    exif: Literal["apply", "ignore"] = setting(
+        "apply",
+        "Turn pictures upright as their EXIF orientation says; the references of published scores "
+        "ignore it",
+    )
+    max_pixels: int = setting(
+        178_956_970,
+        "Pixels above which an image counts as unreadable: a small file may claim any number",
+        at_least=1,
+        at_most=2**34,
     )
     image_size: int = setting(224, "Side of a view in pixels", at_least=4, at_most=8192)
     upscale: float = setting(
@@ -377,6 +411,11 @@ class RunConfig:
         at_least=0,
         at_most=MOST_EPOCHS,
     )
+    knn_root: str = setting(
+        "",
+        "Labelled folder of its own for kNN readings, with train/CLASS/ and test/CLASS/; empty: "
+        "data.root",
+    )
     knn_k: int = setting(200, "Neighbours that vote", at_least=1, at_most=MOST_ROWS)
     knn_temperature: float = setting(
         0.1, "Each neighbour votes exp(similarity / temperature)", above=0, at_most=100
@@ -402,12 +441,19 @@ class TrainConfig:
 
         What the checkpoint does not know gets its default; what is gone is left out.
         """
+        stored = with_former_ways(stored)
         gone = unknown_settings(stored)
         groups = {}
         for group, kind in get_type_hints(cls).items():
             fields = stored.get(group, {}).items()
             groups[group] = kind(**{k: v for k, v in fields if f"{group}.{k}" not in gone})
         return cls(**groups)
+
+
+def with_former_ways(stored: dict[str, Any]) -> dict[str, Any]:
+    """Add to stored settings what an older version did before there was a setting for it."""
+    data = stored.get("data")
+    return stored | {"data": {"exif": "ignore"} | data} if isinstance(data, dict) else stored
 
 
 def unknown_settings(stored: dict[str, dict[str, Any]]) -> list[str]:
@@ -434,6 +480,8 @@ def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
         raise UserError(f"{name} is null: give a value, or leave the line out for the default")
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise UserError(f"{name} is {value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
+    if isinstance(value, str) and Literal["auto"] in get_args(kind) and value != "auto":
+        raise UserError(f"{name} is {value!r}: give a number, a list of numbers, or auto")
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name} is {value}: give finite numbers")
@@ -492,6 +540,7 @@ def check(config: TrainConfig) -> None:
                 f"data.{name} has {len(values)} values for data.channels {data.channels}: give "
                 "one each"
             )
+    _check_values(data)
     if any(value <= 0 for value in data.std):
         raise UserError(f"data.std is {data.std}: give positive values")
     if data.dataset != "digits" and not data.root:
@@ -533,6 +582,26 @@ def per_view(value: float | list[float], name: str = "") -> tuple[float, float]:
     if len(values) not in (1, 2):
         raise UserError(f"{name} is {value}: give one value, or two, one for each view")
     return values[0], values[-1]
+
+
+def _check_values(data: DataConfig) -> None:
+    """Raise UserError where min_value and max_value do not fit the channels or one another."""
+    ends = [getattr(data, name) for name in ("min_value", "max_value")]
+    for name, value in zip(("min_value", "max_value"), ends, strict=True):
+        if isinstance(value, list) and len(value) not in (1, data.channels):
+            raise UserError(
+                f"data.{name} has {len(value)} values for data.channels {data.channels}: give one, "
+                "or one each"
+            )
+    if "auto" in ends:
+        return
+    low, high = (value if isinstance(value, list) else [value] for value in ends)
+    count = max(len(low), len(high))
+    low, high = (value * count if len(value) == 1 else value for value in (low, high))
+    if any(bottom >= top for bottom, top in zip(low, high, strict=True)):
+        raise UserError(
+            f"data.min_value {ends[0]} is not below data.max_value {ends[1]}: change one of them"
+        )
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

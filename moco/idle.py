@@ -47,11 +47,18 @@ def _nothing_to_choose(given: dict[str, Any]) -> bool:
 
 OF_DATA: Rules = {
     "data.root": ("digits need no files", _is("data.dataset", "digits")),
+    **dict.fromkeys(
+        ("data.files", "data.labels"),
+        ("this data set has no files to list", _is("data.dataset", *_ARRAYS)),
+    ),
     "data.download": (
         "only cifar10, cifar100 and stl10 are fetched",
         _is_not("data.dataset", "cifar10", "cifar100", "stl10"),
     ),
-    "data.max_value": ("this data set has 8 bits", _is("data.dataset", *_ARRAYS)),
+    **dict.fromkeys(
+        ("data.min_value", "data.max_value", "data.dicom_window", "data.exif", "data.max_pixels"),
+        ("this data set has 8 bits and no files", _is("data.dataset", *_ARRAYS)),
+    ),
     "data.resident": (
         "this data set is held in memory",
         lambda given: given["data.dataset"] in _ARRAYS and given["data.resident"] == "off",
@@ -119,6 +126,7 @@ OF_TRAINING: Rules = OF_DATA | {
         "optim.schedule is not plateau",
         _is_not("optim.schedule", "plateau"),
     ),
+    "run.knn_root": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.knn_k": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.knn_temperature": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.wandb_project": ("run.wandb is false", _is("run.wandb", False)),

@@ -35,6 +35,8 @@ VERSION = 2  # of a checkpoint; version 1 stored none and drew other random numb
 # data.resident and model.compile came to is kept (`moco.training.decide`).
 _MAY_DIFFER = {
     "data.root",
+    "data.files",
+    "data.labels",
     "data.download",
     "data.resident",
     "data.resident_budget",

@@ -46,8 +46,14 @@ NEVER_IDLE_IN_EVALUATION = {
 # beside which it is not.
 TRAINING = {
     "data.root": ("x", {"data.dataset": "digits"}, {"data.dataset": "folder"}),
+    "data.files": ("x", {"data.dataset": "digits"}, {}),
+    "data.labels": ("x", {"data.dataset": "digits"}, {}),
     "data.download": (True, {"data.dataset": "folder"}, {"data.dataset": "stl10"}),
+    "data.min_value": (5.0, {"data.dataset": "cifar10"}, {}),
     "data.max_value": (255, {"data.dataset": "cifar10"}, {}),
+    "data.dicom_window": (False, {"data.dataset": "stl10"}, {}),
+    "data.exif": ("ignore", {"data.dataset": "digits"}, {}),
+    "data.max_pixels": (9, {"data.dataset": "digits"}, {}),
     "data.resident": ("off", {"data.dataset": "digits"}, {}),
     "data.resident_budget": (1.0, {"data.resident": "device"}, {}),
     "data.num_workers": (3, {"data.resident": "memory"}, {"data.resident": "auto"}),
@@ -75,6 +81,7 @@ TRAINING = {
     "optim.gamma": (0.5, {}, {"optim.schedule": "plateau"}),
     "optim.plateau_metric": ("val/knn_top1", {}, {"optim.schedule": "plateau"}),
     "optim.plateau_patience": (3, {"optim.schedule": "step"}, {"optim.schedule": "plateau"}),
+    "run.knn_root": ("x", {"run.knn_every": 0}, {}),
     "run.knn_k": (20, {"run.knn_every": 0}, {}),
     "run.knn_temperature": (0.2, {"run.knn_every": 0}, {}),
     "run.wandb_project": ("x", {}, {"run.wandb": True}),

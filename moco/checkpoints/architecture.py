@@ -26,6 +26,7 @@ from moco.checkpoints.shapes import (
 )
 from moco.config import DataConfig, ModelConfig, TrainConfig, UserError, normalisation
 
+RANGE = ("min_value", "max_value")  # what became black and white in files of more than 8 bits
 MOST = {"channels": 4096, "image_size": 8192, "width": 8, "stem_padding": 3, "num_heads": 1024}
 
 
@@ -70,6 +71,7 @@ def identify(
     sizes = {"channels": channels, "image_size": image_size or said.get("image_size") or default}
     _check_sizes(contents, sizes | {"width": model.width}, model, told)
     given = {name: said.get(name, []) for name in ("mean", "std")}
+    sizes |= {name: said[name] for name in RANGE if name in said}
     mean, std = normalisation(DataConfig(channels=channels, **given))
     variant |= told
     if variant.get("stem_padding") == 1:
@@ -165,7 +167,10 @@ def _said(
     """Return what a run's settings, the note of our exports, or timm's config say, if any."""
     if contents.layout == "moco" and "model" in contents.config:
         stored = TrainConfig.from_dict(contents.config)
-        data = _data(vars(stored.data), stored.data.channels, stored.data.image_size)
+        decided = contents.raw.get("decided")
+        known = decided if isinstance(decided, dict) else {}
+        ends = {name: known[name] for name in RANGE if known.get(name)}
+        data = _data(vars(stored.data) | ends, stored.data.channels, stored.data.image_size)
         return stored.model, data, {}
     if isinstance(contents.raw.get("moco"), dict):
         note = contents.raw["moco"]
@@ -180,7 +185,8 @@ def _said(
         # The config may keep the size of the first training; the positions show the last.
         image_size = arguments.get("img_size") or vit_image_size(part) or size[-1]
         image_size = image_size[-1] if isinstance(image_size, list) else image_size
-        data = _data(details, arguments.get("in_chans", size[0]), image_size)
+        ends = note.get("moco", {})
+        data = _data(details | ends, arguments.get("in_chans", size[0]), image_size)
         return ModelConfig(backbone=note["architecture"]), data, _safe(arguments, part)
     return None
 
@@ -190,6 +196,11 @@ def _data(source: dict[str, Any], channels: Any, image_size: Any) -> dict[str, A
     for name in ("mean", "std"):
         if len(source.get(name) or ()) == data["channels"]:
             data[name] = [float(value) for value in source[name]]
+    for name in RANGE:
+        value = source.get(name, "auto")
+        values = value if isinstance(value, list) else [value]
+        if value != "auto" and len(values) in (1, data["channels"]):
+            data[name] = [float(each) for each in values]
     return data
 
 

@@ -33,7 +33,8 @@ class Loaded:
         backbone: In eval mode; takes normalised images N x channels x H x W to features N x D.
         head: Takes features to embeddings N x C; None where the file has no linear or MLP head.
         model: Backbone, stem, width, head; the rest as in the file's settings or at its default.
-        data: channels, image_size, mean and std (on a 0-1 scale) of the images that it expects.
+        data: channels, image_size, mean and std (on a 0-1 scale) of the images that it expects;
+            min_value and max_value where the files had more than 8 bits.
         layout: moco, official, official-v3, openselfsup, lightly, solo-learn, torchvision, timm,
             safetensors.
         encoder: query, key, or backbone where the file holds only one.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -44,13 +45,21 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
         'model = timm.create_model("local-dir:PATH", pretrained=True, num_classes=0).eval()\n```',
         "`pretrained=True` is needed: without it timm leaves the weights random.",
         f"Input: {data['channels']} x {data['image_size']} x {data['image_size']}, values 0-1, "
-        f"less mean {data['mean']}, divided by std {data['std']}.",
+        f"less mean {data['mean']}, divided by std {data['std']}.{_scale(data)}",
         "## Recipe and data",
         f"| setting | value |\n|---|---|\n{rows}" if rows else "Not recorded in the checkpoint.",
         "## Scores",
         "".join(f"- {name}: {value}\n" for name, value in scores.items()) or "None recorded.",
     ]
     return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
+
+
+def _scale(data: dict[str, Any]) -> str:
+    """Say which values of deep files become 0 and 1; empty for images of 8 bits."""
+    if "max_value" not in data:
+        return ""
+    low, high = data.get("min_value", [0.0]), data["max_value"]
+    return f" The values {low} of its files become 0, and {high} become 1."
 
 
 _DATA_ON_CARD = ("dataset", "channels", "image_size", "batch_size", "views", "mean", "std")

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 
 from moco.algorithm.encoder import timm_arguments
+from moco.checkpoints.architecture import RANGE
 from moco.checkpoints.describe import Features, Files, describe, saved, tensors, variant
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.model_card import model_card
@@ -57,12 +58,14 @@ def _timm_config(loaded: Loaded, licence: str) -> dict[str, Any]:
     details |= {"mean": data["mean"], "std": data["std"], "interpolation": "bilinear"}
     details |= {"crop_pct": 1.0 if size[1] < 100 else 0.875, "custom_load": False}
     details |= {"license": licence} if licence else {}
+    ends = {name: data[name] for name in RANGE if name in data}
     return {
         "architecture": loaded.model.backbone,
         "num_classes": 0,
         "num_features": loaded.feature_dim,
         "model_args": arguments | variant(loaded),
         "pretrained_cfg": details,
+        **({"moco": ends} if ends else {}),
     }
 
 

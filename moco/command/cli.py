@@ -26,7 +26,7 @@ import yaml
 from moco import slurm
 from moco.command import launch
 from moco.command.paths import PATHS, check_recipe, expanded
-from moco.config import RunError, UserError
+from moco.config import RunError, UserError, with_former_ways
 
 # Seconds that a rank waits before it ends with an error that another rank may have caused, and with
 # one that rank 0 tells.
@@ -101,7 +101,7 @@ def parse(
     names = _names(parser)
     _check_arguments(argv, names)
     words = _with_contents(argv, names)
-    known = _known(stored or {}, names)
+    known = with_former_ways(_known(stored, names)) if stored else {}
     try:
         values = parser.parse_args([_as_option(known), *words] if known else words)
     except (ArgumentError, ValueError, yaml.YAMLError) as error:

@@ -11,7 +11,8 @@ from typing import Any
 from moco.config import DataConfig, UserError
 
 # The options of all commands that hold a path, besides --config.
-PATHS = {"data.root", "run.dir", "resume", "init_from", "checkpoint", "output"}
+PATHS = {"data.root", "data.files", "data.labels", "run.dir", "run.knn_root"}
+PATHS |= {"resume", "init_from", "checkpoint", "output"}
 
 
 def expanded(name: str, path: str) -> str:

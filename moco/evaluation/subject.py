@@ -46,7 +46,8 @@ log = logging.getLogger("moco")
 ReadData = Callable[[dict[str, Any]], DataConfig]
 PIXEL_SIDE = 32
 # Settings that only pretraining uses; judging refuses them rather than ignoring them.
-PRETRAINING_ONLY = ("views", "batch_size", "crop_min", "jitter", "grey", "blur")
+PRETRAINING_ONLY = ("views", "batch_size", "chunks", "crop_min", "jitter", "grey", "blur")
+PRETRAINING_ONLY += ("solarise",)
 
 
 class Pixels(nn.Module):
@@ -180,8 +181,9 @@ def _other_images(data: DataConfig, own: DataConfig) -> str:
 
     def told(part: DataConfig) -> str:
         place = part.root and os.path.realpath(expanded(part.root))
-        seen = part.image_size, part.channels, part.max_value, *normalisation(part)
-        return repr((part.dataset, place, seen))
+        seen = part.image_size, part.channels, *normalisation(part), part.files, part.labels
+        read = part.min_value, part.max_value, part.exif, part.dicom_window
+        return repr((part.dataset, place, seen, read))
 
     if told(data) == told(own):
         return ""
@@ -264,24 +266,18 @@ def _open_images(data: DataConfig, device: torch.device, report: Path) -> list[L
         report: Takes the names of unreadable files; an earlier one is removed.
 
     Raises:
-        UserError: No labels, no test split, or classes that differ between the splits.
+        UserError: No labels, no test split, or no two classes in common.
     """
     pair = sources.open_labelled(data)
     if pair is None:
         raise UserError(
             f"{data.dataset} {data.root} has no labelled train and test images: give a folder with "
-            "train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more"
+            "train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more, or a table with "
+            "data.labels"
         )
+    if pair[0].reading.reason:
+        log.info("%s", pair[0].reading)
     if distributed.rank() == 0:
         report.unlink(missing_ok=True)
-    parts = [open_data(source, data, device, str(report)) for source in pair]
-    classes = parts[0].source.classes
-    for part, other in (parts, parts[::-1]):
-        counts = torch.bincount(part.source.labels, minlength=len(classes))
-        missing = [classes[n] for n in (counts == 0).nonzero()[:, 0].tolist()]
-        if missing:
-            raise UserError(
-                f"{part.source.name} has no images of class {', '.join(missing[:3])}, unlike "
-                f"{other.source.name}: both need the same classes"
-            )
-    return parts
+    pair = sources.shared_classes(*pair)
+    return [open_data(source, data, device, str(report)) for source in pair]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
-from moco.images.decode import one_line, shown, to_uint8
+from moco.images.decode import one_line, shown
 from moco.images.folders import expanded
+from moco.images.scaling import to_uint8
 
 ARRAYS = ("digits", "cifar10", "cifar100", "stl10")
 
@@ -62,7 +63,7 @@ def _read_digits(data: DataConfig, split: str) -> Arrays:
     rows = train_test_split(
         np.arange(len(digits.target)), test_size=0.3, stratify=digits.target, random_state=0
     )[split == "test"]
-    images = torch.from_numpy(to_uint8(digits.images[rows], 16))[:, None]  # N 1 8 8
+    images = torch.from_numpy(to_uint8(digits.images[rows], (0.0,), (16.0,)))[:, None]  # N 1 8 8
     return Arrays(
         images.repeat(1, data.channels, 1, 1), digits.target[rows], [str(i) for i in range(10)]
     )

@@ -1,31 +1,33 @@
 """Decoding: one file, any of a dozen formats, to C H W uint8. The only room that meets a decoder.
 
-What cannot be decoded raises `BadImage`, whatever the decoder raised. Nothing is unpickled.
+What cannot be decoded raises `BadImage`, whatever the decoder raised. Nothing is unpickled. A
+reader of each kind opens the header (`height`, `width`, `bands`, `dtype`), and `read`s the values.
 Shapes: C channels, H W pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# Only these decoders run, whatever a file claims to be: Pillow's EPS reader starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-MAX_PIXELS = 178_956_970  # where Pillow refuses too: 0.5 GB as RGB, above it a decompression bomb
-TIFF = (".tif", ".tiff")
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+from moco.images.dicom import DicomImage, split_frame
+from moco.images.formats import DICOM, TIFF, extension, needed, pillow_formats
+from moco.images.scaling import PLAIN, Reading, to_uint8
+from moco.images.tiff import TiffImage, pillow_reads_it
 
-for _name in ("PIL.TiffImagePlugin", "tifffile"):  # they log what they raise, and what is mended
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
+# The limit of pixels is our own, and is checked before pixels are read.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_ORIENTATION = 0x0112
+_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where it may stand
 
 
 class BadImage(ValueError):
@@ -39,45 +41,60 @@ class BadImage(ValueError):
         return f"{shown(self.path)}: {self.reason}"
 
 
-def decode(path: str, channels: int, max_value: int) -> Tensor:
+class Header(NamedTuple):
+    """What a file says of itself, without its pixels.
+
+    Attributes:
+        height, width: In pixels, of the image as it is read.
+        dtype: Of its values; uint8 where nothing is left to scale.
+        turned: Whether its EXIF orientation is not upright.
+    """
+
+    height: int
+    width: int
+    dtype: np.dtype
+    turned: bool
+
+
+def decode(path: str, channels: int, reading: Reading = PLAIN) -> Tensor:
     """Decode one file to C H W uint8, H W C in memory; all images are decoded here.
 
     Args:
-        path: An image, or an array in .npy: H W, H W C or C H W of uint8, other integers of
-            0..max_value, or floats of 0..1.
+        path: An image, or an array in .npy: H W, H W C or C H W.
         channels: 1 grey, 3 RGB without alpha, 4 RGBA; any other number must be what the file has.
-        max_value: Value in files of more than 8 bits that becomes 255; above it is clipped.
+        reading: Which values become 0 and 255 where files have more than 8 bits, and the like.
 
     Raises:
         BadImage: Truncated, empty, no image, too large, unreadable, or of other bands.
     """
-    with _naming(path):
-        if extension(path) == ".npy":
-            pixels = _decode_npy(path, channels, max_value)
-        else:
-            pixels = _decode_image(path, channels, max_value)
+    with _opened(path, channels, reading) as image:
+        _check_bands(path, image.bands, channels)
+        values = image.read()
+        several = len(reading.low) > 1 or len(reading.high) > 1
+        if several and len(values) == 1 and values.dtype != np.uint8:
+            values = np.repeat(values, channels, axis=0)  # each channel has a range of its own
+        pixels = _fit_bands(path, to_uint8(values, reading.low, reading.high), channels)
+        if image.inverted:
+            pixels = 255 - pixels
         # The one copy: writable, and H W C in memory, as decoders deliver and cuts are fastest.
         return torch.from_numpy(np.array(pixels.transpose(1, 2, 0), order="C")).permute(2, 0, 1)
 
 
-def image_size(path: str, channels: int = 3) -> tuple[int, int]:
-    """Return (height, width) from the header alone; `channels` tells C H W from H W C in arrays.
+def read_values(path: str, channels: int, reading: Reading = PLAIN) -> np.ndarray:
+    """Return a file's values before they are scaled, bands x H x W; raises as `decode`."""
+    with _opened(path, channels, reading) as image:
+        _check_bands(path, image.bands, channels)
+        return image.read()
+
+
+def read_header(path: str, channels: int = 3, reading: Reading = PLAIN) -> Header:
+    """Read the header alone; `channels` tells C H W from H W C in arrays.
 
     Raises:
         BadImage: As `decode`, as far as the header shows it.
     """
-    with _naming(path):
-        if extension(path) == ".npy":
-            return _bands_first(path, _npy_header(path), channels).shape[1:]
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                _check_pixels(path, image.height, image.width)
-                return image.height, image.width
-        except UnidentifiedImageError:
-            if extension(path) not in TIFF:
-                raise
-        with _open_tiff(path) as file:
-            return _page_size(path, file.pages.first)
+    with _opened(path, channels, reading) as image:
+        return Header(image.height, image.width, image.dtype, image.turned)
 
 
 def shown(path: str) -> str:
@@ -90,21 +107,21 @@ def one_line(text: str) -> str:
     return "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in text)
 
 
-def extension(name: str) -> str:
-    """Return a file name's extension in lower case, dot included."""
-    return os.path.splitext(name)[1].lower()
-
-
 @contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into BadImage; on broken files that is not only OSError."""
+def _opened(path: str, channels: int, reading: Reading) -> Iterator[Any]:
+    """Open a file's header and check its size; whatever a decoder raises becomes BadImage."""
     try:
-        yield
+        with _reader(path, channels, reading) as image:
+            _check_pixels(path, image.height, image.width, reading.max_pixels)
+            yield image
     except (BadImage, MemoryError):
         raise
-    except Exception as error:
+    except Image.DecompressionBombError:
+        reason = f"is above the limit of {reading.max_pixels} pixels: raise data.max_pixels"
+        raise BadImage(path, reason) from None
+    except Exception as error:  # on broken files that is not only OSError
         with contextlib.suppress(OSError):
-            if os.path.getsize(path) == 0:
+            if os.path.getsize(split_frame(path)[0]) == 0:
                 raise BadImage(path, "is empty") from None
         if isinstance(error, UnidentifiedImageError):
             raise BadImage(path, "is no image of a known format") from None
@@ -112,99 +129,127 @@ def _naming(path: str) -> Iterator[None]:
         raise BadImage(path, getattr(error, "strerror", None) or reason) from error
 
 
-def _decode_image(path: str, channels: int, max_value: int) -> np.ndarray:
-    """Decode to C H W uint8 with Pillow; with tifffile a TIFF that Pillow does not read whole."""
+def _reader(path: str, channels: int, reading: Reading) -> Any:
+    """Return what reads a file of this ending and content."""
+    ending = extension(split_frame(path)[0])
+    if ending == ".npy":
+        return _Array(path, channels)
+    if package := needed(ending):
+        raise BadImage(path, f"cannot be read here: pip install {package}")
+    if ending in DICOM:
+        return DicomImage(path, reading.windowed)
+    if ending in (".heic", ".heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    if reading.max_pixels > (Image.MAX_IMAGE_PIXELS or reading.max_pixels):
+        Image.MAX_IMAGE_PIXELS = reading.max_pixels  # Pillow has a limit of its own
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_pixels(path, image.height, image.width)
-            if not _loses_bands(path, image, channels, max_value):
-                return _convert(path, image, channels, max_value)
+        image = Image.open(path, formats=pillow_formats(ending))
     except UnidentifiedImageError:
-        if extension(path) not in TIFF:
+        if ending not in TIFF:
             raise
-    with _open_tiff(path) as file:
-        _page_size(path, file.pages.first)
-        _check_bands(path, file.pages.first.samplesperpixel, channels)
-        stack = file.series[0]
-        _bands_first(path, np.broadcast_to(np.uint8(0), stack.shape), channels)  # before it is read
-        pixels = _bands_first(path, stack.asarray(), channels)
-    return _fit_bands(path, to_uint8(pixels, max_value), channels)
+        return TiffImage(path, channels)
+    if image.format == "TIFF" and not pillow_reads_it(image, channels):
+        image.close()
+        return TiffImage(path, channels)
+    return _Picture(path, image, channels, reading)
 
 
-def _loses_bands(path: str, image: Image.Image, channels: int, max_value: int) -> bool:
-    """Tell whether Pillow would drop bands of a TIFF, or bits of them that `max_value` needs."""
-    if image.format != "TIFF":
-        return False
-    bands = image.tag_v2.get(SAMPLESPERPIXEL, 1)
-    _check_bands(path, bands, channels)
-    deep = bands > 1 and image.tag_v2.get(BITSPERSAMPLE, (1,))[0] > 8 and max_value != 65535
-    no_alpha = bands == channels != len(image.getbands())  # Pillow would call the fourth band alpha
-    return bands > 4 or channels not in (1, 3, 4) or deep or no_alpha
+class _Picture:
+    """An image that Pillow reads; of an animation, the first frame."""
+
+    inverted = False
+
+    def __init__(self, path: str, image: Image.Image, channels: int, reading: Reading) -> None:
+        self.path, self.image, self.channels, self.reading = path, image, channels, reading
+        self.height, self.width, bands = image.height, image.width, len(image.getbands())
+        self.bands = channels if channels in (1, 3, 4) else bands  # Pillow converts
+        # Of several bands Pillow cuts 16 bits to 8. A PPM names its own maximum.
+        self._is_cut = bands > 1 and ";16" in str(image.tile)
+        grey = image.mode == "F" or image.mode.startswith("I")
+        self._is_deep = grey and not (image.tile and image.tile[0][0] == "ppm")
+        deep = self._is_cut or self._is_deep
+        self.dtype = np.dtype(
+            (np.float32 if image.mode == "F" else np.uint16) if deep else np.uint8
+        )
+        self.turned = self._orientation() in range(2, 9)
+        if reading.turn and self._orientation() in range(5, 9):
+            self.height, self.width = self.width, self.height
+
+    def __enter__(self) -> _Picture:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.image.close()
+
+    def _orientation(self) -> int:
+        """Return 1 to 8; 1 of a TIFF, which Pillow turns by itself."""
+        if self.image.format == "TIFF" or not _METADATA & self.image.info.keys():
+            return 1
+        return self.image.getexif().get(_ORIENTATION, 1)
+
+    def read(self) -> np.ndarray:
+        """Return 16-bit values as they are stored, all others as uint8 of the wanted channels."""
+        image, channels = self.image, self.channels
+        if self._is_cut and (self.reading.low, self.reading.high) != ((0.0,), (65535.0,)):
+            return self._uncut()
+        if self.turned and self.reading.turn:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            values = np.asarray(image)[None]
+            return values if self._is_deep else to_uint8(values, (0.0,), (65535.0,))
+        if channels in (1, 3, 4) and image.mode != MODES[channels]:
+            image.load()
+            if channels != 4:
+                image.info.pop("transparency", None)  # else Pillow warns that it is lost
+            image = image.convert(MODES[channels])
+        pixels = np.asarray(image)
+        self.image.close()  # its memory serves the copy that is made next
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def _uncut(self) -> np.ndarray:
+        """Return the 16 bits of each band of a PNG."""
+        try:
+            from imagecodecs import png_decode
+        except ImportError:
+            reason = "has 16 bits a band, which Pillow cuts to 8: pip install imagecodecs"
+            raise BadImage(self.path, reason) from None
+        with open(self.path, "rb") as file:
+            values = png_decode(file.read()).transpose(2, 0, 1)
+        return values[:3] if self.channels in (1, 3) else values
 
 
-def _convert(path: str, image: Image.Image, channels: int, max_value: int) -> np.ndarray:
-    """Bring an image of Pillow's to C H W uint8; of an animation, the first frame.
+class _Array:
+    """An array in .npy: H W, H W C or C H W; C is the axis of `channels`, else the shorter one."""
 
-    EXIF orientation is not applied: torchvision's ImageFolder, on which published numbers stand,
-    ignores it too.
-    """
-    if max_value != 65535 and len(image.getbands()) > 1 and ";16" in str(image.tile):
-        reason = f"has 16 bits a band, which Pillow cuts to 8: max_value {max_value} needs .npy"
-        raise BadImage(path, reason)
-    if image.tile and image.tile[0][0] == "ppm":
-        max_value = 65535  # the file names its own maximum, and Pillow has applied it
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(to_uint8(np.asarray(image), max_value))
-    if channels not in (1, 3, 4) and len(image.getbands()) != channels:
-        raise _other_bands(path, len(image.getbands()))
-    if image.mode != MODES[channels]:
-        image.load()
-        if channels != 4:
-            image.info.pop("transparency", None)  # else Pillow warns that it is lost
-        image = image.convert(MODES[channels])
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    turned = inverted = False
 
+    def __init__(self, path: str, channels: int) -> None:
+        # It is mapped, which also fails when the file is shorter than its header says.
+        self.path, self.channels = path, channels
+        view = self._bands_first(np.lib.format.open_memmap(path, mode="r"))
+        self.bands, self.height, self.width = view.shape
+        self.dtype = view.dtype
 
-def _open_tiff(path: str) -> Any:
-    import tifffile  # slow to import, and most sets hold no such files
+    def __enter__(self) -> _Array:
+        return self
 
-    return tifffile.TiffFile(path)
+    def __exit__(self, *_: Any) -> None:
+        pass
 
+    def read(self) -> np.ndarray:
+        return self._bands_first(np.load(self.path, allow_pickle=False))
 
-def _page_size(path: str, page: Any) -> tuple[int, int]:
-    """Return (height, width) of a page of tifffile's; raise BadImage where they are too large."""
-    _check_pixels(path, page.imagelength, page.imagewidth)
-    return page.imagelength, page.imagewidth
-
-
-def _decode_npy(path: str, channels: int, max_value: int) -> np.ndarray:
-    _npy_header(path)
-    values = np.load(path, allow_pickle=False)
-    if values.dtype.kind == "f":
-        if (values > 1.5).any():
-            raise BadImage(path, "holds floats above 1: scale them to 0..1, or store uint8")
-        max_value = 1
-    return _fit_bands(path, to_uint8(_bands_first(path, values, channels), max_value), channels)
-
-
-def _npy_header(path: str) -> np.ndarray:
-    """Map an array without reading it; raises when the file is shorter than its header says."""
-    return np.lib.format.open_memmap(path, mode="r")
-
-
-def _bands_first(path: str, array: np.ndarray, channels: int) -> np.ndarray:
-    """View H W, H W C or C H W as C H W; C is the axis of `channels`, else the shorter one."""
-    if array.ndim == 2:
-        array = array[None]
-    elif array.ndim == 3:
+    def _bands_first(self, array: np.ndarray) -> np.ndarray:
+        if array.ndim == 2:
+            return array[None]
+        if array.ndim != 3:
+            raise BadImage(self.path, f"has the shape {array.shape}: give H W, H W C or C H W")
         first, last = array.shape[0], array.shape[2]
-        if last == channels or (first != channels and last <= first):
-            array = array.transpose(2, 0, 1)
-    else:
-        raise BadImage(path, f"has the shape {array.shape}: give H W, H W C or C H W")
-    _check_pixels(path, *array.shape[1:])
-    return array
+        if last == self.channels or (first != self.channels and last <= first):
+            return array.transpose(2, 0, 1)
+        return array
 
 
 def _fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:
@@ -213,6 +258,8 @@ def _fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:
         return pixels
     if len(pixels) == 1 and channels == 3:
         return np.repeat(pixels, 3, axis=0)
+    if len(pixels) == 1 and channels == 4:
+        return np.concatenate([*[pixels] * 3, np.full_like(pixels, 255)])
     if len(pixels) == 3 and channels == 1:
         image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
         return np.asarray(image.convert("L"))[None]
@@ -229,19 +276,9 @@ def _check_bands(path: str, bands: int, channels: int) -> None:
         raise _other_bands(path, bands)
 
 
-def _check_pixels(path: str, height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(path, f"has {width} x {height} pixels, above the limit of {MAX_PIXELS}")
+def _check_pixels(path: str, height: int, width: int, most: int) -> None:
+    if height * width > most:
+        reason = f"has {width} x {height} pixels, above the limit of {most}: raise data.max_pixels"
+        raise BadImage(path, reason)
     if height * width == 0:
         raise BadImage(path, "has no pixels")
-
-
-def to_uint8(values: np.ndarray, max_value: int) -> np.ndarray:
-    """Scale 0..max_value to 0..255, rounded and clipped; NaN, a usual mark of no data, gives 0."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind not in "buif":
-        raise ValueError(f"holds values of type {values.dtype}")
-    top = 1 if values.dtype.kind == "b" else max_value
-    values = np.nan_to_num(values.astype(np.float64))
-    return np.rint(np.clip(values, 0, top) * (255 / top)).astype(np.uint8)

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
+from collections import Counter
+from typing import NamedTuple
 
-from moco.config import UserError
-from moco.images.decode import extension, shown
+from moco.config import DataConfig, UserError
+from moco.images.decode import shown
+from moco.images.formats import extension, looks_like_image, readable
+from moco.images.labels import HELD_OUT, TRAIN, read_table
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".webp", ".ppm", ".pgm", ".pbm", ".npy"),
-)
+log = logging.getLogger("moco")
+
+# Folders that systems and archives keep beside the images, in lower case; so are hidden ones.
+_HOUSEKEEPING = {
+    *("__macosx", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+    *("~snapshot", "lost+found", "$recycle.bin", "system volume information", "recycler"),
+}
+
+
+class Tree(NamedTuple):
+    """What lies below a folder.
+
+    Attributes:
+        paths: The images that can be read here, sorted, each once.
+        unread: The folders that cannot be listed, each with its reason.
+        foreign: Ending to the number of images that are not read here.
+        left_out: Name to the number of hidden and housekeeping folders.
+    """
+
+    paths: list[str]
+    unread: list[str]
+    foreign: Counter[str]
+    left_out: Counter[str]
 
 
 def check_root(root: str) -> str:
@@ -39,12 +63,69 @@ def check_root(root: str) -> str:
     raise UserError(f"data.root {root!r} {problem}")
 
 
-def walk(top: str) -> tuple[list[str], list[str]]:
-    """Return the images below `top`, sorted, and the folders that cannot be read.
+def split_folders(data: DataConfig, say: bool = False) -> tuple[str, str | None]:
+    """Return the directories of the train and the held-out split, by their names in any case.
 
-    Each image comes once, even where links go in circles.
+    They are looked for below the root, and deeper where a folder holds one folder and no image. A
+    table of labels may hold images out that lie in the same directory.
+
+    Args:
+        say: Whether to log which directory was taken for which split.
+
+    Raises:
+        UserError: The root cannot be listed, or is not laid out as `imagenet` is.
     """
-    paths, links, unread = [], [], []
+    top, names, train, test = _find_splits(check_root(data.root))
+    by_name = {name.lower(): os.path.join(top, name) for name in names}
+    if data.dataset == "imagenet":
+        if not train or "val" not in by_name:
+            raise UserError(
+                f"data.root {data.root!r} lacks train/ or val/: lay imagenet out as "
+                "train/CLASS/*.JPEG and val/CLASS/*.JPEG; for another tree set data.dataset folder"
+            )
+        test = by_name["val"]
+    if not train:
+        in_table = bool(data.labels) and read_table(data.labels).has_splits
+        return top, top if in_table else None
+    if say:
+        rest = [name for name in names if by_name[name.lower()] not in (train, test)]
+        unused = f"; not used: {', '.join(map(shown, rest[:5]))}" if rest else ""
+        base, held_out = (shown(os.path.basename(path or "none")) for path in (train, test))
+        log.info("%s: trained on is %s, held out is %s%s", shown(top), base, held_out, unused)
+    return train, test
+
+
+def _find_splits(top: str) -> tuple[str, list[str], str | None, str | None]:
+    """Return where splits are, the folders there, and those of train and of what is held out.
+
+    Without splits that is the first directory that holds more than a single folder.
+    """
+    seen = set()
+    while True:
+        seen.add(os.path.realpath(top))
+        try:
+            with os.scandir(top) as entries:
+                found = [entry for entry in entries if visible(entry.name)]
+        except OSError:  # a folder below the root, which `walk` names
+            return os.path.dirname(top), [], None, None
+        names = sorted(entry.name for entry in found if is_dir(entry))
+        by_name = {name.lower(): os.path.join(top, name) for name in names}
+        train = next((by_name[name] for name in TRAIN if name in by_name), None)
+        test = next((by_name[name] for name in HELD_OUT if name in by_name), None)
+        # Among other folders `train` may be a class of images, unless one is a held-out split.
+        if train and (test or len(names) == 1):
+            return top, names, train, test
+        has_images = any(looks_like_image(extension(e.name)) and not is_dir(e) for e in found)
+        deeper = os.path.join(top, names[0]) if len(names) == 1 else top
+        if has_images or os.path.realpath(deeper) in seen:
+            return top, names, None, None
+        top = deeper
+
+
+def walk(top: str) -> Tree:
+    """List the images below `top`, each once, even where links go in circles."""
+    paths, links, endings = [], [], readable()
+    unread, foreign, left_out = [], Counter(), Counter()
     listed, waiting = set(), [top]
     while waiting:
         folder = waiting.pop()
@@ -53,25 +134,30 @@ def walk(top: str) -> tuple[list[str], list[str]]:
             continue
         try:
             with os.scandir(folder) as entries:
-                found = sorted((e for e in entries if visible(e.name)), key=lambda e: e.name)
+                everything = list(entries)
         except OSError as error:
             unread.append(f"{shown(folder)}: {error.strerror}")
             continue
         listed.add(real)
+        found = sorted((e for e in everything if visible(e.name)), key=lambda e: e.name)
+        left_out.update(e.name for e in everything if not visible(e.name) and is_dir(e))
         waiting += [entry.path for entry in reversed(found) if is_dir(entry)]
-        files = [entry for entry in found if extension(entry.name) in EXTENSIONS]
+        kinds = [(entry, extension(entry.name)) for entry in found]
+        files = [entry for entry, ending in kinds if ending in endings]
+        others = [(e, x) for e, x in kinds if x not in endings and looks_like_image(x)]
+        foreign.update(ending for entry, ending in others if entry.is_file())
         paths += [entry.path for entry in files if entry.is_file(follow_symlinks=False)]
         links += [entry.path for entry in files if entry.is_symlink() and _maybe_file(entry.path)]
-    return sorted(paths + _new_links(links, listed)), unread
+    return Tree(sorted(paths + _new_links(links, listed, endings)), unread, foreign, left_out)
 
 
-def _new_links(links: list[str], listed: set[str]) -> list[str]:
+def _new_links(links: list[str], listed: set[str], endings: frozenset[str]) -> list[str]:
     """Keep the links to files not listed already, and dangling ones: those get named as bad."""
     new: dict[str, str] = {}
     for path in sorted(links):
         real = os.path.realpath(path)
         folder, name = os.path.split(real)
-        image = visible(name) and extension(name) in EXTENSIONS
+        image = visible(name) and extension(name) in endings
         if not (image and folder in listed and os.path.exists(real)):
             new.setdefault(real, path)
     return list(new.values())
@@ -82,8 +168,8 @@ def _maybe_file(link: str) -> bool:
 
 
 def visible(name: str) -> bool:
-    """Tell whether a name is neither hidden nor left over from an archive."""
-    return not name.startswith(".") and name != "__MACOSX"
+    """Tell whether a name is neither hidden nor that of a system's own folder."""
+    return not name.startswith(".") and name.lower() not in _HOUSEKEEPING
 
 
 def is_dir(entry: os.DirEntry) -> bool:

@@ -6,6 +6,7 @@ Shapes: M images in the set, C channels, H W pixels.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.bad_files import without_bad
-from moco.images.decode import BadImage, image_size, shown
+from moco.images.decode import BadImage, read_header, shown
 from moco.images.sources import ImageSource
 
+log = logging.getLogger("moco")
 FILES_PER_TASK = 256
 
 
@@ -35,10 +37,11 @@ def make_resident(
         The source, which holds its images and no unreadable files unless it is streamed, and where
         they are.
     """
-    needed, size = estimate_bytes(source)
+    needed, sizes = estimate_bytes(source)
+    size = sizes[0] if len(set(sizes)) == 1 else None
     budget = config.resident_budget * 2**30
     wanted = config.resident
-    check_view_size(config, size)
+    check_view_size(config, sizes)
     if source.images is None:
         if wanted == "off" or (wanted == "auto" and (size is None or needed > budget)):
             return source, "streamed"
@@ -58,14 +61,31 @@ def make_resident(
     return source, "memory"
 
 
-def check_view_size(config: DataConfig, size: tuple[int, int] | None) -> None:
-    """Raise UserError when views would be larger than the images they are cut from."""
-    if size is not None and min(size) * config.upscale < config.image_size:
+def check_view_size(config: DataConfig, sizes: list[tuple[int, int]]) -> None:
+    """Refuse views that are larger than most of the images they are cut from; tell of fewer.
+
+    Args:
+        sizes: (H, W) of some of the images.
+
+    Raises:
+        UserError: Half of them or more would be enlarged beyond data.upscale.
+    """
+    sides = sorted(min(size) for size in sizes)
+    small = [side for side in sides if side * config.upscale < config.image_size]
+    if not small:
+        return
+    middle = sides[len(sides) // 2]
+    whose = "the images'" if len(set(sides)) == 1 else f"{len(small)} of {len(sides)} images',"
+    if 2 * len(small) > len(sides):
         raise UserError(
-            f"data.image_size {config.image_size} is above the images' {min(size)} pixels: set it "
-            f"to {min(size)}, or allow enlarging with data.upscale "
-            f"{config.image_size / min(size):.3g}"
+            f"data.image_size {config.image_size} is above {whose} {middle} pixels: set it to "
+            f"{middle}, or allow enlarging with data.upscale {config.image_size / middle:.3g}"
         )
+    log.info(
+        "%d of %d images looked at are smaller than the views of %d pixels and are enlarged, the "
+        "smallest from %d: leave them out, or lower data.image_size",
+        len(small), len(sides), config.image_size, small[0],
+    )  # fmt: skip
 
 
 def load_all(source: ImageSource) -> tuple[Tensor | None, list[tuple[int, str]]]:
@@ -114,22 +134,22 @@ def _load(source: ImageSource, images: Tensor, start: int) -> list[tuple[int, st
     return bad
 
 
-def estimate_bytes(source: ImageSource, samples: int = 64) -> tuple[int, tuple[int, int] | None]:
+def estimate_bytes(source: ImageSource, samples: int = 64) -> tuple[int, list[tuple[int, int]]]:
     """Estimate the bytes of all images decoded, from the headers of some.
 
     Returns:
-        The bytes, exact for arrays; and (H, W) if the images looked at agree, else None.
+        The bytes, exact for arrays; and (H, W) of each image looked at.
     """
     if source.images is not None:
-        return source.images.nbytes, tuple(source.images.shape[2:])
+        return source.images.nbytes, [tuple(source.images.shape[2:])]
     sizes = []
     count = min(samples, len(source))
     for index in range(count):
         with contextlib.suppress(BadImage):
             path = source.paths[index * len(source) // count]
-            sizes.append(image_size(path, source.channels))
+            header = read_header(path, source.channels, source.reading)
+            sizes.append((header.height, header.width))
     if not sizes:
-        return 0, None
+        return 0, []
     area = sum(height * width for height, width in sizes) / len(sizes)
-    common = sizes[0] if len(set(sizes)) == 1 else None
-    return round(area * source.channels * len(source)), common
+    return round(area * source.channels * len(source)), sizes

@@ -20,7 +20,12 @@ from torch import Tensor
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS, read_arrays
 from moco.images.decode import decode, shown
-from moco.images.folders import EXTENSIONS, check_root, expanded, is_dir, visible, walk
+from moco.images.dicom import with_frames
+from moco.images.folders import expanded, split_folders, walk
+from moco.images.formats import listed, passed_over, readable
+from moco.images.labels import by_folder, read_list, read_table, twins
+from moco.images.scaling import PLAIN, Reading
+from moco.images.values import settle
 
 log = logging.getLogger("moco")
 
@@ -36,7 +41,7 @@ class ImageSource:
         labels: N int64, or None when unlabelled.
         classes: Class names in the order of the labels; empty when unlabelled.
         channels: C of every image.
-        max_value: Value in 16-bit files that becomes 255.
+        reading: How files become uint8.
     """
 
     name: str
@@ -45,7 +50,7 @@ class ImageSource:
     labels: Tensor | None
     classes: list[str]
     channels: int
-    max_value: int
+    reading: Reading = PLAIN
 
     def __len__(self) -> int:
         return len(self.paths) if self.images is None else len(self.images)
@@ -54,7 +59,7 @@ class ImageSource:
         """Return one image, C H W uint8, in its own size; raise BadImage as `decode` does."""
         if self.images is not None:
             return self.images[index]
-        return decode(self.paths[index], self.channels, self.max_value)
+        return decode(self.paths[index], self.channels, self.reading)
 
     def rows(self, rows: Tensor) -> ImageSource:
         """Keep only some images: those at `rows`, in that order."""
@@ -77,10 +82,10 @@ def open_source(data: DataConfig, split: Literal["train", "test"]) -> ImageSourc
     if data.dataset in ARRAYS:
         unlabelled = data.dataset == "stl10" and split == "train"
         return _open_arrays(data, "unlabeled" if unlabelled else split)
-    train, test = _split_folders(data)
+    train, test = split_folders(data, say=split == "train")
     if split == "train":
         return _open_folder(data, train)
-    return test and _open_folder(data, test, _open_folder(data, train).classes)
+    return test and _open_folder(data, test, _open_folder(data, train))
 
 
 def open_labelled(
@@ -98,15 +103,51 @@ def open_labelled(
     """
     if data.dataset == "stl10":
         return _open_arrays(data, "train"), _open_arrays(data, "test")
-    bank = train or open_source(data, "train")
-    if bank is None or bank.labels is None:
+    if data.dataset not in ("folder", "imagenet"):
+        return train or open_source(data, "train"), open_source(data, "test")
+    train = train or open_source(data, "train")
+    bank = train if train.labels is not None else _labelled_part(data, train)
+    folder = split_folders(data)[1]
+    if bank is None or folder is None:
         return None
-    if data.dataset in ("folder", "imagenet"):
-        folder = _split_folders(data)[1]
-        queries = _open_folder(data, folder, bank.classes) if folder else None
-    else:
-        queries = open_source(data, "test")
-    return None if queries is None or queries.labels is None else (bank, queries)
+    queries = _open_folder(data, folder, bank)
+    return None if queries.labels is None else (bank, queries)
+
+
+def shared_classes(bank: ImageSource, queries: ImageSource) -> tuple[ImageSource, ImageSource]:
+    """Keep the images of classes that both have; say what is left out.
+
+    Raises:
+        UserError: They share fewer than two classes.
+    """
+    pair = (bank, queries)
+    counts = [torch.bincount(part.labels, minlength=len(bank.classes)) for part in pair]
+    is_shared = (counts[0] > 0) & (counts[1] > 0)
+    if is_shared.all():
+        return pair
+    names = [name for name, kept in zip(bank.classes, is_shared.tolist(), strict=True) if not kept]
+    few = f"{', '.join(map(shown, names[:3]))}{' and so on' if len(names) > 3 else ''}"
+    if is_shared.sum() < 2:
+        raise UserError(
+            f"{bank.name} and {queries.name} share {int(is_shared.sum())} classes (only in one: "
+            f"{few}): both need images of two classes or more"
+        )
+    log.info("classes of one split alone are left out: %s (%d images)", few,
+             sum(int(count[~is_shared].sum()) for count in counts))  # fmt: skip
+    number = is_shared.cumsum(0) - 1
+    classes = [name for name, kept in zip(bank.classes, is_shared.tolist(), strict=True) if kept]
+    kept = [_rows(part, is_shared[part.labels].nonzero()[:, 0]) for part in pair]
+    return tuple(replace(p, labels=number[p.labels], classes=classes) for p in kept)
+
+
+def _rows(source: ImageSource, rows: Tensor) -> ImageSource:
+    """Keep some images."""
+    return replace(
+        source,
+        images=None if source.images is None else source.images[rows],
+        paths=[source.paths[row] for row in rows.tolist()] if source.paths else [],
+        labels=None if source.labels is None else source.labels[rows],
+    )
 
 
 def identify(source: ImageSource, root: str) -> dict[str, int]:
@@ -127,67 +168,99 @@ def _open_arrays(data: DataConfig, split: str) -> ImageSource:
     if labels is not None:
         labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
     name = f"{data.dataset} {split}"
-    return ImageSource(name, images, [], labels, classes, data.channels, data.max_value)
+    return ImageSource(name, images, [], labels, classes, data.channels)
 
 
-def _split_folders(data: DataConfig) -> tuple[str, str | None]:
-    """Return the directories of the train and the held-out split, by their names below the root."""
-    root = check_root(data.root)
-    names = [entry.name for entry in os.scandir(root) if visible(entry.name) and is_dir(entry)]
-    by_name = {name.lower(): os.path.join(root, name) for name in sorted(names)}
-    train = by_name.get("train")
-    if data.dataset == "imagenet":
-        if train is None or "val" not in by_name:
-            raise UserError(
-                f"data.root {data.root!r} lacks train/ or val/: lay imagenet out as "
-                "train/CLASS/*.JPEG and val/CLASS/*.JPEG; for another tree set data.dataset folder"
-            )
-        return train, by_name["val"]
-    test = by_name.get("test") or by_name.get("val") or by_name.get("validation")
-    # Among other folders `train` may be a class of images, unless one of them is a held-out split.
-    if train and (test or len(names) == 1):
-        return train, test
-    return root, None
+def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -> ImageSource:
+    """List a directory, or the files of `data.files` in it, with their labels.
 
-
-def _open_folder(data: DataConfig, top: str, classes: list[str] | None = None) -> ImageSource:
-    """List a directory; the first-level subfolders are its labels, by `classes` where given."""
-    paths = _list_images(data, top)
-    start = len(os.path.join(top, ""))
-    parts = [path[start:].split(os.sep, 1) for path in paths]
-    names = {part[0] for part in parts}
-    labelled = all(len(part) == 2 for part in parts)
-    if data.dataset == "imagenet" and not labelled:
+    The train split, where it is another one, tells the classes and the range of values; images of
+    other classes are then left out.
+    """
+    root = expanded(data.root)
+    listed = data.files and train is None
+    paths = read_list(data.files, root) if listed else _list_images(data, top)
+    table = read_table(data.labels) if data.labels else None
+    if table:
+        paths = table.part(paths, root, held_out=train is not None)
+    names = table.labels(paths, root) if table else by_folder(paths, top)
+    if data.dataset == "imagenet" and None in names:
         raise UserError(
             f"data.root {data.root!r}: images lie directly in {shown(top)}, imagenet has them in "
             "one subfolder per class; for another tree set data.dataset folder"
         )
-    source = ImageSource(
-        f"folder {shown(top)}", None, paths, None, [], data.channels, data.max_value
-    )
-    if not labelled or classes == [] or (len(names) < 2 and not names <= set(classes or [])):
+    reading = train.reading if train else settle(paths, data)
+    source = ImageSource(f"folder {shown(top)}", None, paths, None, [], data.channels, reading)
+    if train is None:
+        return _numbered(source, names)
+    if not train.classes or set(names) == {None}:
         return source
-    classes = sorted(names) if classes is None else classes
-    unknown = sorted(names - set(classes))
-    if unknown:
-        raise UserError(
-            f"data.root {data.root!r}: {len(unknown)} class folders of {shown(top)} are not in the "
-            f"train split ({', '.join(map(shown, unknown[:5]))}): give both the same class names"
-        )
+    known = set(train.classes)
+    rows = [row for row, name in enumerate(names) if name in known]
+    others = sorted({"(no class)" if name is None else name for name in names} - known)
+    if others:
+        log.info(
+            "%s: %d of %d images are of classes that the train split lacks and are left out: %s",
+            source.name, len(names) - len(rows), len(names), ", ".join(map(shown, others[:5])),
+        )  # fmt: skip
+    if not rows:
+        return source
+    number = {name: index for index, name in enumerate(train.classes)}
+    labels = torch.tensor([number[names[row]] for row in rows])
+    kept = [paths[row] for row in rows]
+    return replace(source, paths=kept, labels=labels, classes=train.classes)
+
+
+def _numbered(source: ImageSource, names: list[str | None]) -> ImageSource:
+    """Give images their labels; none of them has one where any lacks a name, which is said."""
+    strays = [path for path, name in zip(source.paths, names, strict=True) if name is None]
+    classes = sorted({name for name in names if name is not None})
+    if len(classes) < 2 or 2 * len(strays) > len(names):
+        return source
+    if strays:
+        log.info(
+            "%s: %d of %d images have no class (first %s): they are trained on, and left out where "
+            "labels are read", source.name, len(strays), len(names), shown(strays[0]),
+        )  # fmt: skip
+        return source
+    if same := twins(source.paths, names):
+        log.info("warning: the same file lies in two classes: %s and %s (%d such pairs seen)",
+                 *map(shown, same[0]), len(same))  # fmt: skip
     number = {name: index for index, name in enumerate(classes)}
-    labels = torch.tensor([number[part[0]] for part in parts])
-    return replace(source, labels=labels, classes=classes)
+    return replace(source, labels=torch.tensor([number[name] for name in names]), classes=classes)
+
+
+def _labelled_part(data: DataConfig, source: ImageSource) -> ImageSource | None:
+    """Return those images of an open train split that have a class; None if too few have one."""
+    root, top = expanded(data.root), split_folders(data)[0]
+    table = read_table(data.labels) if data.labels else None
+    names = table.labels(source.paths, root) if table else by_folder(source.paths, top)
+    rows = [row for row, name in enumerate(names) if name is not None]
+    if 2 * len(rows) < len(names) and not table:
+        return None
+    part = replace(source, paths=[source.paths[row] for row in rows])
+    part = _numbered(part, [names[row] for row in rows])
+    return None if part.labels is None else part
 
 
 def _list_images(data: DataConfig, top: str) -> list[str]:
-    paths, unread = walk(top)
+    tree = walk(top)
+    paths, unread = with_frames(tree.paths), tree.unread
     if unread:
         log.warning("%d folders cannot be read and are skipped, first %s", len(unread), unread[0])
+    foreign = passed_over(tree.foreign)
+    if foreign and paths:
+        log.info("%s: passed over, not read here: %s", shown(top), foreign)
+    if tree.left_out:
+        counts = sorted(tree.left_out.items(), key=lambda item: (-item[1], item[0]))
+        names = ", ".join(f"{count} {shown(name)}" for name, count in counts[:9])
+        log.info("%s: hidden and system folders are left out: %s", shown(top), names)
     if not paths:
         where = f"{data.root!r}" if top == expanded(data.root) else f"{data.root!r}: {shown(top)}"
         skipped = f"; {len(unread)} of them cannot be read" if unread else ""
+        skipped += f"; there are {foreign}" if foreign else ""
         raise UserError(
-            f"data.root {where} holds no images (looked for {' '.join(EXTENSIONS)} in all "
+            f"data.root {where} holds no images (looked for {listed(readable())} in all "
             f"subfolders{skipped}): give the folder that holds them"
         )
     return paths

@@ -53,6 +53,8 @@ def say_what_was_decided(
         config.data.image_size,
         module.steps_per_epoch,
     )
+    if data.source.reading.reason:
+        log.info("%s", data.source.reading)
     log.info(
         "%s, %.2f M parameters; head %s%s, %s, temperature %g, key momentum %g",
         model.backbone,

@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from moco.algorithm.pretrain import MoCo
 from moco.checkpoints.load import restore_pretraining
-from moco.config import TrainConfig, UserError
+from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources
 from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
@@ -73,8 +73,9 @@ def build_data(
 ) -> PretrainData:
     """Decode what is to be resident, note in `decided` what is, and prepare what makes views."""
     resident = {"": config.data.resident, "streamed": "off"}.get(decided.resident, decided.resident)
+    source, ends = pin_values(source, decided)
     data = PretrainData(
-        replace(config.data, resident=resident),
+        replace(config.data, resident=resident, **ends),
         config.run.seed,
         shuffle=decided.key_bn in ("shuffle", "split"),
         symmetric=config.model.symmetric != "none",
@@ -83,6 +84,24 @@ def build_data(
     data.prepare(own_device(config), str(run_dir / "bad_files.txt"), decided.compile)
     decided.resident = data.resident
     return data
+
+
+def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict[str, Any]]:
+    """Read the images by the range that a resumed run has decided; note the range of a new run.
+
+    Returns:
+        The source, and the settings with which other images are read alike.
+    """
+    reading = source.reading
+    if decided.max_value:
+        low, high = tuple(decided.min_value), tuple(decided.max_value)
+        reading = replace(reading, low=low, high=high, reason="as the run began")
+    if not reading.reason:
+        return source, {}
+    ends = {"min_value": list(reading.low), "max_value": list(reading.high)}
+    decided.min_value, decided.max_value = ends["min_value"], ends["max_value"]
+    decided.reasons["max_value"] = reading.reason
+    return replace(source, reading=reading), ends
 
 
 def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:
@@ -171,7 +190,10 @@ def open_labelled(
     """
     if config.run.knn_every == 0:
         return None
-    pair = sources.open_labelled(data.config, data.source)
+    if config.run.knn_root:
+        pair = _open_own_labelled(data.config, config.run.knn_root)
+    else:
+        pair = sources.open_labelled(data.config, data.source)
     if pair is None:
         if (config.optim.schedule, config.optim.plateau_metric) == ("plateau", "val/knn_top1"):
             raise UserError(
@@ -187,3 +209,22 @@ def open_labelled(
         for source in pair
     )
     return bank, queries
+
+
+def _open_own_labelled(data: DataConfig, root: str) -> tuple[ImageSource, ImageSource]:
+    """Open `run.knn_root`, whose images are read as those of the run.
+
+    Raises:
+        UserError: It has no labelled train and test images.
+    """
+    own = replace(data, dataset="folder", root=root, files="", labels="")
+    try:
+        pair = sources.open_labelled(own)
+    except UserError as error:
+        raise UserError(str(error).replace("data.root", "run.knn_root")) from None
+    if pair is None:
+        raise UserError(
+            f"run.knn_root {root!r} has no labelled train and test images: give a folder with "
+            "train/CLASS/ and test/CLASS/ of two classes or more"
+        )
+    return sources.shared_classes(*pair)

@@ -37,6 +37,8 @@ class Decided:
         compile: Backend of torch.compile; empty: nothing is compiled.
         resident: Where the images are held: device, memory, or streamed; empty until they are read.
         reasons: Name of an attribute to why.
+        min_value, max_value: What becomes black and white in files of more than 8 bits, one value
+            or one per channel; empty where the images need none.
     """
 
     accelerator: str
@@ -48,6 +50,8 @@ class Decided:
     resident: str = ""
     query_bn: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
+    min_value: list[float] = field(default_factory=list)
+    max_value: list[float] = field(default_factory=list)
 
     @property
     def world(self) -> int:
@@ -58,7 +62,7 @@ class Decided:
     def from_dict(cls, stored: Any) -> Decided | None:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
-        needed = known - {"query_bn"}
+        needed = known - {"query_bn", "min_value", "max_value"}
         fits = isinstance(stored, dict) and needed <= stored.keys() <= known
         return cls(**stored) if fits else None
 
@@ -103,6 +107,7 @@ def decide(
     chosen = precision, key_bn, backend, resident, query_bn
     decided = Decided(accelerator(config), devices, num_nodes, *chosen, reasons)
     if before:
+        decided.min_value, decided.max_value = before.min_value, before.max_value
         kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
         reasons.update(dict.fromkeys(kept, "as the run began"))
     check_shares(config, world, key_bn, query_bn)

@@ -8,6 +8,7 @@ from moco.command import cli, export, judge, train
 from moco.command.paths import PATHS
 from moco.config import (
     EvalDataConfig,
+    ExportConfig,
     JudgeConfig,
     KNNConfig,
     LinearConfig,
@@ -21,7 +22,7 @@ COMMANDS = {
     "train": (TrainConfig, train.EXTRAS),
     "knn": (EvalDataConfig, judge.flat_options(JudgeConfig, KNNConfig)),
     "linear": (EvalDataConfig, judge.flat_options(JudgeConfig, LinearConfig)),
-    "export": (export.Nothing, export.OPTIONS),
+    "export": (export.Nothing, judge.flat_options(ExportConfig)),
 }
 NEEDED = {"export": ["--checkpoint=a", "--output=b", "--format=timm"]}
 NO_PATHS = {"model.backbone", "run.wandb_project", "backbone", "license", "config"}

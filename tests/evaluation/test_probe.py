@@ -37,7 +37,7 @@ def images(count=70, classes=3, seed=0):
     pixels = torch.randint(0, 120, (count, 3, 8, 8), generator=generator)
     pixels[torch.arange(count), labels] += 80  # each class has its colour
     pixels = pixels.to(torch.uint8)
-    source = ImageSource("blobs train", pixels, [], labels, ["r", "g", "b"][:classes], 3, 255)
+    source = ImageSource("blobs train", pixels, [], labels, ["r", "g", "b"][:classes], 3)
     return LabelledData(source, DATA)
 
 

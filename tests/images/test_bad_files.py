@@ -120,7 +120,7 @@ def test_a_bad_file_is_named_once_however_often_the_run_is_resumed(copied):
 def _bad_on_rank(paths: list[str], most: float, report: str) -> tuple[list[str], str]:
     """Meet one bad file on each rank and another on both; return what is logged and raised."""
     rank, lines = torch.distributed.get_rank(), []
-    bad = BadFiles(ImageSource("set", None, paths, None, [], 3, 255), most, report)
+    bad = BadFiles(ImageSource("set", None, paths, None, [], 3), most, report)
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("moco").addHandler(handler)

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from moco.images.decode import BadImage, decode, image_size
+from moco.images.decode import BadImage, decode, read_header
+from moco.images.scaling import Reading, to_uint8
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # H W C
@@ -56,6 +58,16 @@ def bomb(path: Path) -> Path:
     return path
 
 
+def upto(high: float, low: float = 0.0) -> Reading:
+    """Values of low..high become 0..255."""
+    return Reading((float(low),), (float(high),))
+
+
+def image_size(path: str, channels: int = 3) -> tuple[int, int]:
+    header = read_header(path, channels)
+    return header.height, header.width
+
+
 def expect(pixels: np.ndarray) -> torch.Tensor:
     """H W C as the C H W tensor that decode should give."""
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -66,7 +78,7 @@ def test_lossless_formats_are_pixel_exact(tmp_path, extension):
     path = str(tmp_path / f"a.{extension}")
     options = {"lossless": True} if extension == "webp" else {}
     Image.fromarray(RGB).save(path, **options)
-    image = decode(path, 3, 65535)
+    image = decode(path, 3)
     assert image.dtype == torch.uint8 and image.permute(1, 2, 0).is_contiguous()
     assert torch.equal(image, expect(RGB))
     assert image_size(path) == (5, 7)
@@ -78,9 +90,9 @@ def test_other_formats_equal_pillow(tmp_path, extension):
     mode = {"gif": "P", "pgm": "L", "pbm": "1"}.get(extension, "RGB")
     Image.fromarray(RGB).convert(mode).save(path)
     wanted = np.array(Image.open(path).convert("RGB"))
-    assert torch.equal(decode(str(path), 3, 65535), expect(wanted))
+    assert torch.equal(decode(str(path), 3), expect(wanted))
     grey = np.array(Image.open(path).convert("L"))[..., None]
-    assert torch.equal(decode(str(path), 1, 65535), expect(grey))
+    assert torch.equal(decode(str(path), 1), expect(grey))
 
 
 def test_palette_with_transparency_gives_its_colours(tmp_path):
@@ -90,8 +102,8 @@ def test_palette_with_transparency_gives_its_colours(tmp_path):
     palette.save(tmp_path / "p.png", transparency=bytes([255, 0, 128]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(decode(str(tmp_path / "p.png"), 3, 65535), expect(colours))
-        rgba = decode(str(tmp_path / "p.png"), 4, 65535)
+        assert torch.equal(decode(str(tmp_path / "p.png"), 3), expect(colours))
+        rgba = decode(str(tmp_path / "p.png"), 4)
     assert torch.equal(rgba[:3], expect(colours))
     assert rgba[3].tolist() == [[255, 0], [128, 0]]
 
@@ -99,18 +111,18 @@ def test_palette_with_transparency_gives_its_colours(tmp_path):
 def test_alpha_is_dropped_for_rgb_and_kept_for_four_channels(tmp_path):
     rgba = np.dstack([RGB, RNG.integers(0, 256, (5, 7), dtype=np.uint8)])
     Image.fromarray(rgba).save(tmp_path / "a.png")
-    assert torch.equal(decode(str(tmp_path / "a.png"), 3, 65535), expect(RGB))
-    assert torch.equal(decode(str(tmp_path / "a.png"), 4, 65535), expect(rgba))
+    assert torch.equal(decode(str(tmp_path / "a.png"), 3), expect(RGB))
+    assert torch.equal(decode(str(tmp_path / "a.png"), 4), expect(rgba))
     Image.fromarray(rgba[..., 2:]).save(tmp_path / "la.png")
     grey = np.repeat(RGB[..., 2:], 3, axis=2)
-    assert torch.equal(decode(str(tmp_path / "la.png"), 3, 65535), expect(grey))
-    assert torch.equal(decode(str(tmp_path / "la.png"), 2, 65535), expect(rgba[..., 2:]))
+    assert torch.equal(decode(str(tmp_path / "la.png"), 3), expect(grey))
+    assert torch.equal(decode(str(tmp_path / "la.png"), 2), expect(rgba[..., 2:]))
 
 
 def test_cmyk_jpeg(tmp_path):
     Image.fromarray(RGB).convert("CMYK").save(tmp_path / "a.jpg")
     wanted = np.array(Image.open(tmp_path / "a.jpg").convert("RGB"))
-    assert torch.equal(decode(str(tmp_path / "a.jpg"), 3, 65535), expect(wanted))
+    assert torch.equal(decode(str(tmp_path / "a.jpg"), 3), expect(wanted))
 
 
 @pytest.mark.parametrize("extension", ["png", "tif", "pgm"])
@@ -119,16 +131,16 @@ def test_16_bit_grey_is_scaled_rounded_and_clipped(tmp_path, extension):
     path = str(tmp_path / f"a.{extension}")
     Image.fromarray(values).save(path)
     wanted = [[0, 62, 125], [249, 255, 255]]  # rint(v * 255 / 4095), clipped
-    image = decode(path, 3, 4095)
+    image = decode(path, 3, upto(4095))
     assert image.shape == (3, 2, 3) and all(band.tolist() == wanted for band in image)
-    assert decode(path, 1, 65535)[0].tolist() == [[0, 4, 8], [16, 16, 255]]
+    assert decode(path, 1)[0].tolist() == [[0, 4, 8], [16, 16, 255]]
 
 
 def test_maximum_named_by_a_pgm_is_applied_once(tmp_path):
     body = np.array([0, 2048, 4095], ">u2").tobytes()
     (tmp_path / "a.pgm").write_bytes(b"P5 3 1 4095\n" + body)
     for max_value in (4095, 65535):
-        assert decode(str(tmp_path / "a.pgm"), 1, max_value).flatten().tolist() == [
+        assert decode(str(tmp_path / "a.pgm"), 1, upto(max_value)).flatten().tolist() == [
             0,
             128,
             255,
@@ -138,7 +150,7 @@ def test_maximum_named_by_a_pgm_is_applied_once(tmp_path):
 def test_32_bit_and_float_tiff(tmp_path):
     for dtype in (np.int32, np.float32):
         Image.fromarray(np.array([[0, 500, 1000, -3]], dtype)).save(tmp_path / "a.tif")
-        assert decode(str(tmp_path / "a.tif"), 1, 1000).flatten().tolist() == [
+        assert decode(str(tmp_path / "a.tif"), 1, upto(1000)).flatten().tolist() == [
             0,
             128,
             255,
@@ -146,29 +158,103 @@ def test_32_bit_and_float_tiff(tmp_path):
         ]
 
 
-def test_16_bit_colour_png_refuses_a_maximum_that_pillow_would_lose(tmp_path):
+def deep_colour_png(path: Path, pixels: np.ndarray) -> str:
+    """Write H W 3 uint16 as a PNG, which Pillow cannot."""
+
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
-    pixel = struct.pack(">BHHH", 0, 65535, 0x1234, 0)
-    data = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-    data += chunk(b"IDAT", zlib.compress(pixel)) + chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-    assert decode(str(tmp_path / "a.png"), 3, 65535).flatten().tolist() == [255, 0x12, 0]
-    with pytest.raises(BadImage, match=r"cuts to 8"):
-        decode(str(tmp_path / "a.png"), 3, 4095)
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    data = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    data += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    return str(path)
 
 
-def test_exif_orientation_is_not_applied_and_gif_gives_its_first_frame(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
-    assert torch.equal(decode(str(tmp_path / "a.png"), 3, 65535), expect(RGB))
+def test_16_bit_colour_png_needs_imagecodecs_for_a_range_that_pillow_would_lose(
+    tmp_path, monkeypatch
+):
+    path = deep_colour_png(tmp_path / "a.png", np.array([[[65535, 0x1234, 0]]], np.uint16))
+    assert decode(path, 3).flatten().tolist() == [255, 0x12, 0]  # as Pillow cuts it
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "imagecodecs", None)
+        with pytest.raises(BadImage, match=r"cuts to 8: pip install imagecodecs"):
+            decode(path, 3, upto(4095))
+    pytest.importorskip("imagecodecs")
+    deep = RNG.integers(0, 4096, (5, 7, 3), dtype=np.uint16)
+    path = deep_colour_png(tmp_path / "b.png", deep)
+    assert torch.equal(decode(path, 3, upto(4095)), expect(to_uint8(deep, (0.0,), (4095.0,))))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_exif_orientation_is_applied_where_asked_for(tmp_path, ending):
+    options = {"lossless": True} if ending == "webp" else {}
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{ending}"
+        Image.fromarray(RGB).save(path, exif=exif, **options)
+        as_stored = np.array(Image.open(path).convert("RGB"))
+        upright = np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        for turn, wanted in ((False, as_stored), (True, upright)):
+            assert torch.equal(decode(str(path), 3, Reading(turn=turn)), expect(wanted))
+            header = read_header(str(path), 3, Reading(turn=turn))
+            assert header[:2] == wanted.shape[:2] and header.turned == (orientation > 1)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("L", (2, 2), value) for value in (10, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert decode(str(tmp_path / "a.gif"), 1, 65535).flatten().tolist() == [10] * 4
+    assert decode(str(tmp_path / "a.gif"), 1).flatten().tolist() == [10] * 4
+
+
+ORDINARY = {
+    **{f"{m}-{q}-{s}.jpg": (m, {"quality": q, "subsampling": s})
+       for m in ("L", "RGB", "CMYK") for q, s in ((95, 0), (75, 2))},
+    "progressive.jpg": ("RGB", {"progressive": True}),
+    "RGB.jfif": ("RGB", {"format": "JPEG"}),
+    **{f"{m.replace(';', '')}.png": (m, {}) for m in ("1", "L", "LA", "P", "RGB", "RGBA")},
+    "fast.png": ("RGB", {"compress_level": 1}),
+    **{f"{m}.bmp": (m, {}) for m in ("1", "L", "P", "RGB")},
+    **{f"{m}.gif": (m, {}) for m in ("1", "L", "P")},
+    **{f"{m}-{c}.tif": (m, {"compression": c}) for m in ("1", "L", "P", "RGB", "RGBA", "CMYK")
+       for c in ("raw", "tiff_lzw")},
+    **{f"RGB-{c}.tif": ("RGB", {"compression": c})
+       for c in ("tiff_adobe_deflate", "packbits", "jpeg")},
+    **{f"RGB-{q}.webp": ("RGB", {"quality": q}) for q in (50, 100)},
+    "RGBA.webp": ("RGBA", {"lossless": True}),
+    "1.pbm": ("1", {}), "L.pgm": ("L", {}), "RGB.ppm": ("RGB", {}),
+}  # fmt: skip
+
+
+def test_ordinary_files_are_read_as_pillow_reads_them(tmp_path):
+    assert len(ORDINARY) >= 40
+    rgba = RNG.integers(0, 256, (17, 23, 4), dtype=np.uint8)
+    for name, (mode, options) in ORDINARY.items():
+        source = Image.fromarray(rgba)
+        source = source.convert("L") if mode in ("1", "L") else source
+        source = source.convert("RGB") if mode not in ("LA", "RGBA") else source
+        source.convert(mode).save(tmp_path / name, **options)
+        for channels, wanted in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+            by_pillow = np.asarray(Image.open(tmp_path / name).convert(wanted))
+            ours = decode(str(tmp_path / name), channels)
+            assert torch.equal(ours, expect(by_pillow.reshape(17, 23, channels).copy())), (
+                name,
+                wanted,
+            )
+
+
+def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # as a large image meets Pillow's own
+    path = str(tmp_path / "a.png")
+    Image.fromarray(np.zeros((20, 15), np.uint8)).save(path)
+    for most in (40, 120, 299):
+        with pytest.raises(BadImage, match=f"above the limit of {most}.*: raise data.max_pixels"):
+            decode(path, 1, Reading(max_pixels=most))
+    assert decode(path, 1, Reading(max_pixels=300)).shape == (1, 20, 15)
 
 
 @pytest.mark.parametrize("layout", ["HWC", "CHW", "fortran"])
@@ -177,34 +263,36 @@ def test_npy_of_many_bands_in_either_layout(tmp_path, layout):
     stored = {"HWC": array, "CHW": array.transpose(2, 0, 1), "fortran": np.asfortranarray(array)}
     np.save(tmp_path / "a.npy", stored[layout])
     path = str(tmp_path / "a.npy")
-    assert torch.equal(decode(path, 13, 65535), expect(array))
+    assert torch.equal(decode(path, 13), expect(array))
     assert image_size(path, 13) == image_size(path) == (20, 16)
     with pytest.raises(BadImage, match=r"has 13 bands: set --data.channels 13"):
-        decode(path, 3, 65535)
+        decode(path, 3)
 
 
 def test_npy_values(tmp_path):
     path = str(tmp_path / "a.npy")
     cases = [
-        (np.array([[0, 0.5, 1.0, 1.2, -1, np.nan]], np.float32), [0, 128, 255, 255, 0, 0]),
-        (np.array([[0, 500, 1000, 2000, 1, 3]], np.uint16), [0, 128, 255, 255, 0, 1]),
-        (np.array([[True, False]]), [255, 0]),
+        (np.array([[0, 0.5, 1.0, 1.2, -1, np.nan]], np.float32), 1, [0, 128, 255, 255, 0, 0]),
+        (np.array([[0, 500, 1000, 2000, 1, 3]], np.uint16), 1000, [0, 128, 255, 255, 0, 1]),
+        (np.array([[True, False]]), 1000, [255, 0]),
     ]
-    for array, wanted in cases:
+    for array, top, wanted in cases:
         np.save(path, array)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a NaN must not reach the cast
-            assert decode(path, 1, 1000).flatten().tolist() == wanted
-        assert decode(path, 3, 1000)[2].flatten().tolist() == wanted
-    np.save(path, np.full((4, 4), 255.0))
-    with pytest.raises(BadImage, match=r"above 1"):
-        decode(path, 1, 65535)
+            assert decode(path, 1, upto(top)).flatten().tolist() == wanted
+        assert decode(path, 3, upto(top))[2].flatten().tolist() == wanted
+    np.save(path, np.array([[-1000.0, 0.0, 1000.0, np.nan, -np.inf, np.inf]]))
+    assert decode(path, 1, upto(1000, -1000)).flatten().tolist() == [0, 128, 255, 0, 0, 255]
+    np.save(path, np.array([[[0, 10]], [[0, 100]]], np.int64).transpose(1, 2, 0))
+    own = Reading((0.0, -100.0), (10.0, 155.0))
+    assert decode(path, 2, own).tolist() == [[[0, 255]], [[100, 200]]]
     np.save(path, np.array([{}, None]), allow_pickle=True)
     with pytest.raises(BadImage):
-        decode(path, 1, 65535)
+        decode(path, 1)
     np.save(path, RGB)
     grey = np.array(Image.fromarray(RGB).convert("L"))
-    assert torch.equal(decode(path, 1, 65535)[0], torch.from_numpy(grey))
+    assert torch.equal(decode(path, 1)[0], torch.from_numpy(grey))
     Path(path).write_bytes(Path(path).read_bytes()[:-1])
     with pytest.raises(BadImage):
         image_size(path)
@@ -214,9 +302,9 @@ def test_many_band_tiff_names_what_to_set(tmp_path, caplog):
     path = str(tiff(tmp_path / "a.tif", np.zeros((4, 6, 13), np.uint16)))
     assert image_size(path) == (4, 6)
     with pytest.raises(BadImage, match=r"a.tif: has 13 bands: set --data.channels 13$"):
-        decode(path, 3, 65535)
+        decode(path, 3)
     with pytest.raises(BadImage, match=r"has 3 bands: set --data.channels 3"):
-        decode(str(tiff(tmp_path / "b.tif", RGB)), 13, 65535)
+        decode(str(tiff(tmp_path / "b.tif", RGB)), 13)
     assert not caplog.records
 
 
@@ -225,12 +313,12 @@ def test_many_band_tiff_through_tifffile(tmp_path, order):
     deep = RNG.integers(0, 10_000, (4, 6, 13), dtype=np.uint16)
     path = str(tiff(tmp_path / "a.tif", deep, order))
     wanted = expect(np.rint(deep * (255 / 10_000)).astype(np.uint8))
-    assert torch.equal(decode(path, 13, 10_000), wanted)
+    assert torch.equal(decode(path, 13, upto(10_000)), wanted)
     path = str(tiff(tmp_path / "b.tif", deep[..., :3], order))
-    assert torch.equal(decode(path, 3, 10_000), wanted[:3])
+    assert torch.equal(decode(path, 3, upto(10_000)), wanted[:3])
     near_infrared = np.dstack([RGB, RGB[..., :1]])  # Pillow alone would make it an opaque alpha
     path = str(tiff(tmp_path / "c.tif", near_infrared, order))
-    assert torch.equal(decode(path, 4, 65535), expect(near_infrared))
+    assert torch.equal(decode(path, 4), expect(near_infrared))
 
 
 @pytest.mark.parametrize("broken", ["truncated.jpg", "truncated.png", "truncated.npy"])
@@ -240,7 +328,7 @@ def test_truncated_files_are_bad(tmp_path, broken):
     np.save(path, noise) if path.suffix == ".npy" else Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(BadImage, match=f"{broken}: cannot be decoded"):
-        decode(str(path), 3, 65535)
+        decode(str(path), 3)
 
 
 def test_empty_foreign_missing_and_huge_files_are_bad(tmp_path):
@@ -266,7 +354,7 @@ def test_empty_foreign_missing_and_huge_files_are_bad(tmp_path):
         "gone.png": "No such file",
     }
     for name, reason in reasons.items():
-        for read in (lambda path: decode(path, 3, 65535), image_size):
+        for read in (lambda path: decode(path, 3), image_size):
             with pytest.raises(BadImage, match=f"{name}.*{reason}") as caught:
                 read(str(tmp_path / name))
             assert "\n" not in str(caught.value)

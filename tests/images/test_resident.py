@@ -13,8 +13,8 @@ from PIL import Image
 from moco.config import DataConfig, UserError
 from moco.images import resident, sources
 from moco.images.bad_files import without_bad
-from moco.images.decode import image_size, shown
-from moco.images.resident import MixedSizes, estimate_bytes, load_all
+from moco.images.decode import read_header, shown
+from moco.images.resident import MixedSizes, estimate_bytes, load_all, make_resident
 from moco.images.sources import ImageSource
 
 RNG = np.random.default_rng(0)
@@ -57,8 +57,8 @@ def test_mixed_sizes_are_told_apart(tmp_path, monkeypatch):
     source = sources.open_source(folder(tmp_path), "train")
     with pytest.raises(MixedSizes, match=r"5.png has \(4, 9\) pixels .* have \(4, 4\)"):
         load_all(source)
-    num_bytes, common = estimate_bytes(source)
-    assert num_bytes == 3 * (6 * 16 + 2 * 36) and common is None
+    num_bytes, sizes = estimate_bytes(source)
+    assert num_bytes == 3 * (6 * 16 + 2 * 36) and set(sizes) == {(4, 4), (4, 9)}
     assert source.read(5).shape == (3, 4, 9)
 
 
@@ -67,15 +67,31 @@ def test_estimate_bytes(tmp_path):
         save(tmp_path / f"{number}.png", size=(4, 6))
     (tmp_path / "0.png").write_bytes(b"")
     source = sources.open_source(folder(tmp_path, channels=1), "train")
-    assert estimate_bytes(source, samples=5) == (10 * 24, (4, 6))
+    assert estimate_bytes(source, samples=5) == (10 * 24, [(4, 6)] * 4)
     digits = sources.open_source(DataConfig(dataset="digits", channels=3), "train")
-    assert estimate_bytes(digits) == (1257 * 3 * 64, (8, 8))
+    assert estimate_bytes(digits) == (1257 * 3 * 64, [(8, 8)])
+
+
+def test_images_smaller_than_the_views_are_refused_or_told_where_sizes_are_mixed(tmp_path, caplog):
+    caplog.set_level("INFO", logger="moco")
+    for number in range(9):
+        save(tmp_path / f"{number}.png", size=(3, 3) if number < 5 else (40, 50 + number))
+    data = folder(tmp_path, channels=1, image_size=32)
+    cpu = torch.device("cpu")
+    source = sources.open_source(data, "train")
+    with pytest.raises(UserError, match=r"above 5 of 9 images', 3 pixels: .*data.upscale 10.7"):
+        make_resident(source, data, cpu, None)
+    assert make_resident(source, folder(tmp_path, upscale=11, image_size=32), cpu, None)
+    save(tmp_path / "4.png", size=(33, 32))
+    assert make_resident(source, data, cpu, None)[1] == "streamed"
+    lines = [line for line in caplog.messages if "smaller than the views of 32 pixels" in line]
+    assert len(lines) == 1 and "4 of 9 images" in lines[0] and "the smallest from 3" in lines[0]
 
 
 def test_check_files_thresholds(tmp_path):
     labels = torch.arange(10) % 2
     paths = [f"/images/{number}.png" for number in range(10)]
-    source = ImageSource("folder /images", None, paths, labels, ["a", "b"], 3, 65535)
+    source = ImageSource("folder /images", None, paths, labels, ["a", "b"], 3)
     report = tmp_path / "bad_files.txt"
     assert without_bad(source, [], 0.0, str(report)) is source and not report.exists()
     bad = [(1, "is empty"), (4, "truncated")]
@@ -104,7 +120,7 @@ def test_real_photographs_decode(tmp_path):
     assert len(source) == len(members) > 20 and source.labels is None
     for index, path in enumerate(source.paths):
         image = source.read(index)
-        assert image.shape == (3, *image_size(path)) and image.float().std() > 5
+        assert image.shape == (3, *read_header(path)[:2]) and image.float().std() > 5
     with pytest.raises(MixedSizes):
         load_all(source)
 

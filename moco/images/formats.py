@@ -1,0 +1,79 @@
+"""Formats: which endings of file names are images, what reads them, and which package that needs.
+
+The content decides what a file is, not its ending; the ending decides which decoders may look.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+# Only these decoders run, whatever a file claims to be: Pillow's EPS reader starts Ghostscript.
+ORDINARY = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+TIFF, DICOM = (".tif", ".tiff"), (".dcm", ".dicom")
+_ALWAYS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", *TIFF),
+    *(".webp", ".ppm", ".pgm", ".pbm", ".npy"),
+)
+# Further decoders of Pillow, which only files of these endings meet.
+_FURTHER = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF"}
+_FURTHER |= dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx"), "JPEG2000")
+_PACKAGES = {"HEIF": ("pillow_heif", "pillow-heif"), "DICOM": ("pydicom", "pydicom")}
+_FEATURES = {"AVIF": ("avif", "'pillow>=11.3'"), "JPEG2000": ("jpg_2000", "pillow")}
+# What looks like an image, and is read by nothing here.
+_FOREIGN = (
+    *(".svg", ".eps", ".psd", ".xcf", ".exr", ".hdr", ".ico", ".tga", ".pcx", ".jxl", ".dng"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".fits", ".fit", ".nii", ".mha", ".nrrd"),
+    *(".czi", ".lif", ".nd2", ".svs", ".ndpi", ".mrxs", ".npz", ".mat", ".h5", ".hdf5"),
+)
+_IMAGES = frozenset((*_ALWAYS, *_FURTHER, *DICOM, *_FOREIGN))
+
+
+def extension(name: str) -> str:
+    """Return a file name's extension in lower case, dot included."""
+    return os.path.splitext(name)[1].lower()
+
+
+def pillow_formats(ending: str) -> tuple[str, ...]:
+    """Return the decoders of Pillow that may look at a file of this ending."""
+    return (*ORDINARY, _FURTHER[ending]) if ending in _FURTHER else ORDINARY
+
+
+def needed(ending: str) -> str:
+    """Return what to install before files of this ending are read; empty if they are already."""
+    name = "DICOM" if ending in DICOM else _FURTHER.get(ending, "")
+    if name in _PACKAGES:
+        module, package = _PACKAGES[name]
+        return "" if find_spec(module) else package
+    if name in _FEATURES:
+        from PIL import features
+
+        feature, package = _FEATURES[name]
+        return "" if features.check(feature) else package
+    return ""
+
+
+def readable() -> frozenset[str]:
+    """Return the endings of the files that can be read here."""
+    optional = (*_FURTHER, *DICOM)
+    return frozenset((*_ALWAYS, *(ending for ending in optional if not needed(ending))))
+
+
+def looks_like_image(ending: str) -> bool:
+    """Tell whether files of this ending are images, whether or not they can be read here."""
+    return ending in _IMAGES
+
+
+def passed_over(counts: dict[str, int]) -> str:
+    """Say in words which images are not read, by ending, and what would read them; may be empty."""
+    parts = []
+    for ending, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        package = needed(ending)
+        parts.append(f"{count} {ending}" + (f" (pip install {package})" if package else ""))
+    return ", ".join(parts)
+
+
+def listed(endings: Iterable[str]) -> str:
+    """Write endings as a list for people."""
+    return " ".join(sorted(endings))

@@ -1,0 +1,66 @@
+"""Scaling: how the values of a file become 0 to 255. Shapes: C bands, H W pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_PIXELS = 178_956_970  # where Pillow refuses too: 0.5 GB as RGB, above it a decompression bomb
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a set are read; 8-bit files need no range and are taken as they are.
+
+    Attributes:
+        low, high: The values that become 0 and 255, one for all channels or one each.
+        turn: Whether pictures are turned upright as their EXIF orientation says.
+        max_pixels: Larger images are refused.
+        windowed: Whether a DICOM file's own window stands in the place of `low` and `high`.
+        reason: Where `low` and `high` come from, for the log; empty where nothing needs them.
+    """
+
+    low: tuple[float, ...] = (0.0,)
+    high: tuple[float, ...] = (65535.0,)
+    turn: bool = False
+    max_pixels: int = MAX_PIXELS
+    windowed: bool = False
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """Say in one line which values become what, and why."""
+        low, high = numbers(self.low), numbers(self.high)
+        return f"values: {low} becomes 0 and {high} becomes 255 ({self.reason})"
+
+
+PLAIN = Reading()
+
+
+def numbers(ends: Sequence[float]) -> str:
+    """Write one number, or several as the command line takes them."""
+    words = [f"{end:.10g}" for end in ends]
+    return words[0] if len(words) == 1 else f"[{','.join(words)}]"
+
+
+def to_uint8(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
+    """Scale low..high to 0..255, rounded and clipped; NaN, a usual mark of no data, gives 0.
+
+    Args:
+        values: C H W. Those of 8 bits stay as they are, and true becomes 255.
+        low, high: One number for all bands, or C.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"holds values of type {values.dtype}")
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8) * 255
+    bottom, top = (np.array(ends, dtype=np.float64)[:, None, None] for ends in (low, high))
+    if not {len(low), len(high)} <= {1, len(values)}:
+        raise ValueError(f"has {len(values)} bands, data.min_value and data.max_value have others")
+    wide = values.astype(np.float64)
+    if values.dtype.kind == "f":
+        wide = np.where(np.isnan(wide), bottom, wide)
+    return np.rint((np.clip(wide, bottom, top) - bottom) * (255 / (top - bottom))).astype(np.uint8)

@@ -1,0 +1,146 @@
+"""TIFF as tifffile reads it: more bands than four, planes, stacks, deep and big files.
+
+Shapes: C bands, H W pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    COMPRESSION,
+    IMAGEDESCRIPTION,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLESPERPIXEL,
+)
+
+for _name in ("PIL.TiffImagePlugin", "tifffile"):  # they log what they raise, and what is mended
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+# Pillow says so of every BigTIFF, whose pixels it reads right.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
+
+_ORIENTATION, _ALPHA = 274, (1, 2)  # a tag, and values of ExtraSamples
+_STACKS = ("ImageJ=", "<?xml", "<OME", '{"shape"')  # how descriptions of stacks begin
+
+
+def pillow_reads_it(image: Image.Image, channels: int) -> bool:
+    """Tell whether Pillow reads a TIFF whole and right: ordinary 8-bit ones, and 16-bit grey."""
+    tags = image.tag_v2
+    bands = tags.get(SAMPLESPERPIXEL, 1)
+    is_grey = tags.get(PHOTOMETRIC_INTERPRETATION) in (0, 1)
+    if tags.get(BITSPERSAMPLE, (1,))[0] > 8 and not (bands == 1 and image.mode.startswith("I;16")):
+        return False
+    if bands > 4 or (bands > 1 and is_grey and image.mode != "LA"):
+        return False
+    if bands == channels != len(image.getbands()):  # Pillow would call the fourth band alpha
+        return False
+    if tags.get(_ORIENTATION, 1) > 4 and tags.get(COMPRESSION, 1) == 1:
+        return False  # Pillow (13 and before) reads rows of a wrong length where it turns them
+    description = str(tags.get(IMAGEDESCRIPTION, "")).lstrip()
+    if description.startswith("ImageJ=") and "\nimages=" in description:
+        return False  # where all lie behind one page Pillow counts one
+    is_stack = description.startswith(_STACKS) or channels not in (1, 3)
+    return not (bands == 1 and is_stack and getattr(image, "n_frames", 1) > 1)
+
+
+class TiffImage:
+    """One image of a TIFF: its first page, or a stack whose pages are its bands.
+
+    Args:
+        path: The file.
+        channels: A stack of unnamed pages is one of bands if it has as many; unless there are three
+            of them, which are more often three pictures.
+
+    Attributes:
+        height, width, bands, dtype: Of what `read` returns.
+    """
+
+    turned = False  # as Pillow, it turns by the tag whether or not that is asked for
+    inverted = False
+
+    def __init__(self, path: str, channels: int) -> None:
+        import tifffile  # slow to import, and most sets hold no such files
+
+        self._file = tifffile.TiffFile(path)
+        self._page = page = self._file.pages.first
+        self._series = self._file.series[0]
+        self._is_stack = self._bands_axis(channels) is not None
+        orientation = page.tags.valueof(_ORIENTATION, 1)
+        self._orientation = orientation if orientation in range(1, 9) else 1
+        size = (page.imagelength, page.imagewidth)
+        self.height, self.width = size[::-1] if self._orientation > 4 else size
+        axis = self._bands_axis(channels)
+        count = page.samplesperpixel if axis is None else self._series.shape[axis]
+        self._kept = self._without_alpha(count, channels)
+        self.bands, self.dtype = self._kept, np.dtype(page.dtype)
+
+    def __enter__(self) -> TiffImage:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def _bands_axis(self, channels: int) -> int | None:
+        """Return the axis of the series along which its pages are bands, or None for one page."""
+        if self._page.samplesperpixel > 1:
+            return None
+        axes, shape = self._series.axes, self._series.shape
+        if "C" in axes:
+            return axes.index("C")
+        unnamed = {"Q": channels > 1, "I": channels not in (1, 3)}
+        for axis, may_be_bands in unnamed.items():
+            if may_be_bands and axis in axes and shape[axes.index(axis)] == channels:
+                return axes.index(axis)
+        return None
+
+    def _without_alpha(self, count: int, channels: int) -> int:
+        """Return how many bands stay where RGB or grey is asked for and an alpha is there."""
+        colours = 3 if self._page.photometric == 2 else 1
+        alpha = count == colours + 1 and not self._is_stack and channels in (1, 3)
+        known = colours == 3 or set(self._page.extrasamples) <= set(_ALPHA)
+        return colours if alpha and known else count
+
+    def read(self) -> np.ndarray:
+        """Return the values, C H W."""
+        try:
+            values = self._stack() if self._is_stack else self._first_page()
+        except ValueError as error:
+            if "imagecodecs" in str(error):
+                raise ValueError(f"{error}: pip install imagecodecs") from None
+            raise
+        return _upright(values[: self._kept], self._orientation)
+
+    def _first_page(self) -> np.ndarray:
+        values, axes = self._page.asarray(), self._page.axes
+        if "S" not in axes:
+            return values[None]
+        return np.moveaxis(values, axes.index("S"), 0)
+
+    def _stack(self) -> np.ndarray:
+        """Return the bands of a stack at the first place of all its other axes: time, depth."""
+        axes, shape = self._series.axes, self._series.shape
+        band = next(axis for axis in "CQI" if axis in axes)
+        place = tuple(slice(None) if axis in (band, "Y", "X") else 0 for axis in axes)
+        kept = [axis for axis in axes if axis in (band, "Y", "X")]
+        order = [kept.index(axis) for axis in (band, "Y", "X")]
+        if self._series.dataoffset is not None:  # one block of values, of which only these are read
+            return self._series.asarray(out="memmap")[place].transpose(order)
+        outer = [size for axis, size in zip(axes, shape, strict=True) if axis not in "YX"]
+        pages = np.arange(np.prod(outer)).reshape(outer)[place[: len(outer)]]
+        return self._file.asarray(series=0, key=pages.tolist())
+
+
+def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn C H W as the TIFF tag says, 1 to 8."""
+    if orientation > 4:
+        values = values.transpose(0, 2, 1)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, :, ::-1]
+    if orientation in (3, 4, 7, 8):
+        values = values[:, ::-1]
+    return values

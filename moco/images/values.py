@@ -1,0 +1,215 @@
+"""Values: which range of a set's values becomes 0 to 255, from a bounded sample of its files.
+
+The sample is the same on every rank, and its cost does not grow with the set. Headers come first:
+where all files hold 8 bits, nothing is left to decide and no pixel is read.
+Shapes: C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moco.config import DataConfig, UserError
+from moco.images.decode import BadImage, Header, read_header, read_values
+from moco.images.dicom import split_frame
+from moco.images.formats import DICOM, extension
+from moco.images.scaling import Reading, numbers, to_uint8
+
+log = logging.getLogger("moco")
+FILES, VALUES = 64, 2**24  # files whose headers are read, and values in all that are looked at
+_PIXELS_PER_FILE = 2**16  # of each band; more say nothing new about a range
+_OUTLIERS = 0.1  # percent of a file's values at each end that may be noise, dead or hot
+_USUAL = (1, 255, 1023, 4095, 10_000, 65_535)  # tops that people use
+_USUAL_BOTTOMS = (1, 128, 1024, 2048, 4096, 10_000, 32_768)
+_STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
+_FEW_LEVELS, _CLIPPED = 32, 0.01
+
+
+@dataclass
+class Seen:
+    """What a sample of a set's files holds.
+
+    Attributes:
+        headers: Of the files that could be read.
+        values: C H W each, as they are stored, of some files of more than 8 bits.
+    """
+
+    headers: list[Header]
+    values: list[np.ndarray]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Name the types of more than 8 bits, sorted."""
+        return sorted({str(v.dtype) for v in self.values if v.dtype != np.uint8})
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Return the lowest and the highest value without a few outliers of each file."""
+        edges = (_OUTLIERS, 100 - _OUTLIERS)
+        finite = [v[np.isfinite(v)] for v in self.values if v.dtype != np.uint8]
+        found = [np.percentile(v, edges) for v in finite if v.size]
+        if not found:
+            return 0.0, 1.0
+        return float(min(low for low, _ in found)), float(max(high for _, high in found))
+
+
+def look(paths: Sequence[str], channels: int, reading: Reading) -> Seen:
+    """Read the headers of some files, evenly spread, and values of those of more than 8 bits."""
+    count = min(FILES, len(paths))
+    some = [paths[number * len(paths) // count] for number in range(count)]
+    seen, deep = Seen([], []), []
+    for path in some:
+        with contextlib.suppress(BadImage):
+            header = read_header(path, channels, reading)
+            seen.headers.append(header)
+            if header.dtype not in (np.uint8, np.bool_):
+                deep.append((path, header.height * header.width * channels))
+    # A spread order, so that a budget which ends early has still met all parts of the set.
+    budget = VALUES
+    for path, size in deep[::4] + deep[1::4] + deep[2::4] + deep[3::4]:
+        if seen.values and size > budget:
+            continue
+        budget -= size
+        with contextlib.suppress(BadImage):
+            seen.values.append(_thinned(read_values(path, channels, reading)))
+    return seen
+
+
+def _thinned(values: np.ndarray) -> np.ndarray:
+    step = max(1, math.isqrt(values[0].size // _PIXELS_PER_FILE))
+    return values[:, ::step, ::step].copy()
+
+
+def settle(paths: Sequence[str], data: DataConfig) -> Reading:
+    """Decide how the files of a set are read, and check on a sample that this leaves an image.
+
+    Raises:
+        UserError: The sample is one value after scaling, or of types that share no range.
+    """
+    auto = "auto" in (data.min_value, data.max_value)
+    low, high = _as_set(data.min_value, (0.0,)), _as_set(data.max_value, (65535.0,))
+    reading = Reading(low, high, data.exif == "apply", data.max_pixels, data.dicom_window)
+    # Without a range of their own, 16-bit colours come whole.
+    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(65535.0,)))
+    _say_turned(seen, reading)
+    if reading.windowed and extension(split_frame(paths[0])[0]) in DICOM:
+        log.info("DICOM files are shown through their own window (data.dicom_window)")
+    if not seen.kinds:
+        return reading
+    (bottom, top), kinds = seen.ends, seen.kinds
+    if auto:
+        _check_kinds(kinds)
+        chosen = choose_range(bottom, top)
+        low = (chosen[0],) if data.min_value == "auto" else low
+        high = (chosen[1],) if data.max_value == "auto" else high
+    if not all(b < t for b, t in zip(*_matched(low, high), strict=True)):
+        raise UserError(
+            f"data.min_value {numbers(low)} is not below data.max_value {numbers(high)}, where "
+            f"the files hold {bottom:g} to {top:g}: set both"
+        )
+    how = "auto" if auto else "as set"
+    held = f"{', '.join(kinds)} files, {len(seen.values)} of which hold {bottom:g} to {top:g}"
+    reading = replace(reading, low=low, high=high, reason=f"{how}: {held}")
+    _check_levels(seen, reading)
+    return reading
+
+
+def _as_set(value: str | float | list[float], default: tuple[float, ...]) -> tuple[float, ...]:
+    if value == "auto":
+        return default
+    return tuple(map(float, value)) if isinstance(value, list) else (float(value),)
+
+
+def _matched(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+    count = max(len(low), len(high))
+    return tuple(ends * count if len(ends) == 1 else ends for ends in (low, high))
+
+
+def choose_range(bottom: float, top: float) -> tuple[float, float]:
+    """Return the range that people use for values of bottom..top.
+
+    The top is 1, 255, 1023, 4095, 10000 or 65535 where that is at most eight times too wide, else
+    a round number. A float may overshoot 1 a little, as after sharpening. The bottom is 0, unless
+    a share of the values that counts is negative.
+    """
+    high = _rounded(top if top > 1.5 else min(top, 1), _USUAL) if top > 0 else 0.0
+    if -bottom <= 0.02 * high:
+        return 0.0, high or 1.0
+    return -_rounded(-bottom, _USUAL_BOTTOMS), high
+
+
+def _rounded(value: float, usual: tuple[int, ...]) -> float:
+    """Return the usual number at or next above a positive value, or a round one if that is far.
+
+    One percent more than a usual number is taken for it.
+    """
+    next_above = next((number for number in usual if 1.01 * number >= value), math.inf)
+    if next_above <= 8 * value:
+        return float(next_above)
+    power = 10.0 ** math.floor(math.log10(value))
+    return float(
+        f"{next(step for step in _STEPS if step * power >= value * (1 - 1e-9)) * power:.3g}"
+    )
+
+
+def _check_kinds(kinds: list[str]) -> None:
+    """Raise UserError where integers and floats share a set: one range cannot be guessed."""
+    floats = [kind for kind in kinds if kind.startswith("float")]
+    if floats and len(floats) < len(kinds):
+        raise UserError(
+            f"data.max_value is auto but the files hold {' and '.join(kinds)}: convert them to "
+            "one type, or set data.min_value and data.max_value"
+        )
+
+
+def _check_levels(seen: Seen, reading: Reading) -> None:
+    """Refuse a set that is one value after scaling; warn of one that is clipped, or almost flat.
+
+    Raises:
+        UserError: Every value looked at becomes the same.
+    """
+    deep = [v for v in seen.values if v.dtype != np.uint8]
+    (bottom, top), (low, high) = seen.ends, (reading.low, reading.high)
+    scaled = [_scaled(v, low, high) for v in deep]
+    levels = len(np.unique(np.concatenate([v.ravel() for v in scaled])))
+    names = f"data.min_value {numbers(low)} and data.max_value {numbers(high)}"
+    better = choose_range(bottom, top)
+    remedy = f"set data.min_value {better[0]:.10g} and data.max_value {better[1]:.10g}"
+    is_best = (low, high) == ((better[0],), (better[1],))
+    files = f"{len(deep)} files looked at"
+    if levels == 1:
+        cure = "give images that differ" if bottom == top else remedy
+        raise UserError(
+            f"with {names} every value of the {files} becomes {scaled[0].flat[0]}: {cure}"
+        )
+    cure = "the files hold no more" if is_best else remedy
+    if levels < _FEW_LEVELS:
+        log.info("warning: with %s %s use %d of 256 levels: %s", names, files, levels, cure)
+    bounds = [np.array(ends)[:, None, None] for ends in (low, high)]
+    outside = [((v < bounds[0]) | (v > bounds[1])).mean() for v in deep]
+    if (share := float(np.mean(outside))) > _CLIPPED:
+        log.info(
+            "warning: with %s %.0f %% of the values are clipped: %s", names, 100 * share, remedy
+        )
+
+
+def _scaled(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
+    several = max(len(low), len(high))
+    return to_uint8(np.repeat(values, several, 0) if len(values) == 1 else values, low, high)
+
+
+def _say_turned(seen: Seen, reading: Reading) -> None:
+    turned = sum(header.turned for header in seen.headers)
+    if turned:
+        what = "are turned upright (data.exif apply)" if reading.turn else "lie as they are stored"
+        remedy = "" if reading.turn else ": data.exif apply would turn them"
+        log.info(
+            "%d of %d pictures looked at have an EXIF orientation, and %s%s",
+            turned, len(seen.headers), what, remedy,
+        )  # fmt: skip

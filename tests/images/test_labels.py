@@ -1,0 +1,267 @@
+"""Folders, splits and labels as people lay them out: read as they are meant, and said."""
+
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import save, write_pictures
+from runs import run_tiny
+
+import eval_knn
+import train
+from moco.config import DataConfig, UserError
+from moco.images import labels, sources
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def folder(root: Path, **settings) -> DataConfig:
+    return DataConfig(dataset="folder", root=str(root), **settings)
+
+
+@pytest.fixture(autouse=True)
+def lines(caplog):
+    """Collect what is logged."""
+    caplog.set_level("INFO", logger="moco")
+    return caplog
+
+
+def relative(source, root: Path) -> list[str]:
+    return [os.path.relpath(path, root) for path in source.paths]
+
+
+def tree(root: Path, *names: str) -> Path:
+    """Write grey images, each of another value."""
+    for number, name in enumerate(names):
+        save(root / name, size=(4, 4 + number % 3))
+    return root
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    "names, held_out, unused",
+    [
+        (("train", "valid", "test"), "test", "valid"),  # Roboflow
+        (("Training", "Testing"), "Testing", ""),  # Kaggle
+        (("TRAIN", "Val"), "Val", ""),
+        (("training", "validation", "README files"), "validation", "README files"),
+        (("train", "valid"), "valid", ""),
+    ],
+)
+@pytest.mark.parametrize("deeper", ["", "dataset", "archive/dataset"])
+def test_splits_by_other_names_and_below_single_folders(
+    tmp_path, lines, names, held_out, unused, deeper
+):
+    for split in names:
+        for name in ("ant", "bee"):
+            save(tmp_path / "root" / deeper / split / name / "1.png")
+    data = folder(tmp_path / "root")
+    source = sources.open_source(data, "train")
+    start = os.path.join(deeper, names[0])
+    wanted = [os.path.join(start, "ant/1.png"), os.path.join(start, "bee/1.png")]
+    assert relative(source, tmp_path / "root") == wanted and source.classes == ["ant", "bee"]
+    assert f"/{held_out}/" in sources.open_source(data, "test").paths[0]
+    said = [line for line in lines.messages if "trained on is" in line]
+    assert len(said) == 1 and f"trained on is {names[0]}, held out is {held_out}" in said[0]
+    assert said[0].endswith(f"not used: {unused}" if unused else held_out)
+
+
+def test_classes_below_a_single_folder_are_labels(tmp_path):
+    tree(tmp_path / "root", "animals/ant/1.png", "animals/bee/2.png")
+    assert sources.open_source(folder(tmp_path / "root"), "train").classes == ["ant", "bee"]
+
+
+def test_a_single_folder_that_leads_back_ends(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/again").symlink_to(tmp_path / "root", target_is_directory=True)
+    with pytest.raises(UserError, match="holds no images"):
+        sources.open_source(folder(tmp_path / "root"), "train")
+
+
+def test_a_single_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    save(tmp_path / "root/closed/1.png")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError, match="holds no images .*1 of them cannot be read"):
+        sources.open_source(folder(tmp_path / "root"), "train")
+
+
+# What is no image of the set
+
+
+def test_folders_of_systems_are_left_out_and_counted(tmp_path, lines):
+    tree(
+        tmp_path, "ant/1.png", "bee/2.png", "@eaDir/1.png", "ant/@eaDir/1.png/SYNOPHOTO.jpg",
+        "#recycle/3.png", "$RECYCLE.BIN/4.png", "lost+found/5.png", ".thumbnails/6.png",
+        "System Volume Information/7.png", "@Recycle/8.png",
+    )  # fmt: skip
+    source = sources.open_source(folder(tmp_path), "train")
+    assert relative(source, tmp_path) == ["ant/1.png", "bee/2.png"]
+    assert source.classes == ["ant", "bee"]
+    said = [line for line in lines.messages if "system folders are left out" in line]
+    assert len(said) == 1 and "left out: 2 @eaDir, 1 #recycle, 1 $" in said[0]
+
+
+# Labels by folder
+
+
+def test_a_stray_picture_keeps_the_labels_of_the_others_and_is_named(tmp_path, lines):
+    for split in ("train", "test"):
+        tree(tmp_path / split, *(f"{c}/{n}.png" for c in ("ant", "bee") for n in range(3)))
+    save(tmp_path / "train/stray.png")
+    save(tmp_path / "test/other.png")
+    data = folder(tmp_path)
+    source = sources.open_source(data, "train")
+    assert len(source) == 7 and source.labels is None
+    assert any("1 of 7 images have no class" in x and "stray.png" in x for x in lines.messages)
+    bank, queries = sources.open_labelled(data, source)
+    assert len(bank) == len(queries) == 6 and bank.classes == queries.classes == ["ant", "bee"]
+    assert bank.labels.tolist() == queries.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert any("left out: (no class)" in line for line in lines.messages)
+
+
+def test_a_few_folders_beside_a_heap_of_pictures_are_no_classes(tmp_path):
+    tree(tmp_path, *(f"{n}.png" for n in range(6)), "x/1.png", "y/1.png")
+    (tmp_path / "test").mkdir()
+    source = sources.open_source(folder(tmp_path), "train")
+    assert source.labels is None and sources.open_labelled(folder(tmp_path), source) is None
+
+
+def test_names_of_classes_in_another_unicode_form_are_the_same_class(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+    for split, name in (("train", composed), ("test", decomposed)):
+        tree(tmp_path / split, f"{name}/1.png", "ant/2.png")
+    bank, queries = sources.open_labelled(folder(tmp_path))
+    assert bank.classes == queries.classes == [composed, "ant"]
+    assert sorted(queries.labels.tolist()) == [0, 1]
+
+
+def write_splits(root: Path, rng=None) -> Path:
+    rng = rng or np.random.default_rng(0)
+    for split, names in (("train", "abc"), ("val", "bcd")):
+        for name in names:
+            write_pictures(root / split / name, [f"{n}.png" for n in range(10)], rng)
+    return root
+
+
+def test_a_class_more_or_less_stops_no_run_and_the_shared_ones_are_scored(tmp_path, said):
+    root = write_splits(tmp_path / "root")
+    result = run_tiny(root, "--run.knn_every", "1", "--trainer.max_epochs", "1",
+                      "--model.queue_size", "16")  # fmt: skip
+    assert result["knn_top1"] is not None
+    last = "run/checkpoints/last.ckpt"
+    options = ["--baselines", "false", "--k", "[5]", "--shots", "[1]", "--gallery", "false"]
+    assert eval_knn.main(["--checkpoint", last, *options])
+    text = "\n".join(said)
+    assert "10 of 30 images are of classes that the train split lacks and are left out: d" in text
+    assert "classes of one split alone are left out: a (10 images)" in text
+    shutil.rmtree(root / "val/c")
+    with pytest.raises(UserError, match="share 1 classes .*both need images of two classes"):
+        eval_knn.main(["--checkpoint", last, *options])
+
+
+def test_the_same_file_in_two_classes_is_said_once(tmp_path, lines):
+    tree(tmp_path, "ant/1.png", "bee/2.png", "bee/4.png", "cat/6.png")
+    shutil.copy(tmp_path / "ant/1.png", tmp_path / "bee/1.png")
+    shutil.copy(tmp_path / "ant/1.png", tmp_path / "cat/1.png")
+    save(tmp_path / "ant/6.png", size=(9, 9))  # of the same name alone
+    sources.open_source(folder(tmp_path), "train")
+    said = [line for line in lines.messages if "same file" in line]
+    assert len(said) == 1 and "ant/1.png and" in said[0] and "2 such pairs" in said[0]
+
+
+# Tables and lists
+
+
+TABLES = {
+    "comma, no header": "x/1.png,ant\nx/2.png,bee\n",
+    "header, other order": "id;label;path\n7;ant;x/1.png\n8;bee;x/2.png\n",
+    "tab": "x/1.png\tant\nx/2.png\tbee\n",
+    "bar and quotes": '"x/1.png"|"ant"\n./x/2.png|bee\n',
+    "names without endings": "id,breed\n1,ant\n2,bee\n",
+    "file names": "image,target\n1.png,ant\n2.png,bee\n",
+    "Windows": "filename,class\r\nx\\1.png,ant\r\nx\\2.png,bee\r\n",
+    "a byte order mark": "\ufefflabel,path\nant,x/1.png\nbee,x/2.png\n",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_labels_of_a_table(tmp_path, name):
+    tree(tmp_path / "root", "x/1.png", "x/2.png")
+    (tmp_path / "t.csv").write_text(TABLES[name], encoding="utf-8", newline="")
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    source = sources.open_source(data, "train")
+    assert source.classes == ["ant", "bee"] and source.labels.tolist() == [0, 1]
+
+
+def test_a_table_with_splits_holds_images_out(tmp_path, lines):
+    tree(tmp_path / "root", *(f"{n}.png" for n in range(9)))
+    rows = [f"{n}.png,{'ab'[n % 2]},{'test' if n > 4 else 'train'}" for n in range(8)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    source = sources.open_source(data, "train")
+    names = [f"{n}.png" for n in range(5)]
+    assert relative(source, tmp_path / "root") == [*names, "8.png"]  # the last one has no label
+    bank, queries = sources.open_labelled(data, source)
+    assert relative(bank, tmp_path / "root") == names and bank.labels.tolist() == [0, 1, 0, 1, 0]
+    assert relative(queries, tmp_path / "root") == ["5.png", "6.png", "7.png"]
+    assert queries.labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, r"data.labels '.*t.csv' cannot be read \(No such file"),
+        ("", "rows of one column"),
+        ("1.png\n2.png\n", "rows of one column: write PATH,LABEL"),
+        ("path,label\n1.png,\n", "labels no image"),
+        (b"\xff\xfe\x00", "no text in UTF-8"),
+    ],
+)
+def test_a_table_that_labels_nothing_is_refused(tmp_path, content, message):
+    path = tmp_path / "t.csv"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        labels.read_table(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_files_is_what_is_trained_on(tmp_path):
+    root = tree(tmp_path / "root", "ant/1.png", "ant/2.png", "bee/3.png", "bee/4.png")
+    (tmp_path / "f.txt").write_text(f"bee/4.png\n\n./ant/1.png\n{root}/bee/3.png\nbee/4.png\n")
+    data = folder(root, files=str(tmp_path / "f.txt"))
+    source = sources.open_source(data, "train")
+    assert relative(source, root) == ["bee/4.png", "ant/1.png", "bee/3.png"]
+    assert source.classes == ["ant", "bee"] and source.labels.tolist() == [1, 0, 1]
+    (tmp_path / "f.txt").write_text("gone.png\n")
+    with pytest.raises(UserError, match=r"none of its 1 files is there, first .*gone.png"):
+        sources.open_source(data, "train")
+    data.files = str(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match="data.files '.*nowhere.txt' cannot be read"):
+        sources.open_source(data, "train")
+
+
+def test_readings_on_a_labelled_set_of_their_own(tmp_path, images, said):
+    own = write_splits(tmp_path / "own")
+    options = ["--trainer.max_epochs", "1", "--run.knn_every", "1", "--run.knn_root", str(own)]
+    assert run_tiny(images, *options)["knn_top1"] is not None
+    assert any("classes of one split alone are left out" in line for line in said)
+    for root, message in (
+        (images, "run.knn_root '.*' has no labelled train and test images"),
+        (tmp_path / "nowhere", "run.knn_root '.*nowhere' does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_tiny(images, *options[:-1], str(root), run_dir="other")
+    assert train.main(["--resume", "run"])["steps"] == 3
