@@ -143,7 +143,7 @@ def test_unreadable_files_are_left_out_with_their_rows(folder, tmp_path, said):
     assert len(data.source) == len(data.source.images) == 39
     assert any("1 of 40 images" in line and "11.png is left out" in line for line in said)
     for i in (0, 5, 38):
-        assert data.source.images[i].equal(decode(data.source.paths[i], 3, 255))
+        assert data.source.images[i].equal(decode(data.source.paths[i], 3, data.source.reading))
     with pytest.raises(UserError, match="max_bad_fraction"):
         make_data(root)
 
