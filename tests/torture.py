@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import timm
 import torch
 from pictures import write_pictures
 
@@ -36,8 +38,10 @@ import moco.training.run  # noqa: F401  imported before the forks
 import train
 from moco.command import cli
 
+ROOT = Path(__file__).parent.parent
 TIMED = ("train/images_per_second", "train/wait_share")
 PARTS = ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step")
+KILLS_A_RUN = 6
 LIMIT_S = 300  # for one process, which is taken for hung after it
 EXPECTED = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130,)}
 COMMON = [
@@ -50,21 +54,34 @@ COMMON = [
 
 
 def recipes(folder: Path) -> dict[str, list[str]]:
-    """Return the options of a resident and of a streamed run on 112 generated images."""
+    """Return the options of runs of many kinds on 112 generated images."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 56), ("test", 8)):
         for name in ("a", "b"):
             names = [f"{i}.png" for i in range(count)]
             write_pictures(folder / split / name, names, rng, small=4)
     data = [*COMMON, "--data.dataset", "folder", "--data.root", str(folder)]
+    resident = [*data, "--data.resident", "memory"]
+    streamed = [*data, "--data.resident", "off", "--data.num_workers", "1"]
+    in_batch = ["--model.queue_size", "0", "--model.head", "mlp_bn", "--model.predictor", "mlp"]
     return {
-        "resident": [*data, "--data.resident", "memory"],
-        "streamed": [*data, "--data.resident", "off", "--data.num_workers", "1"],
+        "resident": resident,
+        "streamed": streamed,
+        "accumulating": [*streamed, "--trainer.accumulate_grad_batches", "2"],
+        "symmetric": [*resident, "--model.symmetric", "mean", "--model.queues", "2"],
+        "bf16": [*resident, "--trainer.precision", "bf16-mixed"],
+        "dropout": resident,  # `start` builds the network with it
+        "v3": [*resident, *in_batch, "--model.symmetric", "sum", "--optim.name", "lars"],
+        "ranks": [*resident, "--trainer.devices", "2", "--model.key_bn", "shuffle"],
     }
 
 
-def start(arguments: list[str], log: Path) -> int:
-    """Fork a process that runs train.py with `arguments`; return its id."""
+def start(arguments: list[str], log: Path, drops: bool = False) -> int:
+    """Fork a process that runs train.py with `arguments`; return its id.
+
+    Args:
+        drops: Whether the network drops features and paths at random.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -73,7 +90,10 @@ def start(arguments: list[str], log: Path) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.register(signal.SIGQUIT)
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [str(ROOT / "train.py"), *arguments]
+    sys.orig_argv = [sys.executable, *sys.argv]  # with which the launcher starts ranks
+    if drops:
+        timm.create_model = partial(timm.create_model, drop_rate=0.3, drop_path_rate=0.3)
     code = 70
     try:
         cli.run_main(train.main)
@@ -136,7 +156,14 @@ def differences(one: Path, other: Path) -> list[str]:
     return found + [f"metrics.csv: {row}" for row in rows[:2]]
 
 
-def run_killed(options: list[str], kills: list[int], longest: float, log: Path, chance) -> int:
+def lock_of(options: list[str]) -> str:
+    """Return the path of the lock of a run, which the refusal of a second run names last."""
+    return str(Path(options[options.index("--run.dir") + 1]) / ".lock")
+
+
+def run_killed(
+    options: list[str], kills: list[int], longest: float, log: Path, chance, drops: bool
+) -> int:
     """Start a run again and again until it is done, killing it with each of `kills` in turn.
 
     Returns:
@@ -144,7 +171,7 @@ def run_killed(options: list[str], kills: list[int], longest: float, log: Path, 
     """
     hits = 0
     while True:
-        pid = start(options, log)
+        pid = start(options, log, drops)
         code = wait(pid, chance.uniform(0, longest)) if hits < len(kills) else finish(pid, log)
         if code is None:
             number = kills[hits]
@@ -152,6 +179,9 @@ def run_killed(options: list[str], kills: list[int], longest: float, log: Path, 
             code = finish(pid, log)
             if code not in (*EXPECTED[number], 0):
                 raise SystemExit(f"exit code {code} after signal {number}:\n{log.read_text()}")
+        elif code == 2 and log.read_text().rstrip().endswith("remove " + lock_of(options) + ")"):
+            time.sleep(0.1)  # ranks end a moment after their launcher was killed
+            continue
         elif code:
             raise SystemExit(f"a run ended by itself with {code}:\n{log.read_text()}")
         if code == 0:
@@ -171,15 +201,17 @@ def torture(folder: Path, kills: int, epochs: int, seed: int) -> None:
         if name not in whole:
             begin = time.monotonic()
             whole[name] = folder / f"whole-{name}", 0.0
-            if code := finish(start([*options, str(whole[name][0])], log), log):
+            left = [*options, str(whole[name][0])]
+            if code := finish(start(left, log, name == "dropout"), log):
                 raise SystemExit(f"the run left alone ended with {code}:\n{log.read_text()}")
             whole[name] = whole[name][0], time.monotonic() - begin
         left_alone, seconds = whole[name]
         run, runs = folder / f"run-{runs}", runs + 1
-        numbers = [list(EXPECTED)[n % 3] for n in range(done, kills)]
+        numbers = [list(EXPECTED)[n % 3] for n in range(done, min(kills, done + KILLS_A_RUN))]
         # The longest wait is a third of the whole run, so a run is killed several times.
         resumed = [*options, str(run), "--resume", "auto"]
-        done += run_killed(resumed, numbers, seconds / 3, log, chance)
+        drops = name == "dropout"
+        done += run_killed(resumed, numbers, seconds / 3, log, chance, drops)
         if found := differences(left_alone, run):
             raise SystemExit(
                 f"{name} run {run} differs from the one left alone: {found}\n{log.read_text()}"
