@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from moco.algorithm.encoder import build_backbone, build_encoder, timm_arguments
@@ -157,6 +158,20 @@ def constructor_arguments(architecture: Any) -> dict[str, Any]:
     arguments = {"num_classes": 0, "in_chans": data["channels"]}
     arguments |= timm_arguments(architecture.model, data["image_size"])
     return arguments | {name: v for name, v in variant.items() if not name.startswith("stem_")}
+
+
+def attention_heads(network: nn.Module | None) -> int:
+    """Return the heads of a transformer's first block; 0 where there is none."""
+    attention = getattr(next(iter(getattr(network, "blocks", [])), None), "attn", None)
+    return getattr(attention, "num_heads", 0)
+
+
+def named_heads(model: ModelConfig) -> int:
+    """Return the attention heads that a model's settings or its name tell; 0 if they tell none."""
+    if model.num_heads or not timm.is_model(model.backbone):
+        return model.num_heads
+    with torch.device("meta"):  # only the shape is asked for
+        return attention_heads(timm.create_model(model.backbone, pretrained=False))
 
 
 def _said(

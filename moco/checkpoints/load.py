@@ -15,7 +15,14 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS
-from moco.checkpoints.architecture import Architecture, build, identify, look
+from moco.checkpoints.architecture import (
+    Architecture,
+    attention_heads,
+    build,
+    identify,
+    look,
+    named_heads,
+)
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state, shape_text, take
 from moco.checkpoints.shapes import head_shape
@@ -177,9 +184,11 @@ def restore_pretraining(
 
 def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool) -> str:
     """Refuse a file of another network than the run's, or return a note about it."""
-    _, _, known, questions = look(contents, contents.backbone("query"))
-    attention = getattr(next(iter(getattr(network, "blocks", [])), None), "attn", None)
-    if (heads := getattr(attention, "num_heads", 0)) and known.get("num_heads", heads) != heads:
+    model, _, known, questions = look(contents, contents.backbone("query"))
+    heads = attention_heads(network)
+    if heads and not {"num_heads"} & {*known, *questions} and (own := named_heads(model)):
+        known["num_heads"] = own
+    if heads and known.get("num_heads", heads) != heads:
         wanted = known["num_heads"]
         if not allowed:
             raise UserError(
