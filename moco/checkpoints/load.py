@@ -237,10 +237,13 @@ def _restore_heads_and_queue(contents: Contents, state: State) -> str:
     for prefix in [prefix for prefix in prefixes if found[prefix].whole]:
         state |= {prefix + name: t.clone() for name, t in found[prefix].matched.items()}
     said = ["heads"]
-    for prefix, name in (("predictor.", "predictor"), ("queue.", "queue")):
-        if not any(key.startswith(prefix) for key in state):
+    for prefix in prefixes[2:]:
+        name = prefix[:-1].replace("_", " ")
+        if not take(state, prefix):
+            said += [f"left out: the file's {name}"] if contents.take(prefix) else []
             continue
-        shape = f" of {shape_text(state['queue.keys'])}" if name == "queue" else ""
+        keys = state.get(f"{prefix}keys")
+        shape = "" if keys is None else f" of {shape_text(keys)}"
         fresh = f"the {name} stays fresh, the file's: {found[prefix].text()}"
         said.append(f"{name}{shape}" if found[prefix].whole else fresh)
     return "; ".join(said)

@@ -232,3 +232,21 @@ def test_heads_that_only_settings_or_a_name_tell_count_too(tmp_path, form):
     assert f"not kept: {heads} attention heads" in report
     _, report = restore_pretraining(path, state, query.backbone)
     assert "not kept" not in report
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "said"),
+    [
+        ({}, {"queues": 2}, "queue of 64x16; the second queue stays fresh, the file's: matched 0"),
+        ({"queues": 2}, {}, "queue of 64x16; left out: the file's second queue"),
+        ({"queues": 2}, {"queues": 2}, "heads; queue of 64x16; second queue of 64x16"),
+        ({"predictor": "mlp"}, {}, "heads; left out: the file's predictor; queue of 64x16"),
+        ({}, {"queue_size": 0}, "heads; left out: the file's queue"),
+    ],
+    ids=["one queue for two", "two for one", "two for two", "predictor", "no queue"],
+)
+def test_the_report_names_every_part_that_stays_behind(tmp_path, given, wanted, said):
+    save_ours(tmp_path / "a.ckpt", replace(SMALL, **given))
+    state, _, key = module_state(replace(SMALL, **wanted), seed=7)
+    _, report = restore_pretraining(tmp_path / "a.ckpt", state, key.backbone)
+    assert said in report
