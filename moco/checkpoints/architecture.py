@@ -14,7 +14,12 @@ import timm
 import torch
 from torch import nn
 
-from moco.algorithm.encoder import build_backbone, build_encoder, timm_arguments
+from moco.algorithm.encoder import (
+    build_backbone,
+    build_encoder,
+    timm_arguments,
+    width_of_features,
+)
 from moco.checkpoints.layouts import Contents
 from moco.checkpoints.matching import ABSENT, State, one_line, some
 from moco.checkpoints.shapes import (
@@ -145,6 +150,7 @@ def build(architecture: Architecture, with_head: bool) -> tuple[nn.Module, nn.Mo
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             reason = f"{model.backbone} does not take {arguments}: {one_line(error)}"
             raise UserError(reason) from None
+        feature_dim = width_of_features(network)
     if model.stem == "cifar" and "stem_padding" in variant:
         network.conv1.padding = (int(variant["stem_padding"]),) * 2
     if model.stem == "cifar" and not variant.get("stem_relu", True):

@@ -99,6 +99,8 @@ def test_round_trips(written, exported, name):
         for batch in (images(channels)[:1], images(channels).repeat(2, 1, 1, 1)):
             assert distance(backbone, found, batch) <= allowed, form
         assert result["feature_dim"] == backbone(batch).shape[1]
+        if form in ("timm", "safetensors"):  # formats that we load again
+            assert load_encoder(path).feature_dim == result["feature_dim"]
         assert all(Path(file).is_file() for file in result["files"])
         check_normalisation(about, form, channels, 32)
 
