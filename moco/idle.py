@@ -89,7 +89,7 @@ OF_TRAINING: Rules = OF_DATA | {
         "no BatchNorm is split",
         lambda given: (
             "split" not in (given["model.key_bn"], given["model.query_bn"])
-            and given["model.key_bn"] != "auto"
+            and (given["model.key_bn"] != "auto" or given["model.queue_size"] == 0)
         ),
     ),
     "optim.sgd_momentum": ("optim.name is adamw", _is("optim.name", "adamw")),

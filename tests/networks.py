@@ -69,10 +69,11 @@ def _module(settings: tuple, channels: int, size: int, seed: int):
     key = randomise(copy.deepcopy(query), seed + 1)
     predictor = randomise(build_predictor(model, query.feature_dim), seed + 2)
     parts = {"query_encoder": query, "key_encoder": key, "predictor": predictor}
-    if model.queue_size:
-        generator = torch.Generator().manual_seed(seed)
-        parts["queue"] = KeyQueue(model.queue_size, model.embedding_dim, generator)
-        parts["queue"].num_enqueued += 40
+    names = ("queue", "second_queue")[: model.queues] if model.queue_size else ()
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        parts[name] = KeyQueue(model.queue_size, model.embedding_dim, generator)
+        parts[name].num_enqueued += 40
     state = {f"{p}.{k}": v for p, module in parts.items() for k, v in module.state_dict().items()}
     return state, query, key
 

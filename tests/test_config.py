@@ -3,10 +3,12 @@
 import dataclasses
 import re
 import typing
+from pathlib import Path
 
 import pytest
 import torch
 
+from moco.command import cli
 from moco.config import (
     DataConfig,
     ExportConfig,
@@ -295,3 +297,12 @@ def test_published_defaults():
         200,
         0.1,
     )
+
+
+@pytest.mark.parametrize("name", ["cifar10_v2plus", "cifar10_v3"])
+def test_recipes_of_solo_learn_normalise_keys_as_its_scores_did(name):
+    """Its one process normalises keys over the whole batch: no shuffle, and no groups."""
+    parser = cli.build_parser("", TrainConfig, {})
+    path = str(Path(__file__).parents[1] / "configs" / f"{name}.yaml")
+    config, _ = cli.parse(parser, TrainConfig, ["--config", path])
+    assert (config.model.key_bn, config.model.query_bn) == ("sync", "sync")

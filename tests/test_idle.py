@@ -178,3 +178,21 @@ def test_a_run_and_an_evaluation_say_it_in_one_line(tmp_path, monkeypatch, caplo
     assert len(said) == 2
     assert "data.root (" in said[0] and "optim.adam_beta1 (" in said[0]
     assert "temperature (" in said[1] and "data.root" not in said[1]
+
+
+def test_groups_of_a_split_are_idle_without_a_queue_and_not_where_shuffle_came_to_split(
+    tmp_path, monkeypatch, caplog
+):
+    line = idle.idle_in_training(train_config(**{"model.bn_splits": 4, "model.queue_size": 0}))
+    assert " model.bn_splits (" in line
+    import train
+
+    monkeypatch.setattr(logging.getLogger("moco"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("moco"), "handlers", [logging.NullHandler()])
+    small = ["--model.backbone", "resnet10t", "--model.width", "0.125", "--model.queue_size", "64"]
+    small += ["--data.dataset", "digits", "--data.channels", "1", "--data.image_size", "8"]
+    small += ["--data.batch_size", "16", "--trainer.max_steps", "1", "--run.knn_every", "0"]
+    small += ["--trainer.accelerator", "cpu", "--model.key_bn", "shuffle", "--model.bn_splits", "4"]
+    train.main([*small, "--run.dir", str(tmp_path / "run")])
+    assert any("key BatchNorm: split" in line for line in caplog.messages)
+    assert not any("model.bn_splits" in line for line in caplog.messages)

@@ -141,14 +141,18 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
         if any(p.numel() == 0 for p in backbone.parameters()):
             raise ValueError("a layer has no channels left")
         _take_strides_first(backbone)
-        # Some networks widen their features after pooling, to `head_hidden_size`.
-        return backbone, getattr(backbone, "head_hidden_size", backbone.num_features)
+        return backbone, width_of_features(backbone)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model.backbone {config.backbone!r} cannot be built with model.stem {config.stem}, "
             f"model.width {config.width:g} and data.image_size {image_size} ({reason}): change one"
         ) from error
+
+
+def width_of_features(backbone: nn.Module) -> int:
+    """Return D of one of timm's networks; some widen their features after pooling."""
+    return getattr(backbone, "head_hidden_size", backbone.num_features)
 
 
 def _check_kind(config: ModelConfig, is_resnet: bool) -> None:

@@ -54,7 +54,8 @@ def start_as_v3(vit: nn.Module, config: ModelConfig) -> None:
         fan_in, fan_out = projection.weight[0].numel(), len(projection.weight)
         bound = math.sqrt(6 / (fan_in + fan_out))
         nn.init.uniform_(projection.weight, -bound, bound)
-        nn.init.zeros_(projection.bias)
+        if projection.bias is not None:  # CLIP's ViTs have none
+            nn.init.zeros_(projection.bias)
     if config.freeze_patch_embed:
         projection.requires_grad_(False)
     if config.positions == "sincos":

@@ -11,9 +11,15 @@ import re
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
-from moco.algorithm.encoder import build_backbone, build_encoder, timm_arguments
+from moco.algorithm.encoder import (
+    build_backbone,
+    build_encoder,
+    timm_arguments,
+    width_of_features,
+)
 from moco.checkpoints.layouts import Contents
 from moco.checkpoints.matching import ABSENT, State, one_line, some
 from moco.checkpoints.shapes import (
@@ -146,6 +152,7 @@ def build(architecture: Architecture, with_head: bool) -> tuple[nn.Module, nn.Mo
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             reason = f"{model.backbone} does not take {arguments}: {one_line(error)}"
             raise UserError(reason) from None
+        feature_dim = width_of_features(network)
     if model.stem == "cifar" and "stem_padding" in variant:
         network.conv1.padding = (int(variant["stem_padding"]),) * 2
     if model.stem == "cifar" and not variant.get("stem_relu", True):
@@ -159,6 +166,20 @@ def constructor_arguments(architecture: Any) -> dict[str, Any]:
     arguments = {"num_classes": 0, "in_chans": data["channels"]}
     arguments |= timm_arguments(architecture.model, data["image_size"])
     return arguments | {name: v for name, v in variant.items() if not name.startswith("stem_")}
+
+
+def attention_heads(network: nn.Module | None) -> int:
+    """Return the heads of a transformer's first block; 0 where there is none."""
+    attention = getattr(next(iter(getattr(network, "blocks", [])), None), "attn", None)
+    return getattr(attention, "num_heads", 0)
+
+
+def named_heads(model: ModelConfig) -> int:
+    """Return the attention heads that a model's settings or its name tell; 0 if they tell none."""
+    if model.num_heads or not timm.is_model(model.backbone):
+        return model.num_heads
+    with torch.device("meta"):  # only the shape is asked for
+        return attention_heads(timm.create_model(model.backbone, pretrained=False))
 
 
 def _said(

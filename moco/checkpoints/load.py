@@ -15,7 +15,14 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS
-from moco.checkpoints.architecture import Architecture, build, identify, look
+from moco.checkpoints.architecture import (
+    Architecture,
+    attention_heads,
+    build,
+    identify,
+    look,
+    named_heads,
+)
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state, shape_text, take
 from moco.checkpoints.shapes import head_shape
@@ -178,9 +185,11 @@ def restore_pretraining(
 
 def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool) -> str:
     """Refuse a file of another network than the run's, or return a note about it."""
-    _, _, known, questions = look(contents, contents.backbone("query"))
-    attention = getattr(next(iter(getattr(network, "blocks", [])), None), "attn", None)
-    if (heads := getattr(attention, "num_heads", 0)) and known.get("num_heads", heads) != heads:
+    model, _, known, questions = look(contents, contents.backbone("query"))
+    heads = attention_heads(network)
+    if heads and not {"num_heads"} & {*known, *questions} and (own := named_heads(model)):
+        known["num_heads"] = own
+    if heads and known.get("num_heads", heads) != heads:
         wanted = known["num_heads"]
         if not allowed:
             raise UserError(
@@ -229,10 +238,13 @@ def _restore_heads_and_queue(contents: Contents, state: State) -> str:
     for prefix in [prefix for prefix in prefixes if found[prefix].whole]:
         state |= {prefix + name: t.clone() for name, t in found[prefix].matched.items()}
     said = ["heads"]
-    for prefix, name in (("predictor.", "predictor"), ("queue.", "queue")):
-        if not any(key.startswith(prefix) for key in state):
+    for prefix in prefixes[2:]:
+        name = prefix[:-1].replace("_", " ")
+        if not take(state, prefix):
+            said += [f"left out: the file's {name}"] if contents.take(prefix) else []
             continue
-        shape = f" of {shape_text(state['queue.keys'])}" if name == "queue" else ""
+        keys = state.get(f"{prefix}keys")
+        shape = "" if keys is None else f" of {shape_text(keys)}"
         fresh = f"the {name} stays fresh, the file's: {found[prefix].text()}"
         said.append(f"{name}{shape}" if found[prefix].whole else fresh)
     return "; ".join(said)

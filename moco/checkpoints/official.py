@@ -20,7 +20,7 @@ from moco.checkpoints.architecture import constructor_arguments
 from moco.checkpoints.describe import V3_VITS, Features, Files, describe, saved, tensors
 from moco.checkpoints.layouts import read_contents
 from moco.checkpoints.load import Loaded
-from moco.checkpoints.matching import take
+from moco.checkpoints.matching import match_state, take
 from moco.config import UserError
 
 CLASSIFIER = ("fc.weight", "fc.bias")  # exports lack torchvision's classifier
@@ -56,7 +56,8 @@ def write_official(loaded: Loaded, checkpoint: Path, licence: str, v3: bool = Fa
     head = "head." if is_vit(loaded.model.backbone) else "fc."
     parts = {first: tensors(loaded), f"{first}{head}": contents.take(f"{own}_encoder.head.")}
     if own == "query":
-        parts[second] = contents.take("key_encoder.backbone.")
+        key = contents.take("key_encoder.backbone.")  # its positions are resampled as the query's
+        parts[second] = match_state(parts[first], key, loaded.backbone).matched
         parts[f"{second}{head}"] = contents.take("key_encoder.head.")
     if own == "query" and v3:
         parts["predictor."] = contents.take("predictor.")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from moco import distributed
-from moco.algorithm.encoder import build_encoder
+from moco.checkpoints.architecture import Architecture, build
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.config import (
     DataConfig,
@@ -46,8 +46,10 @@ log = logging.getLogger("moco")
 ReadData = Callable[[dict[str, Any]], DataConfig]
 PIXEL_SIDE = 32
 # Settings that only pretraining uses; judging refuses them rather than ignoring them.
-PRETRAINING_ONLY = ("views", "batch_size", "chunks", "crop_min", "jitter", "grey", "blur")
-PRETRAINING_ONLY += ("solarise",)
+PRETRAINING_ONLY = (
+    *("views", "batch_size", "chunks"),
+    *("crop_min", "jitter", "grey", "blur", "solarise"),
+)
 
 
 class Pixels(nn.Module):
@@ -232,7 +234,7 @@ def _data_settings(loaded: Loaded, read_data: ReadData) -> DataConfig:
     stored = dict(loaded.config.get("data", {})) | loaded.data
     data = read_data(stored)
     for name in PRETRAINING_ONLY:
-        if name in stored and getattr(data, name) != stored[name]:
+        if getattr(data, name) != stored.get(name, getattr(DataConfig(), name)):
             raise UserError(f"data.{name} is a setting of pretraining: leave it out here")
     check(TrainConfig(data=replace(data, batch_size=2)))
     if data.channels != loaded.data["channels"]:
@@ -253,8 +255,10 @@ def _networks(judge: JudgeConfig, loaded: Loaded, data: DataConfig) -> dict[str,
     if judge.baselines:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(judge.seed)
-            fresh = build_encoder(loaded.model, data.channels, data.image_size)
-        networks["untrained"] = Layer(fresh.backbone, head and fresh.head, bf16)
+            images = {"channels": data.channels, "image_size": data.image_size}
+            same = Architecture(loaded.model, images, loaded.variant)
+            backbone, fresh_head, _ = build(same, head is not None)
+        networks["untrained"] = Layer(backbone, fresh_head, bf16)
         networks["raw_pixels"] = Pixels()
     return networks
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def say_what_was_decided(
     config: TrainConfig, decided: Decided, module: MoCo, data: PretrainData, run_dir: Path
 ) -> None:
     """Log what the run is and what was decided, in its first lines."""
-    if idle := idle_in_training(config):
+    # `auto` and shuffle may have come to split, and split alone heeds model.bn_splits.
+    came_to = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
+    if idle := idle_in_training(replace(config, model=came_to)):
         log.info("%s", idle)
     model, why, streamed = config.model, decided.reasons, decided.resident == "streamed"
     millions = sum(p.numel() for p in module.query_encoder.parameters()) / 1e6

@@ -220,7 +220,7 @@ def choose_key_bn(key_bn: str, world: int, queued: bool, synced: bool) -> tuple[
     if key_bn == "shuffle" and world == 1:
         return "split", "shuffle as set would hide nothing on one device: groups stand for devices"
     if key_bn == "auto" and not queued:
-        key_bn, why = "sync", "auto: negatives of the batch, as in v3"
+        key_bn, why = "sync", "auto: no queue, so nothing is hidden from it"
     elif key_bn == "auto" and world > 1:
         return "shuffle", f"auto: {world} devices, each normalises keys of all"
     elif key_bn == "auto":

@@ -39,8 +39,7 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
         return RunError(
             f"out of memory on {trainer.strategy.root_device} with data.batch_size "
             f"{data.batch_size}, {share} per device: {advice}; or set trainer.precision "
-            "bf16-mixed, a smaller model.backbone, or a smaller batch with "
-            "trainer.accumulate_grad_batches",
+            f"bf16-mixed, a smaller model.backbone, or {_in_parts(module, data)}",
             local=True,
         )
     if memory:
@@ -56,6 +55,15 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
             local=True,
         )
     return error
+
+
+def _in_parts(module: Any, data: DataConfig) -> str:
+    """Say how a step takes its images in smaller parts; without a queue, parts are other losses."""
+    chunks = f"data.chunks {2 * data.chunks} with the same batch"
+    queued = module.model_config.queue_size > 0
+    return (
+        f"a smaller batch with trainer.accumulate_grad_batches, or {chunks}" if queued else chunks
+    )
 
 
 def _in_reading(error: Exception) -> bool:
@@ -118,15 +126,18 @@ def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) 
         dtype=torch.uint8,
         device=device,
     )
-    size_of_queue = model.queue_size or count * trainer.world_size
+    size_of_queue = model.queue_size * model.queues or count * trainer.world_size
     negatives = torch.zeros(size_of_queue, model.embedding_dim, device=device)
     pairs = 1 if model.symmetric == "none" else 2
     size = data.image_size
     views = [torch.zeros(count, data.channels, size, size, device=device) for _ in range(2)]
+    parts = views[:pairs]
+    if module.chunks > 1:  # the activations of one part of one view are alive at a time
+        parts = [views[0][: max(2, -(-count // module.chunks))]]
     with trainer.precision_plugin.forward_context():
-        queries = [normalize(encoders[0](view).float()) for view in views[:pairs]]
+        queries = [normalize(encoders[0](part).float()) for part in parts]
         with torch.no_grad():
-            keys = [normalize(encoders[1](view).float()) for view in views[:pairs]]
+            keys = [normalize(encoders[1](part).float()) for part in parts]
         losses = [
             info_nce(query, key, negatives, model.temperature)[0]
             for query, key in zip(queries, keys, strict=True)

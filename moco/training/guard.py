@@ -44,13 +44,13 @@ class NonFiniteGuard(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """List what is judged at each step."""
-        self._parameters = list(module.query_encoder.parameters())
+        self._parameters = [*module.query_encoder.parameters(), *module.predictor.parameters()]
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._is_first_update = not trainer.optimizers[0].state
         self._statistics = [
             buffer
-            for encoder in (module.query_encoder, module.key_encoder)
-            for name, buffer in encoder.named_buffers()
+            for network in (module.query_encoder, module.predictor, module.key_encoder)
+            for name, buffer in network.named_buffers()
             if name.endswith(("running_mean", "running_var"))  # other buffers may hold -inf: masks
         ]
 

@@ -334,3 +334,11 @@ def test_a_vit_starts_as_v3s_do():
     assert sorted(frozen) == ["patch_embed.proj.bias", "patch_embed.proj.weight", "pos_embed"]
     images = torch.randn(2, 3, 32, 32)
     assert vit(images).equal(vit.forward_features(images)[:, 0])
+
+
+def test_a_patch_projection_without_bias_starts_as_v3s_does():
+    model = ModelConfig(backbone="vit_base_patch16_clip_224", vit_init="xavier", depth=1)
+    projection = build_backbone(model, 3, 32)[0].patch_embed.proj
+    assert projection.bias is None
+    bound = math.sqrt(6 / (3 * 256 + 768))
+    assert projection.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)

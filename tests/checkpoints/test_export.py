@@ -99,6 +99,8 @@ def test_round_trips(written, exported, name):
         for batch in (images(channels)[:1], images(channels).repeat(2, 1, 1, 1)):
             assert distance(backbone, found, batch) <= allowed, form
         assert result["feature_dim"] == backbone(batch).shape[1]
+        if form in ("timm", "safetensors"):  # formats that we load again
+            assert load_encoder(path).feature_dim == result["feature_dim"]
         assert all(Path(file).is_file() for file in result["files"])
         check_normalisation(about, form, channels, 32)
 
@@ -158,6 +160,17 @@ def test_official_v3_carries_both_encoders_heads_and_predictor(exported, tmp_pat
     assert loaded.model.head == "mlp_bn" and loaded.model.head_layers == model.head_layers
     with torch.no_grad():
         assert loaded.head(loaded.backbone(images())).shape == (2, 16)
+
+
+def test_official_v3_of_another_image_size_resamples_both_encoders(written, tmp_path):
+    path = tmp_path / "a.pth.tar"
+    room.export(written("v3-vit-small")[0], "official-v3", path, image_size=48)
+    for side in ("query", "key"):
+        found = load_encoder(path, side).backbone.state_dict()
+        wanted = load_encoder(written("v3-vit-small")[0], side, image_size=48).backbone.state_dict()
+        assert [name for name in wanted if not found[name].equal(wanted[name])] == []
+    positions = [t for n, t in torch.load(path)["state_dict"].items() if n.endswith("pos_embed")]
+    assert [tuple(each.shape) for each in positions] == [(1, 10, 384)] * 2
 
 
 def test_official_carries_both_encoders_and_the_queue(exported):

@@ -15,12 +15,14 @@ from networks import (
     images,
     module_state,
     prefixed,
+    save_ours,
     torchvision_resnet,
 )
 from test_load import mlp
 from torch import nn
 
 from moco.algorithm.encoder import build_encoder
+from moco.checkpoints.export import export
 from moco.checkpoints.load import load_encoder, restore_pretraining
 from moco.checkpoints.matching import take
 from moco.config import ModelConfig, UserError
@@ -207,3 +209,44 @@ def test_a_run_with_other_attention_heads_is_refused_with_the_number(tmp_path):
     assert "blocks.0.attn.qkv.weight" in query.backbone.state_dict()
     assert all(restored[f"key_encoder.backbone.{n}"].equal(t) for n, t in
                query.backbone.state_dict().items())  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["run", "safetensors", "bare"])
+def test_heads_that_only_settings_or_a_name_tell_count_too(tmp_path, form):
+    path, heads = tmp_path / "a.ckpt", 4 if form == "run" else 3
+    model = replace(V3_VIT, num_heads=heads if form == "run" else 0)
+    if form == "bare":
+        model = replace(V3_VIT, width=1.0, depth=12, num_heads=0, positions="learned")
+        model = replace(model, patch_size=16)
+    query, _ = save_ours(path, model)
+    if form == "safetensors":
+        path = tmp_path / "a.safetensors"
+        export(tmp_path / "a.ckpt", form, path)
+    elif form == "bare":
+        torch.save(query.backbone.state_dict(), path)
+    state, other, _ = module_state(replace(model, num_heads=2))
+    message = rf"{heads} attention heads, and the run's has 2: set model.num_heads {heads}"
+    with pytest.raises(UserError, match=message):
+        restore_pretraining(path, state, other.backbone)
+    _, report = restore_pretraining(path, state, other.backbone, allow_partial=True)
+    assert f"not kept: {heads} attention heads" in report
+    _, report = restore_pretraining(path, state, query.backbone)
+    assert "not kept" not in report
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "said"),
+    [
+        ({}, {"queues": 2}, "queue of 64x16; the second queue stays fresh, the file's: matched 0"),
+        ({"queues": 2}, {}, "queue of 64x16; left out: the file's second queue"),
+        ({"queues": 2}, {"queues": 2}, "heads; queue of 64x16; second queue of 64x16"),
+        ({"predictor": "mlp"}, {}, "heads; left out: the file's predictor; queue of 64x16"),
+        ({}, {"queue_size": 0}, "heads; left out: the file's queue"),
+    ],
+    ids=["one queue for two", "two for one", "two for two", "predictor", "no queue"],
+)
+def test_the_report_names_every_part_that_stays_behind(tmp_path, given, wanted, said):
+    save_ours(tmp_path / "a.ckpt", replace(SMALL, **given))
+    state, _, key = module_state(replace(SMALL, **wanted), seed=7)
+    _, report = restore_pretraining(tmp_path / "a.ckpt", state, key.backbone)
+    assert said in report

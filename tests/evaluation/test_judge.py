@@ -2,12 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from networks import V3_VIT, save_ours
 from sklearn.metrics import recall_score, top_k_accuracy_score
 
+from moco.checkpoints.export import export
+from moco.checkpoints.load import load_encoder
+from moco.config import DataConfig, JudgeConfig, UserError
+from moco.evaluation import subject
 from moco.evaluation.scores import accuracies
 
 ROOT = Path(__file__).parents[2]
@@ -73,3 +79,33 @@ def test_judging_and_exporting_import_torch_but_neither_lightning_nor_faiss():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_untrained_network_has_the_shape_of_the_judged_one(tmp_path):
+    """An exported ViT keeps its width, depth, patches and heads outside the model's settings."""
+    save_ours(tmp_path / "a.ckpt", V3_VIT)
+    export(tmp_path / "a.ckpt", "safetensors", tmp_path / "a.safetensors")
+    loaded = load_encoder(tmp_path / "a.safetensors")
+    data = DataConfig(channels=3, image_size=32)
+    networks = subject._networks(JudgeConfig(), loaded, data)
+    shapes = [
+        {key: tensor.shape for key, tensor in networks[name].state_dict().items()}
+        for name in ("encoder", "untrained")
+    ]
+    assert shapes[0] == shapes[1]
+    heads = [networks[name].backbone.blocks[0].attn.num_heads for name in ("encoder", "untrained")]
+    assert heads == [4, 4]
+
+
+@pytest.mark.parametrize("changes", [{"solarise": 0.5}, {"chunks": 2}, {"views": "v3"}])
+@pytest.mark.parametrize("form", ["run", "safetensors"])
+def test_settings_of_pretraining_are_refused_for_every_layout(tmp_path, changes, form):
+    save_ours(tmp_path / "a.ckpt", V3_VIT)
+    loaded = load_encoder(tmp_path / "a.ckpt")
+    loaded = loaded if form == "run" else replace(loaded, config={})
+
+    def read(stored):
+        return replace(DataConfig(**stored), dataset="digits", **changes)
+
+    with pytest.raises(UserError, match=rf"data\.{next(iter(changes))} is a setting of pretrain"):
+        subject._data_settings(loaded, read)

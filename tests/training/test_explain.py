@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,21 @@ def test_memory_grows_along_a_line_and_twice_as_fast_with_two_query_views(counte
     module.model_config = ModelConfig(**{**vars(MODEL), "symmetric": "sum"})
     both = [explain.peak_memory(a_trainer(), module, count, DATA) for count in (4, 8)]
     assert (both[1] - both[0]) / (eight - four) == pytest.approx(2, abs=0.05)
+
+
+def test_chunks_are_measured_and_offered(counted, monkeypatch):
+    module = make_module()
+    whole = [explain.peak_memory(a_trainer(), module, count, DATA) for count in (8, 16)]
+    module.chunks, data = 4, replace(DATA, chunks=4)
+    parts = [explain.peak_memory(a_trainer(), module, count, data) for count in (8, 16)]
+    assert (parts[1] - parts[0]) / (whole[1] - whole[0]) == pytest.approx(0.25, abs=0.02)
+    monkeypatch.setattr(explain, "fitting_batch", lambda *a: 8)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    said = str(explain.explain(error, a_trainer(), module, data))
+    assert "trainer.accumulate_grad_batches, or data.chunks 8 with the same batch" in said
+    module.model_config = replace(MODEL, queue_size=0)
+    said = str(explain.explain(error, a_trainer(), module, data))
+    assert said.endswith("or data.chunks 8 with the same batch") and "accumulate" not in said
 
 
 def test_measuring_leaves_the_run_as_it_is(counted):

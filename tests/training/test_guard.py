@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
-from steps import make_batches, make_module, make_views
+from steps import MODEL, make_batches, make_module, make_views
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.algorithm import pretrain
-from moco.config import OptimConfig, RunError
+from moco.config import ModelConfig, OptimConfig, RunError
 from moco.training.guard import NonFiniteGuard
 
 STEPS = 5
@@ -67,9 +68,9 @@ class Look(pl.Callback):
         self.optimizer.append(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]))
 
 
-def fit(accumulate: int = 1, plugin: Any = None, **optim: Any) -> Look:
+def fit(accumulate: int = 1, plugin: Any = None, model: ModelConfig = MODEL, **optim: Any) -> Look:
     """Train a few steps under the guard, which reads after each."""
-    module, look = make_module().float(), Look()
+    module, look = make_module(model).float(), Look()
     module.optim_config = OptimConfig(lr=0.01, schedule="constant", weight_decay=1e-3, **optim)
     module.accumulate = accumulate
     module.steps_per_epoch = module.total_steps = STEPS
@@ -109,7 +110,17 @@ def test_one_bad_batch_of_several_that_are_accumulated_is_seen(loss_at):
         fit(accumulate=2)
 
 
-@pytest.mark.parametrize("encoder", ["query_encoder", "key_encoder"])
+def test_a_gradient_that_is_not_finite_in_the_predictor_alone_is_seen(monkeypatch):
+    def spoil(module):
+        if module.global_step == 2:
+            module.predictor[3].weight.grad.fill_(math.nan)
+
+    monkeypatch.setattr(pretrain.MoCo, "on_after_backward", spoil)
+    with pytest.raises(RunError, match="not finite at step 3 "):
+        fit(model=replace(MODEL, predictor="mlp"))
+
+
+@pytest.mark.parametrize("encoder", ["query_encoder", "predictor", "key_encoder"])
 def test_a_statistic_that_overflows_is_seen(monkeypatch, encoder):
     """An infinite variance need not show in BatchNorm's output, nor in loss and gradients."""
 
@@ -120,7 +131,7 @@ def test_a_statistic_that_overflows_is_seen(monkeypatch, encoder):
 
     monkeypatch.setattr(pretrain.MoCo, "on_after_backward", overflow)
     with pytest.raises(RunError, match="not finite at step 3 "):
-        fit()
+        fit(model=replace(MODEL, predictor="mlp"))
 
 
 def test_large_numbers_are_no_fault(loss_at):
@@ -172,6 +183,7 @@ def on_a_gpu(
             torch.nn.Linear(4, 4, device=device), torch.nn.BatchNorm1d(4, device=device)
         ),
         key_encoder=torch.nn.BatchNorm1d(4, device=device), wants_metrics=False,
+        predictor=torch.nn.Identity(),
         loss_sum=torch.zeros((), device=device),
     )  # fmt: skip
     for parameter in module.query_encoder.parameters():
