@@ -98,6 +98,30 @@ def main(argv):
     }  # fmt: skip
 
 
+def test_a_warning_before_the_first_step_lets_rank_0_ask_for_the_job_again():
+    """Rank 1, which asks nobody, must not end first: the launcher would end rank 0 as it asks."""
+    program = Path("bin/scontrol")
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nsleep 2\necho "$@" >> {Path.cwd()}/asked\n')
+    program.chmod(0o755)
+    body = """
+from moco import slurm
+slurm.restartable = True
+
+def body(rank, argv):
+    ready(rank)
+    while True:
+        time.sleep(1)
+"""
+    told = {"PATH": f"{program.parent.resolve()}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    process = start_ranks(body, **told)
+    ready_ranks(process)
+    process.send_signal(signal.SIGUSR1)
+    code, out, err = finish(process, LIMIT_S)
+    assert (code, out) == (128 + signal.SIGUSR1, ""), err
+    assert Path("asked").read_text() == "requeue 77\n"
+
+
 def test_every_signal_reaches_every_rank_a_second_ctrl_c_too():
     body = """
 def body(rank, argv):
