@@ -59,6 +59,47 @@ def test_what_is_wrong_on_one_task_is_told_once_and_ends_all(images, srun):
     assert not Path("runs").exists()
 
 
+def test_what_one_task_lacks_is_told_by_rank_0(images, srun):
+    """As where a machine has no copy of a file."""
+    tasks = srun("--data.root", str(images), more=("--init_from", "missing.ckpt"))
+    code, out, err = finish(tasks[0])
+    assert (code, out) == (2, "")
+    assert error_line(err).startswith("error: rank 1: ")
+    assert "missing.ckpt" in error_line(err)
+
+
+def test_tasks_with_other_images_are_refused(images, copied, srun):
+    """A row would be one image here and another there, and a key no view of its query."""
+    (copied / "47.jpg").rename(copied / "00b.jpg")
+    code, _, err = finish(srun("--data.root", str(images), more=("--data.root", str(copied)))[0])
+    assert code == 2
+    assert "are not the same on rank 0 and rank 1" in error_line(err)
+
+
+TWICE = """
+import torch
+from moco import distributed
+for run in (0, 1):
+    distributed.connect(torch.device("cpu"))
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    open(f"done{distributed.rank()}-{run}", "w").write(str(total.item()))
+    distributed.disconnect()
+"""
+
+
+@pytest.mark.parametrize("own_store", ["0", "1"])
+def test_one_process_may_train_twice(own_store):
+    Path("rank.py").write_text(TWICE)
+    Path("agent.py").write_text("from torch.distributed.run import main\nmain()\n")
+    words = ("--standalone", "--nproc-per-node", "2", "rank.py")
+    told = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
+    code, _, err = finish(start(*words, script=Path("agent.py").resolve(), **told))
+    assert code == 0, err
+    done = [Path(f"done{rank}-{run}").read_text() for rank in (0, 1) for run in (0, 1)]
+    assert done == ["2.0"] * 4
+
+
 RESTARTED = """
 import os, sys
 import torch
