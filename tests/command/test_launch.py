@@ -122,6 +122,19 @@ def body(rank, argv):
     assert Path("asked").read_text() == "requeue 77\n"
 
 
+def test_a_warning_while_the_launcher_shuts_down_changes_nothing(monkeypatch):
+    """Python then puts the signal's own effect, death, in the place of handlers of ours."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch, "_launch", lambda *_: 0)
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.raises(SystemExit, match="0"):
+            launch.start_ranks(2, "start again")
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_every_signal_reaches_every_rank_a_second_ctrl_c_too():
     body = """
 def body(rank, argv):
