@@ -13,20 +13,23 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from moco.config import RunError
+from moco.config import RunError, UserError
 from moco.random import permutations, stream_id
 
 log = logging.getLogger("moco")
 T = TypeVar("T")
 PATIENCE_S = 10.0  # before a rank says that it waits for others
 GIVE_UP = timedelta(minutes=30)  # torch's own limit
+_stores: dict[tuple[str, int, int], distributed.Store] = {}  # by address, port and rank; open ones
+_runs: Counter[int] = Counter()  # by rank: how often it has met the others
 # torch 2.14 warns of the older name, on every rank.
 _all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
 
@@ -77,11 +80,31 @@ def disconnect() -> None:
 def _meet(number: int, world: int) -> distributed.Store:
     """Wait until all ranks have come to one store, and say after a while which are missing."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    patience = _Patience()
+    store = _store(address, port, number, patience)
+    # A second attempt of torchrun's meets in the store of the first, and a second run of this
+    # process in that of the run before; the keys that are there already are void.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"moco/{attempt}/{_runs[number]}", store)
+    _runs[number] += 1
+    store.set(str(number), "")
+    store.add("come", 1)
+    while store.add("come", 0) < world:
+        missing = "another rank"
+        if number == 0:  # which tells it for all
+            names = [str(other) for other in range(world) if not store.check([str(other)])]
+            missing = f"rank {', '.join(names)} of {world}"
+        patience.wait(missing, aloud=number == 0)
+    return store
+
+
+def _store(address: str, port: int, number: int, patience: _Patience) -> distributed.Store:
+    """Open the store that the ranks share; it stays open for further runs of this process."""
     hosts = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    patience, store = _Patience(), None
-    while store is None:
+    place = address, port, number
+    while place not in _stores:
         try:
-            store = distributed.TCPStore(
+            _stores[place] = distributed.TCPStore(
                 address, port, None, hosts, timedelta(seconds=5), wait_for_workers=False
             )
         except (distributed.DistError, RuntimeError) as error:
@@ -93,19 +116,8 @@ def _meet(number: int, world: int) -> distributed.Store:
                     local=True,
                 ) from None
             patience.wait(f"rank 0 at {address}:{port}")
-    # A second attempt of torchrun's meets in the store of the first, whose keys are void.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store.set_timeout(GIVE_UP)
-    store = distributed.PrefixStore(f"moco/{attempt}", store)
-    store.set(str(number), "")
-    store.add("come", 1)
-    while store.add("come", 0) < world:
-        missing = "another rank"
-        if number == 0:  # which tells it for all
-            names = [str(other) for other in range(world) if not store.check([str(other)])]
-            missing = f"rank {', '.join(names)} of {world}"
-        patience.wait(missing, aloud=number == 0)
-    return store
+    _stores[place].set_timeout(GIVE_UP)
+    return _stores[place]
 
 
 class _Patience:
@@ -153,6 +165,25 @@ def from_first(make: Callable[[], T]) -> T:
     if world_size() > 1:
         distributed.broadcast_object_list(made)
     return cast(T, made[0])
+
+
+def check_alike(fact: Any, name: str) -> None:
+    """Raise UserError on all ranks unless all of them have found the same fact.
+
+    Args:
+        fact: What this rank has found, in plain values.
+        name: Of what it tells about.
+    """
+    if world_size() == 1:
+        return
+    found: list[Any] = [None] * world_size()
+    distributed.all_gather_object(found, fact)
+    other = next((number for number, each in enumerate(found) if each != found[0]), 0)
+    if other:
+        raise UserError(
+            f"{name} are not the same on rank 0 and rank {other} ({found[0]} and {found[other]}): "
+            "give all machines the same ones"
+        )
 
 
 @torch.no_grad()

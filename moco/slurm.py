@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from typing import Any
 
 from moco.config import UserError
@@ -18,6 +19,7 @@ from moco.config import UserError
 log = logging.getLogger("moco")
 # Whether this process would lose training if it ended now: SLURM's warning starts the job again.
 restartable = False
+ANSWER_S, PATIENCE_S = 30, 35  # seconds that SLURM may take to answer, and that other ranks wait
 
 
 def join() -> None:
@@ -64,10 +66,13 @@ def answer_warnings() -> None:
 def start_again(number: int, frame: Any) -> None:
     """Requeue the job and end with the signal's code; do nothing where nothing would be lost.
 
-    Before the first step there is nothing to save, and after the last one nothing to do.
+    Before the first step there is nothing to save, and after the last one nothing to do. Other
+    ranks wait while rank 0 asks SLURM, since the end of one of them would make the launcher end it.
     """
     if restartable:
         requeue()
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE_S)
         os._exit(128 + number)
 
 
@@ -79,7 +84,7 @@ def requeue() -> None:
     if not job or os.environ.get("RANK", "0") != "0":
         return
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, timeout=30)
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, timeout=ANSWER_S)
         problem = done.stderr.decode(errors="replace").strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)

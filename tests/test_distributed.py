@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from datetime import timedelta
 
 import pytest
@@ -127,6 +128,19 @@ def test_an_error_of_one_rank_is_raised_on_all(two_ranks):
     assert [str(e) for e in two_ranks.run(_make, False, (0, 1))] == ["no data on 0"] * 2
 
 
+def _check(facts):
+    try:
+        distributed.check_alike(facts[distributed.rank()], "the images")
+    except UserError as error:
+        return str(error)
+
+
+def test_what_ranks_have_found_must_be_the_same(two_ranks):
+    assert two_ranks.run(_check, [{"count": 3}, {"count": 3}]) == [None, None]
+    wrong = "the images are not the same on rank 0 and rank 1 (3 and 4): give all machines the same"
+    assert two_ranks.run(_check, [3, 4]) == [f"{wrong} ones"] * 2
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Time that passes by waiting alone."""
@@ -149,6 +163,8 @@ def agent(monkeypatch):
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_stores", {})
+    monkeypatch.setattr(distributed, "_runs", Counter())
     return store
 
 

@@ -36,7 +36,9 @@ def start_ranks(count: int, remedy: str) -> None:
         RunError: A rank was killed.
     """
     if count > 1 and "RANK" not in os.environ:
-        sys.exit(_launch(count, remedy))
+        code = _launch(count, remedy)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # also while Python shuts down
+        sys.exit(code)
 
 
 def end_with_launcher() -> None:

@@ -43,12 +43,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = cli.build_parser("Pretrain an encoder with MoCo.", TrainConfig, EXTRAS)
     config, extra = cli.parse(parser, TrainConfig, argv)
     recipe = next((Path(p).stem for p in cli.option_values(argv, "--config")), "")
-    if found := find_run(extra["resume"], config.run.dir) if extra["resume"] else None:
+    resume = extra["resume"]
+    if found := find_run(resume, config.run.dir) if resume else None:
         # A resumed run starts from its own settings; those on the command line override them, and
         # `pretrain` checks that the run may go on with them.
         stored = _stored_settings(*found, config.run.dir)
         config, extra = cli.parse(parser, TrainConfig, argv, stored)
         check_stored_root(config.data, stored["data"])
+    if resume == "auto":
+        # From here on it is this run: sought again, with the run.dir that a moved run has stored or
+        # beside a run that has just saved, it could be another one or none.
+        resume = str(found[0]) if found else ""
     check(config)
     if extra["resume"] and extra["init_from"]:
         raise UserError(
@@ -59,7 +64,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     _start_ranks(config)
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
 
-    return pretrain(config, extra["resume"], recipe, extra["init_from"], extra["allow_partial"])
+    return pretrain(config, resume, recipe, extra["init_from"], extra["allow_partial"])
 
 
 def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dict[str, Any]:

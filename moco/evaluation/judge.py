@@ -103,6 +103,7 @@ def _judge(
     with open_subject(judge, config, read_data, name) as subject:
         check_labels(subject.bank.source.labels)
         before = checksum(subject.networks["encoder"])
+        distributed.check_alike(before, f"the weights in {judge.checkpoint}")
         scores = score(subject)
         after = checksum(subject.networks["encoder"])
         if before != after:

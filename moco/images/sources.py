@@ -160,7 +160,7 @@ def identify(source: ImageSource, root: str) -> dict[str, int]:
         text = "\n".join(path[start:] for path in source.paths)
         return {"count": len(source), "crc32": crc32(os.fsencode(text))}
     some = source.images[:: max(1, len(source) // 1000)]
-    return {"count": len(source), "crc32": crc32(some.contiguous().numpy())}
+    return {"count": len(source), "crc32": crc32(some.contiguous().cpu().numpy())}
 
 
 def _open_arrays(data: DataConfig, split: str) -> ImageSource:

@@ -22,9 +22,10 @@ import pytorch_lightning as pl
 import torch
 
 from moco import distributed, slurm
+from moco.algorithm.pretrain import MoCo
 from moco.config import RunError, TrainConfig, UserError, unknown_settings
 from moco.images import sources
-from moco.images.loader import check_batch
+from moco.images.loader import PretrainData, check_batch
 from moco.run_directory import (
     VERSION,
     check_images,
@@ -92,20 +93,70 @@ def _pretrain(
     allow_partial: bool,
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
-    with distributed.together():
-        source = sources.open_source(config.data, "train")
-    config, run_dir, checkpoint, is_new = distributed.from_first(
-        lambda: _begin(config, len(source), resume, recipe)
-    )
-    images = sources.identify(source, config.data.root)
-    start_step, before = 0, ()
+    with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
+        with distributed.together():
+            source = sources.open_source(config.data, "train")
+        config, run_dir, checkpoint, is_new = distributed.from_first(
+            lambda: _begin(config, len(source), resume, recipe, held)
+        )
+        images = sources.identify(source, config.data.root)
+        distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
+        start_step, before = 0, ()
+        with distributed.together():
+            if checkpoint:
+                start_step, *before = read_stored(checkpoint, config, images, run_dir)
+        steps = total_steps(config, len(source) // config.data.batch_size)
+        if start_step >= steps:
+            log.info("%s is finished after %d steps: nothing to do", checkpoint, start_step)
+            place = None if is_new else str(run_dir)
+            return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
+        with distributed.together():
+            decided = _decide(config, steps, *before)
+            module = build_module(config, decided, init_from, allow_partial)
+            if not checkpoint:
+                check_encoder(module.query_encoder, config)
+            data = build_data(config, decided, source, run_dir)
+        read = sources.identify(data.source, config.data.root)
+        distributed.check_alike(read, f"the readable files of data.root {config.data.root!r}")
+        with distributed.together():
+            place = run_dir, start_step, images
+            run = _assemble(config, decided, module, data, *place, callbacks)
+            run.monitor.is_loaded = bool(init_from)
+            if run.trainer.is_global_zero:
+                if is_new:
+                    held.enter_context(sole_run(run_dir, is_new))
+                write_config(config, asdict(decided), run_dir)
+        return _fit(run, run_dir, checkpoint)
+
+
+def _begin(
+    config: TrainConfig, count: int, resume: str, recipe: str, held: contextlib.ExitStack
+) -> tuple[TrainConfig, Path, Path | None, bool]:
+    """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
+
+    It runs on rank 0 alone, which tells the others. A run that goes on is kept to itself from here
+    on: until then the process before, which still saves, may have taken further steps.
+    """
+    check_batch(config.data, count)
+    check_queue(config, count)
+    run_dir, checkpoint = (find_run(resume, config.run.dir) if resume else None) or (None, None)
+    if run_dir:
+        held.enter_context(sole_run(run_dir, is_new=False))
+        if not Path(resume).is_file():
+            _, checkpoint = find_run(str(run_dir), "")
+        return config, run_dir, checkpoint, False
+    run_dir = new_run(config, recipe)
     if checkpoint:
-        start_step, *before = read_stored(checkpoint, config, images, run_dir)
-    steps = total_steps(config, len(source) // config.data.batch_size)
-    if start_step >= steps:
-        log.info("%s is finished after %d steps: nothing to do", checkpoint, start_step)
-        place = None if is_new else str(run_dir)
-        return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
+        log.info("%s lies in no run directory: the run goes on in %s", checkpoint, run_dir)
+    return config, run_dir, checkpoint, True
+
+
+def _decide(config: TrainConfig, steps: int, *before: Any) -> Decided:
+    """Decide what is left to `auto`, for the processes that run.
+
+    Raises:
+        UserError: The settings ask for others, or cannot work here.
+    """
     decided = decide(config, steps, *before)
     if decided.world != distributed.world_size():
         raise UserError(
@@ -113,42 +164,27 @@ def _pretrain(
             "runs: start train.py, which starts one per device, or take trainer.devices 1"
         )
     _share_cores(decided)
-    module = build_module(config, decided, init_from, allow_partial)
-    if not checkpoint:
-        check_encoder(module.query_encoder, config)
-    data = build_data(config, decided, source, run_dir)
+    return decided
+
+
+def _assemble(
+    config: TrainConfig,
+    decided: Decided,
+    module: MoCo,
+    data: PretrainData,
+    run_dir: Path,
+    start_step: int,
+    images: dict[str, int],
+    callbacks: Sequence[pl.Callback],
+) -> Run:
+    """Say what was decided, and build what trains."""
     if decided.compile:
         module.compile_encoders(decided.compile)
     set_length(module, config, data)
     say_what_was_decided(config, decided, module, data, run_dir)
     stored = {"config": asdict(config), "decided": asdict(decided), "images": images}
     extras = {"version": VERSION, **stored}
-    run = assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
-    run.monitor.is_loaded = bool(init_from)
-    with contextlib.ExitStack() as held:
-        with distributed.together():
-            if run.trainer.is_global_zero:
-                held.enter_context(sole_run(run_dir, is_new))
-                write_config(config, asdict(decided), run_dir)
-        return _fit(run, run_dir, checkpoint)
-
-
-def _begin(
-    config: TrainConfig, count: int, resume: str, recipe: str
-) -> tuple[TrainConfig, Path, Path | None, bool]:
-    """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
-
-    It runs on rank 0 alone, which tells the others.
-    """
-    check_batch(config.data, count)
-    check_queue(config, count)
-    run_dir, checkpoint = (find_run(resume, config.run.dir) if resume else None) or (None, None)
-    if run_dir:
-        return config, run_dir, checkpoint, False
-    run_dir = new_run(config, recipe)
-    if checkpoint:
-        log.info("%s lies in no run directory: the run goes on in %s", checkpoint, run_dir)
-    return config, run_dir, checkpoint, True
+    return assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
 
 
 def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:

@@ -98,6 +98,43 @@ def main(argv):
     }  # fmt: skip
 
 
+def test_a_warning_before_the_first_step_lets_rank_0_ask_for_the_job_again():
+    """Rank 1, which asks nobody, must not end first: the launcher would end rank 0 as it asks."""
+    program = Path("bin/scontrol")
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nsleep 2\necho "$@" >> {Path.cwd()}/asked\n')
+    program.chmod(0o755)
+    body = """
+from moco import slurm
+slurm.restartable = True
+
+def body(rank, argv):
+    ready(rank)
+    while True:
+        time.sleep(1)
+"""
+    told = {"PATH": f"{program.parent.resolve()}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    process = start_ranks(body, **told)
+    ready_ranks(process)
+    process.send_signal(signal.SIGUSR1)
+    code, out, err = finish(process, LIMIT_S)
+    assert (code, out) == (128 + signal.SIGUSR1, ""), err
+    assert Path("asked").read_text() == "requeue 77\n"
+
+
+def test_a_warning_while_the_launcher_shuts_down_changes_nothing(monkeypatch):
+    """Python then puts the signal's own effect, death, in the place of handlers of ours."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch, "_launch", lambda *_: 0)
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.raises(SystemExit, match="0"):
+            launch.start_ranks(2, "start again")
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_every_signal_reaches_every_rank_a_second_ctrl_c_too():
     body = """
 def body(rank, argv):

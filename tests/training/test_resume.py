@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -179,6 +180,40 @@ def test_a_resume_beside_the_live_run_is_refused_and_changes_nothing(images, req
     assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*.*")}
     end_group(owner)
     assert train.main(["--resume", "run"])["steps"] == 3
+
+
+def test_auto_goes_on_with_a_run_that_was_moved(images):
+    """Its config.yaml names the directory of before, where there is no run any more."""
+    run_tiny(images, "--trainer.max_epochs", "1")
+    Path("run/checkpoints/step_000000003.ckpt").unlink()
+    Path("run/checkpoints/last.ckpt").unlink()
+    Path("runs").mkdir()
+    Path("run").rename("runs/moved")
+    result = train.main(["--resume", "auto"])
+    assert (result["run_dir"], result["steps"]) == ("runs/moved", 3)
+    assert not Path("run").exists()
+
+
+def test_a_resumed_run_goes_on_from_what_the_process_before_saved_last(images, monkeypatch, said):
+    """It may still save, and prune older checkpoints, until its lock is free."""
+    run_tiny(images)
+    folder = Path("run/checkpoints")
+    (folder / "last.ckpt").unlink()
+    for step in (4, 5, 6):
+        (folder / f"step_{step:09d}.ckpt").rename(f"later{step}")
+
+    @contextlib.contextmanager
+    def freed(run_dir, is_new):
+        for step in (1, 2, 3):
+            (folder / f"step_{step:09d}.ckpt").unlink(missing_ok=True)
+        Path("later5").rename(folder / "step_000000005.ckpt")
+        yield
+
+    monkeypatch.setattr("moco.training.run.sole_run", freed)
+    assert train.main(["--resume", "run"])["steps"] == 6
+    rows = Path("run/metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == list("123456")
+    assert not (folder / "step_000000004.ckpt").exists(), "step 4 was repeated"
 
 
 def test_another_data_set_is_refused(copied):

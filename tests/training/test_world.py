@@ -9,7 +9,9 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pictures import write_pictures
 from processes import ROOT, end_group, finish, start, start_command, wait_for
 from runs import STREAMED, TINY, error_line, run_tiny
 from test_slurm import step
@@ -25,13 +27,14 @@ def srun():
     """Start two tasks as `sbatch -n 2` and srun do; `more` is what a task alone is given."""
     started = []
 
-    def start_tasks(*words: str, more: tuple[str, ...] = ()):
+    def start_tasks(*words: str, more: tuple[str, ...] = (), script=ROOT / "train.py"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         for rank in ("0", "1"):
             told = step("2", "2", rank, rank, SLURM_JOB_NAME="bash", **place)
-            started.append(start(*TINY, *words, *(more if rank == "1" else ()), **told))
+            own = more if rank == "1" else ()
+            started.append(start(*words, *own, script=script, **told))
         return started
 
     yield start_tasks
@@ -40,7 +43,7 @@ def srun():
 
 
 def test_tasks_of_srun_are_one_run_in_one_directory(images, srun):
-    ends = [finish(p) for p in srun("--data.root", str(images), "--resume", "auto")]
+    ends = [finish(p) for p in srun(*TINY, "--data.root", str(images), "--resume", "auto")]
     assert [code for code, _, _ in ends] == [0, 0], ends
     (directory,) = Path("runs").iterdir()
     result = json.loads(ends[0][1])
@@ -50,13 +53,73 @@ def test_tasks_of_srun_are_one_run_in_one_directory(images, srun):
 
 def test_what_is_wrong_on_one_task_is_told_once_and_ends_all(images, srun):
     """Rank 1 says nothing, also not later: it only waits to be ended, or for the others' words."""
-    tasks = srun("--data.root", str(images), more=("--data.root", "missing"))
+    tasks = srun(*TINY, "--data.root", str(images), more=("--data.root", "missing"))
     code, out, err = finish(tasks[0])
     assert (code, out) == (2, "")
     assert error_line(err).startswith("error: rank 1: data.root 'missing' does")
     end_group(tasks[1])
     assert "error" not in "".join(tasks[1].communicate())
     assert not Path("runs").exists()
+
+
+def test_what_one_task_lacks_is_told_by_rank_0(images, srun):
+    """As where a machine has no copy of a file."""
+    tasks = srun(*TINY, "--data.root", str(images), more=("--init_from", "missing.ckpt"))
+    code, out, err = finish(tasks[0])
+    assert (code, out) == (2, "")
+    assert error_line(err).startswith("error: rank 1: ")
+    assert "missing.ckpt" in error_line(err)
+
+
+def test_tasks_with_other_images_are_refused(images, copied, srun):
+    """A row would be one image here and another there, and a key no view of its query."""
+    (copied / "47.jpg").rename(copied / "00b.jpg")
+    tasks = srun(*TINY, "--data.root", str(images), more=("--data.root", str(copied)))
+    code, _, err = finish(tasks[0])
+    assert code == 2
+    assert "are not the same on rank 0 and rank 1" in error_line(err)
+
+
+def test_tasks_that_judge_other_weights_are_refused(srun, tmp_path):
+    """As where the run that writes last.ckpt goes on while two ranks read it."""
+    files = [
+        f"{split}/{kind}/{n}.png" for split in ("train", "test") for kind in "ab" for n in "12"
+    ]
+    for file in files:
+        (tmp_path / "set" / file).parent.mkdir(parents=True, exist_ok=True)
+    write_pictures(tmp_path / "set", files, np.random.default_rng(0))
+    few = ("--data.batch_size", "4", "--model.queue_size", "4")
+    run_tiny(tmp_path / "set", *few)
+    steps = [f"run/checkpoints/step_00000000{step}.ckpt" for step in (1, 2)]
+    words = ("--checkpoint", steps[0], "--k", "[1]", "--accelerator", "cpu")
+    tasks = srun(*words, more=("--checkpoint", steps[1]), script=ROOT / "eval_knn.py")
+    code, out, err = finish(tasks[0])
+    assert (code, out) == (2, "")
+    assert "the weights in run/checkpoints/step_000000001.ckpt are not the" in error_line(err)
+
+
+TWICE = """
+import torch
+from moco import distributed
+for run in (0, 1):
+    distributed.connect(torch.device("cpu"))
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    open(f"done{distributed.rank()}-{run}", "w").write(str(total.item()))
+    distributed.disconnect()
+"""
+
+
+@pytest.mark.parametrize("own_store", ["0", "1"])
+def test_one_process_may_train_twice(own_store):
+    Path("rank.py").write_text(TWICE)
+    Path("agent.py").write_text("from torch.distributed.run import main\nmain()\n")
+    words = ("--standalone", "--nproc-per-node", "2", "rank.py")
+    told = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
+    code, _, err = finish(start(*words, script=Path("agent.py").resolve(), **told))
+    assert code == 0, err
+    done = [Path(f"done{rank}-{run}").read_text() for rank in (0, 1) for run in (0, 1)]
+    assert done == ["2.0"] * 4
 
 
 RESTARTED = """
