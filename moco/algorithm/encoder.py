@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moco.algorithm.vit import is_vit, start_as_v3, vit_arguments
+from moco.algorithm.vit import is_vit, shape_arguments, start_as_v3, vit_arguments
 from moco.config import ModelConfig, UserError
 
 TORCHVISION_RESNETS = (
@@ -145,14 +145,24 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.backbone {config.backbone!r} cannot be built with model.stem {config.stem}, "
-            f"model.width {config.width:g} and data.image_size {image_size} ({reason}): change one"
+            f"model.backbone {config.backbone!r} cannot be built with {_shape_in_words(config)} "
+            f"and data.image_size {image_size} ({reason}): change one"
         ) from error
 
 
 def width_of_features(backbone: nn.Module) -> int:
     """Return D of one of timm's networks; some widen their features after pooling."""
     return getattr(backbone, "head_hidden_size", backbone.num_features)
+
+
+def _shape_in_words(config: ModelConfig) -> str:
+    """Name the settings that shape a backbone of this kind, with their values."""
+    if not is_vit(config.backbone):
+        return f"model.stem {config.stem}, model.width {config.width:g}"
+    names = ("patch_size", "depth", "num_heads", "positions")
+    channels = shape_arguments(config).get("embed_dim")
+    width = f"model.width {config.width:g}" + (f" ({channels} channels)" if channels else "")
+    return ", ".join([width, *(f"model.{name} {getattr(config, name)}" for name in names)])
 
 
 def _check_kind(config: ModelConfig, is_resnet: bool) -> None:

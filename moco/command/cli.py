@@ -290,6 +290,7 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
             launch.say(f"error: {f'rank {rank}: ' if rank else ''}{_fold(error)}")
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends it without a traceback
         launch.say("stopped by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:
@@ -300,6 +301,7 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
     signal_number = result.pop("stopped_by", 0) if result else 0
     if result:
         print(json.dumps(result), flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Python shuts down
     if signal_number:
         sys.exit(128 + signal_number)
     if result and result.get("verdict") == "diverged":

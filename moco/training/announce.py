@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from moco.algorithm.pretrain import MoCo
 from moco.config import TrainConfig
+from moco.distributed import log_to_stderr
 from moco.idle import idle_in_training
 from moco.images.loader import PretrainData
 from moco.training.build import Run
@@ -24,11 +24,7 @@ log = logging.getLogger("moco")
 def set_up_logging() -> None:
     """Send our own lines to standard error, on rank 0 alone, and silence what libraries chat."""
     rank = int(os.environ.get("RANK", "0"))
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+    log_to_stderr()
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -136,7 +136,8 @@ class Progress(pl.Callback):
     def _text(self, trainer: pl.Trainer, module: Any) -> str:
         latest, step = self.metrics.latest, trainer.global_step
         epochs = module.total_steps / module.steps_per_epoch
-        parts = [f"epoch {step / module.steps_per_epoch:.1f}/{epochs:.3g}"]
+        digits = 1 if epochs >= 1 else 3
+        parts = [f"epoch {step / module.steps_per_epoch:.{digits}f}/{round(epochs, digits):g}"]
         for name, label in (
             ("train/loss", "loss {:.3f}"),
             ("train/contrast_top1", "contrast {:.0%}"),

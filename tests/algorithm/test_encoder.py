@@ -434,3 +434,11 @@ def test_strided_stems_of_one_pixel_compute_what_they_did():
     ours.load_state_dict(theirs.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(copy.deepcopy(ours).eval()(pictures(2)), theirs(pictures(2)))
+
+
+def test_a_vit_that_cannot_be_built_is_refused_with_the_settings_of_vits():
+    with pytest.raises(UserError) as refused:
+        build_backbone(config("vit_tiny_patch16_224", width=0.3, num_heads=5, depth=1), 3, 32)
+    for words in ("model.width 0.3 (57 channels)", "model.num_heads 5", "model.depth 1"):
+        assert words in str(refused.value)
+    assert "model.stem" not in str(refused.value)

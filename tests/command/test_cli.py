@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import sys
 import typing
 from pathlib import Path
@@ -235,6 +236,23 @@ def end_of(main, monkeypatch, capsys, *argv: str) -> tuple[int, str, str]:
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_ctrl_c_while_python_shuts_down_ends_it_without_a_traceback(
+    monkeypatch, capsys, interrupted
+):
+    def main(argv):
+        if interrupted:
+            raise KeyboardInterrupt
+        return {"steps": 1, "stopped_by": signal.SIGINT}
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert end_of(main, monkeypatch, capsys)[0] == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_result_is_one_json_line(monkeypatch, capsys):

@@ -167,3 +167,9 @@ def test_a_rate_that_is_to_follow_knn_needs_labels(images):
     with pytest.raises(UserError, match=r"kNN is never read: set it to train/loss"):
         run_tiny(images, *follow, "--run.knn_every", "1")
     assert not Path("run").exists()
+
+
+def test_less_than_an_epoch_is_told_in_the_same_digits():
+    progress = Progress(SimpleNamespace(latest={}, rate=lambda: 0.0))
+    module = SimpleNamespace(total_steps=5, steps_per_epoch=19, accumulate=1)
+    assert progress._text(SimpleNamespace(global_step=5), module) == "epoch 0.263/0.263"
