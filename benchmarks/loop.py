@@ -29,8 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Row, add_profile, arguments, profiled, progress, report, table, wait
+from moco.checks import check
 from moco.command import cli
-from moco.config import TrainConfig, UserError, check
+from moco.config import TrainConfig, UserError
 from moco.images import sources
 from moco.training import run
 from moco.training.decide import choose_compile, choose_precision

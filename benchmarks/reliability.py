@@ -26,8 +26,9 @@ import pytorch_lightning as pl
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import wait
+from moco.checks import check
 from moco.command import cli
-from moco.config import TrainConfig, check
+from moco.config import TrainConfig
 from moco.training import run
 from moco.training.guard import NonFiniteGuard
 from moco.training.saving import Checkpoints

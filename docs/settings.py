@@ -1,4 +1,4 @@
-"""Write the page of all settings from `moco.config`:  python docs/settings.py > docs/settings.md"""
+"""Write the page of all settings:  python docs/settings.py > docs/settings.md"""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from moco.config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig, TrainConfig
+from moco.config import TrainConfig
+from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig
 
 INTRODUCTION = """\
 # Settings
 
-This page is made from `moco/config.py` by `python docs/settings.py`; `--help` of each command says
-the same. A recipe (YAML) writes `FIELD: VALUE` below `GROUP:`, the command line
+This page is made from `moco/config.py` and `moco/judge_config.py` by `python docs/settings.py`;
+`--help` of each command says the same. A recipe (YAML) writes `FIELD: VALUE` below `GROUP:`, the command line
 `--GROUP.FIELD VALUE`. A list is written `[1, 2]`. What is asked for stands in a run's
 `config.yaml`, and what `auto` came to in its section `decided`.
 

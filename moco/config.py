@@ -1,17 +1,16 @@
-"""Every setting: its meaning, unit, range, default and source.
+"""Every setting of training: its meaning, unit, range, default and source.
 
-Settings are declared here and nowhere else: the command line, its help, the checks and what a
-checkpoint stores are derived from these dataclasses. Fields are flat primitives, so that a
-checkpoint loads with ``weights_only=True``. `moco.command.cli` turns a command line into a
+Settings are declared here and nowhere else (those of evaluation and export in `judge_config`): the
+command line, its help, the checks and what a checkpoint stores are derived from these dataclasses.
+Fields are flat primitives, so that a checkpoint loads with ``weights_only=True``. `moco.command.cli` turns a command line into a
 `TrainConfig`. This room imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
 
 
 class UserError(ValueError):
@@ -464,114 +463,6 @@ def unknown_settings(stored: dict[str, dict[str, Any]]) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raise UserError for the first field outside its declared range or choices."""
-    hints = get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value, name = getattr(config, item.name), f"{prefix}{item.name}"
-        if dataclasses.is_dataclass(value):
-            check_ranges(value, f"{name}.")
-        else:
-            _check_value(name, value, item.metadata, hints[item.name])
-
-
-def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
-    if value is None and type(None) not in get_args(kind):
-        raise UserError(f"{name} is null: give a value, or leave the line out for the default")
-    if get_origin(kind) is Literal and value not in get_args(kind):
-        raise UserError(f"{name} is {value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
-    if isinstance(value, str) and Literal["auto"] in get_args(kind) and value != "auto":
-        raise UserError(f"{name} is {value!r}: give a number, a list of numbers, or auto")
-    numbers = value if isinstance(value, list) else [value]
-    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-        raise UserError(f"{name} is {value}: give finite numbers")
-    for number in numbers:
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            _check_number(name, value, number, limits)
-
-
-def _check_number(name: str, value: Any, number: float, limits: Any) -> None:
-    """Raise UserError when a number, the value of a field or one of its list, is out of range."""
-    if "above" in limits and not number > limits["above"]:
-        problem = f"above {limits['above']}"
-    elif "at_least" in limits and number < limits["at_least"]:
-        problem = f"at least {limits['at_least']}"
-    elif "at_most" in limits and number > limits["at_most"]:
-        problem = f"at most {limits['at_most']}"
-    else:
-        return
-    raise UserError(f"{name} is {value}: it must be {problem} ({limits['meaning']})")
-
-
-def check(config: TrainConfig) -> None:
-    """Raise UserError for values out of range and for settings that contradict each other."""
-    check_ranges(config)
-    optim, data = config.optim, config.data
-    if optim.nesterov and (optim.sgd_momentum == 0 or optim.dampening != 0):
-        raise UserError(
-            "optim.nesterov is true: it needs optim.sgd_momentum above 0 and optim.dampening 0"
-        )
-    if optim.warmup_epochs > config.trainer.max_epochs:
-        raise UserError(
-            f"optim.warmup_epochs {optim.warmup_epochs} is above trainer.max_epochs "
-            f"{config.trainer.max_epochs}: "
-            "lower it, or train longer"
-        )
-    if config.trainer.max_steps == 0:
-        raise UserError("trainer.max_steps is 0: give a number of steps, or -1 to train max_epochs")
-    if optim.milestones != sorted(optim.milestones):
-        raise UserError(f"optim.milestones is {optim.milestones}: list the epochs in rising order")
-    if (optim.schedule, optim.plateau_metric) == ("plateau", "val/knn_top1") and (
-        not 0 < config.run.knn_every < config.trainer.max_epochs
-    ):
-        raise UserError(
-            f"optim.plateau_metric is val/knn_top1 but run.knn_every is {config.run.knn_every} and "
-            f"trainer.max_epochs {config.trainer.max_epochs}, so kNN is not read while the rate "
-            "could follow it: set run.knn_every to 1, or train longer"
-        )
-    _check_queues(config)
-    for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
-        if getattr(data, name) is not None:
-            per_view(getattr(data, name), f"data.{name}")
-    for name in ("mean", "std"):
-        values = getattr(data, name)
-        if values and len(values) != data.channels:
-            raise UserError(
-                f"data.{name} has {len(values)} values for data.channels {data.channels}: give "
-                "one each"
-            )
-    _check_values(data)
-    if any(value <= 0 for value in data.std):
-        raise UserError(f"data.std is {data.std}: give positive values")
-    if data.dataset != "digits" and not data.root:
-        raise UserError(
-            f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
-        )
-
-
-def _check_queues(config: TrainConfig) -> None:
-    """Raise UserError where queues and batches contradict each other."""
-    model, data = config.model, config.data
-    if model.queues == 2 and (model.queue_size == 0 or model.symmetric == "none"):
-        raise UserError(
-            "model.queues is 2, one for the keys of each view: it needs model.queue_size above 0 "
-            "and model.symmetric mean or sum"
-        )
-    views = 2 if model.symmetric != "none" and model.queues == 1 else 1
-    if 0 < model.queue_size < data.batch_size * views:
-        raise UserError(
-            f"model.queue_size {model.queue_size} is below the {data.batch_size * views} keys of "
-            f"one step (data.batch_size {data.batch_size}, model.symmetric {model.symmetric}): "
-            "raise it, or lower data.batch_size"
-        )
-    if model.queue_size == 0 and config.trainer.accumulate_grad_batches > 1:
-        raise UserError(
-            "trainer.accumulate_grad_batches is above 1 with model.queue_size 0: the negatives are "
-            "the batch's own keys, and smaller batches would be another loss; keep data.batch_size "
-            "and set data.chunks instead, which saves the same memory"
-        )
-
-
 def per_view(value: float | list[float], name: str = "") -> tuple[float, float]:
     """Return a setting of the views as two values, one for each view.
 
@@ -584,26 +475,6 @@ def per_view(value: float | list[float], name: str = "") -> tuple[float, float]:
     return values[0], values[-1]
 
 
-def _check_values(data: DataConfig) -> None:
-    """Raise UserError where min_value and max_value do not fit the channels or one another."""
-    ends = [getattr(data, name) for name in ("min_value", "max_value")]
-    for name, value in zip(("min_value", "max_value"), ends, strict=True):
-        if isinstance(value, list) and len(value) not in (1, data.channels):
-            raise UserError(
-                f"data.{name} has {len(value)} values for data.channels {data.channels}: give one, "
-                "or one each"
-            )
-    if "auto" in ends:
-        return
-    low, high = (value if isinstance(value, list) else [value] for value in ends)
-    count = max(len(low), len(high))
-    low, high = (value * count if len(value) == 1 else value for value in (low, high))
-    if any(bottom >= top for bottom, top in zip(low, high, strict=True)):
-        raise UserError(
-            f"data.min_value {ends[0]} is not below data.max_value {ends[1]}: change one of them"
-        )
-
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -614,131 +485,3 @@ def normalisation(data: DataConfig) -> tuple[list[float], list[float]]:
     mean = data.mean or (list(IMAGENET_MEAN) if rgb else [0.5] * data.channels)
     std = data.std or (list(IMAGENET_STD) if rgb else [0.25] * data.channels)
     return mean, std
-
-
-@dataclass
-class JudgeConfig:
-    """What `eval_linear.py` and `eval_knn.py` share: which encoder, and where results go."""
-
-    checkpoint: str = setting("", "Checkpoint of ours, official, torchvision, timm, safetensors")
-    encoder: Literal["query", "key"] = setting("query", "Which of two encoders")
-    backbone: str = setting("", "timm name, where the file leaves its architecture open")
-    stem_padding: int = setting(
-        0,
-        "Padding of a 3x3 stem: 2 in solo-learn, 1 in most other code; 0: as in the file",
-        at_least=0,
-        at_most=3,
-    )
-    num_heads: int = setting(
-        0, "Attention heads of a ViT; 0: as in the file", at_least=0, at_most=1024
-    )
-    allow_partial: bool = setting(False, "Take a file that fits its architecture only in part")
-    layer: Literal["backbone", "head"] = setting(
-        "backbone", "Features of the backbone, or embeddings of the projection head"
-    )
-    baselines: bool = setting(
-        True, "Also judge raw pixels and the untrained network under the same protocol"
-    )
-    seed: int = setting(
-        0, "Seed of splits, order, crops and the untrained network", at_least=0, at_most=2**32 - 1
-    )
-    accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "Hardware to run on")
-    devices: int = setting(
-        1, "Processes to start, one per device; 1 under torchrun", at_least=1, at_most=1024
-    )
-    precision: Literal["32-true", "bf16-mixed"] = setting(
-        "32-true", "Arithmetic of the encoder; published protocols use 32"
-    )
-    output: str = setting("", "Directory of the results; empty: beside the checkpoint")
-
-
-@dataclass
-class LinearConfig:
-    """What `eval_linear.py` takes besides; 0 and [] mean the protocol's own value."""
-
-    protocol: Literal["cached", "paper", "v3", "v3_vit", "views", "finetune"] = setting(
-        "cached",
-        "Features once; 1911.05722's probe on random crops; 2104.02057's, for ResNets and for "
-        "ViTs; features of crops; the whole network",
-    )
-    label_fraction: float = setting(1.0, "Share of every class's labels used", above=0, at_most=1)
-    learning_rates: list[float] = setting(
-        [], "Rates to try; several: the best on a held-out part of the training images", at_most=1e6
-    )
-    epochs: int = setting(0, "Passes over the training images", at_least=0, at_most=MOST_EPOCHS)
-    milestones: list[int] = setting(
-        [60, 80], "Epochs at which `paper` divides the rate by 10", at_least=0, at_most=MOST_EPOCHS
-    )
-    batch_size: int = setting(0, "Images per step over all devices", at_least=0, at_most=MOST_ROWS)
-    num_views: int = setting(4, "Crops of each image in `views`", at_least=1, at_most=1000)
-    held_out: float = setting(
-        0.1, "Share of every class that chooses among rates", above=0, at_most=0.5
-    )
-    crop_min: float = setting(
-        0.08, "Smallest share of the area that a training crop keeps", above=0, at_most=1
-    )
-
-
-@dataclass
-class KNNConfig:
-    """What `eval_knn.py` takes besides."""
-
-    k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote", at_most=MOST_ROWS)
-    temperature: float = setting(
-        0.1, "Each neighbour votes exp(similarity / temperature)", above=0, at_most=100
-    )
-    budget: float = setting(
-        1.0, "GiB that the search may take beside the features", above=0, at_most=65536
-    )
-    shots: list[int] = setting(
-        [1, 5, 10], "Labelled images per class of the few-shot scores", at_most=MOST_ROWS
-    )
-    draws: int = setting(20, "Random choices of these images", at_least=2, at_most=100_000)
-    gallery: bool = setting(True, "Draw test images beside their nearest neighbours")
-
-
-@dataclass
-class ExportConfig:
-    """What `export.py` takes."""
-
-    checkpoint: str = setting(
-        MISSING, "Checkpoint of any layout, a state dict, safetensors, or a timm directory"
-    )
-    format: Literal[
-        "timm",
-        "torchvision",
-        "safetensors",
-        "official",
-        "official-v3",
-        "detectron2",
-        "onnx",
-        "torch-export",
-    ] = setting(MISSING, "Layout to write")
-    output: str = setting(MISSING, "File to write; for timm a directory")
-    encoder: Literal["query", "key"] = setting("query", "Which encoder")
-    overwrite: bool = setting(False, "Replace an earlier export")
-    license: str = setting("", "For the model card: mit, cc-by-4.0, other")
-    allow_partial: bool = setting(False, "Take a file that fits only in part")
-    backbone: str = setting("", "timm name, where the file does not tell it")
-    image_size: int = setting(
-        0, "Side in pixels; 0: as in the checkpoint", at_least=0, at_most=8192
-    )
-    stem_padding: int = setting(
-        0,
-        "Padding of a 3x3 stem: 2 in solo-learn, 1 in most other code; 0: as in the file",
-        at_least=0,
-        at_most=3,
-    )
-    num_heads: int = setting(
-        0,
-        "Attention heads of a ViT, where the file does not tell them; 0: as in the file",
-        at_least=0,
-        at_most=1024,
-    )
-
-
-@dataclass
-class EvalDataConfig:
-    """Group of image settings that evaluation takes; the checkpoint's own are the defaults."""
-
-    data: DataConfig = field(default_factory=DataConfig)

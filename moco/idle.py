@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from moco.config import DataConfig, JudgeConfig, KNNConfig, LinearConfig, TrainConfig
+from moco.config import DataConfig, TrainConfig
+from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 
 # The name of a setting, what makes it idle in words, and whether given values of all settings do.
 Rules = dict[str, tuple[str, Callable[[dict[str, Any]], bool]]]

@@ -11,7 +11,16 @@ FILES = sorted((ROOT / "moco").rglob("*.py"))
 
 # A wing to those that it may import besides itself and the ground; docs/architecture.md draws it.
 # Inside a wing rooms import one another without a cycle.
-GROUND = ("config", "idle", "random", "distributed", "run_directory", "slurm")
+GROUND = (
+    "config",
+    "judge_config",
+    "checks",
+    "idle",
+    "random",
+    "distributed",
+    "run_directory",
+    "slurm",
+)
 WINGS = {
     "command": (),
     "algorithm": (),
@@ -25,7 +34,7 @@ WITHOUT_LIGHTNING = (
     # The images' loader is Lightning's DataModule; evaluation does without both.
     *(f"images.{p.stem}" for p in (ROOT / "moco/images").glob("*.py") if p.stem != "loader"),
 )
-WITHOUT_TORCH = ("slurm", "config", "idle", "run_directory", "command")
+WITHOUT_TORCH = ("slurm", "config", "judge_config", "checks", "idle", "run_directory", "command")
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 TORCH = {"torch", "torchvision", "timm", "torchmetrics"} | LIGHTNING
 
@@ -88,7 +97,8 @@ def test_a_wing_imports_only_wings_below_it(path):
     if own == "ground":
         # Permutations come from random, UserError from config; else it stands on nothing.
         allowed = {("distributed", "random"), ("distributed", "config"), ("idle", "config")}
-        allowed |= {("run_directory", "config"), ("slurm", "config")}
+        allowed |= {("run_directory", "config"), ("slurm", "config"), ("idle", "judge_config")}
+        allowed |= {("judge_config", "config"), ("checks", "config")}
         found = {(module(path), room) for room in rooms(path)}
         assert module(path) in ("__init__", "__main__") or found <= allowed
         return

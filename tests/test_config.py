@@ -8,24 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from moco.checks import check, check_ranges
 from moco.command import cli
 from moco.config import (
     DataConfig,
-    ExportConfig,
-    JudgeConfig,
-    KNNConfig,
-    LinearConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
     TrainerConfig,
     UserError,
-    check,
-    check_ranges,
     normalisation,
     unknown_settings,
 )
+from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig
 
 FIELDS = [
     (group, item, typing.get_type_hints(kind)[item.name])

@@ -9,14 +9,9 @@ from processes import ROOT
 
 import moco.idle as idle
 from moco.command import cli
-from moco.config import (
-    DataConfig,
-    JudgeConfig,
-    KNNConfig,
-    LinearConfig,
-    TrainConfig,
-)
+from moco.config import DataConfig, TrainConfig
 from moco.images.datasets import ARRAYS
+from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 
 # What always does something, whatever the other settings are.
 NEVER_IDLE = {

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moco.checks import check_ranges
 from moco.command.cli import build_parser, parse
 from moco.command.judge import flat_options, take
-from moco.config import ExportConfig, RunError, check_ranges
+from moco.config import RunError
+from moco.judge_config import ExportConfig
 
 
 @dataclass

@@ -8,18 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
+from moco.checks import check_ranges
 from moco.command import cli
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
-from moco.config import (
-    DataConfig,
-    EvalDataConfig,
-    JudgeConfig,
-    KNNConfig,
-    LinearConfig,
-    UserError,
-    check_ranges,
-)
+from moco.config import DataConfig, UserError
+from moco.judge_config import EvalDataConfig, JudgeConfig, KNNConfig, LinearConfig
 
 Settings = tuple[JudgeConfig, Any, Callable[[dict[str, Any]], DataConfig]]
 

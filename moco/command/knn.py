@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moco.command.judge import read_settings
-from moco.config import KNNConfig
+from moco.judge_config import KNNConfig
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

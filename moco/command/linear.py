@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moco.command.judge import read_settings
-from moco.config import LinearConfig
+from moco.judge_config import LinearConfig
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moco import slurm
+from moco.checks import check
 from moco.command import cli
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
-from moco.config import TrainConfig, UserError, check
+from moco.config import TrainConfig, UserError
 from moco.run_directory import find_run, stored_groups
 
 log = logging.getLogger("moco")

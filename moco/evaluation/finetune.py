@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moco import distributed
-from moco.config import LinearConfig, UserError
+from moco.config import UserError
 from moco.distributed import broadcast_buffers, gather_ragged
 from moco.evaluation.features import check_finite, feature_dim
 from moco.evaluation.labels import hold_out
 from moco.evaluation.probe import RateResult, Stack, cosine, rate_results
 from moco.evaluation.subject import track
 from moco.images.labelled import RandomCrops
+from moco.judge_config import LinearConfig
 
 INITIAL_STD = 0.01  # of the official classifier's weights; its biases are 0
 SGD_MOMENTUM = 0.9

@@ -18,12 +18,13 @@ import torch
 
 from moco import distributed
 from moco.checkpoints.matching import checksum
-from moco.config import JudgeConfig, KNNConfig, LinearConfig, UserError, normalisation
+from moco.config import UserError, normalisation
 from moco.evaluation.features import feature_dim
 from moco.evaluation.labels import check_labels, few_labels
 from moco.evaluation.probe import SWEEP
 from moco.evaluation.protocols import PROTOCOLS, knn
 from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
+from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 
 log = logging.getLogger("moco")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.config import KNNConfig, LinearConfig, RunError
+from moco.config import RunError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
 from moco.evaluation.finetune import train_linear, train_whole
@@ -29,6 +29,7 @@ from moco.evaluation.scores import accuracies, rate_table
 from moco.evaluation.search import nearest_sharded
 from moco.evaluation.subject import Subject, in_order, track
 from moco.images.labelled import LabelledData, RandomCrops
+from moco.judge_config import KNNConfig, LinearConfig
 
 log = logging.getLogger("moco")
 

@@ -25,22 +25,15 @@ from torch.nn.functional import adaptive_avg_pool2d
 from moco import distributed
 from moco.checkpoints.architecture import Architecture, build
 from moco.checkpoints.load import Loaded, load_encoder
-from moco.config import (
-    DataConfig,
-    JudgeConfig,
-    KNNConfig,
-    LinearConfig,
-    TrainConfig,
-    UserError,
-    check,
-    normalisation,
-)
+from moco.checks import check
+from moco.config import DataConfig, TrainConfig, UserError, normalisation
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
 from moco.idle import idle_in_evaluation
 from moco.images import sources
 from moco.images.folders import expanded
 from moco.images.labelled import LabelledData, open_data
+from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 
 log = logging.getLogger("moco")
 ReadData = Callable[[dict[str, Any]], DataConfig]

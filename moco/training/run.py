@@ -65,7 +65,7 @@ def pretrain(
     """Train as `config` says and return the results.
 
     Args:
-        config: Settings, passed by `moco.config.check`; `auto` values are decided here.
+        config: Settings, passed by `moco.checks.check`; `auto` values are decided here.
         resume: Empty, a run directory, a checkpoint, or "auto" for the latest run.
         recipe: Name for a new run's directory.
         init_from: A checkpoint in any layout whose weights a new run starts from.

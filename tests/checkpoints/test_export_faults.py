@@ -18,7 +18,8 @@ from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder
 from moco.command import cli
 from moco.command import export as script
-from moco.config import ExportConfig, UserError
+from moco.config import UserError
+from moco.judge_config import ExportConfig
 
 
 def run_script(monkeypatch, *words) -> int:

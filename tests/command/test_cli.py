@@ -13,8 +13,9 @@ import yaml
 from PIL import Image
 from processes import ROOT, finish, start, start_command
 
+from moco.checks import check
 from moco.command import cli, train
-from moco.config import DataConfig, TrainConfig, UserError, check
+from moco.config import DataConfig, TrainConfig, UserError
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 

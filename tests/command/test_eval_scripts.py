@@ -10,7 +10,8 @@ from PIL import Image
 from processes import ROOT, finish, start
 
 from moco.command.judge import read_settings
-from moco.config import KNNConfig, LinearConfig, UserError
+from moco.config import UserError
+from moco.judge_config import KNNConfig, LinearConfig
 
 pytestmark = pytest.mark.timeout(300)  # processes start slowly on a busy machine
 

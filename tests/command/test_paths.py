@@ -6,15 +6,8 @@ import pytest
 
 from moco.command import cli, export, judge, train
 from moco.command.paths import PATHS
-from moco.config import (
-    EvalDataConfig,
-    ExportConfig,
-    JudgeConfig,
-    KNNConfig,
-    LinearConfig,
-    TrainConfig,
-    UserError,
-)
+from moco.config import TrainConfig, UserError
+from moco.judge_config import EvalDataConfig, ExportConfig, JudgeConfig, KNNConfig, LinearConfig
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 

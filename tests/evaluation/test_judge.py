@@ -12,9 +12,10 @@ from sklearn.metrics import recall_score, top_k_accuracy_score
 
 from moco.checkpoints.export import export
 from moco.checkpoints.load import load_encoder
-from moco.config import DataConfig, JudgeConfig, UserError
+from moco.config import DataConfig, UserError
 from moco.evaluation import subject
 from moco.evaluation.scores import accuracies
+from moco.judge_config import JudgeConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from moco.checkpoints.matching import checksum
-from moco.config import DataConfig, LinearConfig, UserError
+from moco.config import DataConfig, UserError
 from moco.evaluation import finetune
 from moco.evaluation.finetune import train_linear, train_whole
 from moco.evaluation.labels import few_labels, hold_out
 from moco.evaluation.probe import SWEEP, LinearProbe, RateResult, Stack, choose, rate_results
 from moco.images.labelled import LabelledData, RandomCrops
 from moco.images.sources import ImageSource
+from moco.judge_config import LinearConfig
 
 DATA = DataConfig(dataset="digits", channels=3, image_size=8, flip=0.5)
 CPU = torch.device("cpu")

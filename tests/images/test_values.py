@@ -15,7 +15,8 @@ from runs import at, load, run_tiny
 import eval_knn
 import export
 from moco.checkpoints.load import load_encoder
-from moco.config import DataConfig, TrainConfig, UserError, check
+from moco.checks import check
+from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources, values
 from moco.images.scaling import Reading
 

@@ -19,7 +19,8 @@ from runs import STREAMED, TINY, assert_same_end, error_line, load, run_tiny
 from torch.utils.data._utils import signal_handling
 
 import train
-from moco.config import DataConfig, RunError, UserError, check_ranges
+from moco.checks import check_ranges
+from moco.config import DataConfig, RunError, UserError
 from moco.images import workers
 from moco.training import run
 

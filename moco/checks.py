@@ -1,0 +1,137 @@
+"""Checks of settings: values out of range, and settings that contradict each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from moco.config import DataConfig, TrainConfig, UserError, per_view
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raise UserError for the first field outside its declared range or choices."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        else:
+            _check_value(name, value, item.metadata, hints[item.name])
+
+
+def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
+    if value is None and type(None) not in get_args(kind):
+        raise UserError(f"{name} is null: give a value, or leave the line out for the default")
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise UserError(f"{name} is {value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
+    if isinstance(value, str) and Literal["auto"] in get_args(kind) and value != "auto":
+        raise UserError(f"{name} is {value!r}: give a number, a list of numbers, or auto")
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise UserError(f"{name} is {value}: give finite numbers")
+    for number in numbers:
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            _check_number(name, value, number, limits)
+
+
+def _check_number(name: str, value: Any, number: float, limits: Any) -> None:
+    """Raise UserError when a number, the value of a field or one of its list, is out of range."""
+    if "above" in limits and not number > limits["above"]:
+        problem = f"above {limits['above']}"
+    elif "at_least" in limits and number < limits["at_least"]:
+        problem = f"at least {limits['at_least']}"
+    elif "at_most" in limits and number > limits["at_most"]:
+        problem = f"at most {limits['at_most']}"
+    else:
+        return
+    raise UserError(f"{name} is {value}: it must be {problem} ({limits['meaning']})")
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError for values out of range and for settings that contradict each other."""
+    check_ranges(config)
+    optim, data = config.optim, config.data
+    if optim.nesterov and (optim.sgd_momentum == 0 or optim.dampening != 0):
+        raise UserError(
+            "optim.nesterov is true: it needs optim.sgd_momentum above 0 and optim.dampening 0"
+        )
+    if optim.warmup_epochs > config.trainer.max_epochs:
+        raise UserError(
+            f"optim.warmup_epochs {optim.warmup_epochs} is above trainer.max_epochs "
+            f"{config.trainer.max_epochs}: "
+            "lower it, or train longer"
+        )
+    if config.trainer.max_steps == 0:
+        raise UserError("trainer.max_steps is 0: give a number of steps, or -1 to train max_epochs")
+    if optim.milestones != sorted(optim.milestones):
+        raise UserError(f"optim.milestones is {optim.milestones}: list the epochs in rising order")
+    if (optim.schedule, optim.plateau_metric) == ("plateau", "val/knn_top1") and (
+        not 0 < config.run.knn_every < config.trainer.max_epochs
+    ):
+        raise UserError(
+            f"optim.plateau_metric is val/knn_top1 but run.knn_every is {config.run.knn_every} and "
+            f"trainer.max_epochs {config.trainer.max_epochs}, so kNN is not read while the rate "
+            "could follow it: set run.knn_every to 1, or train longer"
+        )
+    _check_queues(config)
+    for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
+        if getattr(data, name) is not None:
+            per_view(getattr(data, name), f"data.{name}")
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        if values and len(values) != data.channels:
+            raise UserError(
+                f"data.{name} has {len(values)} values for data.channels {data.channels}: give "
+                "one each"
+            )
+    _check_values(data)
+    if any(value <= 0 for value in data.std):
+        raise UserError(f"data.std is {data.std}: give positive values")
+    if data.dataset != "digits" and not data.root:
+        raise UserError(
+            f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
+        )
+
+
+def _check_queues(config: TrainConfig) -> None:
+    """Raise UserError where queues and batches contradict each other."""
+    model, data = config.model, config.data
+    if model.queues == 2 and (model.queue_size == 0 or model.symmetric == "none"):
+        raise UserError(
+            "model.queues is 2, one for the keys of each view: it needs model.queue_size above 0 "
+            "and model.symmetric mean or sum"
+        )
+    views = 2 if model.symmetric != "none" and model.queues == 1 else 1
+    if 0 < model.queue_size < data.batch_size * views:
+        raise UserError(
+            f"model.queue_size {model.queue_size} is below the {data.batch_size * views} keys of "
+            f"one step (data.batch_size {data.batch_size}, model.symmetric {model.symmetric}): "
+            "raise it, or lower data.batch_size"
+        )
+    if model.queue_size == 0 and config.trainer.accumulate_grad_batches > 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches is above 1 with model.queue_size 0: the negatives are "
+            "the batch's own keys, and smaller batches would be another loss; keep data.batch_size "
+            "and set data.chunks instead, which saves the same memory"
+        )
+
+
+def _check_values(data: DataConfig) -> None:
+    """Raise UserError where min_value and max_value do not fit the channels or one another."""
+    ends = [getattr(data, name) for name in ("min_value", "max_value")]
+    for name, value in zip(("min_value", "max_value"), ends, strict=True):
+        if isinstance(value, list) and len(value) not in (1, data.channels):
+            raise UserError(
+                f"data.{name} has {len(value)} values for data.channels {data.channels}: give one, "
+                "or one each"
+            )
+    if "auto" in ends:
+        return
+    low, high = (value if isinstance(value, list) else [value] for value in ends)
+    count = max(len(low), len(high))
+    low, high = (value * count if len(value) == 1 else value for value in (low, high))
+    if any(bottom >= top for bottom, top in zip(low, high, strict=True)):
+        raise UserError(
+            f"data.min_value {ends[0]} is not below data.max_value {ends[1]}: change one of them"
+        )

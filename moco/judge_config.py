@@ -1,0 +1,139 @@
+"""Settings of the commands besides training: evaluation and export.
+
+They are declared as those of training are, see `moco.config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Literal
+
+from moco.config import MOST_EPOCHS, MOST_ROWS, DataConfig, setting
+
+
+@dataclass
+class JudgeConfig:
+    """What `eval_linear.py` and `eval_knn.py` share: which encoder, and where results go."""
+
+    checkpoint: str = setting("", "Checkpoint of ours, official, torchvision, timm, safetensors")
+    encoder: Literal["query", "key"] = setting("query", "Which of two encoders")
+    backbone: str = setting("", "timm name, where the file leaves its architecture open")
+    stem_padding: int = setting(
+        0,
+        "Padding of a 3x3 stem: 2 in solo-learn, 1 in most other code; 0: as in the file",
+        at_least=0,
+        at_most=3,
+    )
+    num_heads: int = setting(
+        0, "Attention heads of a ViT; 0: as in the file", at_least=0, at_most=1024
+    )
+    allow_partial: bool = setting(False, "Take a file that fits its architecture only in part")
+    layer: Literal["backbone", "head"] = setting(
+        "backbone", "Features of the backbone, or embeddings of the projection head"
+    )
+    baselines: bool = setting(
+        True, "Also judge raw pixels and the untrained network under the same protocol"
+    )
+    seed: int = setting(
+        0, "Seed of splits, order, crops and the untrained network", at_least=0, at_most=2**32 - 1
+    )
+    accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "Hardware to run on")
+    devices: int = setting(
+        1, "Processes to start, one per device; 1 under torchrun", at_least=1, at_most=1024
+    )
+    precision: Literal["32-true", "bf16-mixed"] = setting(
+        "32-true", "Arithmetic of the encoder; published protocols use 32"
+    )
+    output: str = setting("", "Directory of the results; empty: beside the checkpoint")
+
+
+@dataclass
+class LinearConfig:
+    """What `eval_linear.py` takes besides; 0 and [] mean the protocol's own value."""
+
+    protocol: Literal["cached", "paper", "v3", "v3_vit", "views", "finetune"] = setting(
+        "cached",
+        "Features once; 1911.05722's probe on random crops; 2104.02057's, for ResNets and for "
+        "ViTs; features of crops; the whole network",
+    )
+    label_fraction: float = setting(1.0, "Share of every class's labels used", above=0, at_most=1)
+    learning_rates: list[float] = setting(
+        [], "Rates to try; several: the best on a held-out part of the training images", at_most=1e6
+    )
+    epochs: int = setting(0, "Passes over the training images", at_least=0, at_most=MOST_EPOCHS)
+    milestones: list[int] = setting(
+        [60, 80], "Epochs at which `paper` divides the rate by 10", at_least=0, at_most=MOST_EPOCHS
+    )
+    batch_size: int = setting(0, "Images per step over all devices", at_least=0, at_most=MOST_ROWS)
+    num_views: int = setting(4, "Crops of each image in `views`", at_least=1, at_most=1000)
+    held_out: float = setting(
+        0.1, "Share of every class that chooses among rates", above=0, at_most=0.5
+    )
+    crop_min: float = setting(
+        0.08, "Smallest share of the area that a training crop keeps", above=0, at_most=1
+    )
+
+
+@dataclass
+class KNNConfig:
+    """What `eval_knn.py` takes besides."""
+
+    k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote", at_most=MOST_ROWS)
+    temperature: float = setting(
+        0.1, "Each neighbour votes exp(similarity / temperature)", above=0, at_most=100
+    )
+    budget: float = setting(
+        1.0, "GiB that the search may take beside the features", above=0, at_most=65536
+    )
+    shots: list[int] = setting(
+        [1, 5, 10], "Labelled images per class of the few-shot scores", at_most=MOST_ROWS
+    )
+    draws: int = setting(20, "Random choices of these images", at_least=2, at_most=100_000)
+    gallery: bool = setting(True, "Draw test images beside their nearest neighbours")
+
+
+@dataclass
+class ExportConfig:
+    """What `export.py` takes."""
+
+    checkpoint: str = setting(
+        MISSING, "Checkpoint of any layout, a state dict, safetensors, or a timm directory"
+    )
+    format: Literal[
+        "timm",
+        "torchvision",
+        "safetensors",
+        "official",
+        "official-v3",
+        "detectron2",
+        "onnx",
+        "torch-export",
+    ] = setting(MISSING, "Layout to write")
+    output: str = setting(MISSING, "File to write; for timm a directory")
+    encoder: Literal["query", "key"] = setting("query", "Which encoder")
+    overwrite: bool = setting(False, "Replace an earlier export")
+    license: str = setting("", "For the model card: mit, cc-by-4.0, other")
+    allow_partial: bool = setting(False, "Take a file that fits only in part")
+    backbone: str = setting("", "timm name, where the file does not tell it")
+    image_size: int = setting(
+        0, "Side in pixels; 0: as in the checkpoint", at_least=0, at_most=8192
+    )
+    stem_padding: int = setting(
+        0,
+        "Padding of a 3x3 stem: 2 in solo-learn, 1 in most other code; 0: as in the file",
+        at_least=0,
+        at_most=3,
+    )
+    num_heads: int = setting(
+        0,
+        "Attention heads of a ViT, where the file does not tell them; 0: as in the file",
+        at_least=0,
+        at_most=1024,
+    )
+
+
+@dataclass
+class EvalDataConfig:
+    """Group of image settings that evaluation takes; the checkpoint's own are the defaults."""
+
+    data: DataConfig = field(default_factory=DataConfig)
