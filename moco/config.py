@@ -2,8 +2,8 @@
 
 Settings are declared here and nowhere else (those of evaluation and export in `judge_config`): the
 command line, its help, the checks and what a checkpoint stores are derived from these dataclasses.
-Fields are flat primitives, so that a checkpoint loads with ``weights_only=True``. `moco.command.cli` turns a command line into a
-`TrainConfig`. This room imports nothing heavy.
+Fields are flat primitives, so that a checkpoint loads with ``weights_only=True``.
+`moco.command.cli` turns a command line into a `TrainConfig`. This room imports nothing heavy.
 """
 
 from __future__ import annotations
