@@ -34,7 +34,7 @@ from moco.command import cli
 from moco.config import TrainConfig, UserError
 from moco.images import sources
 from moco.training import run
-from moco.training.decide import choose_compile, choose_precision
+from moco.training.hardware import choose_compile, choose_precision
 
 TARGET = 0.95
 BARE, LOOP = "bare encoders", "whole loop"

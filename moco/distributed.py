@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,23 +46,6 @@ def rank() -> int:
 
 def _active() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-class _StandardError(logging.StreamHandler[Any]):
-    """Handler that writes to what `sys.stderr` is now: a notebook changes it from cell to cell."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-def log_to_stderr() -> None:
-    """Send our own lines to standard error, once, unless the caller has handlers of its own."""
-    if not log.handlers:
-        handler = _StandardError()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
 
 
 def connect(device: torch.device) -> None:

@@ -20,6 +20,7 @@ GROUND = (
     "distributed",
     "run_directory",
     "slurm",
+    "log",
 )
 WINGS = {
     "command": (),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import sys
 import threading
 from collections import Counter
 from datetime import timedelta
@@ -203,15 +200,3 @@ def test_a_port_that_is_taken_is_told(agent, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     with pytest.raises(RunError, match=r"port \d+, at which.* is taken: set MASTER_PORT"):
         distributed._meet(0, 2)
-
-
-def test_our_own_lines_go_to_what_is_standard_error_now(monkeypatch):
-    """A notebook changes `sys.stderr` from cell to cell, and each run speaks in its own cell."""
-    log = logging.getLogger("moco")
-    monkeypatch.setattr(log, "handlers", [])
-    monkeypatch.setattr(log, "propagate", True)
-    for cell in (io.StringIO(), io.StringIO()):
-        monkeypatch.setattr(sys, "stderr", cell)
-        distributed.log_to_stderr()
-        log.error("a line")
-        assert cell.getvalue() == "a line\n"

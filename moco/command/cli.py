@@ -11,21 +11,20 @@ last line of standard output is one JSON object; everything else goes to standar
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
 from moco import slurm
 from moco.command import launch
-from moco.command.paths import PATHS, check_recipe, expanded
+from moco.command.paths import PATHS, expanded
+from moco.command.recipe import as_option, known_settings, nearest, one_line, with_contents
 from moco.config import RunError, UserError, with_former_ways
 
 # Seconds that a rank waits before it ends with an error that another rank may have caused, and with
@@ -100,12 +99,12 @@ def parse(
 
     names = _names(parser)
     _check_arguments(argv, names)
-    words = _with_contents(argv, names)
-    known = with_former_ways(_known(stored, names)) if stored else {}
+    words = with_contents(argv, names)
+    known = with_former_ways(known_settings(stored, names)) if stored else {}
     try:
-        values = parser.parse_args([_as_option(known), *words] if known else words)
+        values = parser.parse_args([as_option(known), *words] if known else words)
     except (ArgumentError, ValueError, yaml.YAMLError) as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     for name in PATHS & {*names}:
         group, _, field = name.rpartition(".")
         usual = known[group].get(field) if group in known else parser.get_default(name)
@@ -128,25 +127,12 @@ def _check_arguments(argv: Sequence[str], names: list[str]) -> None:
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name = word[2:].split("=", 1)[0]
         if word.startswith("--") and name not in names:
-            raise UserError(f"unknown option --{name}{_nearest(name, names)}")
+            raise UserError(f"unknown option --{name}{nearest(name, names)}")
         if word == f"--{name}" and re.match(r"-(?!h$)[^-\d.]", following):
             raise UserError(
                 f"{word} {following} could be two options: where {following} is the value, write "
                 f"{word}={following}"
             )
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    """Name the option that is spelt most like `name`, with or without its group."""
-    leaves: dict[str, str] = {}
-    for full in names:
-        leaves.setdefault(full.rsplit(".", 1)[-1], full)
-    leaf = name.rsplit(".", 1)[-1]
-    same = [leaves[leaf]] if leaf in leaves else []
-    near = same or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    if not near:
-        near = [leaves[each] for each in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f": did you mean --{near[0]}?" if near else ": see --help"
 
 
 def option_values(argv: Sequence[str], option: str) -> list[str]:
@@ -163,109 +149,6 @@ def option_values(argv: Sequence[str], option: str) -> list[str]:
         if word.startswith(f"{option}=")
     ]
     return [value for _, value in sorted(values)]
-
-
-def _with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
-    """Put the checked settings of each recipe in the place of its path."""
-    words, rest = [], iter(argv)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        path = value if equals else next(rest, None) if option == "--config" else None
-        if option == "--config" and path is not None:
-            path = expanded("--config", path)
-            check_recipe(Path(path))
-            content = _read_yaml(Path(path))
-            _check_settings(content, names, path)
-            word = _as_option(content)
-        words.append(word)
-    return words
-
-
-def _as_option(content: dict[str, Any]) -> str:
-    return f"--config={yaml.safe_dump(content, sort_keys=False)}"
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    """Read a recipe, or the config.yaml of a run without what the run has decided.
-
-    Raises:
-        UserError: No YAML, a key given twice, or no mapping.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"--config {path}: {_one_line(error)}") from None
-    if not isinstance(content, dict | None):
-        raise UserError(
-            f"--config {path} holds no settings: write GROUP:, then FIELD: VALUE below it"
-        )
-    return {group: fields for group, fields in (content or {}).items() if group != "decided"}
-
-
-def _known(content: dict[Any, Any], names: list[str]) -> dict[Any, Any]:
-    """Leave out what is no setting; `moco.training.run` tells which were left out."""
-    return {
-        group: {field: value for field, value in fields.items() if f"{group}.{field}" in names}
-        for group, fields in content.items()
-        if isinstance(fields, dict)
-    }
-
-
-def _check_settings(content: dict[Any, Any], names: list[str], path: str) -> None:
-    """Raise UserError for unknown settings."""
-    groups = {name.split(".")[0] for name in names if "." in name}
-    for group, fields in content.items():
-        nested = fields if isinstance(fields, dict) and group in groups else None
-        if group in groups and nested is None:
-            raise UserError(
-                f"--config {path}: {group} is a group: write its fields below it, indented"
-            )
-        for name in [str(group)] if nested is None else [f"{group}.{field}" for field in nested]:
-            if name not in names or name in ("config", "help", "print_config"):
-                raise UserError(f"--config {path}: unknown setting {name}{_nearest(name, names)}")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key which is given twice."""
-
-
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if not isinstance(key, str | int | float | bool | None):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {key!r} is no setting's name")
-        if keys.count(key) > 1:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {key} is given twice")
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def _one_line(error: BaseException) -> str:
-    """Return an error's message on one line, without the usage text that jsonargparse adds."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    text = " ".join(line for line in lines if not line.startswith(("usage:", "tip:")))[:500]
-    mistyped = re.search(
-        r'[Kk]ey "([^"]+)":.*?Expected an? (.+?)\.? (?:Got value:|Expected) ?(.*)', text
-    )
-    if not mistyped:
-        return text
-    name, kind, value = mistyped.groups()
-    value = value.rsplit("Given value: ", 1)[-1]
-    for pattern, plain in _PLAIN_TYPES:
-        kind = re.sub(pattern, plain, kind)
-    return f"{name} is {value!r}: give {kind}"
-
-
-_PLAIN_TYPES = (
-    (r"<class 'int'>", "a whole number"),
-    (r"<class 'float'>", "a number"),
-    (r"<class 'bool'>", "true or false"),
-    (r"<class 'str'>", "a text"),
-    (r"<class 'list'>", "a list such as [1,2]"),
-    (r"typing\.Literal\[(.*)\]", r"one of \1"),
-)
 
 
 def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:

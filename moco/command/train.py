@@ -92,7 +92,7 @@ def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dic
 
 def _start_ranks(config: TrainConfig) -> None:
     """Start a rank per device, unless this process is one of several already."""
-    from moco.training.decide import choose_devices
+    from moco.training.hardware import choose_devices
 
     devices, _ = choose_devices(config)
     asked = int(os.environ.get("SLURM_NTASKS", "1"))

@@ -34,6 +34,7 @@ from moco.images import sources
 from moco.images.folders import expanded
 from moco.images.labelled import LabelledData, open_data
 from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
+from moco.log import log_to_stderr
 
 log = logging.getLogger("moco")
 ReadData = Callable[[dict[str, Any]], DataConfig]
@@ -204,7 +205,7 @@ def _load(judge: JudgeConfig, image_size: int) -> Loaded:
 
 def _start_process(judge: JudgeConfig) -> torch.device:
     """Choose this rank's device, join the other ranks, and set up the log."""
-    distributed.log_to_stderr()
+    log_to_stderr()
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     gpu = judge.accelerator != "cpu" and torch.cuda.is_available()
     if judge.accelerator == "gpu" and not gpu:

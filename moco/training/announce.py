@@ -12,9 +12,9 @@ from typing import Any
 
 from moco.algorithm.pretrain import MoCo
 from moco.config import TrainConfig
-from moco.distributed import log_to_stderr
 from moco.idle import idle_in_training
 from moco.images.loader import PretrainData
+from moco.log import log_to_stderr
 from moco.training.build import Run
 from moco.training.decide import Decided
 

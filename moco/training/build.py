@@ -22,8 +22,9 @@ from moco.images import sources
 from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
-from moco.training.decide import Decided, own_device
+from moco.training.decide import Decided
 from moco.training.guard import NonFiniteGuard, Watch
+from moco.training.hardware import own_device
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.monitor import KNNMonitor
 from moco.training.saving import AtomicCheckpointIO, Checkpoints, Signals

@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shutil
-import sysconfig
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from moco.config import TrainConfig, UserError
+from moco.training import hardware
 from moco.training.shares import check_shares
 
 log = logging.getLogger("moco")
-WORTH_COMPILING = 3000  # steps on a GPU; an estimate, 20 ms won at each against a minute
 
 
 @dataclass
@@ -84,18 +78,18 @@ def decide(
     Raises:
         UserError: Devices, precision or shares that cannot work here.
     """
-    devices, num_nodes = choose_devices(config)
+    devices, num_nodes = hardware.choose_devices(config)
     world, resident = devices * num_nodes, ""
     wanted = config
     if before and asked:
         wanted = _as_before(config, before, asked, world)
         if config.data.resident == asked.data.resident:
             resident = _resident_here(config, before)
-    precision, why_precision = choose_precision(wanted)
-    model, synced = wanted.model, accelerator(config) == "cuda"
+    precision, why_precision = hardware.choose_precision(wanted)
+    model, synced = wanted.model, hardware.accelerator(config) == "cuda"
     key_bn, why_key_bn = choose_key_bn(model.key_bn, world, model.queue_size > 0, synced)
     query_bn, why_query_bn = choose_query_bn(model.query_bn, world, synced)
-    backend, why_compile = choose_compile(wanted, steps)
+    backend, why_compile = hardware.choose_compile(wanted, steps)
     fits = "auto: what fits into data.resident_budget"
     reasons = {
         "precision": why_precision,
@@ -105,7 +99,7 @@ def decide(
         "resident": fits if config.data.resident == "auto" else "as set",
     }
     chosen = precision, key_bn, backend, resident, query_bn
-    decided = Decided(accelerator(config), devices, num_nodes, *chosen, reasons)
+    decided = Decided(hardware.accelerator(config), devices, num_nodes, *chosen, reasons)
     if before:
         decided.min_value, decided.max_value = before.min_value, before.max_value
         kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
@@ -120,7 +114,7 @@ def _as_before(config: TrainConfig, before: Decided, asked: TrainConfig, world: 
     Raises:
         UserError: This machine cannot go on with it.
     """
-    on_gpu, compiled = accelerator(config) == "cuda", config.model.compile
+    on_gpu, compiled = hardware.accelerator(config) == "cuda", config.model.compile
     if before.precision == "16-mixed" and not on_gpu:
         raise UserError(
             "--resume: the run computes in 16-mixed, which no CPU can: go on where there is a GPU, "
@@ -139,7 +133,7 @@ def _as_before(config: TrainConfig, before: Decided, asked: TrainConfig, world: 
         )
     if compiled == asked.model.compile:
         compiled = "on" if before.compile else "off"
-        if before.compile and (missing := missing_compiler(on_gpu)):
+        if before.compile and (missing := hardware.missing_compiler(on_gpu)):
             raise UserError(
                 f"--resume: the run's encoders are compiled and there is no {missing}: install it, "
                 "or give --model.compile off, which changes the last digits of numbers"
@@ -161,48 +155,7 @@ def _resident_here(config: TrainConfig, before: Decided) -> str:
     """Say where a resumed run holds its images; device and memory give the same numbers."""
     if before.resident == "streamed" or config.data.resident != "auto":
         return before.resident
-    return "device" if accelerator(config) == "cuda" else "memory"
-
-
-def choose_devices(config: TrainConfig) -> tuple[int, int]:
-    """Decide how many processes each machine runs, and on how many machines.
-
-    Processes that were started together are what they are, and settings that ask for other numbers
-    are refused; a process alone starts as many as the settings ask for.
-
-    Raises:
-        UserError: Devices that do not exist, or others than were started.
-    """
-    trainer = config.trainer
-    gpus = torch.cuda.device_count()
-    on_gpu = accelerator(config) == "cuda"
-    if trainer.accelerator == "gpu" and not gpus:
-        raise UserError(
-            "trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver"
-        )
-    available = gpus if on_gpu else (os.cpu_count() or 1)
-    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if launched and trainer.devices not in (0, launched):
-        raise UserError(
-            f"trainer.devices is {trainer.devices} but {launched} processes were launched: "
-            "leave it out"
-        )
-    num_nodes = int(os.environ["WORLD_SIZE"]) // launched if launched else 1
-    if trainer.num_nodes not in (1, num_nodes):
-        raise UserError(
-            f"trainer.num_nodes is {trainer.num_nodes} but processes were started on {num_nodes}: "
-            "start train.py on every machine with torchrun or srun"
-        )
-    devices = trainer.devices or launched or (gpus if on_gpu else 1)
-    if on_gpu and launched > available == 1:
-        raise UserError(
-            f"{launched} processes were started here and each sees one GPU: give SLURM "
-            "--gpus-per-node in the place of --gpus-per-task, so that each sees all"
-        )
-    if devices > available:
-        kind = "GPUs" if on_gpu else "CPU cores"
-        raise UserError(f"trainer.devices is {devices} but there are {available} {kind}: lower it")
-    return devices, num_nodes
+    return "device" if hardware.accelerator(config) == "cuda" else "memory"
 
 
 _NO_SYNC = "torch has no sync on CPUs: each device has statistics of its own"
@@ -235,73 +188,3 @@ def choose_query_bn(query_bn: str, world: int, synced: bool) -> tuple[str, str]:
     if query_bn == "sync" and world > 1 and not synced:
         return "plain", _NO_SYNC
     return query_bn, "as set"
-
-
-def choose_compile(config: TrainConfig, steps: int) -> tuple[str, str]:
-    """Decide which backend of torch.compile serves, empty for none, and say why.
-
-    Args:
-        steps: Of the run; a short run does not win back the time that compiling takes.
-
-    Raises:
-        UserError: Compiling is asked for, and there is no compiler.
-    """
-    wanted, on_gpu = config.model.compile, accelerator(config) == "cuda"
-    if wanted == "off" or (wanted == "auto" and not on_gpu):
-        return "", "as set" if wanted == "off" else "auto: a CPU gains little"
-    if wanted == "auto" and steps < WORTH_COMPILING:
-        return "", f"auto: not worth a minute before {steps} steps"
-    missing = missing_compiler(on_gpu)
-    if missing and wanted == "on":
-        raise UserError(f"model.compile is on but there is no {missing}: install it, or take off")
-    if missing:
-        return "", f"auto: there is no {missing}, with one this would run faster"
-    return "inductor", "as set" if wanted == "on" else "auto: a GPU"
-
-
-def missing_compiler(on_gpu: bool) -> str:
-    """Name the first program that torch.compile needs and does not find; empty where it has all."""
-    from torch.utils._triton import has_triton
-
-    if on_gpu and not has_triton():
-        return "Triton"
-    if on_gpu and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return "Python.h (python3-dev)"
-    names = ("gcc", "cc", "clang") if on_gpu else ("g++", "c++", "clang++")
-    known = os.environ.get("CC" if on_gpu else "CXX")
-    return "" if known or any(map(shutil.which, names)) else "C or C++ compiler"
-
-
-def choose_precision(config: TrainConfig) -> tuple[str, str]:
-    """Decide what `auto` means, and say why: bf16 where the hardware multiplies it natively.
-
-    Raises:
-        UserError: fp16 on a CPU.
-    """
-    precision, on_gpu = config.trainer.precision, accelerator(config) == "cuda"
-    if precision == "16-mixed" and not on_gpu:
-        raise UserError(
-            "trainer.precision is 16-mixed on a CPU, which has no fp16: use bf16-mixed or 32-true"
-        )
-    if precision != "auto":
-        return precision, "as set"
-    if on_gpu:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
-    if native:
-        return "bf16-mixed", "auto: the hardware multiplies bf16"
-    return "32-true", "auto: the hardware is no faster at bf16"
-
-
-def accelerator(config: TrainConfig) -> str:
-    """Return cuda where a GPU is there and not refused, else cpu."""
-    gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return "cuda" if gpu else "cpu"
-
-
-def own_device(config: TrainConfig) -> torch.device:
-    """Return the device that Lightning will give to this process."""
-    if accelerator(config) == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -45,8 +45,9 @@ from moco.training.build import (
     set_length,
     total_steps,
 )
-from moco.training.decide import Decided, decide, own_device
+from moco.training.decide import Decided, decide
 from moco.training.explain import explain
+from moco.training.hardware import own_device
 from moco.training.shares import check_queue
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder

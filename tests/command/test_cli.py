@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import signal
 import sys
 import typing
@@ -343,6 +344,7 @@ def test_wrong_runs_end_before_the_first_step(name, tmp_path, monkeypatch, capsy
         Image.fromarray(np.full((32, 32, 3), number, np.uint8)).save(f"few/{number}.png")
     argv, part = RUNS[name]
     monkeypatch.setattr("moco.training.run.set_up_logging", lambda: None)
+    monkeypatch.setattr(logging.getLogger("moco"), "handlers", [logging.NullHandler()])
     code, out, err = end_of(train.main, monkeypatch, capsys, *DIGITS, *argv)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1

@@ -17,7 +17,7 @@ from processes import finish, is_running, start, wait_for
 
 from moco.command import cli, knn, launch, train
 from moco.config import RunError, TrainConfig, UserError
-from moco.training import decide
+from moco.training import hardware
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("in_tmp")]
 LIMIT_S = 200  # a launcher imports torch, which takes long on a busy machine
@@ -287,7 +287,7 @@ def test_nothing_is_started_where_others_start_ranks(no_ranks, monkeypatch):
 
 def test_tasks_that_slurm_was_asked_for_and_nobody_started_are_missed(no_ranks, monkeypatch, said):
     """A batch script or a shell of two tasks, without srun: one device can be had."""
-    monkeypatch.setattr(decide.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 2)
     config = TrainConfig()
     config.trainer.accelerator = "cpu"
     for name, value in {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}.items():

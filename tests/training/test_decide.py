@@ -15,7 +15,7 @@ from runs import assert_same_end, at, load, run_tiny
 import train
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.distributed import key_order
-from moco.training import decide
+from moco.training import decide, hardware
 from moco.training.decide import Decided
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -38,7 +38,7 @@ def settings(devices: int = 1, **data: object) -> TrainConfig:
 
 @pytest.fixture
 def many_cores(monkeypatch):
-    monkeypatch.setattr(decide.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 16)
 
 
 def test_settings_stay_as_asked(monkeypatch, many_cores):
@@ -124,7 +124,7 @@ def test_precision_key_batch_norm_and_images_stay_on_other_devices(many_cores, s
 
 
 def test_settings_given_anew_have_the_last_word(many_cores, monkeypatch):
-    monkeypatch.setattr(decide, "missing_compiler", lambda on_gpu: "")
+    monkeypatch.setattr(hardware, "missing_compiler", lambda on_gpu: "")
     before = replace(BEFORE, compile="inductor")
     decided = goes_on(settings(devices=2), before)
     assert decided.compile == "inductor" and decided.reasons["compile"] == "as the run began"
@@ -150,7 +150,7 @@ def test_settings_given_anew_have_the_last_word(many_cores, monkeypatch):
 def test_what_cannot_go_on_here_is_refused_with_a_remedy(
     changes, devices, parts, many_cores, monkeypatch
 ):
-    monkeypatch.setattr(decide, "missing_compiler", lambda on_gpu: "compiler")
+    monkeypatch.setattr(hardware, "missing_compiler", lambda on_gpu: "compiler")
     with pytest.raises(UserError) as error:
         goes_on(settings(devices=devices), replace(BEFORE, **changes))
     assert all(part in str(error.value) for part in parts), error.value

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moco.algorithm.pretrain import MoCo
 from moco.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError
 from moco.images.loader import Indices, PretrainData
-from moco.training import decide, run
+from moco.training import hardware, run
 from moco.training.guard import NonFiniteGuard
 
 GPU = torch.cuda.is_available()
@@ -101,21 +101,21 @@ def test_compiled_views(views, streamed):
     ],
 )
 def test_what_is_compiled(wanted, gpu, missing, steps, backend, monkeypatch):
-    monkeypatch.setattr(decide, "accelerator", lambda config: "cuda" if gpu else "cpu")
-    monkeypatch.setattr(decide, "missing_compiler", lambda on_gpu: missing)
+    monkeypatch.setattr(hardware, "accelerator", lambda config: "cuda" if gpu else "cpu")
+    monkeypatch.setattr(hardware, "missing_compiler", lambda on_gpu: missing)
     config = TrainConfig()
     config.model.compile = wanted
-    assert decide.choose_compile(config, steps)[0] == backend
+    assert hardware.choose_compile(config, steps)[0] == backend
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
-    monkeypatch.setattr(decide.shutil, "which", lambda name: None)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     config = TrainConfig()
     config.model.compile = "on"
     config.trainer.accelerator = "cpu"
     with pytest.raises(UserError, match=r"model\.compile is on .* C\+\+ compiler"):
-        decide.choose_compile(config, 1)
+        hardware.choose_compile(config, 1)
 
 
 # Nothing waits
@@ -254,8 +254,8 @@ def test_a_run_on_a_gpu_never_waits(compiled, tmp_path):
 
 
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(decide, "accelerator", lambda config: "cuda")
+    monkeypatch.setattr(hardware, "accelerator", lambda config: "cuda")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert decide.own_device(TrainConfig()) == torch.device("cuda", 0)
+    assert hardware.own_device(TrainConfig()) == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert decide.own_device(TrainConfig()) == torch.device("cuda", 3)
+    assert hardware.own_device(TrainConfig()) == torch.device("cuda", 3)

@@ -232,6 +232,6 @@ def test_a_run_of_several_devices_that_nobody_has_started_is_refused(images, mon
     config.data.dataset, config.data.root, config.data.batch_size = "folder", str(images), 16
     config.model.queue_size, config.trainer.accelerator = 16, "cpu"
     config.trainer.devices = 2
-    monkeypatch.setattr("moco.training.decide.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("moco.training.hardware.os.cpu_count", lambda: 2)
     with pytest.raises(UserError, match=r"ask for 2 devices and 1 process runs"):
         run.pretrain(config)

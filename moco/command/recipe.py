@@ -1,0 +1,131 @@
+"""Recipes: YAML files of settings, and plain words for what is wrong with a setting."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moco.command.paths import check_recipe, expanded
+from moco.config import UserError
+
+
+def with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
+    """Put the checked settings of each recipe in the place of its path."""
+    words, rest = [], iter(argv)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        path = value if equals else next(rest, None) if option == "--config" else None
+        if option == "--config" and path is not None:
+            path = expanded("--config", path)
+            check_recipe(Path(path))
+            content = _read_yaml(Path(path))
+            _check_settings(content, names, path)
+            word = as_option(content)
+        words.append(word)
+    return words
+
+
+def as_option(content: dict[str, Any]) -> str:
+    """Write settings as the option that the parser reads them from."""
+    return f"--config={yaml.safe_dump(content, sort_keys=False)}"
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    """Read a recipe, or the config.yaml of a run without what the run has decided.
+
+    Raises:
+        UserError: No YAML, a key given twice, or no mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"--config {path}: {one_line(error)}") from None
+    if not isinstance(content, dict | None):
+        raise UserError(
+            f"--config {path} holds no settings: write GROUP:, then FIELD: VALUE below it"
+        )
+    return {group: fields for group, fields in (content or {}).items() if group != "decided"}
+
+
+def known_settings(content: dict[Any, Any], names: list[str]) -> dict[Any, Any]:
+    """Leave out what is no setting; `moco.training.run` tells which were left out."""
+    return {
+        group: {field: value for field, value in fields.items() if f"{group}.{field}" in names}
+        for group, fields in content.items()
+        if isinstance(fields, dict)
+    }
+
+
+def _check_settings(content: dict[Any, Any], names: list[str], path: str) -> None:
+    """Raise UserError for unknown settings."""
+    groups = {name.split(".")[0] for name in names if "." in name}
+    for group, fields in content.items():
+        nested = fields if isinstance(fields, dict) and group in groups else None
+        if group in groups and nested is None:
+            raise UserError(
+                f"--config {path}: {group} is a group: write its fields below it, indented"
+            )
+        for name in [str(group)] if nested is None else [f"{group}.{field}" for field in nested]:
+            if name not in names or name in ("config", "help", "print_config"):
+                raise UserError(f"--config {path}: unknown setting {name}{nearest(name, names)}")
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """Name the option that is spelt most like `name`, with or without its group."""
+    leaves: dict[str, str] = {}
+    for full in names:
+        leaves.setdefault(full.rsplit(".", 1)[-1], full)
+    leaf = name.rsplit(".", 1)[-1]
+    same = [leaves[leaf]] if leaf in leaves else []
+    near = same or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if not near:
+        near = [leaves[each] for each in difflib.get_close_matches(leaf, leaves, n=1)]
+    return f": did you mean --{near[0]}?" if near else ": see --help"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key which is given twice."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if not isinstance(key, str | int | float | bool | None):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {key!r} is no setting's name")
+        if keys.count(key) > 1:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {key} is given twice")
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, without the usage text that jsonargparse adds."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    text = " ".join(line for line in lines if not line.startswith(("usage:", "tip:")))[:500]
+    mistyped = re.search(
+        r'[Kk]ey "([^"]+)":.*?Expected an? (.+?)\.? (?:Got value:|Expected) ?(.*)', text
+    )
+    if not mistyped:
+        return text
+    name, kind, value = mistyped.groups()
+    value = value.rsplit("Given value: ", 1)[-1]
+    for pattern, plain in _PLAIN_TYPES:
+        kind = re.sub(pattern, plain, kind)
+    return f"{name} is {value!r}: give {kind}"
+
+
+_PLAIN_TYPES = (
+    (r"<class 'int'>", "a whole number"),
+    (r"<class 'float'>", "a number"),
+    (r"<class 'bool'>", "true or false"),
+    (r"<class 'str'>", "a text"),
+    (r"<class 'list'>", "a list such as [1,2]"),
+    (r"typing\.Literal\[(.*)\]", r"one of \1"),
+)

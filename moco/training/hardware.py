@@ -1,0 +1,125 @@
+"""What this machine has, and what the settings can have of it: devices, arithmetic, a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from moco.config import TrainConfig, UserError
+
+WORTH_COMPILING = 3000  # steps on a GPU; an estimate, 20 ms won at each against a minute
+
+
+def choose_devices(config: TrainConfig) -> tuple[int, int]:
+    """Decide how many processes each machine runs, and on how many machines.
+
+    Processes that were started together are what they are, and settings that ask for other numbers
+    are refused; a process alone starts as many as the settings ask for.
+
+    Raises:
+        UserError: Devices that do not exist, or others than were started.
+    """
+    trainer = config.trainer
+    gpus = torch.cuda.device_count()
+    on_gpu = accelerator(config) == "cuda"
+    if trainer.accelerator == "gpu" and not gpus:
+        raise UserError(
+            "trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver"
+        )
+    available = gpus if on_gpu else (os.cpu_count() or 1)
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if launched and trainer.devices not in (0, launched):
+        raise UserError(
+            f"trainer.devices is {trainer.devices} but {launched} processes were launched: "
+            "leave it out"
+        )
+    num_nodes = int(os.environ["WORLD_SIZE"]) // launched if launched else 1
+    if trainer.num_nodes not in (1, num_nodes):
+        raise UserError(
+            f"trainer.num_nodes is {trainer.num_nodes} but processes were started on {num_nodes}: "
+            "start train.py on every machine with torchrun or srun"
+        )
+    devices = trainer.devices or launched or (gpus if on_gpu else 1)
+    if on_gpu and launched > available == 1:
+        raise UserError(
+            f"{launched} processes were started here and each sees one GPU: give SLURM "
+            "--gpus-per-node in the place of --gpus-per-task, so that each sees all"
+        )
+    if devices > available:
+        kind = "GPUs" if on_gpu else "CPU cores"
+        raise UserError(f"trainer.devices is {devices} but there are {available} {kind}: lower it")
+    return devices, num_nodes
+
+
+def choose_compile(config: TrainConfig, steps: int) -> tuple[str, str]:
+    """Decide which backend of torch.compile serves, empty for none, and say why.
+
+    Args:
+        steps: Of the run; a short run does not win back the time that compiling takes.
+
+    Raises:
+        UserError: Compiling is asked for, and there is no compiler.
+    """
+    wanted, on_gpu = config.model.compile, accelerator(config) == "cuda"
+    if wanted == "off" or (wanted == "auto" and not on_gpu):
+        return "", "as set" if wanted == "off" else "auto: a CPU gains little"
+    if wanted == "auto" and steps < WORTH_COMPILING:
+        return "", f"auto: not worth a minute before {steps} steps"
+    missing = missing_compiler(on_gpu)
+    if missing and wanted == "on":
+        raise UserError(f"model.compile is on but there is no {missing}: install it, or take off")
+    if missing:
+        return "", f"auto: there is no {missing}, with one this would run faster"
+    return "inductor", "as set" if wanted == "on" else "auto: a GPU"
+
+
+def missing_compiler(on_gpu: bool) -> str:
+    """Name the first program that torch.compile needs and does not find; empty where it has all."""
+    from torch.utils._triton import has_triton
+
+    if on_gpu and not has_triton():
+        return "Triton"
+    if on_gpu and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python.h (python3-dev)"
+    names = ("gcc", "cc", "clang") if on_gpu else ("g++", "c++", "clang++")
+    known = os.environ.get("CC" if on_gpu else "CXX")
+    return "" if known or any(map(shutil.which, names)) else "C or C++ compiler"
+
+
+def choose_precision(config: TrainConfig) -> tuple[str, str]:
+    """Decide what `auto` means, and say why: bf16 where the hardware multiplies it natively.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    precision, on_gpu = config.trainer.precision, accelerator(config) == "cuda"
+    if precision == "16-mixed" and not on_gpu:
+        raise UserError(
+            "trainer.precision is 16-mixed on a CPU, which has no fp16: use bf16-mixed or 32-true"
+        )
+    if precision != "auto":
+        return precision, "as set"
+    if on_gpu:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    if native:
+        return "bf16-mixed", "auto: the hardware multiplies bf16"
+    return "32-true", "auto: the hardware is no faster at bf16"
+
+
+def accelerator(config: TrainConfig) -> str:
+    """Return cuda where a GPU is there and not refused, else cpu."""
+    gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return "cuda" if gpu else "cpu"
+
+
+def own_device(config: TrainConfig) -> torch.device:
+    """Return the device that Lightning will give to this process."""
+    if accelerator(config) == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
