@@ -73,8 +73,8 @@ def ways(data: PretrainData, count: int) -> dict[str, Callable[[], Any]]:
     config, source = data.config, data.source
     mean, std = normalisation(config)
     size = config.image_size
-    pil_chain = reference_chain(data.recipe, size, transforms, mean, std)
-    tensor_chain = reference_chain(data.recipe, size, v2, mean, std)
+    pil_chain = reference_chain(data.recipes[0], size, transforms, mean, std)
+    tensor_chain = reference_chain(data.recipes[0], size, v2, mean, std)
     cuts = Cuts(data.source, data.config, data.seed)
 
     def over_folder(handle: Callable[[list[int], int], Any]) -> Callable[[], Any]:

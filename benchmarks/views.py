@@ -1,6 +1,6 @@
 """Views of 32 px on one core: ours in a batch, against torchvision image by image.
 
-    python benchmarks/views.py [--recipes v1 v2 cifar] [--batch 256] [--rounds N]
+    python benchmarks/views.py [--recipes v1 v2 cifar v3] [--batch 256] [--rounds N]
 
 Claim: at least 5 times as many views per second as `torchvision.transforms.v2` on uint8 tensors,
 one image at a time (drawn per image, as contrastive learning needs it), in every recipe. The third
@@ -66,6 +66,7 @@ def reference_chain(
         kind.RandomResizedCrop(size, (recipe.crop_min, 1.0), **resize),
         *([grey, jitter] if recipe.grey_first else [jitter, grey]),
         *([kind.RandomApply([blur], recipe.blur)] if recipe.blur else []),
+        *([kind.RandomSolarize(128, recipe.solarise)] if recipe.solarise else []),
         kind.RandomHorizontalFlip(recipe.flip),
         v2.ToDtype(torch.float32, scale=True) if tensors else transforms.ToTensor(),
         kind.Normalize(mean, std),
@@ -82,8 +83,10 @@ def ways(name: str, images: Tensor, batch: int) -> dict[str, Callable[[], Any]]:
     data.prepare(torch.device("cpu"))
     mean, std = normalisation(config)
     pil_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    one_by_one = reference_chain(RECIPES[name], size, v2, mean, std)
-    pil_chain = reference_chain(RECIPES[name], size, transforms, mean, std)
+    one_by_one, pil_chain = (
+        [reference_chain(recipe, size, kind, mean, std) for recipe in RECIPES[name]]
+        for kind in (v2, transforms)
+    )
     turn = iter(range(2**31))
 
     def ours() -> None:
@@ -92,8 +95,8 @@ def ways(name: str, images: Tensor, batch: int) -> dict[str, Callable[[], Any]]:
             data.on_after_batch_transfer(Indices(epoch, 0, index), 0)
 
     return {
-        TENSORS: lambda: torch.stack([one_by_one(image) for image in images for _ in (0, 1)]),
-        PIL: lambda: torch.stack([pil_chain(image) for image in pil_images for _ in (0, 1)]),
+        TENSORS: lambda: torch.stack([chain(image) for image in images for chain in one_by_one]),
+        PIL: lambda: torch.stack([chain(image) for image in pil_images for chain in pil_chain]),
         OURS: ours,
     }
 

@@ -26,6 +26,7 @@ from moco.random import permutations, stream_id
 
 log = logging.getLogger("moco")
 T = TypeVar("T")
+_groups: list[Any] = []  # that `connect` has made
 PATIENCE_S = 10.0  # before a rank says that it waits for others
 GIVE_UP = timedelta(minutes=30)  # torch's own limit
 _stores: dict[tuple[str, int, int], distributed.Store] = {}  # by address, port and rank; open ones
@@ -69,12 +70,17 @@ def connect(device: torch.device) -> None:
         timeout=GIVE_UP,
         device_id=device if on_gpu else None,
     )
+    _groups.append(distributed.group.WORLD)
 
 
 def disconnect() -> None:
-    """Leave the other ranks at the end of a run; what was built on the group is void then."""
-    if _active():
+    """Leave the other ranks at the end of a run; what was built on their group is void then.
+
+    A group that the caller had made before `connect` stays the caller's.
+    """
+    if _active() and distributed.group.WORLD in _groups:
         distributed.destroy_process_group()
+    _groups.clear()
 
 
 def _meet(number: int, world: int) -> distributed.Store:

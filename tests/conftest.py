@@ -15,6 +15,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("WANDB_API_KEY", None)
 
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,9 @@ import pytest
 from pictures import write_pictures
 from processes import ROOT, end_group, start_command
 from ranks import Ranks
+
+# Under nohup it is ignored, and so would it be in all that the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HOLD = """
 import os, signal

@@ -14,7 +14,13 @@ ROOMS = sorted((Path(__file__).parent.parent / "moco").rglob("*.py"))
 KNOWN = {
     "_actions",  # cli, of argparse
     "_exit",  # os, public in spite of its name
+    "_BatchNorm",  # batch_norm, torch's own base of all BatchNorm layers
+    "_foreach_add",  # optim, and the four below
+    "_foreach_add_",
     "_foreach_lerp_",
+    "_foreach_mul",
+    "_foreach_mul_",
+    "_foreach_norm",
     "_is_avx512_bf16_supported",
     "_iterator",  # workers, of a DataLoader
     "_triton",  # decide
@@ -48,7 +54,10 @@ def test_every_private_name_that_is_used_is_known_here():
 
 
 def test_names_of_torch():
-    assert callable(torch._foreach_lerp_)
+    for name in ("lerp_", "add", "add_", "mul", "mul_", "norm"):
+        assert callable(getattr(torch, f"_foreach_{name}"))
+    base = torch.nn.modules.batchnorm._BatchNorm
+    assert all(issubclass(k, base) for k in (torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm))
     assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)
     loader = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)
     next(iter(loader))
