@@ -36,7 +36,8 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
         f"---\ntags:\n{tags}library_name: timm\npipeline_tag: image-feature-extraction\n"
         f"license: {licence or 'unknown'}\n---",
         f"# {model.backbone}, pretrained by Momentum Contrast",
-        f"Self-supervised (MoCo, arXiv:1911.05722 and 2003.04297): the {loaded.encoder}"
+        f"Self-supervised (MoCo, arXiv:1911.05722, 2003.04297 and, without a queue, 2104.02057): "
+        f"the {loaded.encoder}"
         f"{'' if loaded.encoder == 'backbone' else ' encoder'} without its projection head, "
         f"{loaded.feature_dim} features, from a checkpoint of {loaded.layout} layout"
         f"{'' if loaded.epoch is None else f' and epoch {loaded.epoch}'}.",

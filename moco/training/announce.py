@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.algorithm.pretrain import MoCo
-from moco.config import TrainConfig
+from moco.config import ModelConfig, TrainConfig
 from moco.idle import idle_in_training
 from moco.images.loader import PretrainData
 from moco.log import log_to_stderr
@@ -60,18 +60,19 @@ def say_what_was_decided(
         millions,
         model.head,
         ", predictor" if model.predictor != "none" else "",
-        f"{model.queue_size} keys queued" if model.queue_size else "negatives of the batch",
+        _negatives(model),
         model.temperature,
         model.key_momentum,
     )
     log.info(
-        "%d %s device(s), %s (%s); global batch %d, per device %d; lr %g as given",
+        "%d %s device(s), %s (%s); global batch %d, per device %d%s; lr %g as given",
         decided.world,
         decided.accelerator,
         decided.precision,
         why["precision"],
         config.data.batch_size,
         config.data.batch_size // decided.world,
+        f" in {config.data.chunks} chunks" if config.data.chunks > 1 else "",
         config.optim.lr,
     )
     log.info("key BatchNorm: %s (%s)", decided.key_bn, why["key_bn"])
@@ -85,6 +86,13 @@ def say_what_was_decided(
             "optim.plateau_metric val/knn_top1: the labels of the test images steer the rate, so "
             "this run's scores on them are too good; train/loss needs no labels"
         )
+
+
+def _negatives(model: ModelConfig) -> str:
+    """Say where a run takes its negatives from."""
+    if model.queue_size == 0:
+        return "negatives of the batch"
+    return f"{model.queue_size} keys queued" + (" for each view" if model.queues == 2 else "")
 
 
 def results(run: Run, run_dir: Path, seconds: float) -> dict[str, Any]:
