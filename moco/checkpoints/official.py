@@ -61,7 +61,7 @@ def write_official(loaded: Loaded, checkpoint: Path, licence: str, v3: bool = Fa
         parts[f"{second}{head}"] = contents.take("key_encoder.head.")
     if own == "query" and v3:
         parts["predictor."] = contents.take("predictor.")
-    state = {f"module.{part}{n}": v for part, tensors in parts.items() for n, v in tensors.items()}
+    state = {f"module.{part}{n}": v for part, named in parts.items() for n, v in named.items()}
     keys = contents.state.get("queue.keys")
     if keys is not None and own == "query" and not v3:
         count = int(contents.state.get("queue.num_enqueued", 0))

@@ -136,18 +136,8 @@ def shared_classes(bank: ImageSource, queries: ImageSource) -> tuple[ImageSource
              sum(int(count[~is_shared].sum()) for count in counts))  # fmt: skip
     number = is_shared.cumsum(0) - 1
     classes = [name for name, kept in zip(bank.classes, is_shared.tolist(), strict=True) if kept]
-    kept = [_rows(part, is_shared[part.labels].nonzero()[:, 0]) for part in pair]
+    kept = [part.rows(is_shared[part.labels].nonzero()[:, 0]) for part in pair]
     return tuple(replace(p, labels=number[p.labels], classes=classes) for p in kept)
-
-
-def _rows(source: ImageSource, rows: Tensor) -> ImageSource:
-    """Keep some images."""
-    return replace(
-        source,
-        images=None if source.images is None else source.images[rows],
-        paths=[source.paths[row] for row in rows.tolist()] if source.paths else [],
-        labels=None if source.labels is None else source.labels[rows],
-    )
 
 
 def identify(source: ImageSource, root: str) -> dict[str, int]:
