@@ -139,8 +139,9 @@ def open_subject(
         with distributed.together():
             subject = _open(judge, own, read_data, name, device)
         for part in (subject.bank.source, subject.queries.source):
-            found = sources.identify(part, subject.data.root)
-            distributed.check_alike(found, f"the images of {part.name}")
+            if distributed.world_size() > 1:
+                found = sources.identify(part, subject.data.root)
+                distributed.check_alike(found, f"the images of {part.name}")
         yield subject
     finally:
         distributed.disconnect()

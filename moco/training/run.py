@@ -117,8 +117,9 @@ def _pretrain(
             if not checkpoint:
                 check_encoder(module.query_encoder, config)
             data = build_data(config, decided, source, run_dir)
-        read = sources.identify(data.source, config.data.root)
-        distributed.check_alike(read, f"the readable files of data.root {config.data.root!r}")
+        if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
+            read = sources.identify(data.source, config.data.root)
+            distributed.check_alike(read, f"the readable files of data.root {config.data.root!r}")
         with distributed.together():
             place = run_dir, start_step, images
             run = _assemble(config, decided, module, data, *place, callbacks)
