@@ -158,9 +158,6 @@ def _resident_here(config: TrainConfig, before: Decided) -> str:
     return "device" if hardware.accelerator(config) == "cuda" else "memory"
 
 
-_NO_SYNC = "torch has no sync on CPUs: each device has statistics of its own"
-
-
 def choose_key_bn(key_bn: str, world: int, queued: bool, synced: bool) -> tuple[str, str]:
     """Decide what `auto` means for the keys' BatchNorm, and say why.
 
@@ -180,11 +177,11 @@ def choose_key_bn(key_bn: str, world: int, queued: bool, synced: bool) -> tuple[
         return "split", "auto: one device, so its batch is split into groups for the keys"
     else:
         why = "as set"
-    return ("plain", _NO_SYNC) if key_bn == "sync" and world > 1 and not synced else (key_bn, why)
+    return choose_query_bn(key_bn, world, synced, why)
 
 
-def choose_query_bn(query_bn: str, world: int, synced: bool) -> tuple[str, str]:
+def choose_query_bn(kind: str, world: int, synced: bool, why: str = "as set") -> tuple[str, str]:
     """Decide the queries' BatchNorm, and say why; arguments as of `choose_key_bn`."""
-    if query_bn == "sync" and world > 1 and not synced:
-        return "plain", _NO_SYNC
-    return query_bn, "as set"
+    if kind == "sync" and world > 1 and not synced:
+        return "plain", "torch has no sync on CPUs: each device has statistics of its own"
+    return kind, why
