@@ -16,10 +16,10 @@ import fcntl
 import logging
 import os
 import socket
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -58,8 +58,8 @@ def new_run(config: TrainConfig, recipe: str) -> Path:
         UserError: `run.dir` holds a run already, or is a file.
     """
     if not config.run.dir:
-        moment = time.strftime("%Y%m%d-%H%M%S")
-        return RUNS / f"{recipe or config.data.dataset}-{moment}-{os.getpid()}"
+        moment = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # microseconds: runs often start together
+        return RUNS / f"{recipe or config.data.dataset}-{moment}"
     path = Path(config.run.dir)
     check_new(path)
     return path
