@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from moco.config import TrainConfig
+from moco.config import Auto, TrainConfig
 from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig
 
 INTRODUCTION = """\
@@ -74,7 +74,8 @@ def _values(item: dataclasses.Field, kind: Any) -> str:
         return "`true`, `false`"
     null = " or `null`" if type(None) in get_args(kind) else ""
     names = {int: "whole number", float: "number", str: "text", float | None: "number"}
-    names |= {float | list[float] | Literal["auto"]: "number, list of numbers or `auto`"}
+    names |= {float | list[float] | Auto: "number, list of numbers or `auto`"}
+    names |= {int | Auto: "whole number or `auto`", float | Auto: "number or `auto`"}
     names |= {list[int]: "list of whole numbers", list[float]: "list of numbers"}
     names[float | list[float] | None] = "number, a list of two numbers"
     limits = {"above": "above", "at_least": "at least", "at_most": "at most"}

@@ -56,16 +56,31 @@ def check(config: TrainConfig) -> None:
         raise UserError(
             "optim.nesterov is true: it needs optim.sgd_momentum above 0 and optim.dampening 0"
         )
-    if optim.warmup_epochs > config.trainer.max_epochs:
-        raise UserError(
-            f"optim.warmup_epochs {optim.warmup_epochs} is above trainer.max_epochs "
-            f"{config.trainer.max_epochs}: "
-            "lower it, or train longer"
-        )
     if config.trainer.max_steps == 0:
         raise UserError("trainer.max_steps is 0: give a number of steps, or -1 to train max_epochs")
     if optim.milestones != sorted(optim.milestones):
         raise UserError(f"optim.milestones is {optim.milestones}: list the epochs in rising order")
+    if "trainer.max_epochs" in config.undecided() and not config.run.minutes:
+        raise UserError(
+            "trainer.max_epochs is auto and run.minutes 0: give the minutes that the run may take, "
+            "as in --run.minutes 10, or a number of epochs"
+        )
+    for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
+        if getattr(data, name) is not None:
+            per_view(getattr(data, name), f"data.{name}")
+    if any(value <= 0 for value in data.std):
+        raise UserError(f"data.std is {data.std}: give positive values")
+    if data.dataset != "digits" and not data.root:
+        raise UserError(
+            f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
+        )
+    if not config.undecided():
+        _check_together(config)
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Raise UserError where numbers that may be left to `auto` contradict others."""
+    optim, data = config.optim, config.data
     if (optim.schedule, optim.plateau_metric) == ("plateau", "val/knn_top1") and (
         not 0 < config.run.knn_every < config.trainer.max_epochs
     ):
@@ -75,9 +90,6 @@ def check(config: TrainConfig) -> None:
             "could follow it: set run.knn_every to 1, or train longer"
         )
     _check_queues(config)
-    for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
-        if getattr(data, name) is not None:
-            per_view(getattr(data, name), f"data.{name}")
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values and len(values) != data.channels:
@@ -86,12 +98,6 @@ def check(config: TrainConfig) -> None:
                 "one each"
             )
     _check_values(data)
-    if any(value <= 0 for value in data.std):
-        raise UserError(f"data.std is {data.std}: give positive values")
-    if data.dataset != "digits" and not data.root:
-        raise UserError(
-            f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
-        )
 
 
 def _check_queues(config: TrainConfig) -> None:

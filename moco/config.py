@@ -29,6 +29,8 @@ class RunError(RuntimeError):
         self.local = local
 
 
+Auto = Literal["auto"]  # left to `moco.training.autoconfigure`
+
 # Bounds of what is counted: no run or evaluation comes near them, and none of them overflows.
 MOST_EPOCHS, MOST_STEPS, MOST_ROWS = 1_000_000, 1_000_000_000, 1_000_000
 MOST_VALUE = 1e9  # of a pixel
@@ -57,14 +59,21 @@ def setting(
 class ModelConfig:
     """Encoders, queue and loss (1911.05722, section 3; 2003.04297; 2104.02057)."""
 
-    backbone: str = setting("resnet50", "Any torchvision ResNet or timm model by name")
-    stem: Literal["imagenet", "cifar"] = setting(
+    backbone: str = setting(
+        "resnet50",
+        "Any torchvision ResNet or timm model by name; auto: a small one that this hardware trains",
+    )
+    stem: Literal["auto", "imagenet", "cifar"] = setting(
         "imagenet",
         "First layers of a ResNet: 7x7 stride 2 and max-pool, or 3x3 stride 1 without (images "
-        "of 32 px)",
+        "of 32 px); auto: by the size of the views",
     )
-    width: float = setting(
-        1.0, "Channel multiplier of a ResNet or ViT; 1 is the published network", above=0, at_most=8
+    width: float | Auto = setting(
+        1.0,
+        "Channel multiplier of a ResNet or ViT; 1 is the published network; auto: as the backbone "
+        "is chosen",
+        above=0,
+        at_most=8,
     )
     zero_init_residual: bool = setting(
         False, "Start the last BatchNorm of each block of a ResNet at 0 (v3)"
@@ -115,11 +124,11 @@ class ModelConfig:
     predictor_last_bn: bool = setting(
         False, "BatchNorm without gain and bias behind the predictor (v3 with ViTs)"
     )
-    queue_size: int = setting(
+    queue_size: int | Auto = setting(
         65536,
         "Number of negative keys, K; any size from one global batch up; 0: no queue, the other "
         "keys of the global batch are the negatives, and the loss is multiplied by twice the "
-        "temperature (v3)",
+        "temperature (v3); auto: at most an eighth of the keys of an epoch",
         at_least=0,
         at_most=2**24,
     )
@@ -166,13 +175,16 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimiser and schedule. `lr` is what the optimiser gets; nothing is rescaled."""
+    """Optimiser and schedule. `lr` is what the optimiser gets; a number is not rescaled."""
 
     name: Literal["sgd", "adamw", "lars"] = setting(
         "sgd", "torch.optim.SGD, torch.optim.AdamW, or v3's LARS for large batches"
     )
-    lr: float = setting(
-        0.03, "Learning rate at its highest, for the global batch as it is", above=0, at_most=1000
+    lr: float | Auto = setting(
+        0.03,
+        "Learning rate at its highest, for the global batch as it is; auto: in proportion to it",
+        above=0,
+        at_most=1000,
     )
     sgd_momentum: float = setting(0.9, "Momentum of SGD and LARS", at_least=0, at_most=1)
     dampening: float = setting(0.0, "Dampening of SGD's momentum", at_least=0, at_most=1)
@@ -209,7 +221,7 @@ class OptimConfig:
     gamma: float = setting(0.1, "Factor of `step` and `plateau`", above=0, at_most=1)
     warmup_epochs: float = setting(
         0.0,
-        "Epochs of linear warm-up from 0, per step, before any schedule",
+        "Epochs of linear warm-up from 0, per step, before any schedule; a tenth of a shorter run",
         at_least=0,
         at_most=MOST_EPOCHS,
     )
@@ -245,9 +257,10 @@ class DataConfig:
     download: bool = setting(
         False, "Fetch cifar10, cifar100 or stl10 into root when missing (uses the network)"
     )
-    channels: int = setting(
+    channels: int | Auto = setting(
         3,
-        "Channels that images are brought to: 1 grey, 3 RGB, 4 RGBA, other: as stored",
+        "Channels that images are brought to: 1 grey, 3 RGB, 4 RGBA, other: as stored; auto: from "
+        "a sample of the files",
         at_least=1,
         at_most=1024,
     )
@@ -279,15 +292,23 @@ class DataConfig:
         at_least=1,
         at_most=2**34,
     )
-    image_size: int = setting(224, "Side of a view in pixels", at_least=4, at_most=8192)
+    image_size: int | Auto = setting(
+        224,
+        "Side of a view in pixels; auto: by the images and the hardware",
+        at_least=4,
+        at_most=8192,
+    )
     upscale: float = setting(
         1.0,
         "How many times larger than the images a view may be; 1 refuses to enlarge",
         at_least=1,
         at_most=1024,
     )
-    batch_size: int = setting(
-        256, "Images per step over all devices", at_least=2, at_most=MOST_ROWS
+    batch_size: int | Auto = setting(
+        256,
+        "Images per step over all devices; auto: 256, or what a small set allows",
+        at_least=2,
+        at_most=MOST_ROWS,
     )
     chunks: int = setting(
         1,
@@ -296,10 +317,11 @@ class DataConfig:
         at_least=1,
         at_most=MOST_ROWS,
     )
-    views: Literal["v1", "v2", "cifar", "v3"] = setting(
+    views: Literal["auto", "v1", "v2", "cifar", "v3"] = setting(
         "v2",
         "Augmentation: 1911.05722, 2003.04297, the CIFAR demo or 2104.02057, whose two views "
-        "differ; in the five probabilities below a list of two values is one for each view",
+        "differ; in the five probabilities below a list of two values is one for each view; auto: "
+        "cifar for views below 64 px, else v2",
     )
     crop_min: float | list[float] | None = setting(
         None,
@@ -360,7 +382,12 @@ class DataConfig:
 class TrainerConfig:
     """The fields of Lightning's Trainer that matter here, under its names."""
 
-    max_epochs: int = setting(200, "Passes over the images", at_least=1, at_most=MOST_EPOCHS)
+    max_epochs: int | Auto = setting(
+        200,
+        "Passes over the images; auto: what fits into run.minutes",
+        at_least=1,
+        at_most=MOST_EPOCHS,
+    )
     max_steps: int = setting(
         -1,
         "Stop after so many optimiser steps; -1: after max_epochs",
@@ -395,6 +422,15 @@ class RunConfig:
 
     dir: str = setting("", "Run directory; empty: runs/RECIPE-DATE-TIME")
     seed: int = setting(0, "Seed of weights, order and views", at_least=0, at_most=2**32 - 1)
+    minutes: float = setting(
+        0.0,
+        "Time that a new run may train, from which trainer.max_epochs auto follows; 0: none",
+        at_least=0,
+        at_most=1_000_000,
+    )
+    plan: bool = setting(
+        False, "Try some steps, tell what was decided and how long the run would take, and end"
+    )
     checkpoint_every: int = setting(
         0, "Steps between checkpoints; 0: once an epoch", at_least=0, at_most=MOST_STEPS
     )
@@ -434,6 +470,23 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def undecided(self) -> list[str]:
+        """Name the settings that are left to `moco.training.autoconfigure`."""
+        return [name for name in AUTOMATIC if self.value(name) == "auto"]
+
+    def value(self, name: str) -> Any:
+        """Return the setting of a dotted name, as data.batch_size."""
+        group, _, field = name.partition(".")
+        return getattr(getattr(self, group), field)
+
+    def changed(self, settings: dict[str, Any]) -> TrainConfig:
+        """Return a copy with other values of some settings, given by their dotted names."""
+        groups = {name: vars(group) for name, group in vars(self).items()}
+        for name, value in settings.items():
+            group, _, field = name.partition(".")
+            groups[group] = groups[group] | {field: value}
+        return TrainConfig(**{name: type(getattr(self, name))(**v) for name, v in groups.items()})
+
     @classmethod
     def from_dict(cls, stored: dict[str, dict[str, Any]]) -> TrainConfig:
         """Rebuild from `dataclasses.asdict`, as a checkpoint of any version stores it.
@@ -447,6 +500,21 @@ class TrainConfig:
             fields = stored.get(group, {}).items()
             groups[group] = kind(**{k: v for k, v in fields if f"{group}.{k}" not in gone})
         return cls(**groups)
+
+
+# What may be left to the images, the hardware and the time, in the order of the decisions.
+AUTOMATIC = (
+    "data.channels",
+    "data.image_size",
+    "data.views",
+    "model.stem",
+    "model.backbone",
+    "model.width",
+    "data.batch_size",
+    "model.queue_size",
+    "optim.lr",
+    "trainer.max_epochs",
+)
 
 
 def with_former_ways(stored: dict[str, Any]) -> dict[str, Any]:

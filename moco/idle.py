@@ -127,6 +127,7 @@ OF_TRAINING: Rules = OF_DATA | {
         "optim.schedule is not plateau",
         _is_not("optim.schedule", "plateau"),
     ),
+    "run.minutes": ("trainer.max_epochs is a number", _is_not("trainer.max_epochs", "auto")),
     "run.knn_root": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.knn_k": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.knn_temperature": ("run.knn_every is 0", _is("run.knn_every", 0)),

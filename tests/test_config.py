@@ -187,11 +187,6 @@ CONTRADICTIONS = {
         "optim.nesterov",
         "optim.dampening",
     ),
-    "warm-up above the run": (
-        {"optim": {"warmup_epochs": 300.0}},
-        "optim.warmup_epochs 300.0",
-        "trainer.max_epochs 200",
-    ),
     "milestones out of order": ({"optim": {"milestones": [160, 120]}}, "optim.milestones", "order"),
     "plateau of no kNN": (
         {

@@ -15,6 +15,7 @@ from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 
 # What always does something, whatever the other settings are.
 NEVER_IDLE = {
+    "run.plan",
     *("model.backbone", "model.stem", "model.width", "model.head", "model.embedding_dim"),
     *("model.queue_size", "model.temperature", "model.symmetric", "model.key_momentum"),
     *("model.key_momentum_schedule", "model.key_bn", "model.query_bn", "model.compile"),
@@ -76,6 +77,7 @@ TRAINING = {
     "optim.gamma": (0.5, {}, {"optim.schedule": "plateau"}),
     "optim.plateau_metric": ("val/knn_top1", {}, {"optim.schedule": "plateau"}),
     "optim.plateau_patience": (3, {"optim.schedule": "step"}, {"optim.schedule": "plateau"}),
+    "run.minutes": (5.0, {}, {"trainer.max_epochs": "auto"}),
     "run.knn_root": ("x", {"run.knn_every": 0}, {}),
     "run.knn_k": (20, {"run.knn_every": 0}, {}),
     "run.knn_temperature": (0.2, {"run.knn_every": 0}, {}),

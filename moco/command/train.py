@@ -82,7 +82,7 @@ def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dic
         )
     if run_dir and (stored := stored_groups(run_dir)):
         return stored
-    from moco.training.run import load_stored  # imports torch, so it waits until it is needed
+    from moco.training.resume import load_stored  # imports torch, so it waits until it is needed
 
     stored = asdict(TrainConfig.from_dict(load_stored(checkpoint)["config"]))
     if not run_dir:

@@ -230,7 +230,10 @@ def _data_settings(loaded: Loaded, read_data: ReadData) -> DataConfig:
     for name in PRETRAINING_ONLY:
         if getattr(data, name) != stored.get(name, getattr(DataConfig(), name)):
             raise UserError(f"data.{name} is a setting of pretraining: leave it out here")
-    check(TrainConfig(data=replace(data, batch_size=2)))
+    config = TrainConfig(data=replace(data, batch_size=2))
+    if undecided := config.undecided():
+        raise UserError(f"{undecided[0]} is auto: leave it out, the checkpoint has it")
+    check(config)
     if data.channels != loaded.data["channels"]:
         raise UserError(
             f"data.channels is {data.channels} but the checkpoint takes "

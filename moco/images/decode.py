@@ -48,12 +48,14 @@ class Header(NamedTuple):
         height, width: In pixels, of the image as it is read.
         dtype: Of its values; uint8 where nothing is left to scale.
         turned: Whether its EXIF orientation is not upright.
+        bands: As it is read; where no channels are asked for, its own: of a picture 1 or 3.
     """
 
     height: int
     width: int
     dtype: np.dtype
     turned: bool
+    bands: int
 
 
 def decode(path: str, channels: int, reading: Reading = PLAIN) -> Tensor:
@@ -88,13 +90,13 @@ def read_values(path: str, channels: int, reading: Reading = PLAIN) -> np.ndarra
 
 
 def read_header(path: str, channels: int = 3, reading: Reading = PLAIN) -> Header:
-    """Read the header alone; `channels` tells C H W from H W C in arrays.
+    """Read the header alone; `channels` tells C H W from H W C in arrays, 0 asks for none.
 
     Raises:
         BadImage: As `decode`, as far as the header shows it.
     """
     with _opened(path, channels, reading) as image:
-        return Header(image.height, image.width, image.dtype, image.turned)
+        return Header(image.height, image.width, image.dtype, image.turned, image.bands)
 
 
 def shown(path: str) -> str:
@@ -169,6 +171,8 @@ class _Picture:
         self._is_cut = bands > 1 and ";16" in str(image.tile)
         grey = image.mode == "F" or image.mode.startswith("I")
         self._is_deep = grey and not (image.tile and image.tile[0][0] == "ppm")
+        if channels == 0:
+            self.bands = 1 if grey or image.mode in ("1", "L", "LA", "La") else 3
         deep = self._is_cut or self._is_deep
         self.dtype = np.dtype(
             (np.float32 if image.mode == "F" else np.uint16) if deep else np.uint8

@@ -25,7 +25,7 @@ from moco.images.folders import expanded, split_folders, walk
 from moco.images.formats import listed, passed_over, readable
 from moco.images.labels import by_folder, read_list, read_table, twins
 from moco.images.scaling import PLAIN, Reading
-from moco.images.values import settle
+from moco.images.values import choose_channels, settle
 
 log = logging.getLogger("moco")
 
@@ -154,6 +154,8 @@ def identify(source: ImageSource, root: str) -> dict[str, int]:
 
 
 def _open_arrays(data: DataConfig, split: str) -> ImageSource:
+    if data.channels == "auto":
+        data = replace(data, channels=1 if data.dataset == "digits" else 3)
     images, labels, classes = read_arrays(data, split)
     if labels is not None:
         labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
@@ -179,6 +181,8 @@ def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -
             f"data.root {data.root!r}: images lie directly in {shown(top)}, imagenet has them in "
             "one subfolder per class; for another tree set data.dataset folder"
         )
+    if data.channels == "auto":
+        data = replace(data, channels=train.channels if train else choose_channels(paths, data))
     reading = train.reading if train else settle(paths, data)
     source = ImageSource(f"folder {shown(top)}", None, paths, None, [], data.channels, reading)
     if train is None:

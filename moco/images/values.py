@@ -59,7 +59,7 @@ class Seen:
         return float(min(low for low, _ in found)), float(max(high for _, high in found))
 
 
-def look(paths: Sequence[str], channels: int, reading: Reading) -> Seen:
+def look(paths: Sequence[str], channels: int, reading: Reading, with_values: bool = True) -> Seen:
     """Read the headers of some files, evenly spread, and values of those of more than 8 bits."""
     count = min(FILES, len(paths))
     some = [paths[number * len(paths) // count] for number in range(count)]
@@ -68,7 +68,7 @@ def look(paths: Sequence[str], channels: int, reading: Reading) -> Seen:
         with contextlib.suppress(BadImage):
             header = read_header(path, channels, reading)
             seen.headers.append(header)
-            if header.dtype not in (np.uint8, np.bool_):
+            if with_values and header.dtype not in (np.uint8, np.bool_):
                 deep.append((path, header.height * header.width * channels))
     # A spread order, so that a budget which ends early has still met all parts of the set.
     budget = VALUES
@@ -84,6 +84,22 @@ def look(paths: Sequence[str], channels: int, reading: Reading) -> Seen:
 def _thinned(values: np.ndarray) -> np.ndarray:
     step = max(1, math.isqrt(values[0].size // _PIXELS_PER_FILE))
     return values[:, ::step, ::step].copy()
+
+
+def choose_channels(paths: Sequence[str], data: DataConfig) -> int:
+    """Decide how many channels a set has: 1 where all is grey, 3 with colours, else its bands.
+
+    Raises:
+        UserError: No file of the sample can be read.
+    """
+    reading = Reading(max_pixels=data.max_pixels)
+    bands = {header.bands for header in look(paths, 0, reading, with_values=False).headers}
+    if not bands:
+        raise UserError(
+            f"data.channels is auto and none of {min(FILES, len(paths))} files looked at can be "
+            "read: give the channels, and see what is wrong with the files"
+        )
+    return max(bands) if bands <= {1} or max(bands) > 3 else 3
 
 
 def settle(paths: Sequence[str], data: DataConfig) -> Reading:

@@ -38,7 +38,8 @@ def say_what_was_decided(
     """Log what the run is and what was decided, in its first lines."""
     # `auto` and shuffle may have come to split, and split alone heeds model.bn_splits.
     came_to = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
-    if idle := idle_in_training(replace(config, model=came_to)):
+    used = {"run.minutes": 0.0} if "trainer.max_epochs" in decided.settings else {}
+    if idle := idle_in_training(replace(config, model=came_to).changed(used)):
         log.info("%s", idle)
     model, why, streamed = config.model, decided.reasons, decided.resident == "streamed"
     millions = sum(p.numel() for p in module.query_encoder.parameters()) / 1e6

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from moco.images import sources
 from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
+from moco.run_directory import VERSION
 from moco.training.decide import Decided
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.hardware import own_device
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.monitor import KNNMonitor
+from moco.training.outlook import Outlook
 from moco.training.saving import AtomicCheckpointIO, Checkpoints, Signals
 from moco.training.tracking import loggers
 
@@ -117,18 +119,22 @@ def assemble(
     decided: Decided,
     module: MoCo,
     data: PretrainData,
+    images: dict[str, int],
     run_dir: Path,
     start_step: int,
-    extras: dict[str, Any],
     callbacks: Sequence[pl.Callback],
 ) -> Run:
     """Build the callbacks and the Trainer around module and data.
 
     Args:
+        images: What tells the images from others; stored in every checkpoint.
         start_step: Of a resumed run, else 0.
-        extras: Stored in every checkpoint, see `Checkpoints`.
         callbacks: Called after the run's own.
     """
+    if decided.compile:
+        module.compile_encoders(decided.compile)
+    set_length(module, config, data)
+    kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
     monitor = KNNMonitor(open_labelled(config, data), config.run, metrics)
     signals = Signals()
@@ -139,10 +145,10 @@ def assemble(
         config.run.checkpoint_every,
         config.run.checkpoint_minutes,
         config.run.keep_checkpoints,
-        extras,
+        {"version": VERSION, **kept},
     )
     own = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
-    own += [Watch(data.bad), Progress(metrics)]
+    own += [Watch(data.bad), Progress(metrics), Outlook(data)]
     found = loggers(config.run, run_dir, start_step)
     trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
     return Run(trainer, module, data, metrics, monitor, saver)

@@ -46,6 +46,7 @@ class Decided:
     reasons: dict[str, str] = field(default_factory=dict)
     min_value: list[float] = field(default_factory=list)
     max_value: list[float] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world(self) -> int:
@@ -56,7 +57,7 @@ class Decided:
     def from_dict(cls, stored: Any) -> Decided | None:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
-        needed = known - {"query_bn", "min_value", "max_value"}
+        needed = known - {"query_bn", "min_value", "max_value", "settings"}
         fits = isinstance(stored, dict) and needed <= stored.keys() <= known
         return cls(**stored) if fits else None
 

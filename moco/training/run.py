@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import signal
 import time
 from collections.abc import Sequence
@@ -23,36 +22,33 @@ import torch
 
 from moco import distributed, slurm
 from moco.algorithm.pretrain import MoCo
-from moco.config import RunError, TrainConfig, UserError, unknown_settings
+from moco.checks import check
+from moco.config import RunError, TrainConfig, UserError
 from moco.images import sources
 from moco.images.loader import PretrainData, check_batch
-from moco.run_directory import (
-    VERSION,
-    check_images,
-    check_same,
-    find_run,
-    new_run,
-    sole_run,
-    stored_groups,
-    write_config,
-)
+from moco.images.resident import estimate_bytes
+from moco.images.sources import ImageSource
+from moco.run_directory import find_run, new_run, sole_run, write_config
 from moco.training.announce import results, say_what_was_decided, set_up_logging
+from moco.training.autoconfigure import Facts, Settings, autoconfigure, choose_length
 from moco.training.build import (
     Run,
     assemble,
     build_data,
     build_module,
-    set_length,
     total_steps,
 )
 from moco.training.decide import Decided, decide
 from moco.training.explain import explain
-from moco.training.hardware import own_device
+from moco.training.hardware import accelerator, choose_devices, own_device
+from moco.training.rehearsal import Pace, rehearse, tell_plan
+from moco.training.resume import Stored, read_stored
 from moco.training.shares import check_queue
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
 
 log = logging.getLogger("moco")
+STEPS_PER_SECOND = 20  # a guess, before a run has taken any
 
 
 def pretrain(
@@ -98,31 +94,28 @@ def _pretrain(
         with distributed.together():
             source = sources.open_source(config.data, "train")
         config, run_dir, checkpoint, is_new = distributed.from_first(
-            lambda: _begin(config, len(source), resume, recipe, held)
+            lambda: _begin(config, resume, recipe, held)
         )
         images = sources.identify(source, config.data.root)
         distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
-        start_step, before = 0, ()
         with distributed.together():
+            stored = None
             if checkpoint:
-                start_step, *before = read_stored(checkpoint, config, images, run_dir)
-        steps = total_steps(config, len(source) // config.data.batch_size)
-        if start_step >= steps:
+                config, stored = read_stored(checkpoint, config, images, run_dir)
+            settings = _settle(config, source, stored)
+        start_step = stored.step if stored else 0
+        if stored and start_step >= _expected_steps(settings.config, len(source)):
             log.info("%s is finished after %d steps: nothing to do", checkpoint, start_step)
             place = None if is_new else str(run_dir)
             return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
+        weights = init_from, allow_partial
+        decided, module, data, pace = _build(settings, stored, source, run_dir, weights)
         with distributed.together():
-            decided = _decide(config, steps, *before)
-            module = build_module(config, decided, init_from, allow_partial)
-            if not checkpoint:
-                check_encoder(module.query_encoder, config)
-            data = build_data(config, decided, source, run_dir)
-        if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
-            read = sources.identify(data.source, config.data.root)
-            distributed.check_alike(read, f"the readable files of data.root {config.data.root!r}")
-        with distributed.together():
-            place = run_dir, start_step, images
-            run = _assemble(config, decided, module, data, *place, callbacks)
+            if config.run.plan:
+                return tell_plan(settings.config, decided, module, data, pace, start_step)
+            place = images, run_dir, start_step
+            run = assemble(settings.config, decided, module, data, *place, callbacks)
+            say_what_was_decided(settings.config, decided, module, data, run_dir)
             run.monitor.is_loaded = bool(init_from)
             if run.trainer.is_global_zero:
                 if is_new:
@@ -131,16 +124,45 @@ def _pretrain(
         return _fit(run, run_dir, checkpoint)
 
 
+def _build(
+    settings: Settings,
+    stored: Stored | None,
+    source: ImageSource,
+    run_dir: Path,
+    weights: tuple[str, bool],
+) -> tuple[Decided, MoCo, PretrainData, Pace | None]:
+    """Decide how to compute, read the images, and build the module; rehearse where it is needed."""
+    with distributed.together():
+        decided = _decide(settings, _expected_steps(settings.config, len(source)), stored)
+        module = build_module(settings.config, decided, *weights)
+        if not stored:
+            check_encoder(module.query_encoder, settings.config)
+        data = build_data(settings.config, decided, source, run_dir)
+    if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
+        root = data.config.root
+        read = sources.identify(data.source, root)
+        distributed.check_alike(read, f"the readable files of data.root {root!r}")
+    pace = None
+    with distributed.together():
+        if settings.config.run.plan or settings.config.undecided():
+            pace = rehearse(settings.config, decided, module, data)
+            module = None  # its memory serves the next
+            if settings.config.undecided():
+                choose_length(settings, data.steps_per_epoch, pace.seconds)
+                check(settings.config)
+            module = build_module(settings.config, decided, *weights)
+    decided.settings, decided.reasons = settings.chosen, decided.reasons | settings.reasons
+    return decided, module, data, pace
+
+
 def _begin(
-    config: TrainConfig, count: int, resume: str, recipe: str, held: contextlib.ExitStack
+    config: TrainConfig, resume: str, recipe: str, held: contextlib.ExitStack
 ) -> tuple[TrainConfig, Path, Path | None, bool]:
     """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
 
     It runs on rank 0 alone, which tells the others. A run that goes on is kept to itself from here
     on: until then the process before, which still saves, may have taken further steps.
     """
-    check_batch(config.data, count)
-    check_queue(config, count)
     run_dir, checkpoint = (find_run(resume, config.run.dir) if resume else None) or (None, None)
     if run_dir:
         held.enter_context(sole_run(run_dir, is_new=False))
@@ -153,13 +175,44 @@ def _begin(
     return config, run_dir, checkpoint, True
 
 
-def _decide(config: TrainConfig, steps: int, *before: Any) -> Decided:
-    """Decide what is left to `auto`, for the processes that run.
+def _settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> Settings:
+    """Decide what is left to the images and the hardware, but what the speed decides.
+
+    Raises:
+        UserError: The settings contradict each other, or do not fit the images.
+    """
+    if stored:
+        before = stored.decided or Decided("", 0, 0, "", "", "")
+        settings = Settings(config, before.settings, before.reasons)
+    else:
+        devices, num_nodes = choose_devices(config)
+        sides = sorted(min(size) for size in estimate_bytes(source)[1])
+        side = sides[len(sides) // 10] if sides else 0
+        found = len(source), side, source.channels, accelerator(config), devices * num_nodes
+        settings = autoconfigure(config, Facts(*found))
+        if not settings.config.undecided():
+            choose_length(settings, len(source) // settings.config.data.batch_size)
+    check(settings.config)
+    check_batch(settings.config.data, len(source))
+    check_queue(settings.config, len(source))
+    return settings
+
+
+def _expected_steps(config: TrainConfig, count: int) -> int:
+    """Return the steps of a run; a guess where its time is to decide them."""
+    if config.undecided():
+        return int(config.run.minutes * 60 * STEPS_PER_SECOND)
+    return total_steps(config, count // config.data.batch_size)
+
+
+def _decide(settings: Settings, steps: int, stored: Stored | None) -> Decided:
+    """Decide how the processes that run compute.
 
     Raises:
         UserError: The settings ask for others, or cannot work here.
     """
-    decided = decide(config, steps, *before)
+    before = (stored.decided, stored.asked) if stored else ()
+    decided = decide(settings.config, steps, *before)
     if decided.world != distributed.world_size():
         raise UserError(
             f"the settings ask for {decided.world} devices and {distributed.world_size()} process "
@@ -167,26 +220,6 @@ def _decide(config: TrainConfig, steps: int, *before: Any) -> Decided:
         )
     _share_cores(decided)
     return decided
-
-
-def _assemble(
-    config: TrainConfig,
-    decided: Decided,
-    module: MoCo,
-    data: PretrainData,
-    run_dir: Path,
-    start_step: int,
-    images: dict[str, int],
-    callbacks: Sequence[pl.Callback],
-) -> Run:
-    """Say what was decided, and build what trains."""
-    if decided.compile:
-        module.compile_encoders(decided.compile)
-    set_length(module, config, data)
-    say_what_was_decided(config, decided, module, data, run_dir)
-    stored = {"config": asdict(config), "decided": asdict(decided), "images": images}
-    extras = {"version": VERSION, **stored}
-    return assemble(config, decided, module, data, run_dir, start_step, extras, callbacks)
 
 
 def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
@@ -227,67 +260,6 @@ def _train(run: Run, checkpoint: Path | None) -> None:
     finally:
         data.close()
         finish()
-
-
-def load_stored(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint of ours, its tensors by need.
-
-    Raises:
-        UserError: It cannot be read, or is none of ours.
-    """
-    try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(
-            f"--resume {checkpoint} cannot be read ({reason}): name another checkpoint of the run"
-        ) from None
-    parts = {"config": dict, "global_step": int, "loops": dict}
-    if not isinstance(stored, dict) or not all(
-        isinstance(stored.get(name), kind) for name, kind in parts.items()
-    ):
-        raise UserError(
-            f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
-        )
-    return stored
-
-
-def read_stored(
-    checkpoint: Path, config: TrainConfig, images: dict[str, Any], run_dir: Path
-) -> tuple[int, Decided | None, TrainConfig]:
-    """Check that a checkpoint belongs to these settings and images.
-
-    Returns: Its step, what the run has decided (None in a run of an older version), and the
-        settings that it was asked for.
-
-    Raises:
-        UserError: Not one of our checkpoints, or of another recipe or data set.
-    """
-    stored = load_stored(checkpoint)
-    check_same(config, stored["config"], checkpoint)
-    check_images(images, stored.get("images"), checkpoint)
-    asked = stored_groups(run_dir)
-    if run_dir.exists() and not asked:
-        log.warning(
-            "%s is missing or damaged: the settings in %s are taken",
-            run_dir / "config.yaml",
-            checkpoint,
-        )
-    gone = {*unknown_settings(stored["config"]), *unknown_settings(asked)}
-    if gone:
-        names = ", ".join(sorted(gone))
-        log.info("%s: stored settings that are gone are left out: %s", run_dir, names)
-    if (version := stored.get("version", 1)) != VERSION:
-        log.info(
-            "--resume %s: the run was begun by version %s of moco, whose random numbers were "
-            "others: it goes on, but not exactly",
-            checkpoint,
-            version,
-        )
-    decided = Decided.from_dict(stored.get("decided"))
-    if decided is None:
-        log.info("%s keeps no decisions, of an older version: `auto` is decided anew", run_dir)
-    return stored["global_step"], decided, TrainConfig.from_dict(stored["config"])
 
 
 def _share_cores(decided: Decided) -> None:

@@ -16,20 +16,8 @@ WORTH_A_WARNING = 0.05  # share of the queries that meet their own image's older
 
 def check_shares(config: TrainConfig, world: int, key_bn: str, query_bn: str) -> None:
     """Raise UserError when the batch does not divide by the devices and BatchNorm groups."""
-    batch, model = config.data.batch_size, config.model
-    groups, why, needs = world, f"{world} devices", []
-    if config.data.chunks > 1:
-        groups *= config.data.chunks
-        why += f" x {config.data.chunks} chunks"
-        needs.append((groups, why))
-    if "split" in (key_bn, query_bn):
-        groups *= model.bn_splits
-        why += f" x {model.bn_splits} BatchNorm groups"
-        needs.append((groups, why))
-    if key_bn in ("shuffle", "split"):
-        blocks = f"{world} devices, {world} equal blocks on each to shuffle keys"
-        needs.append((world * world, blocks))
-    needs.append((world, f"{world} devices"))
+    batch = config.data.batch_size
+    groups, why, needs = _needs(config, world, key_bn, query_bn)
     unit = math.lcm(*(parts for parts, _ in needs))
     near = max(-(-2 * groups // unit), batch // unit) * unit
     for parts, reason in needs:
@@ -42,6 +30,35 @@ def check_shares(config: TrainConfig, world: int, key_bn: str, query_bn: str) ->
             f"data.batch_size {batch} leaves {batch // groups} image in a BatchNorm group ({why}): "
             f"take {near}"
         )
+
+
+def batch_unit(config: TrainConfig, world: int) -> int:
+    """Return what the batch must be a multiple of, with two images in each BatchNorm group."""
+    key_bn, query_bn = config.model.key_bn, config.model.query_bn
+    if key_bn == "auto" and config.model.queue_size != 0:
+        key_bn = "shuffle" if world > 1 else "split"
+    groups, _, needs = _needs(config, world, key_bn, query_bn)
+    return math.lcm(2 * groups, *(parts for parts, _ in needs))
+
+
+def _needs(
+    config: TrainConfig, world: int, key_bn: str, query_bn: str
+) -> tuple[int, str, list[tuple[int, str]]]:
+    """Return the BatchNorm groups, why there are so many, and all that the batch divides into."""
+    groups, why, needs = world, f"{world} devices", []
+    if config.data.chunks > 1:
+        groups *= config.data.chunks
+        why += f" x {config.data.chunks} chunks"
+        needs.append((groups, why))
+    if "split" in (key_bn, query_bn):
+        groups *= config.model.bn_splits
+        why += f" x {config.model.bn_splits} BatchNorm groups"
+        needs.append((groups, why))
+    if key_bn in ("shuffle", "split"):
+        blocks = f"{world} devices, {world} equal blocks on each to shuffle keys"
+        needs.append((world * world, blocks))
+    needs.append((world, f"{world} devices"))
+    return groups, why, needs
 
 
 def own_key_share(queue_size: int, keys: int) -> float:

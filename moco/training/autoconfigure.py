@@ -1,0 +1,164 @@
+"""Autoconfiguration: settings left to `auto` that follow from the images and the hardware.
+
+What a setting comes to stands in `Decided.settings`, with its reason, so that a run can be repeated
+and resumed as it was. The rules are few and plain; BENCHMARKS.md says where they were measured.
+Shapes: M images in the set, B global batch, K queue, W devices.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from moco.config import TrainConfig
+from moco.training.shares import batch_unit
+
+log = logging.getLogger("moco")
+SIZES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)  # sides of a view that are chosen
+LARGEST = {"cuda": 224, "cpu": 64}
+SMALL_VIEW = 40  # pixels up to which a ResNet starts with a 3x3 convolution and no pooling
+BATCH, LEAST_BATCH = 256, 16
+QUEUE = {"cuda": 65536, "cpu": 4096}  # most keys
+RATES = {"sgd": 0.12, "adamw": 1.5e-4, "lars": 0.3}  # for a batch of 256
+WARMUP_SHARE = 0.1  # of a run that is shorter than its warm-up
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the settings follow from.
+
+    Attributes:
+        count: Images, M.
+        side: Short side in pixels that nine in ten of the images looked at have, or more.
+        channels: As the source reads them.
+        accelerator: cuda or cpu.
+        world: Devices, W.
+    """
+
+    count: int
+    side: int
+    channels: int
+    accelerator: str
+    world: int
+
+
+class Settings:
+    """Decide one setting after another; `chosen` and `reasons` have the dotted name as key."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        chosen: dict[str, Any] | None = None,
+        reasons: dict[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self.chosen = dict(chosen or {})
+        self.reasons = {name: why for name, why in (reasons or {}).items() if name in self.chosen}
+
+    def take(self, name: str, value: Any, reason: str) -> None:
+        """Give a setting its value, where it is left to `auto`."""
+        if self.config.value(name) == "auto":
+            self.replace(name, value, reason)
+
+    def replace(self, name: str, value: Any, reason: str) -> None:
+        """Give a setting another value than it was asked for."""
+        self.chosen[name], self.reasons[name] = value, reason
+        self.config = self.config.changed({name: value})
+        log.info("%s: %s (%s)", name, value, reason)
+
+
+def autoconfigure(config: TrainConfig, facts: Facts) -> Settings:
+    """Decide all settings left to `auto` but the epochs, which the speed decides.
+
+    Args:
+        config: Settings as they were asked for.
+        facts: About images and hardware.
+    """
+    own = Settings(config)
+    own.take("data.channels", facts.channels, "what the images hold")
+    _choose_views(own, facts)
+    _choose_network(own, facts)
+    _choose_batch(own, facts)
+    return own
+
+
+def _choose_views(own: Settings, facts: Facts) -> None:
+    most = LARGEST[facts.accelerator]
+    room = min(facts.side * own.config.data.upscale, most)
+    size = max((size for size in SIZES if size <= room), default=max(int(room), 4))
+    why = f"the short side of nine in ten images is {facts.side} px or more"
+    why += f", and a {facts.accelerator} takes {most} px at most" if facts.side > most else ""
+    own.take("data.image_size", size, why)
+    size = own.config.data.image_size
+    views = "cifar" if size < 64 else "v2"
+    blur = "without blur, which would hide all" if size < 64 else "with blur"
+    own.take("data.views", views, f"{blur} at {size} px")
+
+
+def _choose_network(own: Settings, facts: Facts) -> None:
+    size, on_gpu = own.config.data.image_size, facts.accelerator == "cuda"
+    small = size <= SMALL_VIEW
+    own.take("model.stem", "cifar" if small else "imagenet", f"views of {size} px")
+    chosen = own.config.model.backbone == "auto"
+    own.take(
+        "model.backbone",
+        "resnet18" if on_gpu else "resnet10t",
+        f"what a {facts.accelerator} trains",
+    )
+    narrow = 0.25 if own.config.model.stem == "cifar" else 0.5
+    width = narrow if chosen and not on_gpu else 1.0
+    why = "a CPU then sees each image more often" if width < 1 else "the published network"
+    own.take("model.width", width, why)
+
+
+def _choose_batch(own: Settings, facts: Facts) -> None:
+    """Choose B, K and the rate: K holds a step's keys, and at most an eighth of an epoch's."""
+    model, count = own.config.model, facts.count
+    batch = BATCH
+    while batch > LEAST_BATCH and batch * 8 > count:
+        batch //= 2
+    unit = batch_unit(own.config, facts.world)
+    batch = max(batch // unit, 1) * unit
+    own.take("data.batch_size", batch, f"{count} images on {facts.world} device(s)")
+    batch = own.config.data.batch_size
+    keys = batch * (2 if model.symmetric != "none" and model.queues == 1 else 1)  # of a step
+    room = min(max(count // batch, 1) * keys // 8, QUEUE[facts.accelerator])
+    size = keys * 2 ** int(math.log2(max(room // keys, 1)))
+    own.take("model.queue_size", size, f"at most an eighth of the keys of {count} images")
+    rate = RATES[own.config.optim.name] * batch / 256
+    own.take("optim.lr", float(f"{rate:.4g}"), f"{RATES[own.config.optim.name]:g} x batch / 256")
+
+
+def choose_length(own: Settings, batches: int, seconds: float = 0.0) -> None:
+    """Decide how long the run trains, and shorten a warm-up that would not end within it.
+
+    Args:
+        own: With everything else decided.
+        batches: Of an epoch.
+        seconds: That a batch takes; needed where the time decides the epochs.
+    """
+    if seconds:
+        _choose_epochs(own, batches, seconds)
+    trainer, optim = own.config.trainer, own.config.optim
+    steps_per_epoch = -(-batches // trainer.accumulate_grad_batches)
+    epochs = float(trainer.max_epochs)
+    if trainer.max_steps > 0:
+        epochs = min(epochs, trainer.max_steps / max(steps_per_epoch, 1))
+    if optim.warmup_epochs > epochs:
+        own.replace(
+            "optim.warmup_epochs",
+            float(f"{WARMUP_SHARE * epochs:.4g}"),
+            f"a tenth of the run: the {optim.warmup_epochs:g} asked for are more than its "
+            f"{epochs:.3g} epochs",
+        )
+
+
+def _choose_epochs(own: Settings, batches: int, seconds: float) -> None:
+    steps = own.config.run.minutes * 60 / seconds
+    why = f"{own.config.run.minutes:g} minutes at {seconds * 1000:.0f} ms a batch"
+    own.take("trainer.max_epochs", max(int(steps / batches), 1), why)
+    if steps < batches and own.config.trainer.max_steps < 0:
+        steps = max(int(steps / own.config.trainer.accumulate_grad_batches), 1)
+        own.replace("trainer.max_steps", steps, f"{why}: less than an epoch")

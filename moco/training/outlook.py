@@ -1,0 +1,56 @@
+"""The outlook: how long a run will take, in its log after the first minute."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+
+from moco.images.loader import PretrainData
+
+log = logging.getLogger("moco")
+FIRST_ESTIMATE = 60.0  # seconds of training
+
+
+class Outlook(pl.Callback):
+    """After its first minute, tell how long a run will take."""
+
+    def __init__(self, data: PretrainData) -> None:
+        self.data, self.start, self.said = data, (0.0, 0), False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        """Speak once; the first batch, which builds and warms up, does not count."""
+        now, step = time.perf_counter(), trainer.global_step
+        if not self.start[1]:
+            self.start = now, step
+        start, first = self.start
+        if self.said or now - start < FIRST_ESTIMATE or step == first:
+            return
+        self.said = True
+        seconds = (now - start) / (step - first)
+        left = seconds * (module.total_steps - step)
+        log.info(
+            "%s an epoch, %s left, until %s; %.0f%% of the time waiting for images",
+            duration(seconds * module.steps_per_epoch),
+            duration(left),
+            clock_time(left),
+            100 * self.data.wait_seconds / (now - start),
+        )
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that people would say."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def clock_time(seconds: float) -> str:
+    """Return when so many seconds will have passed: the time, and another day's date."""
+    now = datetime.datetime.now()
+    then = now + datetime.timedelta(seconds=min(seconds, 3e9))
+    return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%Y-%m-%d %H:%M}"

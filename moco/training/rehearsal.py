@@ -1,0 +1,155 @@
+"""A rehearsal: some steps before a run, which tell how long it will take and what it needs.
+
+It trains as the run will, by the same Trainer, on a module that is thrown away, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import resource
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from moco import distributed
+from moco.algorithm.pretrain import MoCo
+from moco.config import MOST_EPOCHS, TrainConfig
+from moco.images.loader import PretrainData
+from moco.training.build import build_trainer, set_length
+from moco.training.decide import Decided
+from moco.training.outlook import clock_time, duration
+
+log = logging.getLogger("moco")
+BATCHES, AT_LEAST = 20, 6  # of a rehearsal
+SECONDS = 30.0  # after which it ends, with at least so many batches
+
+
+@dataclass
+class Pace:
+    """How fast a run is.
+
+    Attributes:
+        seconds: Per batch.
+        wait_share: Part of that time spent waiting for images.
+        memory: Most bytes in use: of the GPU, or of this process.
+    """
+
+    seconds: float
+    wait_share: float
+    memory: int
+
+
+class _Clock(pl.Callback):
+    """Measure batches, and end the rehearsal after enough of them."""
+
+    def __init__(self, data: PretrainData) -> None:
+        self.data = data
+        self.ends: list[tuple[float, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Note when a batch ended, and what was waited until then."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append((time.perf_counter(), self.data.wait_seconds))
+        long = self.ends[-1][0] - self.ends[0][0] > SECONDS
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(
+            len(self.ends) >= BATCHES or (long and len(self.ends) >= AT_LEAST), all=False
+        )
+
+    def pace(self) -> tuple[float, float]:
+        """Return seconds per batch and the share of waiting, without the first few batches."""
+        ends = self.ends[min(4, len(self.ends) - 2) :]
+        (start, waited), (end, waited_then) = ends[0], ends[-1]
+        seconds = max(end - start, 1e-9)
+        return seconds / (len(ends) - 1), (waited_then - waited) / seconds
+
+
+def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: PretrainData) -> Pace:
+    """Train a module for some batches; it must not be used again.
+
+    Args:
+        config: Settings; how long the run is does not matter.
+        decided: What they came to.
+        module: As the run would start.
+        data: Prepared; it can be used again.
+    """
+    trainer = replace(config.trainer, max_epochs=MOST_EPOCHS, max_steps=-1)
+    config = dataclasses.replace(config, trainer=trainer)
+    log.info("trying some steps, to see how long they take")
+    set_length(module, config, data)
+    clock = _Clock(data)
+    trainer = build_trainer(config, decided, logger=False, callbacks=[clock])
+    trainer.fit(module, datamodule=data)
+    data.close()
+    data.wait_seconds = 0.0
+    return Pace(*clock.pace(), used_memory(decided.accelerator))
+
+
+def used_memory(accelerator: str) -> int:
+    """Return the most bytes that this process has used, of a GPU or in main memory."""
+    if accelerator == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def checkpoint_bytes(module: MoCo, optimizer: str) -> int:
+    """Return the size of one checkpoint: the module, and what the optimiser keeps of gradients."""
+    stored = sum(value.nbytes for value in module.state_dict().values())
+    trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    return stored + trained * (2 if optimizer == "adamw" else 1)
+
+
+def tell_plan(
+    config: TrainConfig,
+    decided: Decided,
+    module: MoCo,
+    data: PretrainData,
+    pace: Pace,
+    start_step: int,
+) -> dict[str, Any]:
+    """Print a table of what a run would be, and return its figures.
+
+    Args:
+        pace: Measured.
+        start_step: Of a run that goes on, else 0.
+    """
+    set_length(module, config, data)
+    steps = module.total_steps - start_step
+    batches = steps * module.accumulate
+    seconds, size = pace.seconds * batches, checkpoint_bytes(module, config.optim.name)
+    images = config.data.batch_size / pace.seconds
+    where = "GPU memory" if decided.accelerator == "cuda" else "memory"
+    rows = [(name, _shown(config.value(name)), why) for name, why in decided.reasons.items()
+            if name in decided.settings]  # fmt: skip
+    rows += [(name, str(getattr(decided, name)) or "none", why)
+             for name, why in decided.reasons.items() if hasattr(decided, name)]  # fmt: skip
+    rows += [
+        ("steps", f"{steps}", f"{module.steps_per_epoch} an epoch"),
+        ("images/s", f"{images:.0f}", f"{pace.wait_share:.0%} of the time waiting for images"),
+        ("an epoch", duration(pace.seconds * module.steps_per_epoch * module.accumulate), ""),
+        ("in all", duration(seconds), f"until {clock_time(seconds)}, without kNN readings"),
+        (where, f"{pace.memory / 2**30:.1f} GiB", "most in use of this process"),
+        ("disk", f"{size * (config.run.keep_checkpoints + 1) / 2**20:.0f} MiB", "checkpoints"),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for name, value, why in rows if distributed.rank() == 0 else ():
+        line = f"{name:{widths[0]}}  {value:{widths[1]}}  {why}".rstrip()
+        print(line, file=sys.stderr)
+    return {
+        "plan": {"settings": decided.settings, "steps": steps},
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images, 1),
+        "wait_share": round(pace.wait_share, 3),
+        "memory_bytes": pace.memory,
+        "checkpoint_bytes": size,
+    }
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,105 @@
+"""Resuming: what a checkpoint of a run says, and whether the run may go on from it."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco.config import TrainConfig, UserError, unknown_settings
+from moco.run_directory import VERSION, check_images, check_same, stored_groups
+from moco.training.decide import Decided
+
+log = logging.getLogger("moco")
+
+
+def load_stored(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, its tensors by need.
+
+    Raises:
+        UserError: It cannot be read, or is none of ours.
+    """
+    try:
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"--resume {checkpoint} cannot be read ({reason}): name another checkpoint of the run"
+        ) from None
+    parts = {"config": dict, "global_step": int, "loops": dict}
+    if not isinstance(stored, dict) or not all(
+        isinstance(stored.get(name), kind) for name, kind in parts.items()
+    ):
+        raise UserError(
+            f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
+        )
+    return stored
+
+
+@dataclass
+class Stored:
+    """What a run goes on from.
+
+    Attributes:
+        step: Of the checkpoint.
+        decided: What the run has decided; None in a run of an older version.
+        asked: The settings that it was asked for, without what was left to `autoconfigure`.
+    """
+
+    step: int
+    decided: Decided | None
+    asked: TrainConfig
+
+
+def read_stored(
+    checkpoint: Path, config: TrainConfig, images: dict[str, Any], run_dir: Path
+) -> tuple[TrainConfig, Stored]:
+    """Check that a checkpoint belongs to these settings and images.
+
+    Returns: The settings with those that the run has decided, and what it goes on from.
+
+    Raises:
+        UserError: Not one of our checkpoints, or of another recipe or data set.
+    """
+    stored = load_stored(checkpoint)
+    asked, decided = stored_groups(run_dir), Decided.from_dict(stored.get("decided"))
+    if decided:
+        config = _as_decided(config, decided.settings, asked)
+    check_same(config, stored["config"], checkpoint)
+    check_images(images, stored.get("images"), checkpoint)
+    if run_dir.exists() and not asked:
+        log.warning(
+            "%s is missing or damaged: the settings in %s are taken",
+            run_dir / "config.yaml",
+            checkpoint,
+        )
+    gone = {*unknown_settings(stored["config"]), *unknown_settings(asked)}
+    if gone:
+        names = ", ".join(sorted(gone))
+        log.info("%s: stored settings that are gone are left out: %s", run_dir, names)
+    if (version := stored.get("version", 1)) != VERSION:
+        log.info(
+            "--resume %s: the run was begun by version %s of moco, whose random numbers were "
+            "others: it goes on, but not exactly",
+            checkpoint,
+            version,
+        )
+    if decided is None:
+        log.info("%s keeps no decisions, of an older version: `auto` is decided anew", run_dir)
+    return config, Stored(stored["global_step"], decided, TrainConfig.from_dict(stored["config"]))
+
+
+def _as_decided(
+    config: TrainConfig, settings: dict[str, Any], asked: dict[str, dict[str, Any]]
+) -> TrainConfig:
+    """Give settings the values that the run has decided, unless the user names others now."""
+    kept = {}
+    for name, value in settings.items():
+        group, _, field = name.partition(".")
+        if config.value(name) in ("auto", asked.get(group, {}).get(field)):
+            kept[name] = value
+    return config.changed(kept)
