@@ -90,6 +90,7 @@ def _check_together(config: TrainConfig) -> None:
             "could follow it: set run.knn_every to 1, or train longer"
         )
     _check_queues(config)
+    _check_patches(config)
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values and len(values) != data.channels:
@@ -120,6 +121,21 @@ def _check_queues(config: TrainConfig) -> None:
             "trainer.accumulate_grad_batches is above 1 with model.queue_size 0: the negatives are "
             "the batch's own keys, and smaller batches would be another loss; keep data.batch_size "
             "and set data.chunks instead, which saves the same memory"
+        )
+
+
+def _check_patches(config: TrainConfig) -> None:
+    """Raise UserError where views do not divide into patches, or patches do not combine."""
+    patches, combine, size = config.model.patches, config.model.combine, config.data.image_size
+    if size % patches:
+        raise UserError(
+            f"data.image_size {size} does not divide into model.patches {patches} along a side: "
+            f"take {max(size // patches, 4) * patches}"
+        )
+    if combine > patches**2:
+        raise UserError(
+            f"model.combine {combine} is above the {patches**2} patches of a view "
+            f"(model.patches {patches}): lower it"
         )
 
 

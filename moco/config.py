@@ -100,10 +100,11 @@ class ModelConfig:
     freeze_patch_embed: bool = setting(
         False, "Keep the random patch projection of a ViT as it starts (v3, for stability)"
     )
-    head: Literal["linear", "mlp", "mlp_bn"] = setting(
+    head: Literal["linear", "mlp", "mlp_bn", "mlp_bn_affine"] = setting(
         "mlp",
-        "Projection head: linear (v1), MLP (v2), or MLP without biases and with BatchNorm after "
-        "each layer, the last one without gain and bias (v3)",
+        "Projection head: linear (v1), MLP (v2), MLP without biases and with BatchNorm after each "
+        "layer, the last one without gain and bias (v3), or MLP with biases and with BatchNorm "
+        "with gain and bias after each layer (Fast-MoCo)",
     )
     head_layers: int = setting(
         2,
@@ -118,17 +119,32 @@ class ModelConfig:
         at_most=65536,
     )
     embedding_dim: int = setting(128, "Width of the embedding, C", at_least=2, at_most=65536)
-    predictor: Literal["none", "mlp"] = setting(
-        "none", "MLP of two layers with BatchNorm behind the head, on the query side only (v3)"
+    predictor: Literal["none", "mlp", "bottleneck"] = setting(
+        "none",
+        "MLP of two layers behind the head, on the query side only: with BatchNorm and without "
+        "biases (v3), or with biases and a hidden width of a quarter (Fast-MoCo)",
     )
     predictor_last_bn: bool = setting(
         False, "BatchNorm without gain and bias behind the predictor (v3 with ViTs)"
     )
+    patches: int = setting(
+        1,
+        "Cut the queries' views into so many by so many patches, which are encoded apart; keys "
+        "stay whole (Fast-MoCo: 2)",
+        at_least=1,
+        at_most=16,
+    )
+    combine: int = setting(
+        1,
+        "Patches whose features are averaged before the head, in every combination (Fast-MoCo: 2)",
+        at_least=1,
+        at_most=16,
+    )
     queue_size: int | Auto = setting(
         65536,
         "Number of negative keys, K; any size from one global batch up; 0: no queue, the other "
-        "keys of the global batch are the negatives, and the loss is multiplied by twice the "
-        "temperature (v3); auto: at most an eighth of the keys of an epoch",
+        "keys of the global batch are the negatives (v3); auto: at most an eighth of the keys of "
+        "an epoch",
         at_least=0,
         at_most=2**24,
     )
@@ -140,6 +156,9 @@ class ModelConfig:
     )
     temperature: float = setting(
         0.2, "Softmax temperature: 0.07 in v1, 0.2 in v2", above=0, at_most=100
+    )
+    loss_times_2t: bool = setting(
+        True, "Without a queue, multiply the loss by twice the temperature (v3; not Fast-MoCo)"
     )
     symmetric: Literal["none", "mean", "sum"] = setting(
         "none",
@@ -221,9 +240,15 @@ class OptimConfig:
     gamma: float = setting(0.1, "Factor of `step` and `plateau`", above=0, at_most=1)
     warmup_epochs: float = setting(
         0.0,
-        "Epochs of linear warm-up from 0, per step, before any schedule; a tenth of a shorter run",
+        "Epochs of linear warm-up, per step, before any schedule; a tenth of a shorter run",
         at_least=0,
         at_most=MOST_EPOCHS,
+    )
+    warmup_start: float = setting(
+        0.0, "Share of lr at which the warm-up begins", at_least=0, at_most=1
+    )
+    predictor_schedule: Literal["same", "constant"] = setting(
+        "same", "Rate of the predictor: as of all else, or lr throughout (Fast-MoCo, SimSiam)"
     )
     plateau_metric: Literal["train/loss", "val/knn_top1"] = setting(
         "train/loss",
@@ -297,6 +322,9 @@ class DataConfig:
         "Side of a view in pixels; auto: by the images and the hardware",
         at_least=4,
         at_most=8192,
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting(
+        "bilinear", "How crops are resized to views, antialiased (Fast-MoCo: bicubic)"
     )
     upscale: float = setting(
         1.0,

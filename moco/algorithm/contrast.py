@@ -26,17 +26,18 @@ def info_nce(
     The own key is class 0 of a (1+K)-way softmax; equal logits cost log(1+K).
 
     Args:
-        query: N x C unit vectors; the only input that needs a gradient.
-        key: N x C unit vectors; row i comes from the same image as query i.
+        query: R * N x C unit vectors, the R queries of an image together, where mostly R is 1;
+            the only input that needs a gradient.
+        key: N x C unit vectors, of the same images as the queries.
         negatives: K x C unit vectors: queued ones, without this batch's keys; or the keys of the
             whole batch, K = B.
         temperature: Positive; 0.07 in v1, 0.2 in v2, 1 in v3 with ResNets.
         own_rows: Where the keys of this device's queries begin in `negatives`, if they are in it:
-            the own key of query i, row `own_rows + i`, is left out of its negatives.
+            the own key of image i, row `own_rows + i`, is left out of its queries' negatives.
 
     Returns:
-        Mean loss in nats, and N x (1+K) logits already divided by the temperature; what was left
-        out is minus infinity.
+        Mean loss in nats, and R * N x (1+K) logits already divided by the temperature; what was
+        left out is minus infinity.
 
     Source: arXiv:1911.05722, eq. 1 and Algorithm 1; arXiv:2104.02057, Algorithm 1.
     """
@@ -44,12 +45,13 @@ def info_nce(
     # several percent.
     with torch.autocast(query.device.type, enabled=False):
         query, key, negatives = at_least_fp32(query), at_least_fp32(key), at_least_fp32(negatives)
-        positive = (query * key).sum(1, keepdim=True)  # N 1
-        negative = query @ negatives.T  # N K
+        several = len(query) // len(key)  # R
+        positive = (query * key.repeat_interleave(several, 0)).sum(1, keepdim=True)  # R*N 1
+        negative = query @ negatives.T  # R*N K
         if own_rows is not None:
             rows = torch.arange(len(negatives), device=query.device)
-            own = rows[own_rows : own_rows + len(query), None] == rows  # N K
-            negative = negative.masked_fill(own, -torch.inf)
+            own = rows[own_rows : own_rows + len(key), None] == rows  # N K
+            negative = negative.masked_fill(own.repeat_interleave(several, 0), -torch.inf)
         logits = torch.cat([positive, negative], dim=1) / temperature  # N 1+K
         labels = logits.new_zeros(len(logits), dtype=torch.long)
         return functional.cross_entropy(logits, labels), logits

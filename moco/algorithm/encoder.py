@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moco.algorithm.patches import combine_features, cut_into_patches
 from moco.algorithm.vit import is_vit, shape_arguments, start_as_v3, vit_arguments
 from moco.config import ModelConfig, UserError
 
@@ -39,6 +40,8 @@ class Encoder(nn.Module):
         head: Features to embeddings (1911.05722: linear; 2003.04297: one hidden layer;
             2104.02057: BatchNorm after each layer).
         feature_dim: D.
+        patches, combine: How images are cut and features averaged (2207.08220), if above 1; then
+            each image has several embeddings, which stand together.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int) -> None:
@@ -46,9 +49,13 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = head
         self.feature_dim = feature_dim
+        self.patches = self.combine = 1
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images))
+        if self.patches == 1:
+            return self.head(self.backbone(images))
+        features = self.backbone(cut_into_patches(images, self.patches))
+        return self.head(combine_features(features, self.patches**2, self.combine))
 
 
 def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encoder:
@@ -73,11 +80,11 @@ def build_head(kind: str, widths: list[int]) -> nn.Module:
     """Build a projection head.
 
     Args:
-        kind: linear, mlp or mlp_bn, as the setting `model.head`.
+        kind: As the setting `model.head`.
         widths: Of its input, its hidden layers and its output.
     """
-    if kind == "mlp_bn":
-        return mlp_with_batch_norm(widths, last_bn=True)
+    if kind in ("mlp_bn", "mlp_bn_affine"):
+        return mlp_with_batch_norm(widths, last_bn=True, affine=kind == "mlp_bn_affine")
     if kind == "linear":
         return nn.Linear(*widths)
     layers = [[nn.Linear(*pair), nn.ReLU(inplace=True)] for pair in pairwise(widths)]
@@ -87,29 +94,30 @@ def build_head(kind: str, widths: list[int]) -> nn.Module:
 def build_predictor(config: ModelConfig, feature_dim: int) -> nn.Module:
     """Build what maps N x C query embeddings to N x C predictions of keys; identity without one.
 
-    Source: arXiv:2104.02057, section 4.1.
+    Sources: arXiv:2104.02057, section 4.1; arXiv:2207.08220, of which the bottleneck is.
     """
     if config.predictor == "none":
         return nn.Identity()
-    dim = config.embedding_dim
-    widths = [dim, config.head_hidden_dim or feature_dim, dim]
-    return mlp_with_batch_norm(widths, config.predictor_last_bn)
+    dim, narrow = config.embedding_dim, config.predictor == "bottleneck"
+    hidden = max(dim // 4, 1) if narrow else config.head_hidden_dim or feature_dim
+    return mlp_with_batch_norm([dim, hidden, dim], config.predictor_last_bn, affine=narrow)
 
 
-def mlp_with_batch_norm(widths: list[int], last_bn: bool) -> nn.Sequential:
-    """Build an MLP without biases and with BatchNorm and ReLU after every hidden layer.
+def mlp_with_batch_norm(widths: list[int], last_bn: bool, affine: bool = False) -> nn.Sequential:
+    """Build an MLP with BatchNorm and ReLU after every hidden layer.
 
     Args:
         widths: Of its input, its hidden layers and its output.
-        last_bn: Whether BatchNorm without gain and bias follows the last layer.
+        last_bn: Whether BatchNorm follows the last layer.
+        affine: Whether linear layers have biases, and that BatchNorm gain and bias.
 
-    Source: arXiv:2104.02057, appendix A.
+    Sources: arXiv:2104.02057, appendix A; arXiv:2207.08220 with `affine`.
     """
     layers: list[nn.Module] = []
     for width, following in pairwise(widths):
-        layers += [nn.Linear(width, following, bias=False), nn.BatchNorm1d(following)]
+        layers += [nn.Linear(width, following, bias=affine), nn.BatchNorm1d(following)]
         layers.append(nn.ReLU(inplace=True))
-    last = [nn.BatchNorm1d(widths[-1], affine=False)] if last_bn else []
+    last = [nn.BatchNorm1d(widths[-1], affine=affine)] if last_bn else []
     return nn.Sequential(*layers[:-2], *last)
 
 

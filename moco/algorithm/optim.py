@@ -18,20 +18,23 @@ from moco.config import ModelConfig, OptimConfig
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimConfig
+    encoder: Iterable[nn.Parameter], config: OptimConfig, predictor: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
     """Build LARS, or torch's SGD or AdamW, fused where possible.
 
-    Parameters of one dimension, those of norms and biases, are a group of their own where weight
-    decay or adaptation leaves them out.
+    Args:
+        encoder: Its parameters.
+        config: Settings.
+        predictor: Its parameters; where their rate is constant, their groups say `constant`.
     """
-    parameters = [p for p in parameters if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
-    if config.name == "lars" or not config.decay_norm_and_bias:
-        groups[0]["params"] = [p for p in parameters if p.ndim > 1]
-        groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    parameters, behind = ([p for p in some if p.requires_grad] for some in (encoder, predictor))
+    if config.predictor_schedule == "same":
+        groups = _groups([*parameters, *behind], config)
+    else:
+        last = [group | {"constant": True} for group in _groups(behind, config) if group["params"]]
+        groups = _groups(parameters, config) + last
+    parameters = [*parameters, *behind]
     if config.name == "lars":
-        groups[1]["trust"] = None
         return LARS(groups, config.lr, config.sgd_momentum, trust=config.lars_trust)
     # Gradients must be unscaled before they are clipped, which fused optimisers do too late.
     fused = config.clip_grad_norm == 0 and all(
@@ -48,6 +51,20 @@ def build_optimizer(
         nesterov=config.nesterov,
         fused=fused,
     )
+
+
+def _groups(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """Part parameters of one dimension, those of norms and biases, from the others.
+
+    They are a group of their own where weight decay or adaptation leaves them out.
+    """
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if config.name == "lars" or not config.decay_norm_and_bias:
+        groups[0]["params"] = [p for p in parameters if p.ndim > 1]
+        groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    if config.name == "lars":
+        groups[1]["trust"] = None
+    return groups
 
 
 class LARS(torch.optim.Optimizer):
@@ -107,13 +124,14 @@ class LARS(torch.optim.Optimizer):
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Return the rate of optimiser step `step`, counted from 0.
 
-    Warm-up rises linearly from 0, step by step. After it, cosine falls to 0 over the rest of the
+    Warm-up rises linearly, step by step. After it, cosine falls to 0 over the rest of the
     run as 0.5 * (1 + cos(pi * e / E)); with `schedule_per: epoch`, e counts whole epochs, as in v1
     and v2. `plateau` is constant here: `Plateau` scales it.
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return config.lr * step / warmup
+        start = config.lr * config.warmup_start
+        return start + (config.lr - start) * step / warmup
     if config.schedule == "cosine":
         if config.schedule_per == "epoch":
             step = max(step // steps_per_epoch * steps_per_epoch, math.ceil(warmup))

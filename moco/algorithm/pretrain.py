@@ -66,6 +66,7 @@ class MoCo(pl.LightningModule):
         encoder = build_encoder(model_config, channels, image_size)
         predictor = build_predictor(model_config, encoder.feature_dim)
         key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        encoder.patches, encoder.combine = model_config.patches, model_config.combine
         self.query_encoder = set_batch_norm(encoder, model_config.query_bn, model_config.bn_splits)
         self.key_encoder = set_batch_norm(key_encoder, model_config.key_bn, model_config.bn_splits)
         self.predictor = set_batch_norm(predictor, model_config.query_bn, model_config.bn_splits)
@@ -73,9 +74,10 @@ class MoCo(pl.LightningModule):
         size, dim = model_config.queue_size, model_config.embedding_dim
         self.queue = KeyQueue(size, dim, generator) if size else None
         self.second_queue = KeyQueue(size, dim, generator) if model_config.queues == 2 else None
-        # Of the sum of the losses; 2104.02057's code has the 2 T where it has no queue.
+        # Of the sum of the losses; 2104.02057's code, which has no queue, has the 2 T.
         self.loss_scale = 0.5 if model_config.symmetric == "mean" else 1.0
-        self.loss_scale *= 1.0 if size else 2 * model_config.temperature
+        if not size and model_config.loss_times_2t:
+            self.loss_scale *= 2 * model_config.temperature
         self.plateau = optim.Plateau(optim_config)
         self.total_steps = self.steps_per_epoch = 1
         self.accumulate = 1
@@ -92,27 +94,24 @@ class MoCo(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take one step of Algorithm 1 on one pair of views or, if symmetric, on two."""
-        queries = [self.encode_queries(view) for view in batch.query_views]  # N C
+        queries = [self.encode_queries(view) for view in batch.query_views]  # N C, of patches R*N C
         with torch.no_grad():
             if batch_idx % self.accumulate == 0:
                 self.update_key_encoder()
             keys = [self.encode_keys(view, batch.key_order) for view in batch.key_views]  # B C
         negatives = [queue.snapshot() for queue in self.queues] or keys  # K C, or B C
-        own_rows = None if self.queues else rank() * len(queries[0])  # of the own keys in B
+        count = len(batch.query_views[0])  # N
+        own_rows = None if self.queues else rank() * count  # of the own keys in B
         temperature, losses = self.model_config.temperature, []
         for query, key, others in zip(queries, keys, cycle(negatives), strict=False):
-            own = local_rows(key, len(query))  # N C
+            own = local_rows(key, count)  # N C
             loss, logits = info_nce(query, own, others, temperature, own_rows)
             losses.append(loss)
         for key, queue in zip(keys, cycle(self.queues), strict=False):
             queue.enqueue(key)  # after all losses: no key may be its own query's negative
         loss = torch.stack(losses).sum() * self.loss_scale
         self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
-        if self.accumulate == 1:
-            return loss
-        # Lightning divides by `accumulate`; the last step of an epoch may have fewer batches.
-        first = batch_idx // self.accumulate * self.accumulate
-        return loss * (self.accumulate / (self.window_end(batch_idx) - first))
+        return loss * self.batch_weight(batch_idx)
 
     @property
     def queues(self) -> list[KeyQueue]:
@@ -120,7 +119,7 @@ class MoCo(pl.LightningModule):
         return [queue for queue in (self.queue, self.second_queue) if queue is not None]
 
     def encode_queries(self, view: Tensor) -> Tensor:
-        """Encode this device's queries, N x C unit vectors.
+        """Encode this device's queries, N x C unit vectors, or R * N x C of patches.
 
         In chunks, no activation is kept: the backward pass encodes a chunk again with the same
         dropout, and takes its gradient, so that the gradient is the whole batch's at the memory of
@@ -139,6 +138,16 @@ class MoCo(pl.LightningModule):
             for part in view.chunk(self.chunks)
         ]
         return normalize(at_least_fp32(torch.cat(embeddings)))
+
+    def batch_weight(self, batch_idx: int) -> float:
+        """Return the factor that makes Lightning's division by `accumulate` one by the window.
+
+        The last step of an epoch may have fewer batches.
+        """
+        if self.accumulate == 1:
+            return 1.0
+        first = batch_idx // self.accumulate * self.accumulate
+        return self.accumulate / (self.window_end(batch_idx) - first)
 
     def window_end(self, batch_idx: int) -> int:
         """Return the number after the last batch of this batch's optimiser step."""
@@ -210,8 +219,8 @@ class MoCo(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimiser over query encoder and predictor."""
-        parameters = [*self.query_encoder.parameters(), *self.predictor.parameters()]
-        return optim.build_optimizer(parameters, self.optim_config)
+        encoder, predictor = self.query_encoder.parameters(), self.predictor.parameters()
+        return optim.build_optimizer(encoder, self.optim_config, predictor)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradient; Lightning refuses to where the optimiser is fused."""
@@ -228,7 +237,7 @@ class MoCo(pl.LightningModule):
         torch.manual_seed(stream_id(self.seed, f"masks {self.global_step} {batch_idx} {rank()}"))
         rate = self.learning_rate()
         for group in self.optimizers(use_pl_optimizer=False).param_groups:
-            group["lr"] = rate
+            group["lr"] = self.optim_config.lr if group.get("constant") else rate
 
     def learning_rate(self) -> float:
         """Return the rate of the current optimiser step."""

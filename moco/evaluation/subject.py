@@ -42,7 +42,7 @@ PIXEL_SIDE = 32
 # Settings that only pretraining uses; judging refuses them rather than ignoring them.
 PRETRAINING_ONLY = (
     *("views", "batch_size", "chunks"),
-    *("crop_min", "jitter", "grey", "blur", "solarise"),
+    *("crop_min", "interpolation", "jitter", "grey", "blur", "solarise"),
 )
 
 

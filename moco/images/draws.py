@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class ViewRecipe:
     blur: float
     solarise: float = 0.0
     grey_first: bool = False
+    interpolation: str = "bilinear"
 
 
 _V3 = ViewRecipe(0.2, 0.5, 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 1.0)
@@ -84,7 +86,7 @@ def view_recipes(data: DataConfig) -> tuple[ViewRecipe, ViewRecipe]:
     Raises:
         UserError: Greyscale asked for on images that are not RGB.
     """
-    own: list[dict[str, float]] = [{}, {}]
+    own: list[dict[str, Any]] = [{"interpolation": data.interpolation} for _ in range(2)]
     for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
         if (value := getattr(data, name)) is not None:
             for view, one in zip(own, per_view(value), strict=True):

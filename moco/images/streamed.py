@@ -52,8 +52,9 @@ class Cuts(Dataset):
         sizes = torch.tensor([image.shape[1:] for image in images]).unbind(1)
         chains = zip(self.recipes, self.streams, strict=True)
         boxes = [draw_crops(recipe, s, epoch, index, *sizes) for recipe, s in chains]
+        how = self.recipes[0].interpolation
         return [
-            torch.stack([views.cut(image, b, self.size, row).permute(1, 2, 0) for b in boxes])
+            torch.stack([views.cut(image, b, self.size, row, how).permute(1, 2, 0) for b in boxes])
             for row, image in enumerate(images)
         ]
 

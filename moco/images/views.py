@@ -78,7 +78,7 @@ class ViewMaker:
         recipe, (crop, colour) = self.recipes[number], self.streams[number]
         if whole:
             boxes = draw_crops(recipe, crop, epoch, index, *images.shape[2:])
-            view = crop_and_resize(images, boxes, self.size)
+            view = crop_and_resize(images, boxes, self.size, recipe.interpolation)
         else:
             view = images.contiguous().float() / 255
         colours = draw_colours(recipe, colour, epoch, index)
@@ -87,32 +87,45 @@ class ViewMaker:
         return view.contiguous(memory_format=torch.channels_last)
 
 
-def crop_and_resize(images: Tensor, crops: Crops, size: int) -> Tensor:
-    """Cut, resize (bilinear, antialiased) and mirror.
+def crop_and_resize(
+    images: Tensor, crops: Crops, size: int, interpolation: str = "bilinear"
+) -> Tensor:
+    """Cut, resize (antialiased) and mirror.
 
     Args:
         images: N x C x H x W uint8, or float on the same scale.
         size: S.
+        interpolation: bilinear or bicubic.
 
     Returns:
         N x C x S x S float on a 0-1 scale.
     """
-    rows = _resize_matrix(crops.top, crops.height, images.shape[2], size) / 255
-    columns = _resize_matrix(crops.left, crops.width, images.shape[3], size)
+    cubic = interpolation == "bicubic"
+    rows = _resize_matrix(crops.top, crops.height, images.shape[2], size, cubic) / 255
+    columns = _resize_matrix(crops.left, crops.width, images.shape[3], size, cubic)
     columns = torch.where(crops.flip[:, None, None], columns.flip(1), columns)
-    return _separable(images.float(), rows, columns)
+    resized = _separable(images.float(), rows, columns)
+    return resized.clamp(0, 1) if cubic else resized  # cubic weights overshoot at edges
 
 
-def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int, cubic: bool) -> Tensor:
     """Build the N x S x pixels weights that resize [start, start+length) to S, as PIL does."""
     length, start = length.float()[:, None, None], start.float()[:, None, None]
     scale = length / size
     out = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
     pixel = torch.arange(pixels, device=start.device, dtype=torch.float32)[None, None, :]
     centre = start + (out + 0.5) * scale
-    weights = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    distance = (pixel + 0.5 - centre).abs() / scale.clamp(min=1)
+    weights = _keys_cubic(distance) if cubic else (1 - distance).clamp(min=0)
     weights = weights * ((pixel >= start) & (pixel < start + length))
     return weights / weights.sum(2, keepdim=True)
+
+
+def _keys_cubic(distance: Tensor) -> Tensor:
+    """Return Keys' cubic kernel with a = -0.5, which PIL's bicubic has (Keys 1981)."""
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -121,7 +134,9 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].transpose(2, 3))
 
 
-def cut(image: Tensor, boxes: Crops, size: int, row: int = 0) -> Tensor:
+def cut(
+    image: Tensor, boxes: Crops, size: int, row: int = 0, interpolation: str = "bilinear"
+) -> Tensor:
     """Cut one of the boxes out of a C x H x W uint8 image and resize it, antialiased.
 
     Returns:
@@ -133,7 +148,7 @@ def cut(image: Tensor, boxes: Crops, size: int, row: int = 0) -> Tensor:
     )
     part = image[None, :, top : top + height, left : left + width]
     part = part.contiguous(memory_format=torch.channels_last)
-    part = interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+    part = interpolate(part, (size, size), mode=interpolation, antialias=True)[0]
     return part.flip(2) if flip else part
 
 
