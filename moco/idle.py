@@ -82,6 +82,10 @@ OF_TRAINING: Rules = OF_DATA | {
         lambda given: given["model.head"] == "linear" and given["model.predictor"] == "none",
     ),
     "model.predictor_last_bn": ("there is no predictor", _is("model.predictor", "none")),
+    "model.loss_times_2t": (
+        "there is a queue, whose loss is not multiplied",
+        lambda given: given["model.queue_size"] != 0,
+    ),
     "model.key_momentum_end": (
         "model.key_momentum_schedule is constant",
         _is("model.key_momentum_schedule", "constant"),
@@ -106,6 +110,8 @@ OF_TRAINING: Rules = OF_DATA | {
         "LARS never decays them, and there is nothing to decay at optim.weight_decay 0",
         lambda given: given["optim.name"] == "lars" or given["optim.weight_decay"] == 0,
     ),
+    "optim.warmup_start": ("optim.warmup_epochs is 0", _is("optim.warmup_epochs", 0)),
+    "optim.predictor_schedule": ("there is no predictor", _is("model.predictor", "none")),
     "optim.schedule": (
         "no milestone lies before trainer.max_epochs",
         lambda given: (
