@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,11 +18,32 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from moco.algorithm.contrast import info_nce
-from moco.config import DataConfig, RunError
+from moco.config import DataConfig, RunError, UserError
+from moco.images.loader import PretrainData
 from moco.training.monitor import KNNMonitor
 
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
+
+
+def fit(
+    trainer: pl.Trainer, module: Any, data: PretrainData, checkpoint: Path | None = None
+) -> None:
+    """Run Lightning's loop, and turn what ends it before its time into one line.
+
+    Args:
+        checkpoint: What a resumed run goes on from.
+    """
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except (UserError, RunError):
+        raise
+    except SystemExit:  # Lightning's answer to KeyboardInterrupt
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        raise explain(error, trainer, module, data.config) from error
+    finally:
+        data.close()
 
 
 def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig) -> Exception:

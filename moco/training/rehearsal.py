@@ -22,6 +22,7 @@ from moco.config import MOST_EPOCHS, TrainConfig
 from moco.images.loader import PretrainData
 from moco.training.build import build_trainer, set_length
 from moco.training.decide import Decided
+from moco.training.explain import fit
 from moco.training.outlook import clock_time, duration
 
 log = logging.getLogger("moco")
@@ -84,10 +85,10 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     set_length(module, config, data)
     clock = _Clock(data)
     trainer = build_trainer(config, decided, logger=False, callbacks=[clock])
-    trainer.fit(module, datamodule=data)
-    data.close()
+    fit(trainer, module, data)
     data.wait_seconds = 0.0
-    return Pace(*clock.pace(), used_memory(decided.accelerator))
+    pace = distributed.from_first(clock.pace)  # ranks measure different times
+    return Pace(*pace, used_memory(decided.accelerator))
 
 
 def used_memory(accelerator: str) -> int:

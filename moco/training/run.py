@@ -39,7 +39,7 @@ from moco.training.build import (
     total_steps,
 )
 from moco.training.decide import Decided, decide
-from moco.training.explain import explain
+from moco.training.explain import fit
 from moco.training.hardware import accelerator, choose_devices, own_device
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.resume import Stored, read_stored
@@ -143,10 +143,10 @@ def _build(
         read = sources.identify(data.source, root)
         distributed.check_alike(read, f"the readable files of data.root {root!r}")
     pace = None
-    with distributed.together():
-        if settings.config.run.plan or settings.config.undecided():
-            pace = rehearse(settings.config, decided, module, data)
-            module = None  # its memory serves the next
+    if settings.config.run.plan or settings.config.undecided():
+        pace = rehearse(settings.config, decided, module, data)
+        del module  # its memory serves the next
+        with distributed.together():
             if settings.config.undecided():
                 choose_length(settings, data.steps_per_epoch, pace.seconds)
                 check(settings.config)
@@ -226,7 +226,10 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     """Train to the end, or to a signal."""
     trainer, saver = run.trainer, run.saver
     start = time.perf_counter()
-    _train(run, checkpoint)
+    try:
+        fit(trainer, run.module, run.data, checkpoint)
+    finally:
+        finish()
     if saver.saved_step < trainer.global_step:
         raise RunError(
             f"the last checkpoint could not be written: make room in {run_dir} and go on "
@@ -244,22 +247,6 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
         if saver.stop_signal == signal.SIGUSR1 and trainer.is_global_zero:
             slurm.requeue()
     return result if trainer.is_global_zero else {}
-
-
-def _train(run: Run, checkpoint: Path | None) -> None:
-    """Run Lightning's loop; turn what ends it before its time into one line."""
-    trainer, module, data = run.trainer, run.module, run.data
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except (UserError, RunError):
-        raise
-    except SystemExit:  # Lightning's answer to KeyboardInterrupt
-        raise KeyboardInterrupt from None
-    except Exception as error:
-        raise explain(error, trainer, module, data.config) from error
-    finally:
-        data.close()
-        finish()
 
 
 def _share_cores(decided: Decided) -> None:
