@@ -225,8 +225,13 @@ class OptimConfig:
     clip_grad_norm: float = setting(
         0.0, "Scale gradients down to this norm; 0: never", at_least=0, at_most=1e6
     )
-    schedule: Literal["cosine", "step", "plateau", "constant"] = setting(
-        "cosine", "How the rate falls"
+    schedule: Literal["cosine", "step", "plateau", "constant", "stable"] = setting(
+        "cosine",
+        "How the rate falls; stable: constant, then linearly to 0 in the last decay_share of the "
+        "run, which can be extended from before that",
+    )
+    decay_share: float = setting(
+        0.2, "Last share of the run in which `stable` falls", above=0, at_most=1
     )
     schedule_per: Literal["epoch", "step"] = setting(
         "epoch", "Recompute the rate once per epoch (v1, v2) or per step"

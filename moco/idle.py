@@ -124,6 +124,7 @@ OF_TRAINING: Rules = OF_DATA | {
         "only schedule step heeds them, and only before trainer.max_epochs",
         _milestones_idle,
     ),
+    "optim.decay_share": ("optim.schedule is not stable", _is_not("optim.schedule", "stable")),
     "optim.gamma": (
         "only the schedules step and plateau heed it",
         _is_not("optim.schedule", "step", "plateau"),

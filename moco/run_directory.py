@@ -3,7 +3,7 @@
 This room needs no torch.
 RUN_DIR/config.yaml      every setting as it was asked for, and what the run has decided
 RUN_DIR/metrics.csv      one row per reading
-RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt
+RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt; before_decay.ckpt of `stable`
 RUN_DIR/.lock            names the process that trains here, and is locked by it
 """
 
@@ -29,6 +29,7 @@ from moco.config import TrainConfig, UserError
 
 log = logging.getLogger("moco")
 RUNS = Path("runs")
+BEFORE_DECAY = "before_decay.ckpt"  # of the schedule `stable`; `--extend` goes on from it
 VERSION = 2  # of a checkpoint; version 1 stored none and drew other random numbers
 
 # What may differ when a run goes on: where and how it runs, not what it computes. What `auto` in

@@ -78,6 +78,7 @@ TRAINING = {
     "optim.schedule": ("step", {"trainer.max_epochs": 100}, {}),
     "optim.schedule_per": ("step", {"optim.schedule": "constant"}, {}),
     "optim.milestones": ([20], {"optim.schedule": "plateau"}, {"optim.schedule": "step"}),
+    "optim.decay_share": (0.5, {}, {"optim.schedule": "stable"}),
     "optim.gamma": (0.5, {}, {"optim.schedule": "plateau"}),
     "optim.plateau_metric": ("val/knn_top1", {}, {"optim.schedule": "plateau"}),
     "optim.plateau_patience": (3, {"optim.schedule": "step"}, {"optim.schedule": "plateau"}),

@@ -126,7 +126,8 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_st
 
     Warm-up rises linearly, step by step. After it, cosine falls to 0 over the rest of the
     run as 0.5 * (1 + cos(pi * e / E)); with `schedule_per: epoch`, e counts whole epochs, as in v1
-    and v2. `plateau` is constant here: `Plateau` scales it.
+    and v2. `stable` stays, and falls linearly to 0 from `decay_start` on (2405.18392). `plateau` is
+    constant here: `Plateau` scales it.
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -137,10 +138,18 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_st
             step = max(step // steps_per_epoch * steps_per_epoch, math.ceil(warmup))
         progress = (step - warmup) / max(total_steps - warmup, 1)
         return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if config.schedule == "stable":
+        start = decay_start(config, total_steps)
+        return config.lr * min((total_steps - step) / (total_steps - start), 1.0)
     if config.schedule == "step":
         passed = bisect_right(config.milestones, step // steps_per_epoch)
         return config.lr * config.gamma**passed
     return config.lr
+
+
+def decay_start(config: OptimConfig, total_steps: int) -> int:
+    """Return the step at which `stable` begins to fall, counted from 0; it is at least one long."""
+    return min(round(total_steps * (1 - config.decay_share)), total_steps - 1)
 
 
 def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:

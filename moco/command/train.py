@@ -25,6 +25,17 @@ EXTRAS = {
         "default": "",
         "help": "Go on exactly with a run directory or checkpoint, or `auto`: the latest run",
     },
+    "extend": {
+        "type": int,
+        "default": 0,
+        "help": "With --resume: go on for so many epochs more; from before its decay with "
+        "optim.schedule stable",
+    },
+    "yes": {
+        "action": "store_true",
+        "default": False,
+        "help": "Extend although the rate jumps",
+    },
     "init_from": {
         "type": str,
         "default": "",
@@ -62,10 +73,22 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         )
     if extra["allow_partial"] and not extra["init_from"]:
         raise UserError("--allow_partial is about the file of --init_from: leave it out")
+    if extra["extend"] and (extra["extend"] < 0 or not resume):
+        raise UserError("--extend is a number of epochs more of a run that --resume names")
+    if extra["yes"] and not extra["extend"]:
+        raise UserError("--yes is about --extend: leave it out")
     _start_ranks(config)
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
 
-    return pretrain(config, resume, recipe, extra["init_from"], extra["allow_partial"])
+    return pretrain(
+        config,
+        resume,
+        recipe,
+        extra["init_from"],
+        extra["allow_partial"],
+        extend_by=extra["extend"],
+        accept_jump=extra["yes"],
+    )
 
 
 def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dict[str, Any]:

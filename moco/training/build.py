@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from moco.algorithm.optim import decay_start
 from moco.algorithm.pretrain import MoCo
 from moco.checkpoints.load import restore_pretraining
 from moco.config import DataConfig, TrainConfig, UserError
@@ -143,6 +144,7 @@ def assemble(
         metrics,
         run_dir / "checkpoints",
         config.run.checkpoint_every,
+        step_before_decay(config, module.total_steps),
         config.run.checkpoint_minutes,
         config.run.keep_checkpoints,
         {"version": VERSION, **kept},
@@ -152,6 +154,11 @@ def assemble(
     found = loggers(config.run, run_dir, start_step)
     trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
     return Run(trainer, module, data, metrics, monitor, saver)
+
+
+def step_before_decay(config: TrainConfig, steps: int) -> int:
+    """Return the last step before the schedule `stable` falls; 0 with other schedules."""
+    return decay_start(config.optim, steps) if config.optim.schedule == "stable" else 0
 
 
 def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.Trainer:

@@ -10,8 +10,18 @@ from typing import Any
 
 import torch
 
+from moco.algorithm.optim import key_momentum, learning_rate
 from moco.config import TrainConfig, UserError, unknown_settings
-from moco.run_directory import VERSION, check_images, check_same, stored_groups
+from moco.run_directory import (
+    BEFORE_DECAY,
+    VERSION,
+    check_images,
+    check_same,
+    is_whole,
+    stored_groups,
+)
+from moco.training.autoconfigure import Settings
+from moco.training.build import total_steps
 from moco.training.decide import Decided
 
 log = logging.getLogger("moco")
@@ -91,6 +101,60 @@ def read_stored(
     if decided is None:
         log.info("%s keeps no decisions, of an older version: `auto` is decided anew", run_dir)
     return config, Stored(stored["global_step"], decided, TrainConfig.from_dict(stored["config"]))
+
+
+def extend(settings: Settings, stored: Stored, count: int, epochs: int, accept_jump: bool) -> None:
+    """Give a run that goes on more epochs.
+
+    Args:
+        settings: Of the run.
+        stored: What it goes on from.
+        count: Images of the set.
+        epochs: More than the run has.
+        accept_jump: Whether the rate may jump, as where a cosine has a longer way.
+
+    Raises:
+        UserError: Steps end the run, or the schedules would jump.
+    """
+    config = settings.config
+    if config.trainer.max_steps > 0:
+        raise UserError(
+            f"--extend {epochs}: the run ends after trainer.max_steps {config.trainer.max_steps}, "
+            "so epochs do not matter: start a new run with --init_from"
+        )
+    longer = config.trainer.max_epochs + epochs
+    longer = config.changed({"trainer.max_epochs": longer})
+    batches, found = count // config.data.batch_size, []
+    steps_per_epoch = -(-batches // config.trainer.accumulate_grad_batches)
+    for each in (config, longer):
+        total = total_steps(each, batches)
+        rate = learning_rate(each.optim, stored.step, steps_per_epoch, total)
+        found.append((rate, key_momentum(each.model, stored.step, total)))
+    (rate, momentum), (new_rate, new_momentum) = found
+    if found[0] != found[1] and not accept_jump:
+        raise UserError(
+            f"--extend {epochs}: after step {stored.step} the rate would jump from {rate:.3g} to "
+            f"{new_rate:.3g} and the key momentum from {momentum:.6g} to {new_momentum:.6g}, since "
+            "both follow from the length of the run: add --yes to have it so; a run with "
+            "optim.schedule stable can be extended without a jump"
+        )
+    settings.replace(
+        "trainer.max_epochs", longer.trainer.max_epochs, f"extended by {epochs} epochs"
+    )
+
+
+def before_decay(run_dir: Path, checkpoint: Path) -> Path:
+    """Return the run's checkpoint from before its rate fell, or the given one where there is none.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    path = run_dir / "checkpoints" / BEFORE_DECAY
+    if not path.exists():
+        return checkpoint
+    if not is_whole(path):
+        raise UserError(f"--extend: {path} is damaged: start a new run with --init_from")
+    return path
 
 
 def _as_decided(

@@ -42,7 +42,7 @@ from moco.training.decide import Decided, decide
 from moco.training.explain import fit
 from moco.training.hardware import accelerator, choose_devices, own_device
 from moco.training.rehearsal import Pace, rehearse, tell_plan
-from moco.training.resume import Stored, read_stored
+from moco.training.resume import Stored, before_decay, extend, read_stored
 from moco.training.shares import check_queue
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
@@ -58,6 +58,8 @@ def pretrain(
     init_from: str = "",
     allow_partial: bool = False,
     callbacks: Sequence[pl.Callback] = (),
+    extend_by: int = 0,
+    accept_jump: bool = False,
 ) -> dict[str, Any]:
     """Train as `config` says and return the results.
 
@@ -68,6 +70,8 @@ def pretrain(
         init_from: A checkpoint in any layout whose weights a new run starts from.
         allow_partial: Accept such a checkpoint although it fits only in part.
         callbacks: Of Lightning, called after the run's own.
+        extend_by: Epochs that a resumed run gets besides those that it has.
+        accept_jump: Accept that its rate jumps for that.
 
     Returns: Last kNN and loss with the steps that they were read at, images per second, steps and
         paths, as plain values; null is what was not read. `stopped_by` is the signal, if any.
@@ -77,7 +81,8 @@ def pretrain(
     """
     set_up_logging()
     distributed.connect(own_device(config))
-    result = _pretrain(config, resume, recipe, init_from, allow_partial, callbacks)
+    more = extend_by, accept_jump
+    result = _pretrain(config, resume, recipe, (init_from, allow_partial), more, callbacks)
     distributed.disconnect()
     return result
 
@@ -86,15 +91,16 @@ def _pretrain(
     config: TrainConfig,
     resume: str,
     recipe: str,
-    init_from: str,
-    allow_partial: bool,
+    weights: tuple[str, bool],
+    more: tuple[int, bool],
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
+    """As `pretrain`, with what belongs together in pairs; the processes are connected."""
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
         with distributed.together():
             source = sources.open_source(config.data, "train")
         config, run_dir, checkpoint, is_new = distributed.from_first(
-            lambda: _begin(config, resume, recipe, held)
+            lambda: _begin(config, resume, recipe, held, is_extended=more[0] > 0)
         )
         images = sources.identify(source, config.data.root)
         distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
@@ -103,12 +109,13 @@ def _pretrain(
             if checkpoint:
                 config, stored = read_stored(checkpoint, config, images, run_dir)
             settings = _settle(config, source, stored)
+            if stored and more[0]:
+                extend(settings, stored, len(source), *more)
         start_step = stored.step if stored else 0
         if stored and start_step >= _expected_steps(settings.config, len(source)):
             log.info("%s is finished after %d steps: nothing to do", checkpoint, start_step)
             place = None if is_new else str(run_dir)
             return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
-        weights = init_from, allow_partial
         decided, module, data, pace = _build(settings, stored, source, run_dir, weights)
         with distributed.together():
             if config.run.plan:
@@ -116,7 +123,7 @@ def _pretrain(
             place = images, run_dir, start_step
             run = assemble(settings.config, decided, module, data, *place, callbacks)
             say_what_was_decided(settings.config, decided, module, data, run_dir)
-            run.monitor.is_loaded = bool(init_from)
+            run.monitor.is_loaded = bool(weights[0])
             if run.trainer.is_global_zero:
                 if is_new:
                     held.enter_context(sole_run(run_dir, is_new))
@@ -156,7 +163,11 @@ def _build(
 
 
 def _begin(
-    config: TrainConfig, resume: str, recipe: str, held: contextlib.ExitStack
+    config: TrainConfig,
+    resume: str,
+    recipe: str,
+    held: contextlib.ExitStack,
+    is_extended: bool,
 ) -> tuple[TrainConfig, Path, Path | None, bool]:
     """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
 
@@ -168,6 +179,7 @@ def _begin(
         held.enter_context(sole_run(run_dir, is_new=False))
         if not Path(resume).is_file():
             _, checkpoint = find_run(str(run_dir), "")
+            checkpoint = before_decay(run_dir, checkpoint) if is_extended else checkpoint
         return config, run_dir, checkpoint, False
     run_dir = new_run(config, recipe)
     if checkpoint:

@@ -23,6 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from moco import slurm
 from moco.config import RunError, UserError
+from moco.run_directory import BEFORE_DECAY
 from moco.training.metrics import MetricsLogger
 
 log = logging.getLogger("moco")
@@ -79,6 +80,17 @@ def _reason(error: Exception, folder: Path) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def _name(path: Path, name: Path) -> None:
+    """Give a file another name besides, in the place of what had it."""
+    temporary = name.with_name(f".{name.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)  # one file under two names: no second copy
+    except OSError:  # a file system without such links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+
+
 class Signals(pl.Callback):
     """Note which stopping signal has come.
 
@@ -120,6 +132,7 @@ class Checkpoints(pl.Callback):
         metrics: Its clock stops while a checkpoint is written.
         directory: Of the checkpoints.
         every: Steps between checkpoints; 0: one at the end of each epoch.
+        before_decay: A step after which the checkpoint stays as before_decay.ckpt; 0: none.
         minutes: Between further checkpoints; 0: there are none.
         keep: How many of the newest checkpoints stay.
         extras: Stored in each checkpoint: name to plain values, such as the settings.
@@ -136,13 +149,14 @@ class Checkpoints(pl.Callback):
         metrics: MetricsLogger,
         directory: Path,
         every: int,
+        before_decay: int,
         minutes: float,
         keep: int,
         extras: dict[str, Any],
     ) -> None:
         self.signals, self.metrics = signals, metrics
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
-        self.extras = extras
+        self.before_decay, self.extras = before_decay, extras
         self.stop_signal = 0
         self.seconds = 0.0
         self.saved_step = 0
@@ -177,7 +191,7 @@ class Checkpoints(pl.Callback):
         signal_place, late = self._agree(STOPPING.index(self.signals.came), int(late))
         finished = step >= module.total_steps
         self.stop_signal = 0 if finished else STOPPING[signal_place]
-        if due or late or self.stop_signal or finished:
+        if due or late or self.stop_signal or finished or step == self.before_decay:
             self.save(trainer)
         self._in_step = False
         if self.stop_signal:
@@ -210,14 +224,11 @@ class Checkpoints(pl.Callback):
 
     @rank_zero_only
     def _tidy(self, path: Path) -> None:
-        last, temporary = self.directory / "last.ckpt", self.directory / ".last.ckpt.tmp"
+        last = self.directory / "last.ckpt"
         try:
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(path, temporary)  # one file under two names: no second copy
-            except OSError:  # a file system without such links
-                shutil.copyfile(path, temporary)
-            os.replace(temporary, last)
+            if int(path.stem.removeprefix("step_")) == self.before_decay:
+                _name(path, self.directory / BEFORE_DECAY)
+            _name(path, last)
             # By age: steps of an earlier attempt may be higher, and must not outlive this one's.
             steps = self.directory.glob("step_*.ckpt")
             for old in sorted(steps, key=lambda step: step.stat().st_mtime_ns)[: -self.keep]:
