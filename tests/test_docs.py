@@ -104,6 +104,8 @@ def workspace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         stored = ["--run.dir", WORDS["RUN"], "--run.checkpoint_every", "1"]
+        stored += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"]  # can be extended
+        stored += ["--data.batch_size", "104", "--model.queue_size", "104"]
         run("train", "--data.root", WORDS["PATH"], *TINY, *NETWORK, *stored)
         last.with_name("step_000000001.ckpt").replace(last)  # so that there is something to resume
         last.with_name("step_000000002.ckpt").unlink()
