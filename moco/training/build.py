@@ -130,8 +130,8 @@ def assemble(
         callbacks: Called after the run's own.
     """
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
-    monitor = KNNMonitor(open_labelled(config, data), config.run, metrics)
     signals = Signals()
+    monitor = KNNMonitor(open_labelled(config, data), config.run, metrics, signals)
     saver = Checkpoints(
         signals,
         metrics,
