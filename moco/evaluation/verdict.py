@@ -119,8 +119,7 @@ class Comparison:
         if self.void:
             return f"No verdict: {self.void}."
         better, even, worse = (
-            " and ".join(_called(row) for row in self.baselines if row.side == side)
-            for side in (1, 0, -1)
+            _listed([row for row in self.baselines if row.side == side]) for side in (1, 0, -1)
         )
         tries = [*filter(None, map(_settle, self.baselines))] or [TRY]
         what_to_try = "; ".join([*findings, *tries, *self._with_few_labels()])
@@ -177,7 +176,7 @@ def compare(
     McNemar's test, which five images in favour pass at the least. That of the draws is the root of
     s² (1 + 1/n), where s is the standard deviation among the draws: the encoder began as a draw,
     too, so it has to leave the range of a further one, and not only the range of their mean. Where
-    nothing was learnt, chance alone passes two such errors in at most 2 of 100 cases if it lies in
+    nothing was learnt, chance alone passes two such errors in 2 of 100 cases at most if it lies in
     the images, and in 9 of 100 with three draws, 6 with five and 4 with ten if it lies in the draws
     alone. One draw has no spread that could be known, which the sentence says.
 
@@ -242,10 +241,14 @@ def _settle(row: Row) -> str:
     return f"score {times:.1f} times as many test images"
 
 
-def _called(row: Row) -> str:
-    if row.name != UNTRAINED:
-        return row.name
-    return "the untrained networks" if len(row.draws) > 1 else "an untrained network"
+def _listed(rows: Sequence[Row]) -> str:
+    """Name baselines in a sentence."""
+    drawn = {1: "an untrained network"}
+    names = [
+        drawn.get(len(row.draws), "the untrained networks") if row.name == UNTRAINED else row.name
+        for row in rows
+    ]
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _plain(row: Row) -> dict[str, Any]:

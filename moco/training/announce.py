@@ -149,8 +149,8 @@ def _findings(run: Run) -> list[str]:
     found, latest = [], run.metrics.latest
     if latest.get("train/spread", 1.0) < COLLAPSED:
         found.append(
-            f"the embeddings have collapsed (spread {latest['train/spread']:.2f}), so lower "
-            "optim.lr or raise model.key_momentum"
+            f"the embeddings are nearly one point (train/spread {latest['train/spread']:.2f}), so "
+            "lower optim.lr or raise model.key_momentum"
         )
     elif latest.get("train/loss", 0.0) >= latest.get("train/chance_loss", math.inf):
         found.append("the loss is not below that of chance, so train longer or change optim.lr")

@@ -101,8 +101,8 @@ SENTENCES = {
     ),
     "Better than an untrained network and raw pixels by more than chance (one draw of weights: "
     "others may differ by some points).": (judged(800, untrained=[500], pixels=[600]), True),
-    "Better than the weights it started from by more than chance.": (
-        judged(800, started=[700]), True,
+    "Better than the weights it started from, an untrained network and raw pixels by more than": (
+        judged(800, started=[700], untrained=[600], pixels=[600]), True,
     ),
     "Not better than raw pixels by more than chance, better than the untrained networks: train "
     "longer": (judged(800, untrained=[500, 510, 520], pixels=[800]), False),
@@ -158,8 +158,11 @@ def test_a_table_fits_60_columns_whatever_its_numbers():
         UNTRAINED: draws[:2], RAW_PIXELS: [hits(images, images)], STARTED: [hits(3, images)],
     })  # fmt: skip
     for comparison in (widest, judged(2, 2, untrained=[0], pixels=[1]), judged(1, 3, void="no")):
-        lines = comparison.lines(["a remedy with --an-option-that-is-long and a data.setting"])
+        findings = [f"take --an-option-that-is-long {n} and a data.setting" for n in range(9)]
+        lines = comparison.lines(findings)
         assert max(map(len, lines)) <= 60, lines
+        told = lines[len(comparison.table()) :]
+        assert " ".join(told) == comparison.sentence(findings), "no option is cut in two"
     table = judged(976, untrained=[909, 937, 948], pixels=[970]).table()
     assert [line.rstrip() for line in table] == [
         "kNN, 1,000 test images          top-1       ahead by",

@@ -172,7 +172,7 @@ def test_without_labels_what_was_read_instead_is_told(images, said, every, words
 @pytest.mark.parametrize(
     "latest,words",
     [
-        ({"train/spread": 0.01}, "have collapsed (spread 0.01), so lower optim.lr"),
+        ({"train/spread": 0.01}, "nearly one point (train/spread 0.01), so lower optim.lr"),
         ({"train/loss": 5.0, "train/chance_loss": 4.9}, "loss is not below that of chance"),
         ({"train/loss": 4.0, "train/chance_loss": 4.9, "train/spread": 0.9}, ""),
     ],
