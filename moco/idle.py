@@ -140,7 +140,10 @@ OF_TRAINING: Rules = OF_DATA | {
     "run.knn_temperature": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.wandb_project": ("run.wandb is false", _is("run.wandb", False)),
 }
-OF_LINEAR: Rules = OF_DATA | {
+OF_JUDGING: Rules = OF_DATA | {
+    "untrained_draws": ("baselines is false", _is("baselines", False)),
+}
+OF_LINEAR: Rules = OF_JUDGING | {
     "data.flip": ("only crops are mirrored", _is("protocol", "cached")),
     "milestones": (
         "only paper heeds them, and only before its last epoch",
@@ -150,7 +153,7 @@ OF_LINEAR: Rules = OF_DATA | {
     "held_out": ("there is one learning rate", _nothing_to_choose),
     "crop_min": ("protocol cached takes no random crops", _is("protocol", "cached")),
 }
-OF_KNN: Rules = OF_DATA | {
+OF_KNN: Rules = OF_JUDGING | {
     "data.flip": ("nothing is mirrored", lambda given: True),
     "temperature": ("one neighbour alone votes", lambda given: set(given["k"]) == {1}),
 }

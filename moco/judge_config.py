@@ -34,6 +34,12 @@ class JudgeConfig:
     baselines: bool = setting(
         True, "Also judge raw pixels and the untrained network under the same protocol"
     )
+    untrained_draws: int = setting(
+        0,
+        "Untrained networks, drawn anew, to compare with; 0: 3, or 1 where every epoch runs them",
+        at_least=0,
+        at_most=1000,
+    )
     seed: int = setting(
         0, "Seed of splits, order, crops and the untrained network", at_least=0, at_most=2**32 - 1
     )

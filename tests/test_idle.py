@@ -35,7 +35,7 @@ NEVER_IDLE = {
 }
 # Those of evaluation, besides its settings of images.
 NEVER_IDLE_IN_EVALUATION = {
-    *(item.name for item in dataclasses.fields(JudgeConfig)),
+    *({item.name for item in dataclasses.fields(JudgeConfig)} - {"untrained_draws"}),
     *("protocol", "label_fraction", "learning_rates", "epochs", "batch_size"),
     *("k", "budget", "shots", "draws", "gallery"),
 }
@@ -90,6 +90,7 @@ TRAINING = {
 }
 LINEAR = {
     "data.flip": (0.0, {}, {"protocol": "views"}),
+    "untrained_draws": (5, {"baselines": False}, {}),
     "milestones": ([3], {"protocol": "finetune", "baselines": False}, {"protocol": "paper"}),
     "num_views": (8, {"protocol": "cached"}, {"protocol": "views"}),
     "held_out": (0.2, {"learning_rates": [0.1]}, {"protocol": "paper"}),
@@ -138,10 +139,9 @@ def test_an_idle_setting_of_evaluation_is_said_and_one_that_works_is_not(name):
     for beside, said in ((others, True), (working, False)):
         judge, config, data = JudgeConfig(), LinearConfig(), DataConfig()
         for field, each in ({name: value} | beside).items():
-            holder = (
-                data if field.startswith("data.") else judge if field == "baselines" else config
-            )
-            setattr(holder, field.removeprefix("data."), each)
+            field = field.removeprefix("data.")
+            holder = next(part for part in (judge, config, data) if hasattr(part, field))
+            setattr(holder, field, each)
         line = idle.idle_in_evaluation(judge, config, data, {})
         assert (f" {name} (" in line) == said
 

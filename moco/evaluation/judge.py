@@ -1,7 +1,8 @@
 """Judge a checkpoint: what `eval_linear.py` and `eval_knn.py` call.
 
 Each main opens the encoder and the labelled images, runs a protocol on the encoder and on the
-baselines (raw pixels, the untrained network), and writes the result beside the checkpoint.
+baselines (raw pixels, untrained networks), writes the result beside the checkpoint, and ends with
+a verdict on standard error.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moco.evaluation.labels import check_labels, few_labels
 from moco.evaluation.probe import SWEEP
 from moco.evaluation.protocols import PROTOCOLS, knn
 from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
+from moco.evaluation.verdict import RAW_PIXELS, UNTRAINED, Comparison, compare
 from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 
 log = logging.getLogger("moco")
@@ -111,13 +113,51 @@ def _judge(
             raise AssertionError("the judged network changed: its score is void")
         if distributed.rank() > 0:
             return {}
+        comparison = _compare(subject, protocol, scores)
         _say(subject, scores)
         result = {"script": name.partition("-")[0], **scores.pop("encoder"), **_describe(subject)}
         result |= {"protocol": protocol, "settings": asdict(config)}
         result |= {"backbone_sha256": before, "backbone_sha256_after": after}
-        result |= {"baselines": scores, "seconds": round(time.perf_counter() - start, 1)}
+        result |= {"baselines": scores, "comparison": comparison.as_dict()}
+        result |= {"seconds": round(time.perf_counter() - start, 1)}
         _write(result, judge, subject.name)
+        for line in comparison.lines():
+            log.info("%s", line)
         return result
+
+
+def _compare(subject: Subject, protocol: str, scores: dict[str, Any]) -> Comparison:
+    """Compare the encoder with its baselines.
+
+    Further draws of the untrained network are counted here, and leave the scores.
+    """
+    for name in [each for each in scores if each.startswith(f"{UNTRAINED} ")]:
+        del scores[name]
+    hits = subject.hits
+    drawn = [each for name, each in hits.items() if name.startswith(UNTRAINED)]
+    baselines = {UNTRAINED: drawn} if drawn else {}
+    baselines |= {RAW_PIXELS: [hits["raw_pixels"]]} if "raw_pixels" in hits else {}
+    title = {"knn": f"kNN (k {scores['encoder'].get('k')})", "finetune": "fine-tuned"}
+    few = [_ten_labels(scores.get(name)) for name in ("encoder", "raw_pixels")]
+    void = ""
+    if scores["encoder"].get("verdict") == "diverged":
+        void = "the learning rate diverged, give smaller --learning_rates"
+    elif not baselines:
+        void = "nothing was judged beside the encoder, leave --baselines at true"
+    return compare(
+        title.get(protocol, "linear"),
+        subject.queries.source.labels,
+        hits["encoder"],
+        baselines,
+        None if None in few else few,
+        void,
+    )
+
+
+def _ten_labels(score: dict[str, Any] | None) -> float | None:
+    """Return top-1 with ten labels of each class, where that was scored."""
+    found = ((score or {}).get("few_shot") or {}).get("10")
+    return found and found["mean"]
 
 
 def _say(subject: Subject, scores: dict[str, Any]) -> None:

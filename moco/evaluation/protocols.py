@@ -25,9 +25,10 @@ from moco.evaluation.gallery import draw_gallery
 from moco.evaluation.knn import few_shot_accuracy, vote
 from moco.evaluation.labels import few_labels, hold_out
 from moco.evaluation.probe import LinearProbe, RateResult, choose, rate_results
-from moco.evaluation.scores import accuracies, rate_table
+from moco.evaluation.scores import accuracies, places, rate_table
 from moco.evaluation.search import nearest_sharded
 from moco.evaluation.subject import Subject, in_order, track
+from moco.evaluation.verdict import by_image
 from moco.images.labelled import LabelledData, RandomCrops
 from moco.judge_config import KNNConfig, LinearConfig
 
@@ -48,14 +49,13 @@ def cached(subject: Subject, config: LinearConfig) -> dict[str, Any]:
         if config.protocol == "views":
             features = _crop_features(subject, config, name, rows)
         queries, rows = subject.all_features(name, subject.queries)
-        targets = subject.queries.labels(rows)
         with distributed.together():
             if distributed.rank() == 0:
                 options = {"held_out": config.held_out, "seed": subject.judge.seed}
                 args = config.learning_rates, config.epochs, config.batch_size
                 probe = LinearProbe(*args, **options)
                 probe.fit(features, labels, len(subject.classes), centre, track)
-                scores[name] = accuracies(probe.logits(queries), targets, subject.classes)
+                scores[name] = _score(subject, name, probe.logits(queries), rows)
                 scores[name] |= rate_table(name, probe.results, probe.rate)
         del features, centre
     return scores
@@ -130,7 +130,7 @@ def _linear_on_crops(
         chosen = choose(results)
         found, rows = subject.all_features(name, subject.queries)
         logits = classifiers.stack.logits(found)[:, chosen]
-        scores[name] = accuracies(logits, subject.queries.labels(rows), subject.classes)
+        scores[name] = _score(subject, name, logits, rows)
         scores[name] |= rate_table(name, results, rates[name][chosen])
     return scores
 
@@ -144,8 +144,7 @@ def _fine_tuned(subject: Subject, config: LinearConfig, name: str) -> dict[str, 
         return train_whole(subject.networks[name], crops, rate, config, subject.device)
 
     def logits(model: nn.Module, images: LabelledData) -> tuple[Tensor, Tensor]:
-        found, rows = in_order(*extract_features(model, images.batches(subject.device)))
-        return found, images.labels(rows)
+        return in_order(*extract_features(model, images.batches(subject.device)))
 
     rates, results = config.learning_rates, []
     rate = rates[0]
@@ -154,15 +153,23 @@ def _fine_tuned(subject: Subject, config: LinearConfig, name: str) -> dict[str, 
         rest, part = (subject.bank.rows(mask.nonzero()[:, 0]) for mask in (~held, held))
         for each in rates:
             model, result = train(rest, each)
-            found, targets = logits(model, part)
-            top1 = 100 * (found.argmax(1) == targets).double().mean().item()
+            found, rows = logits(model, part)
+            top1 = 100 * (found.argmax(1) == part.labels(rows)).double().mean().item()
             results.append(replace(result, held_out_top1=top1))
         rate = rates[choose(results)]
     model, result = train(subject.bank, rate)
     if len(rates) == 1:
         choose(results := [result])
-    scores = accuracies(*logits(model, subject.queries), subject.classes)
+    scores = _score(subject, name, *logits(model, subject.queries))
     return scores | rate_table(name, results, rate)
+
+
+def _score(subject: Subject, name: str, logits: Tensor, rows: Tensor) -> dict[str, Any]:
+    """Score a network on the test images of these rows, and keep its hits for the verdict."""
+    targets = subject.queries.labels(rows)
+    hits = places(logits, targets) == 0
+    subject.hits[name] = by_image(hits, rows, len(subject.queries))
+    return accuracies(logits, targets, subject.classes)
 
 
 def knn(subject: Subject, config: KNNConfig, name: str, gallery: Path) -> dict[str, Any]:
@@ -175,9 +182,9 @@ def knn(subject: Subject, config: KNNConfig, name: str, gallery: Path) -> dict[s
     rows = gather_ragged(bank_rows)[place]
     neighbours = subject.bank.labels(rows)
     votes = vote(similarity, neighbours, len(subject.classes), config.k, config.temperature)
-    # A class without a vote has no place among the best five.
+    # A class without a vote has no place among the best five. k rises: the verdict is on the last.
     scored = {str(k): found.masked_fill(found == 0, -torch.inf) for k, found in votes.items()}
-    by_k = {k: accuracies(found, targets, subject.classes) for k, found in scored.items()}
+    by_k = {k: _score(subject, name, found, query_rows) for k, found in scored.items()}
     last = str(max(votes))  # the best k would be chosen on the test images
     per_class = {k: score.pop("per_class") for k, score in by_k.items()}[last]
     scores = {each: by_k[last][each] for each in ("top1", "mean_per_class")}

@@ -34,11 +34,7 @@ def accuracies(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[
         `top1`, `top5` (None for five classes or fewer, where it says nothing), `per_class` (None
         where a class has no image), and its mean, `mean_per_class`.
     """
-    own = logits.gather(1, targets[:, None])
-    earlier = torch.arange(len(classes), device=targets.device) < targets[:, None]
-    # A NaN is no score: it counts as a class before the right one.
-    place = (~(logits <= own) | (earlier & (logits == own))).sum(1)
-    place[own[:, 0].isneginf()] = len(classes)
+    place = places(logits, targets)
     hits = (place == 0).double()
     counts = torch.bincount(targets, minlength=len(classes))
     shares = torch.bincount(targets, hits, len(classes)) / counts
@@ -54,6 +50,16 @@ def accuracies(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[
         "mean_per_class": mean,
         "per_class": per_class,
     }
+
+
+def places(logits: Tensor, targets: Tensor) -> Tensor:
+    """Count the classes that come before each image's own: Q int64, of which 0 is a hit."""
+    own = logits.gather(1, targets[:, None])
+    earlier = torch.arange(logits.shape[1], device=targets.device) < targets[:, None]
+    # A NaN is no score: it counts as a class before the right one.
+    place = (~(logits <= own) | (earlier & (logits == own))).sum(1)
+    place[own[:, 0].isneginf()] = logits.shape[1]
+    return place
 
 
 def rate_table(name: str, results: list[RateResult], rate: float) -> dict[str, Any]:

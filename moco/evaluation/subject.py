@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -75,10 +75,12 @@ class Subject:
     Attributes:
         judge, data: Settings.
         loaded: The encoder and what its file says.
-        networks: `encoder`, and with baselines `untrained` and `raw_pixels`.
+        networks: `encoder`, and with baselines `untrained`, further draws of its weights
+            (`untrained 2`, ...) and `raw_pixels`.
         bank, queries: Training and test images.
         classes: L names.
         name: Of the files that take the results.
+        hits: Of each network that was scored, as of `moco.evaluation.verdict`.
     """
 
     judge: JudgeConfig
@@ -90,6 +92,7 @@ class Subject:
     classes: list[str]
     device: torch.device
     name: str
+    hits: dict[str, Tensor] = field(default_factory=dict)
 
     def features(self, name: str, images: LabelledData) -> tuple[Tensor, Tensor]:
         """Return features and rows of this rank's share of what can be read."""
@@ -165,7 +168,7 @@ def _open(
     if data.image_size != loaded.data["image_size"]:
         loaded = _load(judge, data.image_size)
     log.info("%s", loaded.report)
-    networks = _networks(judge, loaded, data)
+    networks = _networks(judge, loaded, data, judge.untrained_draws or _own_draws(own))
     name += _other_images(data, TrainConfig.from_dict({"data": stored}).data)
     bank, queries = _open_images(data, device, output_path(judge, f"{name}-bad_files.txt"))
     for images in (bank, queries):
@@ -242,20 +245,29 @@ def _data_settings(loaded: Loaded, read_data: ReadData) -> DataConfig:
     return data
 
 
-def _networks(judge: JudgeConfig, loaded: Loaded, data: DataConfig) -> dict[str, nn.Module]:
-    """Build what is judged: the encoder, the untrained network, raw pixels."""
+def _own_draws(own: LinearConfig | KNNConfig) -> int:
+    """Return the untrained networks of a protocol: one where each runs in every epoch."""
+    return 1 if isinstance(own, LinearConfig) and own.protocol not in ("cached", "views") else 3
+
+
+def _networks(
+    judge: JudgeConfig, loaded: Loaded, data: DataConfig, draws: int
+) -> dict[str, nn.Module]:
+    """Build what is judged: the encoder, draws of the untrained network, raw pixels."""
     bf16 = judge.precision == "bf16-mixed"
     head = loaded.head if judge.layer == "head" else None
     if judge.layer == "head" and head is None:
         raise UserError(f"{judge.checkpoint} holds no projection head: take --layer backbone")
     networks: dict[str, nn.Module] = {"encoder": Layer(loaded.backbone, head, bf16)}
     if judge.baselines:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(judge.seed)
-            images = {"channels": data.channels, "image_size": data.image_size}
-            same = Architecture(loaded.model, images, loaded.variant)
-            backbone, fresh_head, _ = build(same, head is not None)
-        networks["untrained"] = Layer(backbone, fresh_head, bf16)
+        images = {"channels": data.channels, "image_size": data.image_size}
+        same = Architecture(loaded.model, images, loaded.variant)
+        for draw in range(draws):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(judge.seed + draw)
+                backbone, fresh_head, _ = build(same, head is not None)
+            name = f"untrained {draw + 1}" if draw else "untrained"
+            networks[name] = Layer(backbone, fresh_head, bf16)
         networks["raw_pixels"] = Pixels()
     return networks
 

@@ -1,10 +1,11 @@
-"""What a run says: its first lines, on standard error, and the results that it returns."""
+"""What a run says: its first and last lines, on standard error, and the results that it returns."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+import textwrap
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, TrainConfig
+from moco.evaluation.verdict import WIDTH
 from moco.idle import idle_in_training
 from moco.images.loader import PretrainData
 from moco.log import log_to_stderr
 from moco.training.build import Run
 from moco.training.decide import Decided
+from moco.training.guard import COLLAPSED
+from moco.training.shares import WORTH_A_WARNING, queue_share
 
 log = logging.getLogger("moco")
 
@@ -98,8 +102,10 @@ def _negatives(model: ModelConfig) -> str:
 
 def results(run: Run, run_dir: Path, seconds: float) -> dict[str, Any]:
     """Return what a run came to, as plain values, with the step that a figure was read at."""
+    comparison = run.monitor.comparison
     return {
         **{name: _rounded(value) for name, value in run.monitor.results().items()},
+        "comparison": comparison and comparison.as_dict(_findings(run)),
         "loss": _rounded(run.metrics.latest.get("train/loss"), 4),
         "loss_step": run.metrics.read_at.get("train/loss"),
         "images_per_second": _rounded(run.metrics.rate(), 1),
@@ -108,6 +114,55 @@ def results(run: Run, run_dir: Path, seconds: float) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "checkpoint": str(run_dir / "checkpoints" / "last.ckpt"),
     }
+
+
+def say_verdict(run: Run) -> None:
+    """Log whether the network got better, or what was read where no labels tell it."""
+    if run.monitor.comparison:
+        lines = run.monitor.comparison.lines(_findings(run))
+    elif run.monitor.data is None:
+        lines = textwrap.wrap(_without_labels(run), WIDTH, break_on_hyphens=False)
+    else:
+        return
+    for line in lines:
+        log.info("%s", line)
+
+
+def _without_labels(run: Run) -> str:
+    """Say that there is no verdict, why, and what was read instead."""
+    if run.monitor.config.knn_every == 0:
+        why = "run.knn_every is 0, so no labels were read (eval_knn.py reads them)"
+    else:
+        why = "no labelled train and test images (run.knn_root names others)"
+    latest = run.metrics.latest
+    if "train/loss" not in latest:
+        return f"No verdict: {why}."
+    return (
+        f"No verdict: {why}. Read instead: loss {latest['train/loss']:.2f} (of a network that "
+        f"cannot tell images apart {latest['train/chance_loss']:.2f}), the own key first in "
+        f"{latest['train/contrast_top1']:.0%} of queries, spread {latest['train/spread']:.2f} "
+        f"(1: even, 0: collapsed){'; '.join(['', *_findings(run)])}."
+    )
+
+
+def _findings(run: Run) -> list[str]:
+    """Name what the last readings and the settings show to be wrong, each with its remedy."""
+    found, latest = [], run.metrics.latest
+    if latest.get("train/spread", 1.0) < COLLAPSED:
+        found.append(
+            f"the embeddings are nearly one point (train/spread {latest['train/spread']:.2f}), so "
+            "lower optim.lr or raise model.key_momentum"
+        )
+    elif latest.get("train/loss", 0.0) >= latest.get("train/chance_loss", math.inf):
+        found.append("the loss is not below that of chance, so train longer or change optim.lr")
+    config = run.module.model_config
+    share, most = queue_share(config, run.data.config.batch_size, len(run.data.source))
+    if share > WORTH_A_WARNING:
+        found.append(
+            f"{share:.0%} of the queries meet an older key of their own image, so take "
+            f"model.queue_size {most}"
+        )
+    return found
 
 
 def _rounded(value: float | None, digits: int = 2) -> float | None:

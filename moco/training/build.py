@@ -137,8 +137,8 @@ def assemble(
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
-    monitor = KNNMonitor(open_labelled(config, data), config.run, metrics)
     signals = Signals()
+    monitor = KNNMonitor(open_labelled(config, data), config.run, metrics, signals)
     saver = Checkpoints(
         signals,
         metrics,

@@ -1,5 +1,7 @@
 """kNN accuracy while a run trains, as a Lightning callback; it changes nothing that is computed.
 
+After the last checkpoint the untrained network and raw pixels are read too, for the verdict.
+
 Shapes: M images of the bank, D feature.
 """
 
@@ -14,17 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
+from moco.algorithm.encoder import build_backbone
 from moco.config import RunConfig
 from moco.distributed import broadcast_buffers, gather_ragged
 from moco.evaluation.features import extract_features
 from moco.evaluation.knn import few_shot_accuracy, knn_predict
+from moco.evaluation.subject import PIXEL_SIDE, Pixels
+from moco.evaluation.verdict import RAW_PIXELS, UNREAD, UNTRAINED, Comparison, by_image, compare
 from moco.images.labelled import LabelledData
 from moco.training.metrics import MetricsLogger
+from moco.training.saving import Signals
 
 log = logging.getLogger("moco")
 _SHOTS = 10
-_READINGS = {"first", "last", "read_at", "is_loaded"}
+_READINGS = {"first", "first_hits", "last", "read_at", "is_loaded"}
 _RAW_LIMIT = 2**29  # values of raw pixels that the baseline may hold
+MOST_DRAWS, SHARE = 10, 0.03  # of untrained networks, and of the training time that they may take
 
 
 class KNNMonitor(pl.Callback):
@@ -33,14 +40,17 @@ class KNNMonitor(pl.Callback):
     Args:
         data: Bank and queries with labels, or None: then nothing is read.
         config: k, temperature and how often.
-        metrics: Logs the results.
+        metrics: Logs the results, and knows how long training took.
+        signals: Once one has come, no further network is drawn.
 
     Attributes:
         first, last: Top-1 in percent before the first step and at the newest reading.
+        first_hits: Of the test images before the first step, as of `moco.evaluation.verdict`.
         read_at: The step of the newest reading.
         is_loaded: Whether the first reading is of weights from a checkpoint (`--init_from`).
         few_shot: Name to percent with ten labels per class, for features and raw pixels; filled
             after the last step.
+        comparison: The trained network beside its baselines; None before the end.
     """
 
     def __init__(
@@ -48,17 +58,21 @@ class KNNMonitor(pl.Callback):
         data: tuple[LabelledData, LabelledData] | None,
         config: RunConfig,
         metrics: MetricsLogger,
+        signals: Signals,
     ) -> None:
-        self.data, self.config, self.metrics = data, config, metrics
+        self.data, self.config, self.metrics, self.signals = data, config, metrics, signals
         if data and config.knn_k > len(data[0]):
             log.info(
                 "run.knn_k is %d: kNN takes all %d training images", config.knn_k, len(data[0])
             )
         self.first: float | None = None
+        self.first_hits: Tensor | None = None
         self.last: float | None = None
         self.read_at: int | None = None
         self.is_loaded = False
         self.few_shot: dict[str, float] = {}
+        self.comparison: Comparison | None = None
+        self._hits, self._seconds = torch.empty(0), 0.0  # of the newest reading, without few labels
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Read the network as it starts, to which later readings are compared."""
@@ -93,59 +107,101 @@ class KNNMonitor(pl.Callback):
     def read(self, trainer: pl.Trainer, module: Any, final: bool) -> None:
         """Extract features on all ranks, vote, and log."""
         start = time.perf_counter()
-        network, device = module.query_encoder.backbone, module.device
+        network = module.query_encoder.backbone
         buffers = list(network.buffers())
         own = [buffer.clone() for buffer in buffers]
-        with trainer.precision_plugin.forward_context(), torch.no_grad():
+        with torch.no_grad():
             broadcast_buffers(network)
-            (bank, labels), (queries, targets) = (
-                self._features(network, images, device) for images in self.data
-            )
+            self._hits = self._judge(trainer, module.device, network, "ten_shot" if final else "")
             for buffer, before in zip(buffers, own, strict=True):
                 buffer.copy_(before)  # of ranks above 0
-        bank, labels = gather_ragged(bank), gather_ragged(labels)
-        k = min(self.config.knn_k, len(bank))
-        num_classes = len(self.data[0].source.classes)
-        temperature = self.config.knn_temperature
-        found = knn_predict(queries, bank, labels, num_classes, k, temperature)
-        hits = gather_ragged((found == targets).float())
-        self.last, self.read_at = 100 * hits.mean().item(), trainer.global_step
-        self.first = self.last if self.first is None else self.first
-        if final:
-            queries, targets = gather_ragged(queries), gather_ragged(targets)
-            self.few_shot = self._few_shot(bank, labels, queries, targets, device)
+        self.last, self.read_at = _top1(self._hits), trainer.global_step
+        if self.first is None:
+            self.first, self.first_hits = self.last, self._hits
         self.metrics.paused += time.perf_counter() - start
         self.metrics.publish(trainer, module, {"val/knn_top1": self.last})
 
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        """Read what needs no training, and compare; the last checkpoint is written by now.
+
+        Of untrained networks as many are drawn as 3 % of the training time pays, and ten at most.
+        The network as the run began is one of them, unless it had weights from a checkpoint.
+        """
+        if not self._enabled or self.read_at != module.total_steps:
+            return
+        baselines: dict[str, list[Tensor]] = {}
+        draws = [] if self.is_loaded or self.first_hits is None else [self.first_hits]
+        if self.is_loaded and self.first_hits is not None:
+            baselines["the weights it started from"] = [self.first_hits]
+        paid = int(SHARE * self.metrics.seconds / max(self._seconds, 1e-9))
+        wanted = distributed.from_first(lambda: min(MOST_DRAWS, len(draws) + paid))
+        if wanted > len(draws):
+            log.info("reading kNN of more untrained networks: %d", wanted - len(draws))
+        for number in range(len(draws), wanted):
+            if distributed.from_first(lambda: self.signals.came):
+                break
+            draws.append(self._judge(trainer, module.device, self._untrained(module, number)))
+        baselines |= {UNTRAINED: draws} if draws else {}
+        bank, queries = self.data
+        side = min(bank.config.image_size, PIXEL_SIDE)
+        if len(bank) * bank.config.channels * side**2 <= _RAW_LIMIT:
+            hits = self._judge(trainer, module.device, Pixels(), "ten_shot_raw_pixels")
+            baselines[RAW_PIXELS] = [hits]
+        few = [*self.few_shot.values()] if len(self.few_shot) == 2 else None
+        title, labels = f"kNN (k {self._k(len(bank))})", queries.source.labels
+        self.comparison = compare(title, labels, self._hits, baselines, few)
+
+    def _untrained(self, module: Any, number: int) -> nn.Module:
+        """Build the backbone as the run with a later seed would begin with it."""
+        data = self.data[0].config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed + number)
+            network, _ = build_backbone(module.model_config, data.channels, data.image_size)
+        return network.to(module.device, memory_format=torch.channels_last)
+
+    def _judge(
+        self, trainer: pl.Trainer, device: torch.device, network: nn.Module, few_shot: str = ""
+    ) -> Tensor:
+        """Return the hits of a network on the test images.
+
+        Args:
+            few_shot: Name under which the score of ten labels per class is kept, or empty.
+        """
+        start = time.perf_counter()
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            (bank, rows), (queries, query_rows) = (
+                extract_features(network, images.batches(device)) for images in self.data
+            )
+        labels, targets = self.data[0].labels(rows), self.data[1].labels(query_rows)
+        bank, labels = gather_ragged(bank), gather_ragged(labels)
+        options = self._k(len(bank)), self.config.knn_temperature
+        found = knn_predict(queries, bank, labels, len(self.data[0].source.classes), *options)
+        hits = gather_ragged((found == targets).to(torch.int8))
+        hits = by_image(hits, gather_ragged(query_rows), len(self.data[1]))
+        self._seconds = time.perf_counter() - start
+        if few_shot and int(torch.bincount(labels).min()) >= _SHOTS:
+            tested = gather_ragged(queries), gather_ragged(targets)
+            self.few_shot[few_shot] = few_shot_accuracy(bank, labels, *tested, _SHOTS)[0]
+        return hits
+
+    def _k(self, most: int) -> int:
+        return min(self.config.knn_k, most)
+
     def results(self) -> dict[str, float | int | None]:
-        """Return the readings by name; the newest one is null where only the first was taken."""
+        """Return the readings by name; the newest one is null where only the first was taken.
+
+        `knn_top1_untrained` is the mean over as many draws as `knn_top1_untrained_draws` says.
+        """
         start = "knn_top1_init_from" if self.is_loaded else "knn_top1_untrained"
         step = self.read_at or None
-        is_drawn = self.first is not None and not self.is_loaded
-        return {
-            "knn_top1": self.last if step else None,
-            "knn_top1_step": step,
-            start: self.first,
-            **({"knn_top1_untrained_draws": 1} if is_drawn else {}),
-            **self.few_shot,
-        }
-
-    def _few_shot(self, bank, labels, queries, targets, device) -> dict[str, float]:
-        """Score ten labels per class on features and on raw pixels, if all classes have ten."""
-        if int(torch.bincount(labels).min()) < _SHOTS:
-            return {}
-        scores = {"ten_shot": few_shot_accuracy(bank, labels, queries, targets, _SHOTS)[0]}
-        config = self.data[0].config
-        pixels = len(bank) * config.channels * config.image_size**2
-        if pixels <= _RAW_LIMIT and distributed.world_size() == 1:
-            raw = [self._features(nn.Flatten(), images, device) for images in self.data]
-            scores["ten_shot_raw_pixels"] = few_shot_accuracy(*raw[0], *raw[1], _SHOTS)[0]
-        return scores
-
-    def _features(self, network, images, device) -> tuple[Tensor, Tensor]:
-        """Return features and labels of this rank's share of the images that can be read."""
-        features, rows = extract_features(network, images.batches(device))
-        return features, images.labels(rows)
+        found = {"knn_top1": self.last if step else None, "knn_top1_step": step, start: self.first}
+        if self.first is not None and not self.is_loaded:
+            found["knn_top1_untrained_draws"] = 1
+        for row in self.comparison.baselines if self.comparison else ():
+            if row.name == UNTRAINED:
+                found |= {"knn_top1_untrained": row.top1}
+                found |= {"knn_top1_untrained_draws": len(row.draws)}
+        return found | self.few_shot
 
     def state_dict(self) -> dict[str, Any]:
         """Return the readings for the checkpoint."""
@@ -155,3 +211,8 @@ class KNNMonitor(pl.Callback):
         """Restore the readings from a checkpoint."""
         for name in _READINGS & state.keys():  # an older version stored two of them
             setattr(self, name, state[name])
+
+
+def _top1(hits: Tensor) -> float:
+    """Return the share of hits among the images that were read, in percent."""
+    return 100 * hits[hits != UNREAD].float().mean().item()

@@ -29,7 +29,7 @@ from moco.images.loader import PretrainData, check_batch
 from moco.images.resident import estimate_bytes
 from moco.images.sources import ImageSource
 from moco.run_directory import find_run, new_run, sole_run, write_config
-from moco.training.announce import results, say_what_was_decided, set_up_logging
+from moco.training.announce import results, say_verdict, say_what_was_decided, set_up_logging
 from moco.training.autoconfigure import Facts, Settings, autoconfigure, choose_length
 from moco.training.build import (
     Run,
@@ -73,8 +73,9 @@ def pretrain(
         extend_by: Epochs that a resumed run gets besides those that it has.
         accept_jump: Accept that its rate jumps for that.
 
-    Returns: Last kNN and loss with the steps that they were read at, images per second, steps and
-        paths, as plain values; null is what was not read. `stopped_by` is the signal, if any.
+    Returns: Last kNN and loss with the steps that they were read at, the comparison with what needs
+        no training, images per second, steps and paths, as plain values; null is what was not read.
+        `stopped_by` is the signal, if any.
 
     Raises:
         UserError: Anything that the user can mend, before the first step wherever possible.
@@ -258,6 +259,8 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
         result["stopped_by"] = saver.stop_signal
         if saver.stop_signal == signal.SIGUSR1 and trainer.is_global_zero:
             slurm.requeue()
+    else:
+        say_verdict(run)
     return result if trainer.is_global_zero else {}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 
-from moco.config import TrainConfig, UserError
+from moco.config import ModelConfig, TrainConfig, UserError
 
 log = logging.getLogger("moco")
 WORTH_A_WARNING = 0.05  # share of the queries that meet their own image's older key
@@ -75,6 +75,20 @@ def own_key_share(queue_size: int, keys: int) -> float:
     return reach**2 / 2 if reach <= 1 else 1 - (2 - reach) ** 2 / 2
 
 
+def queue_share(model: ModelConfig, batch: int, count: int) -> tuple[float, int]:
+    """Return the share of queries that meet an older key of their own, and the longest good queue.
+
+    Args:
+        model: Settings; without a queue the share is 0.
+        batch: Global batch.
+        count: Images in the set.
+    """
+    views = 2 if model.symmetric != "none" and model.queues == 1 else 1
+    keys = max(count // batch, 1) * batch * views
+    # K holds a step's keys.
+    return own_key_share(model.queue_size, keys), max(keys // 8, batch * views)
+
+
 def check_queue(config: TrainConfig, count: int) -> None:
     """Warn where many queries would meet their own older keys, which count as negatives.
 
@@ -85,12 +99,8 @@ def check_queue(config: TrainConfig, count: int) -> None:
     Raises:
         UserError: The queue is longer than the set.
     """
-    size, batch = config.model.queue_size, config.data.batch_size
-    if size == 0:
-        return
-    views = 2 if config.model.symmetric != "none" and config.model.queues == 1 else 1
-    keys = max(count // batch, 1) * batch * views
-    share, most = own_key_share(size, keys), max(keys // 8, batch * views)  # K holds a step's keys
+    size = config.model.queue_size
+    share, most = queue_share(config.model, config.data.batch_size, count)
     meet = f"{share:.0%} of the queries would meet an older key of their own image as a negative"
     if size > count:
         raise UserError(

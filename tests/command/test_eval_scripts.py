@@ -30,6 +30,7 @@ def result_of(process):
     """Wait for a script; return its code, last line and errors."""
     code, out, errors = finish(process)
     lines = out.strip().splitlines()
+    assert len(lines) < 2, "standard output is one line of JSON"
     return code, json.loads(lines[-1]) if lines else None, errors
 
 
@@ -89,6 +90,10 @@ def test_cached_probe_states_everything(checkpoint):
     # Digits are easy for pixels: 94 to 96 % by logistic regression.
     assert 90 < result["baselines"]["raw_pixels"]["top1"] < 99
     assert result["baselines"]["untrained"]["top1"] > 60
+    last = errors.rstrip().splitlines()
+    table = next(n for n, line in enumerate(last) if line.startswith("linear, 540 test images"))
+    assert max(map(len, last[table:])) <= 60
+    assert " ".join(last[table + 5 :]) == result["comparison"]["sentence"]
     stored = checkpoint.with_name("last.ckpt.eval_linear-cached-backbone.json")
     assert json.loads(stored.read_text()) == result
 
@@ -104,6 +109,7 @@ def test_other_protocols_run_and_beat_chance(checkpoint, protocol, tmp_path):
     )
     assert result["data"]["train_images"] in range(625, 632)
     assert result["top1"] > 40 and result["baselines"]["raw_pixels"]["top1"] > 40
+    assert result["comparison"]["untrained"]["draws"] == (3 if protocol == "views" else 1)
     assert (tmp_path / f"last.ckpt.eval_linear-{protocol}-backbone-0.5.json").is_file()
 
 
@@ -140,6 +146,31 @@ def test_knn_scores_several_k_and_draws_a_gallery(checkpoint, tmp_path):
     assert picture.width > 600 and len(picture.convert("RGB").getcolors(2**20)) > 50
     key = inside("eval_knn", *common, "--encoder", "key", "--baselines", "false")
     assert key["encoder"] == "key" and key["by_k"] != one["by_k"]
+
+
+def test_the_verdict_stands_on_the_scores_of_all_draws(checkpoint, tmp_path, said):
+    common = ["--checkpoint", checkpoint, "--output", tmp_path, "--k", "[20]", "--shots", "[1]"]
+    result = inside("eval_knn", *common, "--untrained_draws", 4)
+    found, baselines = result["comparison"], result["baselines"]
+    assert set(baselines) == {"untrained", "raw_pixels"}
+    assert (found["score"], found["test_images"]) == ("kNN (k 20)", 540)
+    assert found["trained"]["top1"] == result["top1"]
+    assert found["raw_pixels"]["top1"] == baselines["raw_pixels"]["top1"]
+    draws = found["untrained"]["top1_of_draws"]
+    assert draws[0] == baselines["untrained"]["top1"] and len(set(draws)) > 1
+    assert found["untrained"]["top1"] == pytest.approx(sum(draws) / 4, abs=0.01)
+    # A draw is the network that a seed gives: the second is the first of the next seed.
+    other = inside("eval_knn", *common, "--untrained_draws", 1, "--seed", 1)
+    assert other["comparison"]["untrained"]["top1"] == draws[1]
+    assert found["is_better"] is False  # the checkpoint was never trained
+    assert f"written to {tmp_path / 'last.ckpt.eval_knn-backbone.json'}" in said[:-6]
+
+
+def test_without_baselines_there_is_no_verdict(checkpoint, tmp_path, said):
+    common = ["--checkpoint", checkpoint, "--output", tmp_path, "--baselines", "false"]
+    result = inside("eval_knn", *common)
+    assert result["comparison"]["is_better"] is None and result["baselines"] == {}
+    assert " ".join(said).endswith("leave --baselines at true.")
 
 
 def folder(root, splits):
@@ -293,6 +324,8 @@ def test_the_only_rate_that_diverged_is_scored_and_fails(checkpoint, tmp_path):
     arguments += ["--label_fraction", 0.1, "--baselines", "false", "--learning_rates", "[1000]"]
     code, result, errors = script("eval_linear", *arguments)
     assert code == 1 and result["verdict"] == "diverged" and result["top1"] >= 0, errors
+    assert "No verdict: the learning rate diverged" in errors
+    assert result["comparison"]["trained"]["top1"] == result["top1"]
     assert "Traceback" not in errors and "diverged" in errors
     (stored,) = tmp_path.glob("*.json")
     assert json.loads(stored.read_text()) == result

@@ -88,14 +88,15 @@ def test_the_untrained_network_has_the_shape_of_the_judged_one(tmp_path):
     export(tmp_path / "a.ckpt", "safetensors", tmp_path / "a.safetensors")
     loaded = load_encoder(tmp_path / "a.safetensors")
     data = DataConfig(channels=3, image_size=32)
-    networks = subject._networks(JudgeConfig(), loaded, data)
+    networks = subject._networks(JudgeConfig(), loaded, data, draws=2)
     shapes = [
         {key: tensor.shape for key, tensor in networks[name].state_dict().items()}
-        for name in ("encoder", "untrained")
+        for name in ("encoder", "untrained", "untrained 2")
     ]
-    assert shapes[0] == shapes[1]
-    heads = [networks[name].backbone.blocks[0].attn.num_heads for name in ("encoder", "untrained")]
-    assert heads == [4, 4]
+    assert shapes[0] == shapes[1] == shapes[2]
+    drawn = [networks[name].backbone for name in ("encoder", "untrained", "untrained 2")]
+    assert [network.blocks[0].attn.num_heads for network in drawn] == [4, 4, 4]
+    assert len({network.state_dict()["blocks.0.attn.qkv.weight"].sum() for network in drawn}) == 3
 
 
 @pytest.mark.parametrize("changes", [{"solarise": 0.5}, {"chunks": 2}, {"views": "v3"}])

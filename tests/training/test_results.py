@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -20,10 +22,11 @@ from steps import SIZE, make_module
 
 import train
 from moco import distributed
-from moco.config import RunConfig, UserError
-from moco.training import metrics, saving
+from moco.config import DataConfig, ModelConfig, RunConfig, UserError
+from moco.training import announce, metrics, monitor, saving
 from moco.training.metrics import Progress
 from moco.training.monitor import KNNMonitor
+from moco.training.saving import Signals
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -37,11 +40,11 @@ DIGITS = [
 class StopIn(pl.Callback):
     """Send SIGTERM in one step, and make each take a fifth of a second."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, seconds: float = 0.2) -> None:
+        self.step, self.seconds = step, seconds
 
     def on_train_batch_start(self, trainer, *args) -> None:
-        time.sleep(0.2)
+        time.sleep(self.seconds)
         if trainer.global_step + 1 == self.step:
             signal.raise_signal(signal.SIGTERM)
 
@@ -69,6 +72,122 @@ def test_a_first_reading_of_loaded_weights_is_named_for_them(with_callback):
     for result in (train.main(started), train.main(["--resume", "run"])):
         assert result["knn_top1_init_from"] == first["knn_top1"]
         assert not [name for name in result if "untrained" in name]
+
+
+def draws_cost(monkeypatch, share, most=3):
+    """Let untrained networks take a share of the training time: 0, or more than they need."""
+    monkeypatch.setattr(monitor, "SHARE", share)
+    monkeypatch.setattr(monitor, "MOST_DRAWS", most)
+
+
+ALL = 1e9
+
+
+def test_a_run_ends_with_the_table_and_the_verdict(monkeypatch, said):
+    draws_cost(monkeypatch, ALL)
+    result = train.main([*DIGITS, "--run.dir", "run"])
+    found = result["comparison"]
+    assert (found["score"], found["test_images"]) == ("kNN (k 20)", 540)
+    assert found["trained"]["top1"] == result["knn_top1"]
+    assert found["untrained"]["top1"] == result["knn_top1_untrained"]
+    assert found["untrained"]["draws"] == result["knn_top1_untrained_draws"] == 3
+    assert len(set(found["untrained"]["top1_of_draws"])) == 3
+    assert 90 < found["raw_pixels"]["top1"] < 99 and result["ten_shot_raw_pixels"] > 80
+    table = said.index(next(line for line in said if line.startswith("kNN (k 20), 540 test")))
+    assert max(map(len, said[table:])) <= 60
+    assert " ".join(said[table + 5 :]) == found["sentence"]
+    assert "so take model.queue_size 400; train longer" in found["sentence"]
+
+
+def test_further_networks_are_drawn_only_where_training_took_far_longer(monkeypatch):
+    draws_cost(monkeypatch, 0)
+    result = train.main([*DIGITS, "--run.dir", "run"])
+    with open("run/metrics.csv") as file:
+        start = float(next(csv.DictReader(file))["val/knn_top1"])
+    assert result["knn_top1_untrained"] == round(start, 2)
+    assert result["comparison"]["untrained"]["draws"] == result["knn_top1_untrained_draws"] == 1
+
+
+def test_a_resumed_run_compares_with_the_network_that_it_began_with(monkeypatch, with_callback):
+    with_callback(StopIn(5, 0))
+    train.main([*DIGITS, "--run.dir", "run"])
+    draws_cost(monkeypatch, 0)
+    old = Path("run/checkpoints/last.ckpt")
+    stored = torch.load(old, weights_only=True)
+    first = train.main(["--resume", "run"])["comparison"]["untrained"]
+    assert first["draws"] == 1
+    # An older version kept no hits, so that the same seed gives the network again.
+    shutil.rmtree("run")
+    old.parent.mkdir(parents=True)
+    del stored["callbacks"]["KNNMonitor"]["first_hits"]
+    torch.save(stored, old)
+    draws_cost(monkeypatch, ALL, most=1)
+    again = train.main(["--resume", str(old)])
+    assert again["comparison"]["untrained"] == first
+
+
+def test_weights_that_a_run_started_from_are_compared_with(monkeypatch, said):
+    draws_cost(monkeypatch, 0)
+    short = [*DIGITS, "--trainer.max_epochs", "1"]
+    first = train.main([*short, "--run.dir", "first"])
+    started = ["--run.dir", "run", "--init_from", "first/checkpoints/last.ckpt"]
+    result = train.main([*short, *started])
+    assert result["comparison"]["the_weights_it_started_from"]["top1"] == first["knn_top1"]
+    assert "untrained" not in result["comparison"]
+    draws_cost(monkeypatch, ALL, most=2)
+    result = train.main([*short, *started[:-2], "--run.dir", "other", *started[-2:]])
+    assert result["comparison"]["untrained"]["draws"] == 2
+    assert result["knn_top1_init_from"] == first["knn_top1"]
+
+
+def test_a_signal_ends_the_drawing_of_networks(monkeypatch, with_callback):
+    """It comes in the last step, so that the run is finished, and its verdict is said at once."""
+    draws_cost(monkeypatch, ALL)
+    with_callback(StopIn(6, 0))
+    result = train.main([*DIGITS, "--run.dir", "run"])
+    assert result["steps"] == 6 and "stopped_by" not in result
+    assert result["comparison"]["untrained"]["draws"] == 1
+
+
+def test_a_stopped_run_says_no_verdict(with_callback, said):
+    with_callback(StopIn(4, 0))
+    result = train.main([*DIGITS, "--run.dir", "run"])
+    assert result["stopped_by"] and result["comparison"] is None
+    assert not any("test images" in line or "erdict" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "every,words", [("1", "no labelled train and test"), ("0", "knn_every is 0")]
+)
+def test_without_labels_what_was_read_instead_is_told(images, said, every, words):
+    result = run_tiny(images, "--run.knn_every", every)
+    lines = said[next(n for n, line in enumerate(said) if line.startswith("No verdict: ")) :]
+    text = " ".join(lines)
+    assert words in text and max(map(len, lines)) <= 60
+    assert f"loss {result['loss']:.2f} (of a network that cannot tell images apart 3.71)" in text
+    assert re.search(r"the own key first in \d+% of queries, spread \d\.\d\d", text)
+    assert result["comparison"] is None
+
+
+@pytest.mark.parametrize(
+    "latest,words",
+    [
+        ({"train/spread": 0.01}, "nearly one point (train/spread 0.01), so lower optim.lr"),
+        ({"train/loss": 5.0, "train/chance_loss": 4.9}, "loss is not below that of chance"),
+        ({"train/loss": 4.0, "train/chance_loss": 4.9, "train/spread": 0.9}, ""),
+    ],
+)
+def test_what_the_last_readings_show_is_found(latest, words):
+    model, data = ModelConfig(queue_size=64), DataConfig(batch_size=16)
+    run = SimpleNamespace(
+        metrics=SimpleNamespace(latest=latest),
+        module=SimpleNamespace(model_config=model),
+        data=SimpleNamespace(config=data, source=range(6000)),
+    )
+    found = announce._findings(run)
+    assert len(found) == bool(words) and words in "".join(found)
+    run.data.source = range(100)
+    assert "take model.queue_size 16" in announce._findings(run)[-1]
 
 
 def test_the_time_left_counts_all_batches_of_a_step():
@@ -146,7 +265,7 @@ def _statistics_after_a_reading() -> tuple[list[float], float]:
     module = make_module()
     statistic = module.query_encoder.backbone.bn1.running_mean.fill_(1 + distributed.rank())
     shown = SimpleNamespace(paused=0.0, publish=lambda *args: None)
-    reader = KNNMonitor((OnTwoRanks(), OnTwoRanks()), RunConfig(knn_k=3), shown)
+    reader = KNNMonitor((OnTwoRanks(), OnTwoRanks()), RunConfig(knn_k=3), shown, Signals())
     trainer = SimpleNamespace(global_step=3, precision_plugin=Precision())
     seen = []
     hook = module.query_encoder.backbone.bn1.register_forward_pre_hook(
