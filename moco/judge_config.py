@@ -118,6 +118,13 @@ class ExportConfig:
     output: str = setting(MISSING, "File to write; for timm a directory")
     encoder: Literal["query", "key"] = setting("query", "Which encoder")
     overwrite: bool = setting(False, "Replace an earlier export")
+    opset: int = setting(
+        0, "Operator set of onnx, 17 and up; 0: the one that torch takes", at_least=0, at_most=99
+    )
+    fp16: bool = setting(
+        False, "Have onnx hold and compute 16 bits; images and features stay float32"
+    )
+    free_size: bool = setting(False, "Let onnx take images of any size, where the network does")
     license: str = setting("", "For the model card: mit, cc-by-4.0, other")
     allow_partial: bool = setting(False, "Take a file that fits only in part")
     backbone: str = setting("", "timm name, where the file does not tell it")

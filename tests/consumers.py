@@ -27,7 +27,8 @@ def load_timm(path, name):
     assert about["input_size"] == [channels, size, size]
     config = network.pretrained_cfg
     assert list(config["mean"]) == about["mean"] and config.get("license") is None
-    return network, about | {"channels": channels, "image_size": size}
+    own = json.loads((path / "config.json").read_text())["moco"]
+    return network, about | own | {"channels": channels, "image_size": size}
 
 
 def load_torchvision(path, name):
@@ -48,6 +49,8 @@ def load_safetensors(path, name):
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["moco"])
         state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    if name is None:  # only what it says is wanted
+        return None, about
     options = ({"img_size": about["image_size"]} if "vit" in name else {}) | about["variant"]
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=0, in_chans=about["channels"], **options)
@@ -57,10 +60,13 @@ def load_safetensors(path, name):
     return network.eval(), about
 
 
+TOLD = ("mean", "std", "image_size", "channels", "preparation")
+
+
 def load_onnx(path, name):
     session = onnxruntime.InferenceSession(path)
     metadata = session.get_modelmeta().custom_metadata_map
-    about = {k: json.loads(metadata[k]) for k in ("mean", "std", "image_size", "channels")}
+    about = {k: json.loads(metadata[k]) for k in TOLD}
     return lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]), about
 
 

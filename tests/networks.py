@@ -90,6 +90,7 @@ def save_ours(path, model: ModelConfig, channels: int = 3, size: int = 32):
 
 PLAIN = ModelConfig(backbone="resnet18", queue_size=64, embedding_dim=16)
 SMALL = dataclasses.replace(PLAIN, stem="cifar", width=0.25)
+CIFAR_HALF = dataclasses.replace(PLAIN, stem="cifar", width=0.5)
 VIT = ModelConfig(backbone="test_vit", queue_size=64)  # the smallest network there is
 V3 = dataclasses.replace(
     PLAIN, queue_size=0, head="mlp_bn", head_hidden_dim=24, predictor="mlp", symmetric="sum"
@@ -114,6 +115,12 @@ def distance(one, other, batch: torch.Tensor) -> float:
     wanted, found = one(batch), other(batch)
     assert wanted.shape == found.shape
     return ((wanted - found).abs().max() / wanted.abs().max()).item()
+
+
+def run_line(line: str, **scope) -> dict:
+    """Run a line of Python as a stranger pastes it; return its variables."""
+    exec(line, scope)
+    return scope
 
 
 def prefixed(prefix: str, state):

@@ -184,6 +184,12 @@ def test_what_moco_exports_exists():
         _ = moco.no_such_name
 
 
+def test_dir_shows_what_moco_exports():
+    import moco
+
+    assert [name for name in dir(moco) if not name.startswith("__")] == moco.__all__
+
+
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=by_name)
 def test_public_names_have_docstrings(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))

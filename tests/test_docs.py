@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from pictures import write_pictures
+from PIL import Image
 from test_architecture import WINGS
 
 from moco.command import cli
@@ -169,7 +170,7 @@ def test_what_a_page_tells_to_run_runs(page, workspace, monkeypatch):
 def run_python(block):
     for word, file in WORDS.items():
         block = re.sub(rf'"{word}\b', f'"{file}', block)
-    exec(block, {"images": torch.rand(2, 3, 32, 32)})
+    exec(block, {"images": torch.rand(2, 3, 32, 32), "picture": Image.new("RGB", (40, 50))})
 
 
 @functools.cache

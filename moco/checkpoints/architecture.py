@@ -22,6 +22,7 @@ from moco.algorithm.encoder import (
 )
 from moco.checkpoints.layouts import Contents
 from moco.checkpoints.matching import ABSENT, State, one_line, some
+from moco.checkpoints.preparation import UNUSUAL, unusual
 from moco.checkpoints.shapes import (
     count_channels,
     fixed_positions,
@@ -61,7 +62,8 @@ def identify(
         UserError: The file contradicts itself or tells too little; a size out of range.
     """
     model, said, variant, questions = look(contents, part)
-    head = head_shape(contents.take("query_encoder.head."), contents.take("queue."))
+    head_state = contents.take("query_encoder.head.") or contents.take("key_encoder.head.")
+    head = head_shape(head_state, contents.take("queue."))
     model = dataclasses.replace(model, backbone=backbone or model.backbone, **head)
     if not model.backbone:
         raise UserError(
@@ -77,7 +79,7 @@ def identify(
     sizes = {"channels": channels, "image_size": image_size or said.get("image_size") or default}
     _check_sizes(contents, sizes | {"width": model.width}, model, told)
     given = {name: said.get(name, []) for name in ("mean", "std")}
-    sizes |= {name: said[name] for name in RANGE if name in said}
+    sizes |= {name: said[name] for name in (*RANGE, *UNUSUAL) if name in said}
     mean, std = normalisation(DataConfig(channels=channels, **given))
     variant |= told
     if variant.get("stem_padding") == 1:
@@ -197,7 +199,7 @@ def _said(
         note = contents.raw["moco"]
         names = {name: str(note[name]) for name in ("backbone", "stem")}
         model = ModelConfig(**names, width=float(note["width"]))
-        data = _data(note, note["channels"], note["image_size"])
+        data = _data(note | _preparation(note), note["channels"], note["image_size"])
         return model, data, _safe(note["variant"], part)
     if isinstance(contents.raw.get("timm"), dict):
         note = contents.raw["timm"]
@@ -206,8 +208,9 @@ def _said(
         # The config may keep the size of the first training; the positions show the last.
         image_size = arguments.get("img_size") or vit_image_size(part) or size[-1]
         image_size = image_size[-1] if isinstance(image_size, list) else image_size
-        ends = note.get("moco", {})
-        data = _data(details | ends, arguments.get("in_chans", size[0]), image_size)
+        own = note.get("moco", {})
+        own = own | _preparation(own)
+        data = _data(details | own, arguments.get("in_chans", size[0]), image_size)
         return ModelConfig(backbone=note["architecture"]), data, _safe(arguments, part)
     return None
 
@@ -222,7 +225,12 @@ def _data(source: dict[str, Any], channels: Any, image_size: Any) -> dict[str, A
         values = value if isinstance(value, list) else [value]
         if value != "auto" and len(values) in (1, data["channels"]):
             data[name] = [float(each) for each in values]
-    return data
+    return data | unusual(source)
+
+
+def _preparation(note: dict[str, Any]) -> dict[str, Any]:
+    """Return what a note of ours says of the images, which older exports do not have."""
+    return note.get("preparation", {})
 
 
 # Arguments of timm's constructor that a file may not set: sources of weights, and our own choices.

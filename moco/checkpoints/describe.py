@@ -16,6 +16,7 @@ from moco.algorithm.encoder import TORCHVISION_RESNETS
 from moco.algorithm.vit import is_vit, shape_arguments
 from moco.checkpoints.architecture import constructor_arguments
 from moco.checkpoints.load import Loaded
+from moco.checkpoints.preparation import UNUSUAL
 
 # The names of v3's ViTs, which have 12 heads, to those of the same networks in timm.
 V3_VITS = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
@@ -57,7 +58,9 @@ def describe(loaded: Loaded) -> dict[str, Any]:
     note = {"backbone": model.backbone, "stem": model.stem, "width": model.width}
     if is_vit(model.backbone):
         note["width"] = 1.0  # `embed_dim` in the variant says it
-    note |= {**loaded.data, "feature_dim": loaded.feature_dim, "variant": variant(loaded)}
+    note |= {name: v for name, v in loaded.data.items() if name not in UNUSUAL}
+    note |= {"preparation": loaded.preparation.as_note()}
+    note |= {"feature_dim": loaded.feature_dim, "variant": variant(loaded)}
     note |= {"source_layout": loaded.layout, "encoder": loaded.encoder}
     return note | ({} if loaded.epoch is None else {"epoch": loaded.epoch})
 
@@ -80,20 +83,65 @@ def saved(write: Callable[[io.BytesIO], Any]) -> Files:
     return {"": buffer.getvalue()}
 
 
-def loading_line(loaded: Loaded, path: Path) -> str:
-    """Return the Python that builds a safetensors file's network by timm and fills it."""
-    model = loaded.model
+def loading_line(loaded: Loaded, form: str, path: str | Path) -> str:
+    """Return what loads an export of this network: Python, or the words of another's command."""
+    name, place = loaded.model.backbone, repr(str(path))
+    python = {
+        "timm": f"import timm; network = timm.create_model({f'local-dir:{path}'!r}, "
+        "pretrained=True, num_classes=0).eval()",
+        "torchvision": f"import torch, torchvision; network = torchvision.models.{name}(); "
+        f"network.load_state_dict(torch.load({place}), strict=False); "
+        "network.fc = torch.nn.Identity(); network.eval()",
+        "safetensors": _safetensors_line(loaded, place),
+        "onnx": f"import onnxruntime; session = onnxruntime.InferenceSession({place}); "
+        f"features = session.run(None, {{'images': images.numpy()}})[0]",
+        "torch-export": f"import torch; network = torch.export.load({place}).module()",
+    }
+    return python[form] if form in python else _command(loaded, form, path)
+
+
+def _command(loaded: Loaded, form: str, path: str | Path) -> str:
+    """Return the words with which the code of the papers and detectron2 take a file."""
+    if form == "detectron2":
+        mean, std = ([255 * x for x in loaded.data[name]] for name in ("mean", "std"))
+        return (
+            f"MODEL.WEIGHTS {path} INPUT.FORMAT RGB MODEL.RESNETS.STRIDE_IN_1X1 False "
+            f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}"
+        )
+    name = {timm: v3 for v3, timm in V3_VITS.items()}.get(loaded.model.backbone)
+    script = f"main_lincls.py -a {name or loaded.model.backbone} --pretrained {path}"
+    if steps := _first_layers(loaded, "model", loaded.data["channels"] != 3):
+        script += f", after {'; '.join(steps)} where the script has built its model"
+    return script
+
+
+def _safetensors_line(loaded: Loaded, place: str) -> str:
     arguments = constructor_arguments(loaded)
     arguments.pop("weight_init", None)  # the file's weights take the place of the first ones
     words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    steps = [f"network = timm.create_model({model.backbone!r}, {words})"]
-    if (model.stem == "cifar" or model.width != 1) and not is_vit(model.backbone):
+    steps = ["import timm, torch, safetensors.torch"]
+    steps.append(f"network = timm.create_model({loaded.model.backbone!r}, {words})")
+    steps += _first_layers(loaded, "network", loaded.model.width != 1)
+    steps.append(f"network.load_state_dict(safetensors.torch.load_file({place}))")
+    return "; ".join([*steps, "network.eval()"])
+
+
+def _first_layers(loaded: Loaded, network: str, other: bool) -> list[str]:
+    """Return the Python that gives a ResNet the first layers of this one.
+
+    Args:
+        network: What its variable is called.
+        other: Whether its first convolution differs although it is no CIFAR stem.
+    """
+    model, cifar = loaded.model, loaded.model.stem == "cifar"
+    if is_vit(model.backbone):
+        return []
+    steps = []
+    if cifar or other:
         c = loaded.backbone.conv1
         sizes = (c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0])
         layer = f"torch.nn.Conv2d({', '.join(map(str, sizes))}, bias=False)"
-        steps.append(f"network.conv1 = {layer}")
-    absent = ["maxpool"] if model.stem == "cifar" else []
+        steps.append(f"{network}.conv1 = {layer}")
+    absent = ["maxpool"] if cifar else []
     absent += [] if loaded.variant.get("stem_relu", True) else ["act1"]
-    steps += [f"network.{name} = torch.nn.Identity()" for name in absent]
-    steps.append(f"network.load_state_dict(safetensors.torch.load_file({str(path)!r}))")
-    return "; ".join(steps)
+    return steps + [f"{network}.{name} = torch.nn.Identity()" for name in absent]

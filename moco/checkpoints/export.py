@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.checkpoints.describe import Features, Files, loading_line, obstacle
+from moco.checkpoints.graphs import GraphOptions
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.official import CLASSIFIER
 from moco.checkpoints.write import (
@@ -29,6 +30,8 @@ from moco.checkpoints.write import (
     TIMM_FILES,
 )
 from moco.config import UserError
+
+FP16_TOLERANCE = 0.02  # of the largest feature; 11 bits round each value to 0.0005 of its size
 
 
 class DiskError(OSError):
@@ -42,6 +45,7 @@ def export(
     *,
     overwrite: bool = False,
     licence: str = "",
+    graph: GraphOptions | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Write a checkpoint's backbone to `output` and compare what was written with the source.
@@ -52,6 +56,7 @@ def export(
         output: A file, or a directory for timm. It appears whole or not at all.
         overwrite: Replace an earlier export.
         licence: Identifier for the model card, such as mit or cc-by-4.0.
+        graph: Choices of onnx.
 
     Returns:
         What was written, and the largest difference as a share of the largest feature.
@@ -60,7 +65,8 @@ def export(
         UserError: Wrong input, a format that cannot hold this network, or features that differ.
         DiskError: The disk is full or broken.
     """
-    output = Path(output)
+    output, graph = Path(output), graph or GraphOptions()
+    graph.check(form)
     _check_request(Path(checkpoint), form, output, overwrite, licence)
     loaded = load_encoder(checkpoint, **options)
     print(loaded.report, file=sys.stderr)
@@ -68,11 +74,12 @@ def export(
         fitting = ", ".join(name for name in FORMATS if not obstacle(loaded, name))
         raise UserError(f"--format {form} cannot hold {reason}: take one of {fitting}")
     write, read, tolerance = FORMATS[form]
+    tolerance = FP16_TOLERANCE if graph.fp16 else tolerance
     with _one_line(f"{loaded.model.backbone} cannot be written as {form}"):
-        files = write(loaded, Path(checkpoint), licence)
+        files = write(loaded, Path(checkpoint), licence, graph)
     again = _one_line(f"{loaded.model.backbone} as {form} does not load again")
     with _place(output, files, overwrite) as written, again:
-        difference = _difference(read(written, loaded), loaded)
+        difference = _difference(read(written, loaded), loaded, graph)
         if not difference <= tolerance:  # also where it is no number
             raise UserError(
                 f"--format {form}: features differ by {difference:.1e} of their size after reading "
@@ -91,11 +98,12 @@ def _result(
     result["max_feature_difference"] = difference
     if form in ("torchvision", "official"):
         result["left_to_the_consumer"] = list(CLASSIFIER)
-    if form == "safetensors":
-        result["load_with"] = loading_line(loaded, output)
-        print(f"load with: {result['load_with']}", file=sys.stderr)
+    result["load_with"] = loading_line(loaded, form, output)
+    how = loaded.preparation
+    print(f"load with: {result['load_with']}", file=sys.stderr)
+    print(f"prepare images: {how.in_words()}", file=sys.stderr)
     places = [str(output / name) if name else str(output) for name in files]
-    return result | loaded.data | {"files": places}
+    return result | loaded.data | {"preparation": how.as_note(), "files": places}
 
 
 @contextlib.contextmanager
@@ -187,17 +195,17 @@ def _explained(output: Path) -> Iterator[None]:
         raise UserError(f"{text}: choose another place") from None
 
 
-def example_images(loaded: Loaded) -> Tensor:
+def example_images(loaded: Loaded, height: int, width: int) -> Tensor:
     """Return six crops of scikit-learn's two photographs, N x channels x H x W, normalised."""
     from sklearn.datasets import load_sample_images
 
-    channels, size = loaded.data["channels"], loaded.data["image_size"]
+    channels = loaded.data["channels"]
     crops = []
     for photograph in load_sample_images().images:
         image = torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None].float() / 255  # 1 3 H W
         for left in (0, 100, 200):
             square = image[:, :, :, left : left + 400]
-            crops.append(nn.functional.interpolate(square, (size, size), mode="area"))
+            crops.append(nn.functional.interpolate(square, (height, width), mode="area"))
     images = torch.cat(crops)
     grey = images.mean(1, keepdim=True)
     images = grey if channels == 1 else images.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
@@ -206,11 +214,11 @@ def example_images(loaded: Loaded) -> Tensor:
 
 
 @torch.no_grad()
-def _difference(features: Features, loaded: Loaded) -> float:
+def _difference(features: Features, loaded: Loaded, graph: GraphOptions) -> float:
     """Compare two feature extractors in batches of one and of several images."""
-    images = example_images(loaded)
+    batches = [example_images(loaded, *size) for size in graph.image_sizes(loaded)]
     worst = 0.0
-    for batch in (images, images[:1]):
+    for batch in (*batches, batches[0][:1]):
         wanted, found = loaded.backbone(batch), features(batch)
         if not wanted.isfinite().all():
             raise UserError("the checkpoint's features are not finite: take one from before that")

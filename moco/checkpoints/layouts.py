@@ -30,33 +30,40 @@ class _Layout(NamedTuple):
     heads: tuple[str, str] | None = None  # None: the head is inside the backbone, as fc or head
     sign: tuple[str, ...] = ("",)  # a file also has a name with one of these prefixes
 
-    def fits(self, state: State) -> bool:
-        """Tell whether a file has this layout."""
-        needed = (self.backbones[0], self.sign)
+    def fits(self, state: State, encoder: int = 0) -> bool:
+        """Tell whether a file has this layout, by the query encoder, or by the key encoder, 1."""
+        needed = (self.backbones[encoder], self.sign)
         return all(any(name.startswith(start) for name in state) for start in needed)
 
 
 _SOLO = (("projector.", "momentum_projector."), ("momentum_", "projector."))
 _OURS = ("query_encoder.head.", "key_encoder.head.")
-_LIGHTLY = ("projection_head.layers.", "projection_head_momentum.layers.")
+_PROJECTION = "projection_head.layers"
+_LIGHTLY = (f"{_PROJECTION}.", "projection_head_momentum.layers.")
 _NECKS = [(f"encoder_q.1.{neck}.", f"encoder_k.1.{neck}.") for neck in ("mlp", "fc")]
+# In lightly's benchmarks `backbone` is the encoder that follows the other one, by momentum.
+_BENCHMARK = [
+    ((f"{query}_backbone.", "backbone."), (f"{query}_{_PROJECTION}.", f"{_PROJECTION}."))
+    for query in ("query", "student")
+]
 _MM = (  # the key encoder of v1, v2 and v3 in mmpretrain, its head, and a name in such files
     ("encoder_k.module", "mlp.", ("neck.mlp.",)),
     ("encoder_k.module", "fc.", ("neck.fc.",)),
     ("momentum_encoder.module", "", ("neck.fc0.", "backbone.layers.0.ln1.")),
 )
-_LAYOUTS = (  # the first one that fits is taken
+_LAYOUTS = (  # the first one that fits is taken; see `_layout_of`
     _Layout("moco", ("query_encoder.backbone.", "key_encoder.backbone."), _OURS),
     *(  # also mmselfsup before 1.0: a Sequential of backbone and neck, which names its head
-        _Layout("openselfsup", ("encoder_q.0.", "encoder_k.0."), heads, heads[:1])
-        for heads in _NECKS
+        _Layout("openselfsup", ("encoder_q.0.", "encoder_k.0."), heads, heads) for heads in _NECKS
     ),
     _Layout("official", ("encoder_q.", "encoder_k.")),
     _Layout("official-v3", ("base_encoder.", "momentum_encoder.")),
     *(  # also mmselfsup from 1.0 on
-        _Layout("mmpretrain", ("backbone.", f"{key}.0."), (f"neck.{at}", f"{key}.1.{at}"), sign)
+        _Layout("mmpretrain", ("backbone.", f"{key}.0."), heads, (*sign, heads[1]))
         for key, at, sign in _MM
+        for heads in [(f"neck.{at}", f"{key}.1.{at}")]
     ),
+    *(_Layout("lightly", backbones, heads) for backbones, heads in _BENCHMARK),
     _Layout("solo-learn", ("backbone.", "momentum_backbone."), *_SOLO),
     _Layout("lightly", ("backbone.", "backbone_momentum."), _LIGHTLY),
     _Layout("solo-learn", ("encoder.", "momentum_encoder."), *_SOLO),
@@ -112,7 +119,10 @@ class Contents:
         """
         part = self.take(f"{encoder}_encoder.backbone.")
         if not part:
-            raise UserError(f"{self.path} ({self.layout} layout) holds no {encoder} encoder")
+            other = "key" if encoder == "query" else "query"
+            has = self.take(f"{other}_encoder.backbone.")
+            hint = f", only a {other} encoder: give --encoder {other}" if has else ""
+            raise UserError(f"{self.path} ({self.layout} layout) holds no {encoder} encoder{hint}")
         return part
 
 
@@ -130,14 +140,23 @@ def read_contents(path: str | Path) -> Contents:
         if short in state:
             raise UserError(f"{path} holds {short} twice, once as {name}: it is no single model")
         state[short] = tensor
-    for layout in _LAYOUTS:
-        if layout.fits(state):
-            return _rename(Contents(path, layout.name, {}, [], raw), state, layout)
+    if layout := _layout_of(state):
+        return _rename(Contents(path, layout.name, {}, [], raw), state, layout)
     kind = raw.get("format") if raw.get("format") in ("safetensors", "timm") else "torchvision"
     contents = Contents(path, kind, {}, [], raw)
     names = _plain_names(contents, state).items()
     contents.state = {f"query_encoder.backbone.{name}": tensor for name, tensor in names}
     return contents
+
+
+def _layout_of(state: State) -> _Layout | None:
+    """Return the layout of a file, or None of a bare backbone.
+
+    A file of a key encoder alone has the layout that says most of its names.
+    """
+    found = [layout for layout in _LAYOUTS if layout.fits(state)]
+    alone = [layout for layout in _LAYOUTS if layout.fits(state, encoder=1)]
+    return found[0] if found else max(alone, key=lambda one: len(one.backbones[1]), default=None)
 
 
 def _rename(contents: Contents, state: State, layout: _Layout) -> Contents:

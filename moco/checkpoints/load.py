@@ -14,7 +14,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import nn
 
-from moco.algorithm.encoder import TORCHVISION_RESNETS
+from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
 from moco.checkpoints.architecture import (
     Architecture,
     attention_heads,
@@ -25,6 +25,7 @@ from moco.checkpoints.architecture import (
 )
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state, shape_text, take
+from moco.checkpoints.preparation import Preparation, preparation, pretrained_cfg
 from moco.checkpoints.shapes import head_shape
 from moco.config import ModelConfig, UserError
 
@@ -37,11 +38,13 @@ class Loaded:
     """An encoder from a file, and what was found out about it.
 
     Attributes:
-        backbone: In eval mode; takes normalised images N x channels x H x W to features N x D.
+        backbone: In eval mode; takes normalised images N x channels x H x W to features N x D. It
+            has the attributes `transform`, a `Preparation`, and `pretrained_cfg`, as timm reads it.
         head: Takes features to embeddings N x C; None where the file has no linear or MLP head.
         model: Backbone, stem, width, head; the rest as in the file's settings or at its default.
         data: channels, image_size, mean and std (on a 0-1 scale) of the images that it expects;
-            min_value and max_value where the files had more than 8 bits.
+            min_value and max_value where the files had more than 8 bits; exif, crop_pct and
+            interpolation where the file says something unusual.
         layout: moco, official, official-v3, openselfsup, lightly, solo-learn, torchvision, timm,
             safetensors.
         encoder: query, key, or backbone where the file holds only one.
@@ -62,11 +65,21 @@ class Loaded:
     variant: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def preparation(self) -> Preparation:
+        """Return how an image becomes the backbone's input."""
+        return preparation(self.data)
+
 
 def load_backbone(
     path: str | Path, encoder: Literal["query", "key"] = "query", **options: Any
 ) -> nn.Module:
-    """Return a checkpoint's backbone in eval mode; arguments as for `load_encoder`."""
+    """Return a checkpoint's backbone in eval mode; arguments as for `load_encoder`.
+
+    Its `transform` takes a PIL image, or a uint8 tensor, to the input of the backbone (see
+    `moco.checkpoints.preparation`), and `timm.data.resolve_model_data_config` reads its
+    `pretrained_cfg`.
+    """
     return load_encoder(path, encoder, **options).backbone
 
 
@@ -115,7 +128,17 @@ def load_encoder(
         config=contents.config,
     )
     loaded.report = _report(loaded, contents, found)
+    _tell_of_images(loaded)
     return loaded
+
+
+def _tell_of_images(loaded: Loaded) -> None:
+    """Give a backbone its `transform`, and in timm's `pretrained_cfg` what its file says."""
+    network, fixed = loaded.backbone, timm_arguments(loaded.model, loaded.data["image_size"])
+    known = getattr(network, "pretrained_cfg", {})
+    network.pretrained_cfg = pretrained_cfg(known, loaded.data, "img_size" in fixed)
+    network.default_cfg = network.pretrained_cfg  # timm's older name
+    network.transform = loaded.preparation
 
 
 def _fill(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from moco.checkpoints.describe import loading_line
 from moco.checkpoints.load import Loaded
 from moco.checkpoints.matching import checksum
 
@@ -25,7 +25,7 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
         checkpoint: Its file; scores are looked for beside it.
         licence: Identifier; empty if unknown.
     """
-    model, data, config = loaded.model, loaded.data, loaded.config
+    model, config = loaded.model, loaded.config
     tags = "".join(f"- {tag}\n" for tag in ("image-feature-extraction", "timm", "moco"))
     scores = _scores(loaded, checkpoint)
     recipe = {name: config[name] for name in ("model", "optim", "trainer") if name in config}
@@ -42,25 +42,15 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
         f"{loaded.feature_dim} features, from a checkpoint of {loaded.layout} layout"
         f"{'' if loaded.epoch is None else f' and epoch {loaded.epoch}'}.",
         "## Use",
-        "```python\nimport timm\n"
-        'model = timm.create_model("local-dir:PATH", pretrained=True, num_classes=0).eval()\n```',
+        f"```python\n{loading_line(loaded, 'timm', 'PATH').replace('; ', chr(10))}\n```",
         "`pretrained=True` is needed: without it timm leaves the weights random.",
-        f"Input: {data['channels']} x {data['image_size']} x {data['image_size']}, values 0-1, "
-        f"less mean {data['mean']}, divided by std {data['std']}.{_scale(data)}",
+        f"Input: {loaded.preparation.in_words()}. In `config.json` the same as `moco.preparation`.",
         "## Recipe and data",
         f"| setting | value |\n|---|---|\n{rows}" if rows else "Not recorded in the checkpoint.",
         "## Scores",
         "".join(f"- {name}: {value}\n" for name, value in scores.items()) or "None recorded.",
     ]
     return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
-
-
-def _scale(data: dict[str, Any]) -> str:
-    """Say which values of deep files become 0 and 1; empty for images of 8 bits."""
-    if "max_value" not in data:
-        return ""
-    low, high = data.get("min_value", [0.0]), data["max_value"]
-    return f" The values {low} of its files become 0, and {high} become 1."
 
 
 _DATA_ON_CARD = ("dataset", "channels", "image_size", "batch_size", "views", "mean", "std")

@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,9 +16,21 @@ import timm
 import torch
 from safetensors.torch import save
 
-from moco.algorithm.encoder import timm_arguments
-from moco.checkpoints.architecture import RANGE
-from moco.checkpoints.describe import Features, Files, describe, saved, tensors, variant
+from moco.checkpoints.describe import (
+    Features,
+    Files,
+    describe,
+    loading_line,
+    saved,
+    tensors,
+    variant,
+)
+from moco.checkpoints.graphs import (
+    read_onnx,
+    read_torch_export,
+    write_onnx,
+    write_torch_export,
+)
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.model_card import model_card
 from moco.checkpoints.official import (
@@ -30,17 +40,17 @@ from moco.checkpoints.official import (
     write_detectron2,
     write_official,
 )
-from moco.config import UserError
 
 TIMM_FILES = ("config.json", "model.safetensors", "README.md")
 
 
-def _write_safetensors(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    metadata = {"format": "pt", "moco": json.dumps(describe(loaded))}
+def _write_safetensors(loaded: Loaded, checkpoint: Path, licence: str, *_: Any) -> Files:
+    note = describe(loaded) | {"load_with": loading_line(loaded, "safetensors", "FILE")}
+    metadata = {"format": "pt", "moco": json.dumps(note)}
     return {"": save(tensors(loaded), metadata | ({"license": licence} if licence else {}))}
 
 
-def _write_timm(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
+def _write_timm(loaded: Loaded, checkpoint: Path, licence: str, *_: Any) -> Files:
     config = json.dumps(_timm_config(loaded, licence), indent=2).encode()
     weights = save(tensors(loaded), {"format": "pt"})
     card = model_card(loaded, checkpoint, licence).encode()
@@ -48,71 +58,22 @@ def _write_timm(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
 
 
 def _timm_config(loaded: Loaded, licence: str) -> dict[str, Any]:
-    data, known = loaded.data, getattr(loaded.backbone, "pretrained_cfg", {})
-    size = [data["channels"], data["image_size"], data["image_size"]]
-    fixed = "img_size" in timm_arguments(loaded.model, size[1])
-    arguments = {"in_chans": data["channels"]} | ({"img_size": size[1]} if fixed else {})
-    # The tag, licence and scores of timm's own weights do not hold for these.
-    details = {name: known.get(name) for name in ("first_conv", "classifier")}
-    details |= {"tag": "moco", "input_size": size, "fixed_input_size": fixed, "num_classes": 0}
-    details |= {"mean": data["mean"], "std": data["std"], "interpolation": "bilinear"}
-    details |= {"crop_pct": 1.0 if size[1] < 100 else 0.875, "custom_load": False}
-    details |= {"license": licence} if licence else {}
-    ends = {name: data[name] for name in RANGE if name in data}
+    # The licence of timm's own weights does not hold for these.
+    details = loaded.backbone.pretrained_cfg | ({"license": licence} if licence else {})
+    channels, size = loaded.data["channels"], loaded.data["image_size"]
+    arguments = {"in_chans": channels} | ({"img_size": size} if details["fixed_input_size"] else {})
     return {
         "architecture": loaded.model.backbone,
         "num_classes": 0,
         "num_features": loaded.feature_dim,
         "model_args": arguments | variant(loaded),
         "pretrained_cfg": details,
-        **({"moco": ends} if ends else {}),
+        "moco": {"preparation": loaded.preparation.as_note()},
     }
 
 
 def _read_timm(path: Path, loaded: Loaded) -> Features:
     return timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
-
-
-def _dynamic_batch(loaded: Loaded) -> dict[str, Any]:
-    size = loaded.data["image_size"]
-    images = torch.zeros(2, loaded.data["channels"], size, size)  # the values do not matter
-    return {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
-
-
-def _write_onnx(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    size = sum(tensor.nbytes for tensor in loaded.backbone.state_dict().values())
-    if size > 2**31 - 2**20:
-        raise UserError(f"--format onnx holds 2 GiB, these weights have {size / 2**30:.1f}")
-    with contextlib.redirect_stdout(sys.stderr):
-        program = torch.onnx.export(
-            loaded.backbone,
-            **_dynamic_batch(loaded),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["features"],
-        )
-    for name, value in describe(loaded).items():
-        program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
-    return {"": program.model_proto.SerializeToString()}
-
-
-def _read_onnx(path: Path, loaded: Loaded) -> Features:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def _write_torch_export(loaded: Loaded, checkpoint: Path, licence: str) -> Files:
-    program = torch.export.export(loaded.backbone, **_dynamic_batch(loaded))
-    note = {"moco.json": json.dumps(describe(loaded))}
-    return saved(lambda file: torch.export.save(program, file, extra_files=note))
-
-
-def _read_torch_export(path: Path, loaded: Loaded) -> Features:
-    with path.open("rb") as stream:
-        return torch.export.load(stream).module()
 
 
 # Format to writer, reader, and the difference allowed, as a share of the largest feature.
@@ -131,6 +92,6 @@ FORMATS: dict[str, tuple[Callable[..., Files], Callable[..., Features], float]] 
         1e-5,
     ),
     "detectron2": (write_detectron2, read_detectron2, 1e-5),
-    "onnx": (_write_onnx, _read_onnx, 1e-4),
-    "torch-export": (_write_torch_export, _read_torch_export, 1e-5),
+    "onnx": (write_onnx, read_onnx, 1e-4),
+    "torch-export": (write_torch_export, read_torch_export, 1e-5),
 }

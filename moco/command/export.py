@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from moco.checks import check_ranges
@@ -29,7 +29,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_ranges(take(ExportConfig, options))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     from moco.checkpoints import export as room
+    from moco.checkpoints.graphs import GraphOptions
 
+    choices = {item.name: options.pop(item.name) for item in fields(GraphOptions)}
+    options["graph"] = GraphOptions(**choices)
     options["form"], options["licence"] = options.pop("format"), options.pop("license")
     try:
         return room.export(**options)

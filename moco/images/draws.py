@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco.config import DataConfig, UserError, per_view
+from moco.config import DataConfig, UserError, centre_box, per_view
 from moco.random import combine, stream_id, uniform
 
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back
@@ -144,10 +144,7 @@ def draw_crops(
 def centre_crops(count: int, height: int, width: int, size: int, device: torch.device) -> Crops:
     """Make the evaluation box: 7/8 of the short side, centred; images no larger than S whole."""
     # differs: the official chain resizes to 256, then cuts 224; to cut first moves it by < 1 pixel
-    small = max(height, width) <= size
-    side = min(height, width) if small else max(1, round(min(height, width) * 0.875))
-    h, w = (height, width) if small else (side, side)
-    sides = ((height - h) // 2, (width - w) // 2, h, w)
+    sides = centre_box(height, width, size)
     no_flip = torch.zeros(count, dtype=torch.bool, device=device)
     return Crops(*(torch.full((count,), side, device=device) for side in sides), no_flip)
 

@@ -5,11 +5,13 @@ import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from consumers import LOADERS, fresh_weights_of_ones, load_official, load_timm
 from networks import (
+    CIFAR_HALF,
     PLAIN,
     V3,
     V3_VIT,
@@ -19,12 +21,15 @@ from networks import (
     images,
     module_state,
     randomise,
+    run_line,
     save_ours,
     torchvision_resnet,
 )
+from PIL import Image
 from torch import nn
 from torchvision import models
 
+import moco
 from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder, restore_pretraining
 from moco.checkpoints.matching import checksum
@@ -120,6 +125,9 @@ def check_normalisation(about, form, channels, size):
     """Check that the file tells mean, std, size and channels, if its format has room for them."""
     if form == "torchvision":
         return
+    told = about["preparation"]
+    assert (told["mean"], told["std"]) == (about["mean"], about["std"])
+    assert (told["channels"], told["image_size"], told["crop_pct"]) == (channels, size, 0.875)
     mean = [0.485, 0.456, 0.406] if channels == 3 else [0.5]
     assert (about["channels"], about["image_size"], about["mean"]) == (channels, size, mean)
     assert len(about["std"]) == channels
@@ -140,6 +148,80 @@ def test_what_a_name_does_not_tell_travels_along(tmp_path):
     out = tmp_path / "solo-safetensors"
     room.export(tmp_path / "solo.ckpt", "safetensors", out, stem_padding=2)
     assert distance(padded, load_encoder(out).backbone, images()) < 1e-5
+
+
+# What is printed, and what the files say, is enough to use them
+
+
+@pytest.mark.parametrize("form", ["timm", "onnx", "safetensors", "torch-export"])
+def test_a_picture_prepared_by_the_files_own_words_gives_our_features(written, exported, form):
+    """Pillow alone prepares it, in floating point and channel by channel."""
+    path, result = exported("vit", form)
+    network, about = LOADERS[form](path, "test_vit")
+    assert about["preparation"] == result["preparation"]
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    backbone = moco.load_backbone(written("vit")[0])
+    with torch.no_grad():
+        wanted = backbone(backbone.transform(picture)[None])
+        found = network(by_hand(picture, about["preparation"]))
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def by_hand(picture: Image.Image, told: dict) -> torch.Tensor:
+    """Prepare a picture by numbers of a file alone; return a batch of one."""
+    assert (told["channels"], told["exif"], told["interpolation"]) == (3, "apply", "bilinear")
+    side, width, height = told["image_size"], *picture.size
+    assert max(width, height) > told["whole_up_to"]
+    square = round(min(width, height) * told["crop_pct"])
+    left, top = (width - square) // 2, (height - square) // 2
+    channels = []
+    for number, channel in enumerate(picture.convert("RGB").split()):
+        values = np.asarray(channel, dtype=np.float32) * told["scale"]
+        cut = Image.fromarray(values.astype(np.float32)).crop(
+            (left, top, left + square, top + square)
+        )
+        small = np.array(cut.resize((side, side), Image.Resampling.BILINEAR))
+        channels.append((small - told["mean"][number]) / told["std"][number])
+    return torch.from_numpy(np.stack(channels)[None].astype(np.float32))
+
+
+PRINTED = {"resnet18": ["torchvision", "safetensors", "timm"], "vit": ["timm", "torch-export"]}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_line_that_is_printed_loads_the_file(written, exported, name):
+    for form in PRINTED[name]:
+        _, result = exported(name, form)
+        network = run_line(result["load_with"])["network"]
+        assert distance(written(name)[1], network, images()) <= 1e-5, form
+
+
+def test_the_line_of_onnx_takes_numpy_images(written, exported):
+    path, result = exported("vit", "onnx")
+    found = run_line(result["load_with"], images=images())["features"]
+    wanted = written("vit")[1](images())
+    assert (torch.from_numpy(found) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert "run(None, {'images': images.numpy()})" in result["load_with"] and path.is_file()
+
+
+def test_the_words_of_other_commands_name_the_first_layers_that_they_need(exported):
+    words = exported("cifar-stem", "official")[1]["load_with"]
+    assert words.startswith("main_lincls.py -a resnet18 --pretrained ")
+    assert "model.conv1 = torch.nn.Conv2d(1, 64, 3, 1, 1, bias=False); model.maxpool =" in words
+    words = exported("v3-vit-small", "official-v3")[1]["load_with"]
+    assert words.startswith("main_lincls.py -a vit_small --pretrained ") and "after" not in words
+    words = exported("resnet18", "detectron2")[1]["load_with"]
+    assert "MODEL.PIXEL_MEAN [123.675, " in words and "INPUT.FORMAT RGB" in words
+
+
+def test_a_safetensors_file_holds_the_line_that_fits_it(tmp_path):
+    """timm alone builds no CIFAR stem and no other width; the line that it holds does."""
+    source, _ = save_ours(tmp_path / "a.ckpt", CIFAR_HALF)
+    room.export(tmp_path / "a.ckpt", "safetensors", tmp_path / "b")
+    _, about = LOADERS["safetensors"](tmp_path / "b", None)
+    line = about["load_with"].replace("FILE", str(tmp_path / "b"))
+    assert distance(source.backbone, run_line(line)["network"], images()) <= 1e-5
 
 
 # official

@@ -191,11 +191,11 @@ def test_missing_onnx_is_said_in_one_line(source, monkeypatch):
 
 def test_images_of_the_comparison_are_real_and_differ(source):
     loaded = load_encoder(source)
-    batch = room.example_images(loaded)
+    batch = room.example_images(loaded, 32, 32)
     assert batch.shape == (6, 3, 32, 32)
     assert torch.pdist(batch.flatten(1)).min() > 1
     loaded.data |= {"channels": 5, "mean": [0.5] * 5, "std": [0.25] * 5}
-    assert room.example_images(loaded).shape == (6, 5, 32, 32)
+    assert room.example_images(loaded, 64, 32).shape == (6, 5, 64, 32)
 
 
 # The command

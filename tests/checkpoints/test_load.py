@@ -148,6 +148,12 @@ def layouts():
     }
     yield "lightly", {"state_dict": content}, lost, None
     yield "lightly", prefixed("backbone.", state), net, None
+    for query in ("query", "student"):  # its benchmarks, where `backbone` follows by momentum
+        content = prefixed(f"{query}_backbone.", state) | prefixed("backbone.", other)
+        content |= prefixed(f"{query}_projection_head.layers.", mlp().state_dict())
+        content |= prefixed("projection_head.layers.", mlp().state_dict())
+        content |= {"criterion.memory_bank.bank": torch.ones(16, 64)}
+        yield "lightly", {"state_dict": content, "epoch": 1}, net, key
     for name in ("backbone", "encoder"):
         content = prefixed(f"{name}.", state) | prefixed(f"momentum_{name}.", other)
         content |= prefixed("projector.", mlp().state_dict()) | {"queue": torch.zeros(2, 16, 64)}
@@ -179,6 +185,29 @@ def test_foreign_layouts_give_their_networks_features(tmp_path):
                 load_encoder(path, "key")
         seen.add(layout)
     assert seen == {"official", "official-v3", "lightly", "solo-learn", "torchvision"}
+
+
+def test_a_file_of_the_key_encoder_alone_is_read_as_such(tmp_path):
+    network, path = torchvision_resnet(1), tmp_path / "a.pth"
+    weights, head = network.state_dict(), mlp().state_dict()
+    files = {
+        "moco": prefixed("key_encoder.backbone.", weights),
+        "official": prefixed("encoder_k.", weights) | prefixed("encoder_k.fc.", head),
+        "official-v3": prefixed("module.momentum_encoder.", weights),
+        "openselfsup": prefixed("encoder_k.0.", weights) | prefixed("encoder_k.1.mlp.", head),
+        "mmpretrain": prefixed("encoder_k.module.0.", weights)
+        | prefixed("encoder_k.module.1.fc.", {"weight": torch.ones(16, 128)}),
+        "solo-learn": prefixed("momentum_backbone.", weights),
+        "lightly": prefixed("backbone_momentum.", weights),
+    }
+    for layout, state in files.items():
+        torch.save({"state_dict": state}, path)
+        loaded = load_encoder(path, "key")
+        assert (loaded.layout, loaded.encoder) == (layout, "key")
+        assert (loaded.head is not None) == (layout in ("official", "openselfsup"))
+        assert distance(network, loaded.backbone, images()) < 1e-5, layout
+        with pytest.raises(UserError, match="only a key encoder: give --encoder key"):
+            load_encoder(path)
 
 
 def test_a_child_that_no_resnet_has_is_not_taken_for_a_classifier(tmp_path):

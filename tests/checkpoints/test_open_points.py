@@ -4,10 +4,9 @@ import json
 import math
 
 import pytest
-import safetensors.torch
 import timm
 import torch
-from networks import distance, images, prefixed, save_ours, torchvision_resnet
+from networks import distance, images, prefixed, run_line, save_ours, torchvision_resnet
 from safetensors import safe_open
 from test_load import mlp
 from torch import nn
@@ -91,13 +90,7 @@ def test_positions_that_come_with_several_numbers_of_heads_are_asked_about(tmp_p
 # The line that loads a safetensors export with timm alone
 
 
-def run_line(line: str) -> nn.Module:
-    scope = {"timm": timm, "torch": torch, "safetensors": safetensors}
-    exec(line, scope)
-    return scope["network"].eval()
-
-
-@pytest.mark.parametrize("kind", ["v3", "narrow", "grey", "lost"])
+@pytest.mark.parametrize("kind", ["v3", "narrow", "grey", "both", "lost"])
 def test_the_line_that_an_export_prints_loads_its_network(tmp_path, capsys, kind):
     path, out, size, channels = tmp_path / "a.ckpt", tmp_path / "a.safetensors", 32, 3
     if kind == "v3":
@@ -111,14 +104,14 @@ def test_the_line_that_an_export_prints_loads_its_network(tmp_path, capsys, kind
         state = {k.replace("downsample", "shortcut"): v for k, v in state.items()}
         torch.save(prefixed("backbone.", state), path)
     else:
-        stem, width = "imagenet" if kind == "narrow" else "cifar", 0.5 if kind == "narrow" else 1
+        stem, width = "imagenet" if kind == "narrow" else "cifar", 1 if kind == "grey" else 0.5
         channels = 1 if kind == "grey" else 3
         save_ours(path, ModelConfig(backbone="resnet18", stem=stem, width=width), channels)
     result = room.export(path, "safetensors", out)
     line = result["load_with"]
     assert f"load with: {line}" in capsys.readouterr().err
     source = load_encoder(path).backbone
-    assert distance(source, run_line(line), images(channels, size)) < 1e-5
+    assert distance(source, run_line(line)["network"], images(channels, size)) < 1e-5
     again = load_encoder(out)
     assert distance(source, again.backbone, images(channels, size)) < 1e-5
     with safe_open(out, "pt") as file:
