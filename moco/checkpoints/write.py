@@ -30,9 +30,8 @@ from moco.checkpoints.official import (
     write_detectron2,
     write_official,
 )
+from moco.checkpoints.places import TIMM_FILES
 from moco.config import UserError
-
-TIMM_FILES = ("config.json", "model.safetensors", "README.md")
 
 
 def _write_safetensors(loaded: Loaded, checkpoint: Path, licence: str) -> Files:

@@ -12,6 +12,7 @@ from typing import Any
 from moco import slurm
 from moco.checks import check
 from moco.command import cli
+from moco.command.early import check_start
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import TrainConfig, UserError
@@ -56,12 +57,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         # beside a run that has just saved, it could be another one or none.
         resume = str(found[0]) if found else ""
     check(config)
+    if found:
+        from moco.training.resuming import check_same
+
+        check_same(config, stored, found[1])
     if extra["resume"] and extra["init_from"]:
         raise UserError(
             "--resume and --init_from exclude each other: a resumed run has its weights"
         )
     if extra["allow_partial"] and not extra["init_from"]:
         raise UserError("--allow_partial is about the file of --init_from: leave it out")
+    check_start(config, recipe, extra["init_from"], is_new=not (found and found[0]))
     _start_ranks(config)
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
 

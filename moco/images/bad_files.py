@@ -14,7 +14,7 @@ import torch
 
 from moco import distributed
 from moco.config import UserError
-from moco.images.decode import one_line, shown
+from moco.images.formats import one_line, shown
 from moco.images.sources import ImageSource
 
 log = logging.getLogger("moco")

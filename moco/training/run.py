@@ -25,11 +25,9 @@ from moco import distributed, slurm
 from moco.algorithm.pretrain import MoCo
 from moco.config import RunError, TrainConfig, UserError, unknown_settings
 from moco.images import sources
-from moco.images.loader import PretrainData, check_batch
+from moco.images.loader import PretrainData
 from moco.run_directory import (
     VERSION,
-    check_images,
-    check_same,
     find_run,
     new_run,
     sole_run,
@@ -48,6 +46,7 @@ from moco.training.build import (
 from moco.training.decide import Decided, decide
 from moco.training.explain import explain
 from moco.training.hardware import own_device
+from moco.training.resuming import check_images, check_same, new_run_from
 from moco.training.shares import check_queue
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
@@ -108,7 +107,10 @@ def _pretrain(
                 start_step, *before = read_stored(checkpoint, config, images, run_dir)
         steps = total_steps(config, len(source) // config.data.batch_size)
         if start_step >= steps:
-            log.info("%s is finished after %d steps: nothing to do", checkpoint, start_step)
+            longer = {"trainer.max_epochs": 2 * config.trainer.max_epochs}
+            road = new_run_from(checkpoint, config.run.dir, longer)
+            said = "%s is finished after %d steps: nothing to do; to train longer, %s"
+            log.info(said, checkpoint, start_step, road)
             place = None if is_new else str(run_dir)
             return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
         with distributed.together():
@@ -116,6 +118,8 @@ def _pretrain(
             module = build_module(config, decided, init_from, allow_partial)
             if not checkpoint:
                 check_encoder(module.query_encoder, config)
+            if is_new and distributed.rank() == 0:
+                held.enter_context(sole_run(run_dir, is_new))
             data = build_data(config, decided, source, run_dir)
         if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
             read = sources.identify(data.source, config.data.root)
@@ -125,8 +129,6 @@ def _pretrain(
             run = _assemble(config, decided, module, data, *place, callbacks)
             run.monitor.is_loaded = bool(init_from)
             if run.trainer.is_global_zero:
-                if is_new:
-                    held.enter_context(sole_run(run_dir, is_new))
                 write_config(config, asdict(decided), run_dir)
         return _fit(run, run_dir, checkpoint)
 
@@ -139,7 +141,6 @@ def _begin(
     It runs on rank 0 alone, which tells the others. A run that goes on is kept to itself from here
     on: until then the process before, which still saves, may have taken further steps.
     """
-    check_batch(config.data, count)
     check_queue(config, count)
     run_dir, checkpoint = (find_run(resume, config.run.dir) if resume else None) or (None, None)
     if run_dir:
@@ -265,7 +266,7 @@ def read_stored(
     """
     stored = load_stored(checkpoint)
     check_same(config, stored["config"], checkpoint)
-    check_images(images, stored.get("images"), checkpoint)
+    check_images(images, stored.get("images"), config, checkpoint)
     asked = stored_groups(run_dir)
     if run_dir.exists() and not asked:
         log.warning(
