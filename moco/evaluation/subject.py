@@ -142,6 +142,7 @@ def open_subject(
             if distributed.world_size() > 1:
                 found = sources.identify(part.source, subject.data.root)
                 distributed.check_alike(found, f"the images of {part.source.name}")
+            part.bad.look_ahead()
         yield subject
     finally:
         distributed.disconnect()

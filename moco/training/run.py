@@ -124,12 +124,15 @@ def _pretrain(
         if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
             read = sources.identify(data.source, config.data.root)
             distributed.check_alike(read, f"the readable files of data.root {config.data.root!r}")
+        data.bad.look_ahead()
         with distributed.together():
             place = run_dir, start_step, images
             run = _assemble(config, decided, module, data, *place, callbacks)
             run.monitor.is_loaded = bool(init_from)
             if run.trainer.is_global_zero:
                 write_config(config, asdict(decided), run_dir)
+        for part in run.monitor.data or ():
+            part.bad.look_ahead()
         return _fit(run, run_dir, checkpoint)
 
 
