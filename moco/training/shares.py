@@ -66,19 +66,23 @@ def check_queue(config: TrainConfig, count: int) -> None:
         count: Images in the set.
 
     Raises:
-        UserError: The queue is longer than the set.
+        UserError: A batch or the queue is longer than the set.
     """
     size, batch = config.model.queue_size, config.data.batch_size
-    if size == 0:
-        return
     views = 2 if config.model.symmetric != "none" and config.model.queues == 1 else 1
-    keys = max(count // batch, 1) * batch * views
-    share, most = own_key_share(size, keys), max(keys // 8, batch * views)  # K holds a step's keys
+    most_batch = min(batch, 2 ** int(math.log2(max(count / 8, 2)))) if batch > count else batch
+    keys = max(count // most_batch, 1) * most_batch * views
+    most = max(keys // 8, most_batch * views) if size else 0  # K holds the keys of a step
+    both = {"data.batch_size": (batch, most_batch), "model.queue_size": (size, most)}
+    above = [f"{name} {value}" for name, (value, _) in both.items() if value > count]
+    share = own_key_share(size, keys)
     meet = f"{share:.0%} of the queries would meet an older key of their own image as a negative"
-    if size > count:
+    if above:
+        better = [f"{name} {best}" for name, (value, best) in both.items() if value != best]
         raise UserError(
-            f"model.queue_size {size} is above the {count} images of the data set, and {meet}: "
-            f"take {most}"
+            f"{' and '.join(above)} {'is' if len(above) == 1 else 'are'} above the {count} images "
+            f"of {config.data.dataset} {config.data.root}{f', and {meet}' if size > count else ''}"
+            f": take {' and '.join(better)}"
         )
     if share > WORTH_A_WARNING:
         log.warning(
