@@ -234,7 +234,7 @@ def _restore_heads_and_queue(contents: Contents, state: State) -> str:
     for side in ("query", "key"):
         head = found[f"{side}_encoder.head."]
         if not contents.take(f"{side}_encoder.head."):
-            return f"the file has no {side} head: heads and queue start fresh"
+            return f"heads and queue stay fresh, the file has no {side} head"
         if contents.layout not in _WITH_HEADS or not head.whole:
             return f"heads and queue stay fresh, the file's {side} head: {head.text()}"
     for prefix in [prefix for prefix in prefixes if found[prefix].whole]:
