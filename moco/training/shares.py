@@ -70,7 +70,8 @@ def check_queue(config: TrainConfig, count: int) -> None:
     """
     size, batch = config.model.queue_size, config.data.batch_size
     views = 2 if config.model.symmetric != "none" and config.model.queues == 1 else 1
-    most_batch = min(batch, 2 ** int(math.log2(max(count / 8, 2)))) if batch > count else batch
+    eighth = max(2 ** int(math.log2(max(count / 8, 2))), 2 * config.model.bn_splits)
+    most_batch = min(batch, eighth) if batch > count else batch
     keys = max(count // most_batch, 1) * most_batch * views
     most = max(keys // 8, most_batch * views) if size else 0  # K holds the keys of a step
     both = {"data.batch_size": (batch, most_batch), "model.queue_size": (size, most)}

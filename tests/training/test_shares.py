@@ -77,3 +77,6 @@ def test_a_batch_and_a_queue_above_the_set_are_told_together_with_values_that_wo
     config.data.batch_size, config.model.queue_size = 16, better
     check_queue(config, 250)
     check_shares(config, 1, "split", "plain")
+    config.data.batch_size = 256
+    with pytest.raises(UserError, match="take data.batch_size 16"):  # two in a BatchNorm group
+        check_queue(config, 60)
