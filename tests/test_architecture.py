@@ -37,7 +37,7 @@ WITHOUT_LIGHTNING = (
 )
 WITHOUT_TORCH = (
     *("slurm", "config", "judge_config", "checks", "idle", "run_directory", "command"),
-    *("algorithm.names", "checkpoints.places"),
+    *("algorithm.names", "checkpoints.places", "training.resuming"),
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
 )
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
