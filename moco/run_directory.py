@@ -16,6 +16,7 @@ import fcntl
 import logging
 import os
 import socket
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,36 +33,15 @@ RUNS = Path("runs")
 BEFORE_DECAY = "before_decay.ckpt"  # of the schedule `stable`; `--extend` goes on from it
 VERSION = 2  # of a checkpoint; version 1 stored none and drew other random numbers
 
-# What may differ when a run goes on: where and how it runs, not what it computes. What `auto` in
-# data.resident and model.compile came to is kept (`moco.training.decide`).
-_MAY_DIFFER = {
-    "data.root",
-    "data.files",
-    "data.labels",
-    "data.download",
-    "data.resident",
-    "data.resident_budget",
-    "data.num_workers",
-    "data.max_bad_fraction",
-    "data.worker_timeout",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.log_every_n_steps",
-    "model.compile",
-}
-
 
 def new_run(config: TrainConfig, recipe: str) -> Path:
     """Choose the directory of a new run, without making it.
 
     Raises:
-        UserError: `run.dir` holds a run already, or is a file.
+        UserError: `run.dir` holds a run already, is a file, or cannot be made.
     """
-    if not config.run.dir:
-        moment = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # microseconds: runs often start together
-        return RUNS / f"{recipe or config.data.dataset}-{moment}"
-    path = Path(config.run.dir)
+    moment = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # microseconds: runs often start together
+    path = Path(config.run.dir or RUNS / f"{recipe or config.data.dataset}-{moment}")
     check_new(path)
     return path
 
@@ -82,6 +62,12 @@ def check_new(path: Path) -> None:
             f"run.dir {path} holds a run already: go on with --resume {path}, or name another "
             "directory"
         )
+    try:
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=there):  # whether a file can be made there
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 @contextlib.contextmanager
@@ -89,7 +75,8 @@ def sole_run(run_dir: Path, is_new: bool) -> Iterator[None]:
     """Make a run directory, and keep other runs out of it while the block runs.
 
     The lock belongs to this process alone: it ends with the process, however that ends, and forked
-    workers do not inherit it. NFS keeps such locks for all its machines.
+    workers do not inherit it. NFS keeps such locks for all its machines. Directories that were made
+    here are removed at the end where nothing came to lie in them.
 
     Args:
         run_dir: The directory.
@@ -100,15 +87,23 @@ def sole_run(run_dir: Path, is_new: bool) -> Iterator[None]:
     """
     path = run_dir / ".lock"
     try:
+        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     except (OSError, ValueError) as error:
         raise _unwritable(run_dir, error) from None
     with file:
         _lock(file, run_dir)
-        if is_new:
-            check_new(run_dir)
-        yield
+        try:
+            if is_new:
+                check_new(run_dir)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and os.listdir(run_dir) == [path.name]:
+                    path.unlink()
+                    for folder in made:
+                        folder.rmdir()
 
 
 def _lock(file: TextIO, run_dir: Path) -> None:
@@ -157,7 +152,7 @@ def find_run(resume: str, run_dir: str) -> tuple[Path | None, Path] | None:
                 f"--resume {path} is torn or no checkpoint: name the run directory to use the "
                 "one before"
             )
-        return _run_of(path), path
+        return run_of(path), path
     if not path.is_dir():
         raise UserError(
             f"--resume {path} does not exist: name a run directory, a checkpoint, or auto"
@@ -170,7 +165,7 @@ def find_run(resume: str, run_dir: str) -> tuple[Path | None, Path] | None:
     return path, last
 
 
-def _run_of(checkpoint: Path) -> Path | None:
+def run_of(checkpoint: Path) -> Path | None:
     """Return the run directory that a checkpoint lies in, or None; of a link, its target counts."""
     folder = checkpoint.resolve().parent
     if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
@@ -258,33 +253,3 @@ def _dead_link(path: Path) -> str:
     """Name the link of a path whose target does not exist; empty if there is none."""
     links = [part for part in (path, *path.parents) if part.is_symlink() and not part.exists()]
     return f"{links[-1]} links to {os.readlink(links[-1])}, which does not exist" if links else ""
-
-
-def check_same(config: TrainConfig, stored: dict[str, dict[str, object]], where: Path) -> None:
-    """Raise UserError when a run would go on with another recipe; name the first difference."""
-    stored = asdict(TrainConfig.from_dict(stored))
-    for group, fields in asdict(config).items():
-        for field, value in fields.items():
-            name, before = f"{group}.{field}", stored[group][field]
-            if value == before or name in _MAY_DIFFER or (group == "run" and field != "seed"):
-                continue
-            raise UserError(
-                f"--resume {where}: {name} is {value!r} but the run has {before!r}: leave it "
-                "out, or start a new run"
-            )
-
-
-def check_images(found: dict[str, object], stored: object, where: Path) -> None:
-    """Raise UserError when a run would go on with other images.
-
-    A checkpoint of an older version does not name its images; then any are taken.
-    """
-    if not isinstance(stored, dict) or found == stored:
-        return
-    counts = f"{found['count']} images, the run has {stored.get('count')}"
-    if found["count"] == stored.get("count"):
-        counts = f"{found['count']} images as the run has, but others"
-    raise UserError(
-        f"--resume {where}: the data set holds {counts}: give the same ones (an empty file may "
-        "stand for one that is lost), or start a new run with --init_from"
-    )

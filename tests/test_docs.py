@@ -137,10 +137,10 @@ def ours(words):
 
 
 def assert_parsed(words):
-    """Take a command for other machines to where its ranks would start."""
+    """Take a command for other machines to where their files would be looked for."""
     name, arguments = ours(words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moco.command.train._start_ranks", stop)
+        patch.setattr("moco.command.train.check_start", stop)
         patch.setattr("moco.command.judge.start_ranks", stop)
         patch.setattr("moco.command.judge.check_devices", lambda config: None)
         with pytest.raises(Stopped):
@@ -148,10 +148,10 @@ def assert_parsed(words):
 
 
 class Stopped(Exception):
-    """A command line was right, and its ranks would start now."""
+    """A command line was right, and a run or its ranks would start now."""
 
 
-def stop(*arguments):
+def stop(*_, **__):
     raise Stopped
 
 

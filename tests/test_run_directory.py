@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ import yaml
 from moco import run_directory
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.run_directory import (
-    check_same,
     find_run,
     is_whole,
     last_whole,
@@ -273,70 +272,15 @@ def test_config_is_written_whole_and_reads_back():
     assert stored == {**asdict(config), "decided": {"precision": "bf16-mixed"}}
 
 
-def test_the_same_recipe_may_go_on():
-    check_same(TrainConfig(), asdict(TrainConfig()), Path("runs/x"))
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("model.temperature", 0.07),
-        ("model.queue_size", 4096),
-        ("optim.lr", 0.06),
-        ("optim.milestones", [60]),
-        ("data.batch_size", 128),
-        ("data.crop_min", 0.08),
-        ("data.mean", [0.5, 0.5, 0.5]),
-        ("trainer.max_epochs", 100),
-        ("trainer.precision", "32-true"),
-        ("run.seed", 1),
-    ],
-)
-def test_another_recipe_is_refused_by_name(name, value):
-    config, stored = TrainConfig(), asdict(TrainConfig())
-    group, field = name.split(".")
-    setattr(getattr(config, group), field, value)
-    with pytest.raises(UserError) as caught:
-        check_same(config, stored, Path("runs/x"))
-    for part in ("runs/x", name, repr(value), repr(stored[group][field])):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("data.root", "elsewhere"),
-        ("data.num_workers", 3),
-        ("data.resident", "off"),
-        ("trainer.devices", 2),
-        ("trainer.accelerator", "cpu"),
-        ("run.dir", "elsewhere"),
-        ("run.checkpoint_every", 5),
-        ("run.wandb", True),
-        ("model.compile", "on"),
-    ],
-)
-def test_where_and_how_a_run_runs_may_differ(name, value):
-    config = TrainConfig()
-    group, field = name.split(".")
-    setattr(getattr(config, group), field, value)
-    check_same(config, asdict(TrainConfig()), Path("runs/x"))
-
-
-def test_an_older_checkpoint_had_the_default_of_what_it_does_not_know():
-    stored = asdict(TrainConfig())
-    del stored["model"]["symmetric"]
-    check_same(TrainConfig(), stored, Path("runs/x"))
-    config = TrainConfig()
-    config.model.symmetric = "mean"
-    with pytest.raises(UserError, match=r"model\.symmetric is 'mean' but the run has 'none'"):
-        check_same(config, stored, Path("runs/x"))
-
-
-def test_what_may_differ_names_real_settings():
-    real = {
-        f"{group.name}.{item.name}"
-        for group in fields(TrainConfig)
-        for item in fields(getattr(TrainConfig(), group.name))
-    }
-    assert real >= run_directory._MAY_DIFFER
+def test_a_directory_in_which_nothing_came_to_lie_is_removed_and_no_other():
+    Path("runs").mkdir()
+    with sole_run(Path("runs/deep/one"), is_new=True):
+        assert Path("runs/deep/one/.lock").exists()
+    assert Path("runs").exists() and not Path("runs/deep").exists()
+    Path("made").mkdir()
+    with sole_run(Path("made"), is_new=True):
+        pass
+    assert Path("made").exists()
+    with sole_run(Path("kept"), is_new=True):
+        Path("kept/bad_files.txt").touch()
+    assert Path("kept/.lock").exists()

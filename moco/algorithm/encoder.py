@@ -7,13 +7,13 @@ Shapes: N images per device, D feature, C embedding, H W pixels.
 
 from __future__ import annotations
 
-import difflib
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
+from moco.algorithm.names import unknown_backbone
 from moco.algorithm.patches import combine_features, cut_into_patches
 from moco.algorithm.vit import is_vit, shape_arguments, start_as_v3, vit_arguments
 from moco.config import ModelConfig, UserError
@@ -126,12 +126,7 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
     import timm  # this takes 2 s, so it is left to those who build a network
 
     if not timm.is_model(config.backbone):
-        names = [*TORCHVISION_RESNETS, *timm.list_models()]
-        near = difflib.get_close_matches(config.backbone, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "see timm.list_models() for the names"
-        raise UserError(
-            f"model.backbone {config.backbone!r} is not a torchvision ResNet or timm model: {hint}"
-        )
+        raise unknown_backbone(config.backbone, "model.backbone", timm.list_models())
     is_resnet = timm.models.is_model_in_modules(config.backbone, ["resnet"])
     _check_kind(config, is_resnet)
     try:

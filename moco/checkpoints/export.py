@@ -8,13 +8,10 @@ Shapes: N images.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +22,11 @@ from moco.checkpoints.describe import Features, Files, loading_line, obstacle
 from moco.checkpoints.graphs import GraphOptions
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.official import CLASSIFIER
-from moco.checkpoints.write import (
-    FORMATS,
-    TIMM_FILES,
-)
+from moco.checkpoints.places import check_request, explained
+from moco.checkpoints.write import FORMATS
 from moco.config import UserError
 
 FP16_TOLERANCE = 0.02  # of the largest feature; 11 bits round each value to 0.0005 of its size
-
-
-class DiskError(OSError):
-    """The disk failed, through no fault of the user: it is full, over quota, or broken."""
 
 
 def export(
@@ -66,8 +57,10 @@ def export(
         DiskError: The disk is full or broken.
     """
     output, graph = Path(output), graph or GraphOptions()
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     graph.check(form)
-    _check_request(Path(checkpoint), form, output, overwrite, licence)
+    check_request(checkpoint, form, output, overwrite, licence)
     loaded = load_encoder(checkpoint, **options)
     print(loaded.report, file=sys.stderr)
     if reason := obstacle(loaded, form):
@@ -117,51 +110,11 @@ def _one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _check_request(
-    checkpoint: Path, form: str, output: Path, overwrite: bool, licence: str
-) -> None:
-    """Raise UserError for a wrong command before anything is loaded."""
-    if form not in FORMATS:
-        raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
-    if licence and not re.fullmatch(r"[A-Za-z0-9.+-]+", licence):
-        raise UserError(
-            f"--license {licence!r}: give an identifier such as mit, cc-by-4.0 or other"
-        )
-    needed = ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ()
-    if absent := " ".join(name for name in needed if find_spec(name) is None):
-        listed = absent.replace(" ", ", ")
-        raise UserError(f"--format {form} needs {listed}: pip install {absent}")
-    with _explained(output):
-        _check_output(checkpoint, form, output, overwrite)
-
-
-def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) -> None:
-    if not output.name or output.name == "..":
-        raise UserError(f"--output {output} is no name for an export: give a new path")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no directory {output.parent}: make it first")
-    if not output.exists() and not output.is_symlink():
-        return
-    if not overwrite:
-        raise UserError(f"--output {output} exists: choose another, or give --overwrite")
-    fault = ""
-    if checkpoint.exists() and output.exists() and output.samefile(checkpoint):
-        fault = "is the checkpoint itself"
-    elif form != "timm" and not output.is_file():
-        fault = "is no regular file"
-    elif form == "timm" and not output.is_dir():
-        fault = "is no directory"
-    elif form == "timm" and (foreign := {p.name for p in output.iterdir()} - set(TIMM_FILES)):
-        fault = f"also holds {min(foreign)}, which no export wrote"
-    if fault:
-        raise UserError(f"--output {output} {fault}: choose another")
-
-
 @contextlib.contextmanager
 def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
     """Write files beside `output`, yield them to be checked, and rename them if no error came."""
     beside = {"prefix": ".export-", "dir": output.parent, "ignore_cleanup_errors": True}
-    with _explained(output), tempfile.TemporaryDirectory(**beside) as room:
+    with explained(output), tempfile.TemporaryDirectory(**beside) as room:
         written, old = Path(room, output.name), Path(room, f"{output.name}.old")
         if "" not in files:
             written.mkdir()
@@ -181,18 +134,6 @@ def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, output)
             raise
-
-
-@contextlib.contextmanager
-def _explained(output: Path) -> Iterator[None]:
-    """Raise a DiskError for a failure of the disk, a UserError for a wrong place."""
-    try:
-        yield
-    except OSError as error:
-        text = f"--output {output} cannot be written: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise DiskError(f"{text}; make room, nothing was left behind") from None
-        raise UserError(f"{text}: choose another place") from None
 
 
 def example_images(loaded: Loaded, height: int, width: int) -> Tensor:

@@ -256,6 +256,8 @@ def _restore_heads_and_queue(contents: Contents, state: State) -> str:
     found = {p: match_state(take(state, p), contents.take(p)) for p in prefixes}
     for side in ("query", "key"):
         head = found[f"{side}_encoder.head."]
+        if not contents.take(f"{side}_encoder.head."):
+            return f"heads and queue stay fresh, the file has no {side} head"
         if contents.layout not in _WITH_HEADS or not head.whole:
             return f"heads and queue stay fresh, the file's {side} head: {head.text()}"
     for prefix in [prefix for prefix in prefixes if found[prefix].whole]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moco.checkpoints.matching import State, one_line, shape_text, some
+from moco.checkpoints.places import check_place
 from moco.config import UserError
 from moco.run_directory import is_whole
 
@@ -34,14 +35,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: A URL, no such file, no checkpoint, a damaged one, or one that would run code.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|hf-hub:", str(path)):
-        raise UserError(f"{path} is an address: download the file and give its path")
+    check_place(path)
     path = Path(path)
     try:
         if path.is_dir():
             return _read_timm_directory(path)
-        if not path.is_file():
-            raise UserError(f"{path} {'is no regular file' if path.exists() else 'does not exist'}")
         with path.open("rb") as stream:
             start = stream.read(9)
         if not start:
@@ -126,10 +124,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_timm_directory(path: Path) -> dict[str, Any]:
-    file, last = path / "config.json", path / "checkpoints" / "last.ckpt"
-    if not file.is_file():
-        hint = f"give {last}" if last.is_file() else "give a file, or a directory as timm writes it"
-        raise UserError(f"{path} is a directory without config.json: {hint}")
+    file = path / "config.json"
     try:
         if file.stat().st_size > 2**20:
             raise UserError(f"{file} has {file.stat().st_size} bytes: timm did not write it")

@@ -40,8 +40,7 @@ from moco.checkpoints.official import (
     write_detectron2,
     write_official,
 )
-
-TIMM_FILES = ("config.json", "model.safetensors", "README.md")
+from moco.checkpoints.places import TIMM_FILES
 
 
 def _write_safetensors(loaded: Loaded, checkpoint: Path, licence: str, *_: Any) -> Files:

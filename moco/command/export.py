@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from moco.checks import check_ranges
 from moco.command.cli import build_parser, parse
+from moco.command.early import check_name
 from moco.command.judge import flat_options, take
 from moco.config import RunError
 from moco.judge_config import ExportConfig
@@ -27,14 +28,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.usage = "%(prog)s --checkpoint ANY --format FORMAT --output PATH [--OPTION VALUE ...]"
     _, options = parse(parser, Nothing, argv)
     check_ranges(take(ExportConfig, options))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
-    from moco.checkpoints import export as room
-    from moco.checkpoints.graphs import GraphOptions
-
-    choices = {item.name: options.pop(item.name) for item in fields(GraphOptions)}
-    options["graph"] = GraphOptions(**choices)
     options["form"], options["licence"] = options.pop("format"), options.pop("license")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
+    from moco.checkpoints.places import REQUEST, DiskError, check_request
+
     try:
-        return room.export(**options)
-    except room.DiskError as error:
+        check_name(options["backbone"], "backbone")
+        check_request(**{name: options[name] for name in REQUEST})
+        from moco.checkpoints.export import export  # imports torch, so it waits for the settings
+
+        return export(**options)
+    except DiskError as error:
         raise RunError(str(error)) from None

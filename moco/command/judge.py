@@ -6,14 +6,17 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from moco.checks import check_ranges
 from moco.command import cli
+from moco.command.early import check_images, check_name, check_output
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import DataConfig, UserError
 from moco.judge_config import EvalDataConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.run_directory import run_of, stored_groups
 
 Settings = tuple[JudgeConfig, Any, Callable[[dict[str, Any]], DataConfig]]
 
@@ -44,10 +47,11 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
         raise UserError(
             "checkpoint is empty: give a file, as in --checkpoint RUN/checkpoints/last.ckpt"
         )
-    if "://" not in judge.checkpoint and not os.path.exists(judge.checkpoint):
-        raise UserError(f"checkpoint {judge.checkpoint} does not exist: check the path")
-    check_devices(judge)
-    start_ranks(judge.devices, "run the command again")
+    from moco.checkpoints.places import check_place
+
+    check_place(judge.checkpoint)
+    check_name(judge.backbone, "backbone")
+    check_output(Path(judge.output or Path(judge.checkpoint).parent))
 
     def read_data(stored: dict[str, Any]) -> DataConfig:
         known = {item.name for item in dataclasses.fields(DataConfig)}
@@ -57,6 +61,11 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
         check_stored_root(data, stored)
         return data
 
+    run_dir = run_of(Path(judge.checkpoint))
+    if stored := stored_groups(run_dir) if run_dir else {}:
+        check_images(read_data(stored["data"]))
+    check_devices(judge)
+    start_ranks(judge.devices, "run the command again")
     return judge, own, read_data
 
 
@@ -64,9 +73,9 @@ def check_devices(config: JudgeConfig) -> None:
     """Raise UserError when there are fewer GPUs, or on a CPU fewer cores, than devices."""
     if config.devices == 1:
         return
-    import torch
+    from moco.training.hardware import count_gpus
 
-    gpus = torch.cuda.device_count() if config.accelerator != "cpu" else 0
+    gpus = count_gpus(config.accelerator)
     there, kind = (gpus, "GPUs") if gpus else (os.cpu_count() or 1, "CPU cores")
     if config.devices > there:
         raise UserError(f"devices is {config.devices} but there are {there} {kind}: lower it")

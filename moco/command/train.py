@@ -12,6 +12,7 @@ from typing import Any
 from moco import slurm
 from moco.checks import check
 from moco.command import cli
+from moco.command.early import check_start
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import TrainConfig, UserError
@@ -67,6 +68,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         # beside a run that has just saved, it could be another one or none.
         resume = str(found[0]) if found else ""
     check(config)
+    if found:
+        from moco.training.resuming import check_same
+
+        check_same(config, stored, found[1])
     if extra["resume"] and extra["init_from"]:
         raise UserError(
             "--resume and --init_from exclude each other: a resumed run has its weights"
@@ -77,6 +82,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise UserError("--extend is a number of epochs more of a run that --resume names")
     if extra["yes"] and not extra["extend"]:
         raise UserError("--yes is about --extend: leave it out")
+    check_start(config, recipe, extra["init_from"], is_new=not (found and found[0]))
     _start_ranks(config)
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
 
@@ -105,7 +111,7 @@ def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dic
         )
     if run_dir and (stored := stored_groups(run_dir)):
         return stored
-    from moco.training.resume import load_stored  # imports torch, so it waits until it is needed
+    from moco.training.stored import load_stored  # imports torch, so it waits until it is needed
 
     stored = asdict(TrainConfig.from_dict(load_stored(checkpoint)["config"]))
     if not run_dir:

@@ -141,10 +141,11 @@ def open_subject(
     try:
         with distributed.together():
             subject = _open(judge, own, read_data, name, device)
-        for part in (subject.bank.source, subject.queries.source):
+        for part in (subject.bank, subject.queries):
             if distributed.world_size() > 1:
-                found = sources.identify(part, subject.data.root)
-                distributed.check_alike(found, f"the images of {part.name}")
+                found = sources.identify(part.source, subject.data.root)
+                distributed.check_alike(found, f"the images of {part.source.name}")
+            part.bad.look_ahead()
         yield subject
     finally:
         distributed.disconnect()
@@ -157,9 +158,6 @@ def _open(
     name: str,
     device: torch.device,
 ) -> Subject:
-    folder = output_path(judge, f"{name}.json").parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} is no directory to write in: name one with --output DIR")
     loaded = _load(judge, 0)
     data = _data_settings(loaded, read_data)
     stored = loaded.config.get("data", {}) | loaded.data

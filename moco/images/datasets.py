@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
-from moco.images.decode import one_line, shown
 from moco.images.folders import expanded
+from moco.images.formats import one_line, shown
 from moco.images.scaling import to_uint8
 
 ARRAYS = ("digits", "cifar10", "cifar100", "stl10")

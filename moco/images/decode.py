@@ -19,7 +19,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from moco.images.dicom import DicomImage, split_frame
-from moco.images.formats import DICOM, TIFF, extension, needed, pillow_formats
+from moco.images.formats import (
+    DICOM,
+    TIFF,
+    extension,
+    needed,
+    one_line,
+    pillow_formats,
+    shown,
+)
 from moco.images.scaling import PLAIN, Reading, to_uint8
 from moco.images.tiff import TiffImage, pillow_reads_it
 
@@ -96,17 +104,9 @@ def read_header(path: str, channels: int = 3, reading: Reading = PLAIN) -> Heade
         BadImage: As `decode`, as far as the header shows it.
     """
     with _opened(path, channels, reading) as image:
+        if channels:
+            _check_bands(path, image.bands, channels)
         return Header(image.height, image.width, image.dtype, image.turned, image.bands)
-
-
-def shown(path: str) -> str:
-    """Return a path as one printable line, whatever bytes its name holds."""
-    return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
-
-
-def one_line(text: str) -> str:
-    """Escape control characters, so that a message stays on one line."""
-    return "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager

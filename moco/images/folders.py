@@ -1,4 +1,7 @@
-"""Folders: which image files a tree holds, each once, whatever links and names it has."""
+"""Folders: which image files a tree holds, each once, whatever links and names it has.
+
+This room needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from moco.config import DataConfig, UserError
-from moco.images.decode import shown
-from moco.images.formats import extension, looks_like_image, readable
+from moco.images.dicom import with_frames
+from moco.images.formats import extension, listed, looks_like_image, passed_over, readable, shown
 from moco.images.labels import HELD_OUT, TRAIN, read_table
 
 log = logging.getLogger("moco")
@@ -120,6 +123,40 @@ def _find_splits(top: str) -> tuple[str, list[str], str | None, str | None]:
         if has_images or os.path.realpath(deeper) in seen:
             return top, names, None, None
         top = deeper
+
+
+def has_image(top: str) -> bool:
+    """Tell whether an image is seen soon below `top`, without following links."""
+    endings = readable()
+    return any(extension(name) in endings for *_, names in os.walk(top) for name in names)
+
+
+def list_images(data: DataConfig, top: str) -> list[str]:
+    """List the images below `top`, and say what is passed over.
+
+    Raises:
+        UserError: There are none.
+    """
+    tree = walk(top)
+    paths, unread = with_frames(tree.paths), tree.unread
+    if unread:
+        log.warning("%d folders cannot be read and are skipped, first %s", len(unread), unread[0])
+    foreign = passed_over(tree.foreign)
+    if foreign and paths:
+        log.info("%s: passed over, not read here: %s", shown(top), foreign)
+    if tree.left_out:
+        counts = sorted(tree.left_out.items(), key=lambda item: (-item[1], item[0]))
+        names = ", ".join(f"{count} {shown(name)}" for name, count in counts[:9])
+        log.info("%s: hidden and system folders are left out: %s", shown(top), names)
+    if not paths:
+        where = f"{data.root!r}" if top == expanded(data.root) else f"{data.root!r}: {shown(top)}"
+        skipped = f"; {len(unread)} of them cannot be read" if unread else ""
+        skipped += f"; there are {foreign}" if foreign else ""
+        raise UserError(
+            f"data.root {where} holds no images (looked for {listed(readable())} in all "
+            f"subfolders{skipped}): give the folder that holds them"
+        )
+    return paths
 
 
 def walk(top: str) -> Tree:

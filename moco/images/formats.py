@@ -1,6 +1,7 @@
 """Formats: which endings of file names are images, what reads them, and which package that needs.
 
 The content decides what a file is, not its ending; the ending decides which decoders may look.
+`shown` writes names of any bytes. This room needs no torch.
 """
 
 from __future__ import annotations
@@ -77,3 +78,13 @@ def passed_over(counts: dict[str, int]) -> str:
 def listed(endings: Iterable[str]) -> str:
     """Write endings as a list for people."""
     return " ".join(sorted(endings))
+
+
+def shown(path: str) -> str:
+    """Return a path as one printable line, whatever bytes its name holds."""
+    return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def one_line(text: str) -> str:
+    """Escape control characters, so that a message stays on one line."""
+    return "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in text)

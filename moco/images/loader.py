@@ -98,7 +98,7 @@ class PretrainData(pl.LightningDataModule):
         """
         self.source, self.resident = make_resident(self.source, self.config, device, report_path)
         check_batch(self.config, len(self.source))
-        remedy = "mend them and go on with --resume"
+        remedy = "mend them, and go on with --resume if the run has begun"
         self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path, remedy)
         self.device = device
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.bad_files import without_bad
-from moco.images.decode import BadImage, read_header, shown
+from moco.images.decode import BadImage, read_header
+from moco.images.formats import shown
 from moco.images.sources import ImageSource
 
 log = logging.getLogger("moco")

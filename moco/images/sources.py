@@ -19,10 +19,9 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS, read_arrays
-from moco.images.decode import decode, shown
-from moco.images.dicom import with_frames
-from moco.images.folders import expanded, split_folders, walk
-from moco.images.formats import listed, passed_over, readable
+from moco.images.decode import decode
+from moco.images.folders import expanded, list_images, split_folders
+from moco.images.formats import shown
 from moco.images.labels import by_folder, read_list, read_table, twins
 from moco.images.scaling import PLAIN, Reading
 from moco.images.values import choose_channels, settle
@@ -171,7 +170,7 @@ def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -
     """
     root = expanded(data.root)
     listed = data.files and train is None
-    paths = read_list(data.files, root) if listed else _list_images(data, top)
+    paths = read_list(data.files, root) if listed else list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:
         paths = table.part(paths, root, held_out=train is not None)
@@ -235,26 +234,3 @@ def _labelled_part(data: DataConfig, source: ImageSource) -> ImageSource | None:
     part = replace(source, paths=[source.paths[row] for row in rows])
     part = _numbered(part, [names[row] for row in rows])
     return None if part.labels is None else part
-
-
-def _list_images(data: DataConfig, top: str) -> list[str]:
-    tree = walk(top)
-    paths, unread = with_frames(tree.paths), tree.unread
-    if unread:
-        log.warning("%d folders cannot be read and are skipped, first %s", len(unread), unread[0])
-    foreign = passed_over(tree.foreign)
-    if foreign and paths:
-        log.info("%s: passed over, not read here: %s", shown(top), foreign)
-    if tree.left_out:
-        counts = sorted(tree.left_out.items(), key=lambda item: (-item[1], item[0]))
-        names = ", ".join(f"{count} {shown(name)}" for name, count in counts[:9])
-        log.info("%s: hidden and system folders are left out: %s", shown(top), names)
-    if not paths:
-        where = f"{data.root!r}" if top == expanded(data.root) else f"{data.root!r}: {shown(top)}"
-        skipped = f"; {len(unread)} of them cannot be read" if unread else ""
-        skipped += f"; there are {foreign}" if foreign else ""
-        raise UserError(
-            f"data.root {where} holds no images (looked for {listed(readable())} in all "
-            f"subfolders{skipped}): give the folder that holds them"
-        )
-    return paths

@@ -212,9 +212,13 @@ def open_labelled(
         if (config.optim.schedule, config.optim.plateau_metric) == ("plateau", "val/knn_top1"):
             raise UserError(
                 "optim.plateau_metric is val/knn_top1 but the images have no labelled train and "
-                "test splits, so kNN is never read: set it to train/loss"
+                "test splits, so kNN is never read: set it to train/loss, or run.knn_root to "
+                "a folder that has them"
             )
-        log.info("no labelled train and test splits: kNN is not read")
+        log.info(
+            "no labelled train and test splits: kNN is not read; run.knn_root may name a folder "
+            "that has them"
+        )
         return None
     bank, queries = (
         LabelledData(source, data.config, data.bad)

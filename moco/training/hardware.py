@@ -1,16 +1,24 @@
-"""What this machine has, and what the settings can have of it: devices, arithmetic, a compiler."""
+"""What this machine has, and what the settings can have of it: devices, arithmetic, a compiler.
+
+torch takes seconds to import, so each function asks it only where the answer depends on it.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from moco.config import TrainConfig, UserError
 
+if TYPE_CHECKING:
+    import torch
+
+# What drivers make where there is a GPU: NVIDIA's, Jetson's, AMD's, and Windows' below Linux.
+_DEVICE_FILES = ("nvidiactl", "nvidia0", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 WORTH_COMPILING = 3000  # steps on a GPU; an estimate, 20 ms won at each against a minute
 
 
@@ -24,7 +32,7 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
         UserError: Devices that do not exist, or others than were started.
     """
     trainer = config.trainer
-    gpus = torch.cuda.device_count()
+    gpus = count_gpus(trainer.accelerator)
     on_gpu = accelerator(config) == "cuda"
     if trainer.accelerator == "gpu" and not gpus:
         raise UserError(
@@ -103,6 +111,8 @@ def choose_precision(config: TrainConfig) -> tuple[str, str]:
         )
     if precision != "auto":
         return precision, "as set"
+    import torch
+
     if on_gpu:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -114,12 +124,32 @@ def choose_precision(config: TrainConfig) -> tuple[str, str]:
 
 def accelerator(config: TrainConfig) -> str:
     """Return cuda where a GPU is there and not refused, else cpu."""
-    gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return "cuda" if gpu else "cpu"
+    if not _may_have_gpus(config.trainer.accelerator):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def count_gpus(wanted: str) -> int:
+    """Count the GPUs that this process may take: none where `wanted`, an accelerator, is cpu."""
+    if not _may_have_gpus(wanted):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _may_have_gpus(wanted: str) -> bool:
+    """Tell whether torch must be asked: not where no driver has made a device."""
+    is_there = any(os.path.exists(f"/dev/{name}") for name in _DEVICE_FILES)
+    return wanted != "cpu" and ("torch" in sys.modules or is_there)
 
 
 def own_device(config: TrainConfig) -> torch.device:
     """Return the device that Lightning will give to this process."""
+    import torch
+
     if accelerator(config) == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -25,7 +25,7 @@ from moco.algorithm.pretrain import MoCo
 from moco.checks import check
 from moco.config import RunError, TrainConfig, UserError
 from moco.images import sources
-from moco.images.loader import PretrainData, check_batch
+from moco.images.loader import PretrainData
 from moco.images.resident import estimate_bytes
 from moco.images.sources import ImageSource
 from moco.run_directory import find_run, new_run, sole_run, write_config
@@ -42,8 +42,8 @@ from moco.training.decide import Decided, decide
 from moco.training.explain import fit
 from moco.training.hardware import accelerator, choose_devices, own_device
 from moco.training.rehearsal import Pace, rehearse, tell_plan
-from moco.training.resume import Stored, before_decay, extend, read_stored
 from moco.training.shares import check_queue
+from moco.training.stored import Stored, before_decay, extend, read_stored
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
 
@@ -114,9 +114,13 @@ def _pretrain(
                 extend(settings, stored, len(source), *more)
         start_step = stored.step if stored else 0
         if stored and start_step >= _expected_steps(settings.config, len(source)):
-            log.info("%s is finished after %d steps: nothing to do", checkpoint, start_step)
+            said = "%s is finished after %d steps: nothing to do; to train longer, add --extend N"
+            log.info(said, checkpoint, start_step)
             place = None if is_new else str(run_dir)
             return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
+        with distributed.together():
+            if is_new and not config.run.plan and distributed.rank() == 0:
+                held.enter_context(sole_run(run_dir, is_new))
         decided, module, data, pace = _build(settings, stored, source, run_dir, weights)
         with distributed.together():
             if config.run.plan:
@@ -126,9 +130,9 @@ def _pretrain(
             say_what_was_decided(settings.config, decided, module, data, run_dir)
             run.monitor.is_loaded = bool(weights[0])
             if run.trainer.is_global_zero:
-                if is_new:
-                    held.enter_context(sole_run(run_dir, is_new))
                 write_config(config, asdict(decided), run_dir)
+        for part in run.monitor.data or ():
+            part.bad.look_ahead()
         return _fit(run, run_dir, checkpoint)
 
 
@@ -150,6 +154,7 @@ def _build(
         root = data.config.root
         read = sources.identify(data.source, root)
         distributed.check_alike(read, f"the readable files of data.root {root!r}")
+    data.bad.look_ahead()
     pace = None
     if settings.config.run.plan or settings.config.undecided():
         pace = rehearse(settings.config, decided, module, data)
@@ -206,7 +211,6 @@ def _settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> 
         if not settings.config.undecided():
             choose_length(settings, len(source) // settings.config.data.batch_size)
     check(settings.config)
-    check_batch(settings.config.data, len(source))
     check_queue(settings.config, len(source))
     return settings
 

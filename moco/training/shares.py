@@ -97,15 +97,22 @@ def check_queue(config: TrainConfig, count: int) -> None:
         count: Images in the set.
 
     Raises:
-        UserError: The queue is longer than the set.
+        UserError: A batch or the queue is longer than the set.
     """
-    size = config.model.queue_size
-    share, most = queue_share(config.model, config.data.batch_size, count)
+    model, batch = config.model, config.data.batch_size
+    eighth = max(2 ** int(math.log2(max(count / 8, 2))), 2 * model.bn_splits)
+    most_batch = min(batch, eighth) if batch > count else batch
+    size = model.queue_size
+    share, most = queue_share(model, most_batch, count)
+    both = {"data.batch_size": (batch, most_batch), "model.queue_size": (size, size and most)}
+    above = [f"{name} {value}" for name, (value, _) in both.items() if value > count]
     meet = f"{share:.0%} of the queries would meet an older key of their own image as a negative"
-    if size > count:
+    if above:
+        better = [f"{name} {best}" for name, (value, best) in both.items() if value != best]
         raise UserError(
-            f"model.queue_size {size} is above the {count} images of the data set, and {meet}: "
-            f"take {most}"
+            f"{' and '.join(above)} {'is' if len(above) == 1 else 'are'} above the {count} images "
+            f"of {config.data.dataset} {config.data.root}{f', and {meet}' if size > count else ''}"
+            f": take {' and '.join(better)}"
         )
     if share > WORTH_A_WARNING:
         log.warning(

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import typing
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from processes import ROOT, finish, start, start_command
 from moco.checks import check
 from moco.command import cli, train
 from moco.config import DataConfig, TrainConfig, UserError
+from moco.run_directory import write_config
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -373,28 +375,69 @@ def test_a_wrong_command_ends_with_2_and_one_line(name):
     assert part in err and "Traceback" not in err
 
 
-SETTINGS_ALONE = [
-    ["--model.temprature", "1"],
-    ["--config", "nowhere.yaml"],
-    ["--model.head", "lin"],
-    ["--data.dataset", "digits", "--model.temperature", "-1"],  # out of range
-    ["--data.dataset", "digits", "--model.queue_size", "8"],  # contradicts the batch
-    ["--resume", "nowhere"],
+RUN = ["--data.dataset", "digits", "--trainer.accelerator", "cpu"]
+FOLDER = ["--data.dataset", "folder", "--data.root"]
+KNN = ["--checkpoint", "run/checkpoints/last.ckpt", "--accelerator", "cpu"]
+EXPORT = ["--checkpoint", "file", "--format", "timm", "--output"]
+WITHOUT_TORCH = [  # command, words, part of the answer
+    ("train", ["--model.temprature", "1"], "unknown option"),
+    ("train", ["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+    ("train", ["--model.head", "lin"], "model.head is 'lin'"),
+    ("train", [*RUN, "--model.temperature", "-1"], "model.temperature is -1"),
+    ("train", [*RUN, "--model.queue_size", "8"], "model.queue_size 8 is below"),
+    ("train", [*RUN, "--model.backbone", "resnet5O"], "did you mean 'resnet50'?"),
+    ("train", [*RUN, "--run.dir", "run"], "run.dir run holds a run already"),
+    ("train", [*RUN, "--run.dir", "file/run"], "file/run cannot be written (Not a directory)"),
+    ("train", [*RUN, "--run.dir", "/proc/run"], "/proc/run cannot be written"),
+    ("train", [*RUN, "--trainer.devices", "999"], "trainer.devices is 999 but there are"),
+    ("train", [*RUN, "--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed"),
+    ("train", [*RUN, "--init_from", "nowhere.ckpt"], "nowhere.ckpt does not exist"),
+    ("train", [*RUN, "--run.knn_root", "nowhere"], "run.knn_root 'nowhere' does not exist"),
+    ("train", ["--resume", "nowhere"], "--resume nowhere does not exist"),
+    ("train", ["--resume", "run", "--trainer.max_epochs", "400"], "trainer.max_epochs is 400"),
+    ("train", [*FOLDER, "nowhere"], "data.root 'nowhere' does not exist"),
+    ("train", [*FOLDER, "file"], "data.root 'file' is a file"),
+    ("train", [*FOLDER, "empty"], "data.root 'empty' holds no images"),
+    ("train", [*FOLDER, "empty", "--data.files", "nowhere"], "data.files 'nowhere' cannot be read"),
+    ("train", [*FOLDER, "empty", "--data.labels", "no.csv"], "data.labels 'no.csv' cannot be read"),
+    ("train", ["--data.dataset", "cifar10", "--data.root", "nowhere"], "'nowhere' does not exist"),
+    ("knn", ["--checkpoint", "nowhere"], "nowhere does not exist"),
+    ("knn", ["--checkpoint", "run"], "give run/checkpoints/last.ckpt"),
+    ("knn", [*KNN, "--output", "nowhere"], "nowhere is no directory to write in"),
+    ("knn", [*KNN, "--backbone", "resnet5O"], "did you mean 'resnet50'?"),
+    ("knn", [*KNN, "--devices", "999"], "devices is 999 but there are"),
+    ("linear", [*KNN, *FOLDER, "nowhere"], "data.root 'nowhere' does not exist"),
+    ("export", ["--checkpoint", "nowhere", *EXPORT[2:], "x"], "nowhere does not exist"),
+    ("export", [*EXPORT, "nowhere/x"], "there is no directory nowhere"),
+    ("export", [*EXPORT, "file"], "--output file exists"),
+    ("export", [*EXPORT, "/proc/x"], "--output /proc/x cannot be written"),
+    ("export", [*EXPORT, "x", "--license", "my own"], "--license 'my own'"),
+    ("export", [*EXPORT, "x", "--backbone", "resnet5O"], "did you mean 'resnet50'?"),
 ]
 
 
-def test_wrong_settings_are_seen_before_torch_is_imported():
+def test_what_needs_no_torch_to_be_seen_is_told_before_it_is_imported(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "last.ckpt", "w") as archive:
+        archive.writestr("data.pkl", "")
+    settings = TrainConfig(data=DataConfig(dataset="digits"))
+    write_config(settings, {}, tmp_path / "run")
     code = (
-        "import json, sys\nimport train\nfrom moco.config import UserError\n"
-        "for argv in json.loads(sys.argv[1]):\n"
-        "    try: train.main(argv)\n"
+        "import json, sys\nfrom importlib import import_module\n"
+        "from moco.config import UserError\n"
+        "for command, argv, _ in json.loads(sys.argv[1]):\n"
+        "    try: import_module(f'moco.command.{command}').main(argv)\n"
         "    except UserError as error: print(error)\n"
         "    assert 'torch' not in sys.modules, argv\n"
     )
-    process = start_command("-c", code, json.dumps(SETTINGS_ALONE), cwd=ROOT)
-    ended, out, err = finish(process)
+    words = ("-c", code, json.dumps(WITHOUT_TORCH))
+    ended, out, err = finish(start_command(*words, cwd=tmp_path, PYTHONPATH=str(ROOT)))
     assert ended == 0, err
-    assert out.count("\n") == len(SETTINGS_ALONE)
+    for said, (_, argv, part) in zip(out.splitlines(), WITHOUT_TORCH, strict=True):
+        assert part in said, argv
 
 
 def test_config_takes_no_plain_data_config():

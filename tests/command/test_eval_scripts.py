@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, finish, start
+from processes import ROOT, finish, start, start_command
 
 from moco.command.judge import read_settings
 from moco.config import UserError
@@ -76,6 +76,22 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "last.ckpt"
     torch.save({"state_dict": state, "config": asdict(config), "epoch": 3}, path)
     return path
+
+
+def test_judging_and_exporting_import_no_lightning(checkpoint, tmp_path):
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path)]
+    judge = [*words, "--accelerator", "cpu", "--baselines", "false"]
+    export = [*words[:3], str(tmp_path / "x"), "--format", "safetensors"]
+    runs = [("knn", judge), ("linear", [*judge, "--epochs", "1"]), ("export", export)]
+    code = (
+        "import json, sys\nfrom importlib import import_module\n"
+        "for command, argv in json.loads(sys.argv[1]):\n"
+        "    assert import_module(f'moco.command.{command}').main(argv)\n"
+        "    assert 'torch' in sys.modules\n"
+        "    assert not {'pytorch_lightning', 'lightning'} & {*sys.modules}, command\n"
+    )
+    ended, _, err = finish(start_command("-c", code, json.dumps(runs), cwd=ROOT))
+    assert ended == 0, err
 
 
 def test_cached_probe_states_everything(checkpoint):

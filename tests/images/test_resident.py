@@ -13,7 +13,8 @@ from PIL import Image
 from moco.config import DataConfig, UserError
 from moco.images import resident, sources
 from moco.images.bad_files import without_bad
-from moco.images.decode import read_header, shown
+from moco.images.decode import read_header
+from moco.images.formats import shown
 from moco.images.resident import MixedSizes, estimate_bytes, load_all, make_resident
 from moco.images.sources import ImageSource
 

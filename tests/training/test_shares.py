@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
-from moco.training.shares import check_queue, own_key_share
+from moco.training.shares import check_queue, check_shares, own_key_share
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -54,9 +54,29 @@ def test_a_long_queue_is_warned_of_with_the_share_and_a_better_length(
 
 
 def test_a_queue_above_the_set_is_refused_with_the_share_and_a_length_that_is_accepted(said):
-    with pytest.raises(UserError, match="100% of the queries would meet .*: take 64$"):
+    with pytest.raises(
+        UserError, match="100% of the queries would meet .*: take model.queue_size 64$"
+    ):
         check_queue(settings(8192), 250)
-    with pytest.raises(UserError, match="take 160$"):
+    with pytest.raises(UserError, match="take model.queue_size 160$"):
         check_queue(settings(1281), 1280)
     check_queue(settings(160), 1280)
     assert said == []
+
+
+@pytest.mark.parametrize(("queue", "better"), [(65536, 30), (0, 0)])
+def test_a_batch_and_a_queue_above_the_set_are_told_together_with_values_that_work(queue, better):
+    config = TrainConfig(model=ModelConfig(queue_size=queue))
+    assert config.data.batch_size == 256
+    with pytest.raises(UserError) as error:
+        check_queue(config, 250)
+    said = str(error.value)
+    assert "data.batch_size 256" in said and "take data.batch_size 16" in said
+    assert ("model.queue_size 65536 are above the 250" in said) == bool(queue)
+    assert ("and model.queue_size 30" in said) == bool(queue)
+    config.data.batch_size, config.model.queue_size = 16, better
+    check_queue(config, 250)
+    check_shares(config, 1, "split", "plain")
+    config.data.batch_size = 256
+    with pytest.raises(UserError, match="take data.batch_size 16"):  # two in a BatchNorm group
+        check_queue(config, 60)

@@ -1,4 +1,4 @@
-"""Resuming: what a checkpoint of a run says, and whether the run may go on from it."""
+"""Stored: what a checkpoint of a run says, and how a run that goes on gets more epochs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ import torch
 
 from moco.algorithm.optim import key_momentum, learning_rate
 from moco.config import TrainConfig, UserError, unknown_settings
-from moco.run_directory import (
-    BEFORE_DECAY,
-    VERSION,
-    check_images,
-    check_same,
-    is_whole,
-    stored_groups,
-)
+from moco.run_directory import BEFORE_DECAY, VERSION, is_whole, stored_groups
 from moco.training.autoconfigure import Settings
 from moco.training.build import total_steps
 from moco.training.decide import Decided
+from moco.training.resuming import check_images, check_same
 
 log = logging.getLogger("moco")
 
@@ -80,7 +74,7 @@ def read_stored(
     if decided:
         config = _as_decided(config, decided.settings, asked)
     check_same(config, stored["config"], checkpoint)
-    check_images(images, stored.get("images"), checkpoint)
+    check_images(images, stored.get("images"), config, checkpoint)
     if run_dir.exists() and not asked:
         log.warning(
             "%s is missing or damaged: the settings in %s are taken",

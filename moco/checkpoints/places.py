@@ -1,0 +1,97 @@
+"""Places: whether a checkpoint is there, and whether an export can be written where it is to go.
+
+This room needs no torch, so wrong places are told before it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from moco.config import UserError
+
+REQUEST = ("checkpoint", "form", "output", "overwrite", "licence")  # what `check_request` takes
+TIMM_FILES = ("config.json", "model.safetensors", "README.md")
+
+
+class DiskError(OSError):
+    """The disk failed, through no fault of the user: it is full, over quota, or broken."""
+
+
+def check_place(checkpoint: str | Path) -> None:
+    """Raise UserError where a checkpoint is an address, is not there, or is another directory than
+    timm writes."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|hf-hub:", str(checkpoint)):
+        raise UserError(f"{checkpoint} is an address: download the file and give its path")
+    path = Path(checkpoint)
+    try:
+        is_dir, is_file, is_there = path.is_dir(), path.is_file(), path.exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)[:80]!r} cannot be read: {reason}") from None
+    last = path / "checkpoints" / "last.ckpt"
+    if is_dir and not (path / "config.json").is_file():
+        hint = f"give {last}" if last.is_file() else "give a file, or a directory as timm writes it"
+        raise UserError(f"{path} is a directory without config.json: {hint}")
+    if not is_dir and not is_file:
+        problem = "is no regular file" if is_there else "does not exist: check the path"
+        raise UserError(f"{path} {problem}")
+
+
+def check_request(
+    checkpoint: str | Path, form: str, output: str | Path, overwrite: bool, licence: str
+) -> None:
+    """Raise UserError for a wrong export before anything is loaded; arguments as of `export`."""
+    check_place(checkpoint)
+    output = Path(output)
+    if licence and not re.fullmatch(r"[A-Za-z0-9.+-]+", licence):
+        raise UserError(
+            f"--license {licence!r}: give an identifier such as mit, cc-by-4.0 or other"
+        )
+    needed = ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ()
+    if absent := " ".join(name for name in needed if find_spec(name) is None):
+        listed = absent.replace(" ", ", ")
+        raise UserError(f"--format {form} needs {listed}: pip install {absent}")
+    with explained(output):
+        _check_output(Path(checkpoint), form, output, overwrite)
+
+
+def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) -> None:
+    if not output.name or output.name == "..":
+        raise UserError(f"--output {output} is no name for an export: give a new path")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no directory {output.parent}: make it first")
+    with tempfile.TemporaryFile(dir=output.parent):  # whether a file can be made there
+        pass
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"--output {output} exists: choose another, or give --overwrite")
+    fault = ""
+    if checkpoint.exists() and output.exists() and output.samefile(checkpoint):
+        fault = "is the checkpoint itself"
+    elif form != "timm" and not output.is_file():
+        fault = "is no regular file"
+    elif form == "timm" and not output.is_dir():
+        fault = "is no directory"
+    elif form == "timm" and (foreign := {p.name for p in output.iterdir()} - set(TIMM_FILES)):
+        fault = f"also holds {min(foreign)}, which no export wrote"
+    if fault:
+        raise UserError(f"--output {output} {fault}: choose another")
+
+
+@contextlib.contextmanager
+def explained(output: Path) -> Iterator[None]:
+    """Raise a DiskError for a failure of the disk, a UserError for a wrong place."""
+    try:
+        yield
+    except OSError as error:
+        text = f"--output {output} cannot be written: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise DiskError(f"{text}; make room, nothing was left behind") from None
+        raise UserError(f"{text}: choose another place") from None

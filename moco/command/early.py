@@ -1,0 +1,87 @@
+"""What is wrong with a command that can be seen before torch is imported, which takes seconds.
+
+What is asked here is asked again where it is used: a run may also start from Python. Ranks leave it
+to the process that started them, so that no rank ends alone.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from moco.config import DataConfig, TrainConfig, UserError
+from moco.run_directory import new_run
+
+
+def check_start(config: TrainConfig, recipe: str, init_from: str, is_new: bool) -> None:
+    """Raise UserError for what a run cannot start with: names, files and directories.
+
+    Args:
+        config: Settings, passed by `moco.checks.check`.
+        recipe: Name for a new run's directory.
+        init_from: A checkpoint, or empty.
+        is_new: Whether a new run is to begin.
+    """
+    if "RANK" in os.environ:
+        return
+    if is_new:
+        if config.model.backbone != "auto":
+            check_name(config.model.backbone, "model.backbone")
+        new_run(config, recipe)
+        if config.trainer.precision != "auto":
+            from moco.training.hardware import choose_precision
+
+            choose_precision(config)
+    if init_from:
+        from moco.checkpoints.places import check_place
+
+        check_place(init_from)
+    check_images(config.data)
+    if config.run.knn_every and config.run.knn_root:
+        own = {"dataset": "folder", "root": config.run.knn_root, "files": "", "labels": ""}
+        try:
+            check_images(replace(config.data, **own))
+        except UserError as error:
+            raise UserError(str(error).replace("data.root", "run.knn_root")) from None
+
+
+def check_images(data: DataConfig) -> None:
+    """Raise UserError where the images' directory, list or table is not there, or holds nothing."""
+    if data.dataset not in ("folder", "imagenet"):
+        if not (data.dataset == "digits" or data.download or os.path.exists(data.root)):
+            raise UserError(
+                f"data.root {data.root!r} does not exist: give the directory that holds "
+                f"{data.dataset}, or fetch it with --data.download true"
+            )
+        return
+    from moco.images.folders import expanded, has_image, list_images, split_folders
+    from moco.images.labels import read_list, read_table
+
+    top, _ = split_folders(data)
+    if data.labels:
+        read_table(data.labels)
+    if data.files:
+        read_list(data.files, expanded(data.root))
+    elif not has_image(top):
+        list_images(data, top)
+
+
+def check_name(backbone: str, setting: str) -> None:
+    """Raise UserError for a backbone that does not exist; an empty one stands for a file's own."""
+    from moco.algorithm.names import check_backbone
+
+    if backbone:
+        check_backbone(backbone, setting)
+
+
+def check_output(folder: Path) -> None:
+    """Raise UserError when no file can be made in the directory of an evaluation's results."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no directory to write in ({error.strerror}): name one with --output DIR"
+        ) from None
