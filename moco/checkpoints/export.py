@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from moco.checkpoints.describe import Features, Files, loading_line, obstacle
-from moco.checkpoints.graphs import GraphOptions
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.official import CLASSIFIER
-from moco.checkpoints.places import check_request, explained
+from moco.checkpoints.places import GraphOptions, check_request, explained
 from moco.checkpoints.write import FORMATS
 from moco.config import UserError
 
@@ -157,7 +156,9 @@ def example_images(loaded: Loaded, height: int, width: int) -> Tensor:
 @torch.no_grad()
 def _difference(features: Features, loaded: Loaded, graph: GraphOptions) -> float:
     """Compare two feature extractors in batches of one and of several images."""
-    batches = [example_images(loaded, *size) for size in graph.image_sizes(loaded)]
+    batches = [
+        example_images(loaded, *size) for size in graph.image_sizes(loaded.data["image_size"])
+    ]
     worst = 0.0
     for batch in (*batches, batches[0][:1]):
         wanted, found = loaded.backbone(batch), features(batch)

@@ -11,7 +11,6 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,8 @@ from torch import Tensor, nn
 from moco.checkpoints.describe import Features, Files, describe, saved
 from moco.checkpoints.load import Loaded
 from moco.checkpoints.matching import one_line
+from moco.checkpoints.places import GraphOptions
 from moco.config import UserError
-
-
-@dataclass(frozen=True)
-class GraphOptions:
-    """What can be chosen of onnx; fields as in `moco.judge_config.ExportConfig`."""
-
-    opset: int = 0
-    fp16: bool = False
-    free_size: bool = False
-
-    def check(self, form: str) -> None:
-        """Raise UserError for an option of another format than this one."""
-        for name, value in vars(self).items():
-            if value and form != "onnx":
-                raise UserError(f"--{name} is of --format onnx: leave it out")
-        if 0 < self.opset < 17:
-            raise UserError(f"--opset {self.opset} is below 17: torch writes only newer ones")
-
-    def image_sizes(self, loaded: Loaded) -> list[tuple[int, int]]:
-        """Return the H and W with which the graph is compared with the network."""
-        side = loaded.data["image_size"]
-        return [(side, side), (2 * side, side)] if self.free_size else [(side, side)]
 
 
 @torch.no_grad()

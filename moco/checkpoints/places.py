@@ -1,4 +1,4 @@
-"""Places: whether a checkpoint is there, and whether an export can be written where it is to go.
+"""Places: whether a checkpoint is there, and whether an export can be written as it is asked for.
 
 This room needs no torch, so wrong places are told before it is imported.
 """
@@ -10,6 +10,7 @@ import errno
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,27 @@ from moco.config import UserError
 
 REQUEST = ("checkpoint", "form", "output", "overwrite", "licence")  # what `check_request` takes
 TIMM_FILES = ("config.json", "model.safetensors", "README.md")
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What can be chosen of onnx; fields as in `moco.judge_config.ExportConfig`."""
+
+    opset: int = 0
+    fp16: bool = False
+    free_size: bool = False
+
+    def check(self, form: str) -> None:
+        """Raise UserError for an option of another format than this one."""
+        for name, value in vars(self).items():
+            if value and form != "onnx":
+                raise UserError(f"--{name} is of --format onnx: leave it out")
+        if 0 < self.opset < 17:
+            raise UserError(f"--opset {self.opset} is below 17: torch writes only newer ones")
+
+    def image_sizes(self, side: int) -> list[tuple[int, int]]:
+        """Return the H and W with which the graph is compared with a network of that image size."""
+        return [(side, side), (2 * side, side)] if self.free_size else [(side, side)]
 
 
 class DiskError(OSError):

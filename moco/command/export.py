@@ -30,9 +30,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_ranges(take(ExportConfig, options))
     options["form"], options["licence"] = options.pop("format"), options.pop("license")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
-    from moco.checkpoints.places import REQUEST, DiskError, check_request
+    from moco.checkpoints.places import REQUEST, DiskError, GraphOptions, check_request
 
+    choices = {item.name: options.pop(item.name) for item in fields(GraphOptions)}
+    options["graph"] = GraphOptions(**choices)
     try:
+        options["graph"].check(options["form"])
         check_name(options["backbone"], "backbone")
         check_request(**{name: options[name] for name in REQUEST})
         from moco.checkpoints.export import export  # imports torch, so it waits for the settings

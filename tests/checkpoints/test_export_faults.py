@@ -15,6 +15,7 @@ from networks import PLAIN, VIT, Bomb, broken_files, save_ours
 from processes import ROOT, finish, start, start_command
 
 from moco.checkpoints import export as room
+from moco.checkpoints import places
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.places import DiskError
 from moco.command import cli
@@ -185,7 +186,7 @@ def test_odd_names_of_places(source, name):
 
 
 def test_missing_onnx_is_said_in_one_line(source, monkeypatch):
-    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    monkeypatch.setattr(places, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
         room.export(source, "onnx", source.parent / "out" / "a")
 

@@ -9,7 +9,7 @@ import torch
 from networks import V3_VIT, images, randomise, save_ours
 
 from moco.checkpoints import export as room
-from moco.checkpoints.graphs import GraphOptions
+from moco.checkpoints.places import GraphOptions
 from moco.config import ModelConfig, UserError
 
 TINY = ModelConfig(backbone="test_resnet", stem="cifar", queue_size=64)
