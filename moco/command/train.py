@@ -15,6 +15,7 @@ from moco.command import cli
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import TrainConfig, UserError
+from moco.log import log_to_stderr
 from moco.run_directory import find_run, stored_groups
 
 log = logging.getLogger("moco")
@@ -62,6 +63,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         )
     if extra["allow_partial"] and not extra["init_from"]:
         raise UserError("--allow_partial is about the file of --init_from: leave it out")
+    log_to_stderr()
+    log.info("importing torch, Lightning and timm takes some seconds")
     _start_ranks(config)
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
 

@@ -95,6 +95,7 @@ def _pretrain(
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
+        log.info("opening the images of %s", config.data.root or config.data.dataset)
         with distributed.together():
             source = sources.open_source(config.data, "train")
         config, run_dir, checkpoint, is_new = distributed.from_first(
@@ -193,7 +194,7 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     """Train to the end, or to a signal."""
     trainer, saver = run.trainer, run.saver
     start = time.perf_counter()
-    _train(run, checkpoint)
+    _train(run, run_dir, checkpoint)
     if saver.saved_step < trainer.global_step:
         raise RunError(
             f"the last checkpoint could not be written: make room in {run_dir} and go on "
@@ -213,7 +214,7 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     return result if trainer.is_global_zero else {}
 
 
-def _train(run: Run, checkpoint: Path | None) -> None:
+def _train(run: Run, run_dir: Path, checkpoint: Path | None) -> None:
     """Run Lightning's loop; turn what ends it before its time into one line."""
     trainer, module, data = run.trainer, run.module, run.data
     try:
@@ -221,7 +222,9 @@ def _train(run: Run, checkpoint: Path | None) -> None:
     except (UserError, RunError):
         raise
     except SystemExit:  # Lightning's answer to KeyboardInterrupt
-        raise KeyboardInterrupt from None
+        step = run.saver.saved_step
+        hint = [f"go on after step {step} with --resume {run_dir}"] if step else []
+        raise KeyboardInterrupt(*hint) from None
     except Exception as error:
         raise explain(error, trainer, module, data.config) from error
     finally:
