@@ -35,7 +35,9 @@ WITHOUT_LIGHTNING = (
     # The images' loader is Lightning's DataModule; evaluation does without both.
     *(f"images.{p.stem}" for p in (ROOT / "moco/images").glob("*.py") if p.stem != "loader"),
 )
-WITHOUT_TORCH = ("slurm", "config", "judge_config", "checks", "idle", "run_directory", "command")
+WITHOUT_TORCH = (
+    *("slurm", "config", "judge_config", "checks", "idle", "run_directory", "log", "command"),
+)
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 TORCH = {"torch", "torchvision", "timm", "torchmetrics"} | LIGHTNING
 
