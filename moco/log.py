@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+import textwrap
 from typing import Any
 
 log = logging.getLogger("moco")
@@ -12,15 +15,44 @@ log = logging.getLogger("moco")
 class _StandardError(logging.StreamHandler[Any]):
     """Handler that writes to what `sys.stderr` is now: a notebook changes it from cell to cell."""
 
+    def format(self, record: logging.LogRecord) -> str:
+        return fitted(super().format(record))
+
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
-        super().emit(record)
+        bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        # A bar that is shown is taken away for the line, and shown again below it.
+        with bars.external_write_mode(self.stream) if bars else contextlib.nullcontext():
+            super().emit(record)
 
 
 def log_to_stderr() -> None:
-    """Send our own lines to standard error, once, unless the caller has handlers of its own."""
+    """Send our own lines to standard error, on rank 0 alone those that are no warnings.
+
+    A caller who has handlers of its own gets the lines there.
+    """
     if not log.handlers:
         handler = _StandardError()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def columns() -> int:
+    """Return the width of the terminal that standard error is, or 0 where it is none."""
+    if not sys.stderr.isatty():
+        return 0
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: it knows no width
+    return 80
+
+
+def fitted(text: str) -> str:
+    """Break lines at words to the width of the terminal; elsewhere they stay as they are."""
+    if not (width := columns()):
+        return text
+    break_at_words = textwrap.TextWrapper(
+        width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(break_at_words.fill(line) for line in text.split("\n"))

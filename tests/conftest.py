@@ -15,7 +15,10 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("WANDB_API_KEY", None)
 
+import contextlib
 import signal
+import sys
+import termios
 from functools import partial
 from pathlib import Path
 
@@ -87,6 +90,32 @@ def held():
     assert int(process.stdout.readline()) > 0, process.stderr.read()
     yield process
     end_group(process)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Make standard error a terminal of some columns; return a function that reads its screen."""
+    screens = contextlib.ExitStack()
+
+    def of(columns: int):
+        outer, inner = os.openpty()
+        termios.tcsetwinsize(inner, (50, columns))
+        os.set_blocking(outer, False)
+        screens.callback(os.close, outer)
+        stream = screens.enter_context(os.fdopen(inner, "w", encoding="utf-8", buffering=1))
+        monkeypatch.setattr(sys, "stderr", stream)
+
+        def read() -> str:
+            shown = b""
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    shown += os.read(outer, 2**16)
+            return shown.decode().replace("\r\n", "\n")
+
+        return read
+
+    with screens:
+        yield of
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ WITHOUT_LIGHTNING = (
     *(f"images.{p.stem}" for p in (ROOT / "moco/images").glob("*.py") if p.stem != "loader"),
 )
 WITHOUT_TORCH = (
-    *("slurm", "config", "judge_config", "checks", "idle", "run_directory", "command"),
+    *("slurm", "config", "judge_config", "checks", "idle", "run_directory", "log", "command"),
     *("algorithm.names", "checkpoints.places", "training.resuming"),
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
 )

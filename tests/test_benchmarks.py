@@ -170,6 +170,13 @@ def test_views(tmp_path):
     assert rates_are_positive(last["v1"]) and record["threads"] == 1
 
 
+def test_shared(tmp_path):
+    options = ["--rounds", "1", "--seconds", "0.1", "--warmup", "0"]
+    options += ["--beside", "quiet", "--ways", "as torch comes"]
+    last, record = run("shared", tmp_path, *options)
+    assert rates_are_positive(last["quiet"]) and record["options"]["rounds"] == 1
+
+
 def test_reference_chains_follow_the_recipe():
     from torchvision import transforms
     from torchvision.transforms import v2

@@ -10,7 +10,9 @@ last line of standard output is one JSON object; everything else goes to standar
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -156,8 +158,12 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
 
     When all ranks raise the same error, rank 0 prints it; a `local` error is printed by its rank.
     """
+    # At its end Python would look for garbage in all that torch has made, which takes seconds.
+    atexit.register(gc.freeze)
     launch.end_with_launcher()
     slurm.answer_warnings()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, launch.stop)
     try:
         slurm.join()
         result = main(sys.argv[1:])
@@ -172,9 +178,9 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         if local or not rank:
             launch.say(f"error: {f'rank {rank}: ' if rank else ''}{_fold(error)}")
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends it without a traceback
-        launch.say("stopped by Ctrl-C")
+        launch.say_stopped(signal.SIGINT, "".join(f": {hint}" for hint in stopped.args))
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)

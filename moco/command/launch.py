@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from moco import slurm
 from moco.config import RunError, UserError
+from moco.log import fitted
 
 _ROLE = "moco"  # torchrun's own ranks have another role
 
@@ -48,6 +49,26 @@ def end_with_launcher() -> None:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
 
 
+def stop(number: int, frame: Any) -> None:
+    """Answer Ctrl-C and SIGTERM until training does.
+
+    Before the first step a run has nothing to save and ends at once, also in the middle of an
+    import, in which Python may lose an exception. Other commands may have a file half written.
+    """
+    if number == signal.SIGINT and not slurm.restartable:
+        raise KeyboardInterrupt
+    with contextlib.suppress(RuntimeError):  # the signal came while a line was written
+        say_stopped(number)
+    os._exit(128 + number)
+
+
+def say_stopped(number: int, hint: str = "") -> None:
+    """Print the last line of a command that a signal ends; a terminal has shown ^C before it."""
+    by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    new_line = "\n" if number == signal.SIGINT and sys.stderr.isatty() else ""
+    say(f"{new_line}stopped by {by}{hint}")
+
+
 def say(line: str) -> None:
     """Print a last line on standard error; a rank hands it to its launcher, which prints one."""
     if _is_rank():
@@ -55,7 +76,7 @@ def say(line: str) -> None:
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
             json.dump(report, file)
     else:
-        print(line, file=sys.stderr)
+        print(fitted(line), file=sys.stderr)
 
 
 def wait_for_others(seconds: float) -> None:
@@ -98,7 +119,7 @@ def _launch(count: int, remedy: str) -> int:
                 f"others are ended: {remedy}"
             )
         if os.path.isfile(first.error_file):
-            print(first.message, file=sys.stderr)
+            say(first.message)
         return first.exitcode
 
 
@@ -106,6 +127,7 @@ def _end_early(number: int) -> NoReturn:
     """End by a signal that came before any rank could answer it."""
     if number == signal.SIGUSR1:
         slurm.start_again(number, None)
+    say_stopped(number)
     sys.exit(128 + number)
 
 

@@ -16,6 +16,7 @@ from moco.command.early import check_start
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import TrainConfig, UserError
+from moco.log import log_to_stderr
 from moco.run_directory import find_run, stored_groups
 
 log = logging.getLogger("moco")
@@ -83,6 +84,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if extra["yes"] and not extra["extend"]:
         raise UserError("--yes is about --extend: leave it out")
     check_start(config, recipe, extra["init_from"], is_new=not (found and found[0]))
+    log_to_stderr()
+    log.info("importing torch, Lightning and timm takes some seconds")
     _start_ranks(config)
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
 

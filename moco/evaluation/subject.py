@@ -208,7 +208,6 @@ def _load(judge: JudgeConfig, image_size: int) -> Loaded:
 def _start_process(judge: JudgeConfig) -> torch.device:
     """Choose this rank's device, join the other ranks, and set up the log."""
     log_to_stderr()
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     gpu = judge.accelerator != "cpu" and torch.cuda.is_available()
     if judge.accelerator == "gpu" and not gpu:
         raise UserError(

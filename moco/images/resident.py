@@ -46,6 +46,7 @@ def make_resident(
     if source.images is None:
         if wanted == "off" or (wanted == "auto" and (size is None or needed > budget)):
             return source, "streamed"
+        log.info("decoding %d images", len(source))
         try:
             images, bad = load_all(source)
         except MixedSizes as error:

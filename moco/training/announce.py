@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import textwrap
 import warnings
 from dataclasses import replace
@@ -26,10 +25,8 @@ log = logging.getLogger("moco")
 
 
 def set_up_logging() -> None:
-    """Send our own lines to standard error, on rank 0 alone, and silence what libraries chat."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Send our own lines to standard error, and silence what libraries chat."""
     log_to_stderr()
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")

@@ -24,6 +24,7 @@ from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
 from moco.run_directory import VERSION
+from moco.training.cores import SharedCores
 from moco.training.decide import Decided
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.hardware import own_device
@@ -150,7 +151,7 @@ def assemble(
         {"version": VERSION, **kept},
     )
     own = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
-    own += [Watch(data.bad), Progress(metrics), Outlook(data)]
+    own += [Watch(data.bad), Progress(metrics), Outlook(data), SharedCores()]
     found = loggers(config.run, run_dir, start_step)
     trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
     return Run(trainer, module, data, metrics, monitor, saver)

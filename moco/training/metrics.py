@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import accumulate
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +17,7 @@ import torch
 from moco import distributed
 from moco.algorithm import optim
 from moco.images.loader import PretrainData
+from moco.log import columns
 
 
 class MetricsLogger(pl.Callback):
@@ -97,6 +99,16 @@ class MetricsLogger(pl.Callback):
         return self.images / self.seconds if self.seconds else 0.0
 
 
+# What the progress tells, the first the most important: a narrow terminal has no room for the last.
+_READINGS = (
+    ("train/loss", "loss {:.3f}"),
+    ("val/knn_top1", "kNN {:.1f}%"),
+    ("train/contrast_top1", "contrast {:.0%}"),
+    ("train/images_per_second", "{:,.0f} images/s"),
+)
+_BAR_COLUMNS = 33  # for `100%|####| 1:00:00, 10:00:00 left`
+
+
 class Progress(pl.Callback):
     """Show one bar over the whole run on a terminal, and elsewhere a line every ten seconds."""
 
@@ -116,8 +128,7 @@ class Progress(pl.Callback):
                 total=module.total_steps,
                 initial=trainer.global_step,
                 unit="step",
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+                bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
             )
         self._spoke = time.monotonic()
 
@@ -126,6 +137,7 @@ class Progress(pl.Callback):
         if not trainer.is_global_zero:
             return
         if self._bar is not None:
+            self._bar.ncols = columns() - 2  # a terminal shows ^C behind it
             self._bar.n = trainer.global_step
             self._bar.set_postfix_str(self._text(trainer, module), refresh=False)
             self._bar.update(0)
@@ -138,15 +150,14 @@ class Progress(pl.Callback):
         epochs = module.total_steps / module.steps_per_epoch
         digits = 1 if epochs >= 1 else 3
         parts = [f"epoch {step / module.steps_per_epoch:.{digits}f}/{round(epochs, digits):g}"]
-        for name, label in (
-            ("train/loss", "loss {:.3f}"),
-            ("train/contrast_top1", "contrast {:.0%}"),
-            ("val/knn_top1", "kNN {:.1f}%"),
-            ("train/images_per_second", "{:,.0f} images/s"),
-        ):
+        for name, label in _READINGS:
             if name in latest:
                 parts.append(label.format(latest[name]))
-        if self._bar is None and self.metrics.rate():
+        if self._bar is not None:
+            room = columns() - _BAR_COLUMNS
+            lengths = accumulate(len(part) + 2 for part in parts)
+            parts = [part for part, length in zip(parts, lengths, strict=True) if length <= room]
+        elif self.metrics.rate():
             left = (module.total_steps - step) * module.accumulate
             left *= self.metrics.data.config.batch_size
             parts.append(f"{left / self.metrics.rate() / 60:.1f} min left")
@@ -157,3 +168,7 @@ class Progress(pl.Callback):
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        """Close the bar, so that what is said next has a line of its own."""
+        self.on_train_end(trainer, module)

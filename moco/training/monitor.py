@@ -77,6 +77,8 @@ class KNNMonitor(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Read the network as it starts, to which later readings are compared."""
         if self._enabled and trainer.global_step == 0:
+            count = sum(map(len, self.data))
+            log.info("kNN reads %d images with the network as it starts", count)
             self.read(trainer, module, final=False)
             if not self.is_loaded and trainer.is_global_zero:
                 log.info(

@@ -98,6 +98,7 @@ def _pretrain(
 ) -> dict[str, Any]:
     """As `pretrain`, with what belongs together in pairs; the processes are connected."""
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
+        log.info("opening the images of %s", config.data.root or config.data.dataset)
         with distributed.together():
             source = sources.open_source(config.data, "train")
         config, run_dir, checkpoint, is_new = distributed.from_first(
@@ -245,6 +246,10 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         fit(trainer, run.module, run.data, checkpoint)
+    except KeyboardInterrupt:
+        step = saver.saved_step
+        hint = [f"go on after step {step} with --resume {run_dir}"] if step else []
+        raise KeyboardInterrupt(*hint) from None
     finally:
         finish()
     if saver.saved_step < trainer.global_step:

@@ -102,6 +102,7 @@ class Signals(pl.Callback):
 
     def __init__(self) -> None:
         self.came = 0
+        self._answers = self._has_begun = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Handle the signals; Lightning restores the handlers from before the run at its end.
@@ -109,10 +110,17 @@ class Signals(pl.Callback):
         Python allows it in the main thread alone: a run in another thread, as in a notebook or a
         server, is left to its caller.
         """
+        self._answers = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
-            for number in STOPPING[1:]:
+            for number in STOPPING[2:]:
                 if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # nohup
                     signal.signal(number, self._note)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Handle Ctrl-C from the first step on: before it there is nothing to wait for."""
+        if not self._has_begun and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._note)
+        self._has_begun = True
 
     def on_train_end(self, *args: Any) -> None:
         """Note that the state is saved: a restart would find nothing more to do."""
@@ -122,6 +130,12 @@ class Signals(pl.Callback):
         if self.came == number == signal.SIGINT:
             raise KeyboardInterrupt  # the user has pressed Ctrl-C twice and will not wait
         self.came = max(self.came, number, key=STOPPING.index)
+        if self._answers:
+            again = "; Ctrl-C again stops now" if number == signal.SIGINT else ""
+            line = f"finishing the step, then saving{again}\n"
+            # Python's own files refuse to be written to in the middle of a write to them. On a
+            # terminal the cursor stands behind the bar.
+            os.write(2, f"{os.linesep if os.isatty(2) else ''}{line}".encode())
 
 
 class Checkpoints(pl.Callback):

@@ -164,7 +164,7 @@ def test_a_signal_before_ranks_handle_it_ends_with_its_code():
     process = start_ranks("def body(rank, argv):\n    ready(rank)\n    time.sleep(999)\n")
     ready_ranks(process)
     process.send_signal(signal.SIGTERM)
-    assert finish(process, LIMIT_S) == (128 + signal.SIGTERM, "", "")
+    assert finish(process, LIMIT_S) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
 
 
 def test_ranks_end_with_a_launcher_that_is_killed():

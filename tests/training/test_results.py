@@ -198,6 +198,30 @@ def test_the_time_left_counts_all_batches_of_a_step():
     assert text == "epoch 0.8/2, 0.3 min left"
 
 
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (60, "epoch 0.8/2, loss 5.123"),
+        (80, "epoch 0.8/2, loss 5.123, kNN 97.1%"),
+        (200, "epoch 0.8/2, loss 5.123, kNN 97.1%, contrast 45%, 1,050 images/s"),
+    ],
+)
+def test_the_bar_tells_what_a_terminal_has_room_for(terminal, columns, told):
+    latest = {"train/loss": 5.1234, "val/knn_top1": 97.1, "train/contrast_top1": 0.45}
+    latest["train/images_per_second"] = 1050.0
+    progress = Progress(SimpleNamespace(latest=latest))
+    trainer = SimpleNamespace(is_global_zero=True, global_step=0)
+    module = SimpleNamespace(total_steps=10, steps_per_epoch=5)
+    screen = terminal(columns)
+    progress.on_train_start(trainer, module)
+    trainer.global_step = 4
+    progress.on_train_batch_end(trainer, module)
+    progress.on_train_end(trainer, module)
+    shown = screen().rstrip("\n").split("\r")[-1]
+    assert len(shown) == columns - 2  # a terminal shows ^C behind it
+    assert re.fullmatch(rf" 40%\|█+.? *\| \d\d:\d\d, \d\d:\d\d left, {re.escape(told)}", shown)
+
+
 def test_readings_of_a_streamed_set_leave_out_torn_files_and_name_them(tmp_path, said):
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 6)):

@@ -75,6 +75,109 @@ def test_a_signal_during_the_first_reading_stops_after_the_first_step(tmp_path):
     assert last["global_step"] == 1
 
 
+INTERRUPT = """
+import signal, sys
+from moco.command import cli
+import train
+number, place = signal.Signals(int(sys.argv.pop(1))), sys.argv.pop(1)
+
+class Loses:
+    # Some libraries, and Python's own imports, lose what is raised within them.
+    def find_spec(self, name, *_):
+        if name == "moco.training.hardware":
+            try:
+                signal.raise_signal(number)
+            except BaseException:
+                pass
+
+def interrupted(self):
+    signal.raise_signal(number)
+    return train_dataloader(self)
+
+if place == "import":
+    sys.meta_path.insert(0, Loses())
+else:
+    from moco.images.loader import PretrainData
+    train_dataloader = PretrainData.train_dataloader
+    PretrainData.train_dataloader = interrupted
+cli.run_main(train.main)
+"""
+
+
+@pytest.mark.parametrize("place", ["import", "Lightning's set-up"])
+@pytest.mark.parametrize(("number", "by"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_before_training_ends_at_once_with_its_code_and_one_line(
+    images, tmp_path, number, by, place
+):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPT)
+    words = [str(int(number)), place, *TINY, "--data.root", str(images), "--run.dir", "run"]
+    code, out, err = finish(start(*words, script=script))
+    assert (code, out) == (128 + number, ""), err
+    assert err.splitlines()[-1] == f"stopped by {by}"
+    assert "Traceback" not in err and "finishing" not in err
+    assert not list(Path("run").glob("checkpoints/*.ckpt"))
+
+
+class PressCtrlC(pl.Callback):
+    """Press Ctrl-C some times in a step, or before the first with step 0."""
+
+    def __init__(self, step: int, times: int) -> None:
+        self.step, self.times = step, times
+
+    def on_train_start(self, *args) -> None:
+        if self.step == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step + 1 == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def default_ctrl_c():
+    """Have Ctrl-C answered as Python does by itself, and leave it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_answered_at_once_and_saves(images, with_callback, default_ctrl_c, capfd):
+    with_callback(PressCtrlC(step=2, times=1))
+    result = run_tiny(images)
+    assert (result["steps"], result["stopped_by"]) == (2, signal.SIGINT)
+    err = capfd.readouterr().err
+    assert err.count("finishing the step, then saving; Ctrl-C again stops now\n") == 1
+
+
+def test_a_second_ctrl_c_does_not_wait_and_names_the_way_back(
+    images, with_callback, default_ctrl_c
+):
+    with_callback(PressCtrlC(step=2, times=2))
+    with pytest.raises(KeyboardInterrupt, match="go on after step 1 with --resume run"):
+        run_tiny(images)
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_a_second_ctrl_c_before_a_checkpoint_names_no_way_back(
+    images, with_callback, default_ctrl_c
+):
+    with_callback(PressCtrlC(step=1, times=2))
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        run_tiny(images)
+
+
+def test_ctrl_c_before_the_first_step_does_not_wait_for_it(
+    images, with_callback, default_ctrl_c, capfd
+):
+    with_callback(PressCtrlC(step=0, times=1))
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        run_tiny(images)
+    assert "finishing" not in capfd.readouterr().err
+    assert not list(Path("run").glob("checkpoints/*.ckpt"))
+
+
 def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):
     run_tiny(images)
     kept: list[tuple[str, set[str]]] = []
