@@ -15,6 +15,7 @@ import pytest
 import torch
 from pictures import write_pictures
 from processes import ROOT, finish, start, wait_for
+from runs import main_on_rank
 
 import train
 from moco.algorithm.optim import Plateau
@@ -180,16 +181,14 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(number, code):
     assert load("run/checkpoints/last.ckpt")["global_step"] == stopped["steps"]
 
 
-def test_two_devices_train_the_quickstart():
-    process = start(
-        *SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--model.key_bn", "auto",
-        "--trainer.accelerator", "cpu", "--trainer.devices", "2",
-    )  # fmt: skip
-    code, out, err = finish(process)
-    assert code == 0, err
-    assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
-    assert "key BatchNorm: shuffle (auto: 2 devices" in err
-    assert "global batch 400, per device 200" in err
+def test_two_devices_train_the_quickstart(two_ranks, tmp_path):
+    words = [*SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--model.key_bn", "auto"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    (result, said), (other, _) = two_ranks.run(main_on_rank, "train", words, str(tmp_path))
+    assert (result["steps"], other) == (3, {})
+    lines = "\n".join(said)
+    assert "key BatchNorm: shuffle (auto: 2 devices" in lines
+    assert "global batch 400, per device 200" in lines
 
 
 class Bomb:
