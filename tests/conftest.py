@@ -16,6 +16,7 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("WANDB_API_KEY", None)
 
 import contextlib
+import ctypes
 import signal
 import sys
 import termios
@@ -52,6 +53,16 @@ def real_images() -> Path:
     if not Path(path).is_dir():
         pytest.fail(f"MOCO_TEST_IMAGES is {path}, which is no folder")
     return Path(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """Give back what the tests of a file have built: one process runs through many files."""
+    yield
+    if networks := sys.modules.get("networks"):
+        networks.forget()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,12 @@ from moco.algorithm.encoder import build_encoder, build_predictor
 from moco.config import DataConfig, ModelConfig, TrainConfig
 
 
+def forget() -> None:
+    """Free the networks that tests share."""
+    torchvision_resnet.cache_clear()
+    _module.cache_clear()
+
+
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
     """Give all statistics and norms values that matter, so that a lost tensor changes features."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +37,7 @@ def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
     return network.eval()
 
 
-@functools.cache  # shared by all tests, which only read it
+@functools.cache  # shared by the tests of a file, which only read it
 def torchvision_resnet(
     seed: int = 0, cifar_padding: int | None = None, width: float = 0.25
 ) -> nn.Module:
@@ -62,7 +68,7 @@ def module_state(model: ModelConfig, channels: int = 3, size: int = 32, seed: in
     return dict(state), query, key
 
 
-@functools.cache  # shared by all tests, which only read it
+@functools.cache  # shared by the tests of a file, which only read it
 def _module(settings: tuple, channels: int, size: int, seed: int):
     model = ModelConfig(*settings)
     query = randomise(build_encoder(model, channels, size), seed)

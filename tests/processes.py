@@ -79,6 +79,7 @@ class Script:
 
 def _run(writers: list[Any], words: tuple[str, ...], cwd: str, env: dict[str, str]) -> None:
     """Run a script as `python SCRIPT WORDS` does; runs in the forked process."""
+    forget_start_method()
     os.setsid()
     for number, writer in enumerate(writers, 1):
         os.dup2(writer.fileno(), number)
@@ -92,6 +93,15 @@ def _run(writers: list[Any], words: tuple[str, ...], cwd: str, env: dict[str, st
         runpy.run_path(words[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+
+
+def forget_start_method() -> None:
+    """In a forked process, start further ones as a fresh Python does.
+
+    A child of a fork server starts its own children from a server of its own, which imports all
+    libraries again: each script with workers would pay for that, and no user's script works so.
+    """
+    multiprocessing.set_start_method(None, force=True)
 
 
 def start(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from processes import FORKS, LIMIT_S
+from processes import FORKS, LIMIT_S, forget_start_method
 
 
 class Ranks:
@@ -61,6 +61,7 @@ class Ranks:
 
 
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
+    forget_start_method()
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 

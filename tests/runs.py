@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+import multiprocessing
+import os
+
 import torch
+from steps import as_rank
 
 import train
 
@@ -24,6 +30,22 @@ STREAMED = ["--data.resident", "off", "--data.num_workers", "2"]
 
 def run_tiny(root, *arguments: str, run_dir: str = "run") -> dict:
     return train.main([*TINY, "--data.root", str(root), "--run.dir", run_dir, *arguments])
+
+
+def main_on_rank(script: str, words: list[str], folder: str) -> tuple[dict, list[str]]:
+    """Run a script's main on each rank, as under torchrun; return its result and what it said."""
+    as_rank()
+    os.chdir(folder)
+    multiprocessing.current_process()._config["daemon"] = False  # so that it may have workers
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("moco")
+    logger.addHandler(handler)
+    try:
+        return importlib.import_module(script).main(words), said
+    finally:
+        logger.removeHandler(handler)
 
 
 def error_line(err: str) -> str:

@@ -1,13 +1,13 @@
 """eval_linear.py and eval_knn.py: results, files, baselines and errors, on one and two ranks."""
 
 import json
-import socket
 from importlib import import_module
 
 import pytest
 import torch
 from PIL import Image
 from processes import ROOT, finish, start, start_command
+from runs import main_on_rank
 
 from moco.command.judge import read_settings
 from moco.config import UserError
@@ -34,20 +34,12 @@ def result_of(process):
     return code, json.loads(lines[-1]) if lines else None, errors
 
 
-def under_torchrun(name, *arguments):
-    """Run a script on two ranks that were told about each other; return what rank 0 says."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    told["LOCAL_WORLD_SIZE"] = "2"
-    first, second = (
-        begin(name, *arguments, RANK=rank, LOCAL_RANK=rank, **told) for rank in ("0", "1")
-    )
-    said = result_of(first)
-    code, result, errors = result_of(second)
-    assert (code, result) == (0, None), errors
-    return said
+def on_two_ranks(two_ranks, name, *arguments):
+    """Run a script's main on two ranks; return rank 0's result and what it said."""
+    words = list(map(str, arguments))
+    first, (result, _) = two_ranks.run(main_on_rank, name, words, str(ROOT))
+    assert result == {}
+    return first
 
 
 def inside(name, *arguments):
@@ -118,7 +110,7 @@ def test_cached_probe_states_everything(checkpoint):
 def test_other_protocols_run_and_beat_chance(checkpoint, protocol, tmp_path):
     steps = ["--epochs", 8]
     if protocol == "v3":  # its own are 90 epochs of batches of 1024 at a rate for ImageNet
-        steps = ["--epochs", 30, "--batch_size", 64, "--learning_rates", "[10]"]
+        steps = ["--epochs", 20, "--batch_size", 64, "--learning_rates", "[10]"]
     result = inside(
         *("eval_linear", "--checkpoint", checkpoint, "--protocol", protocol, *steps),
         *("--label_fraction", 0.5, "--crop_min", 0.5, "--output", tmp_path),
@@ -146,11 +138,10 @@ def test_paper_on_two_ranks_scores_as_on_one(checkpoint, tmp_path):
     assert one["backbone_sha256"] == two["backbone_sha256"]
 
 
-def test_knn_scores_several_k_and_draws_a_gallery(checkpoint, tmp_path):
+def test_knn_scores_several_k_and_draws_a_gallery(checkpoint, tmp_path, two_ranks):
     common = ["--checkpoint", checkpoint, "--output", tmp_path, "--k", "[1,20]", "--layer", "head"]
     one = inside("eval_knn", *common)
-    code, two, errors = under_torchrun("eval_knn", *common)
-    assert code == 0, errors
+    two, _ = on_two_ranks(two_ranks, "eval_knn", *common)
     assert (one["devices"], two["devices"]) == (1, 2)
     assert one["by_k"] == two["by_k"] and one["few_shot"] == two["few_shot"]
     assert one["layer"] == "head" and one["feature_dim"] == 16 and one["temperature"] == 0.1
@@ -302,13 +293,12 @@ def test_torn_files_of_a_streamed_set_are_left_out_and_counted(
 
 
 @pytest.mark.parametrize("protocol", ["knn", "paper"])
-def test_two_ranks_leave_out_torn_files_as_one_does(checkpoint, tmp_path, protocol):
+def test_two_ranks_leave_out_torn_files_as_one_does(checkpoint, tmp_path, protocol, two_ranks):
     arguments = [*PROTOCOLS[protocol], "--checkpoint", checkpoint, *torn(tmp_path, TORN)]
-    code, result, errors = under_torchrun(*arguments, "--data.max_bad_fraction", 0.1)
-    assert code == 0, errors
+    result, said = on_two_ranks(two_ranks, *arguments, "--data.max_bad_fraction", 0.1)
     one = inside(*arguments, "--data.max_bad_fraction", 0.1)
     assert result["data"] == one["data"] and result["per_class"] == one["per_class"]
-    assert errors.count("cannot be read") == 2, errors
+    assert len([line for line in said if "cannot be read" in line]) == 2, said
 
 
 def test_results_on_other_images_have_names_of_their_own(checkpoint, tmp_path):

@@ -269,20 +269,6 @@ def test_both_branches_give_the_same_views(recipe, channels, monkeypatch):
     close(*views)
 
 
-def test_the_whole_chain_is_one_graph():
-    """Dynamo traces it without a break, so a compiled view never waits for the device."""
-
-    def chain(batch, index, epoch):
-        boxes = draw_crops(RECIPES["v2"][0], CROP, epoch, index, 32, 32)
-        cut = crop_and_resize(batch, boxes, 16)
-        colours = draw_colours(RECIPES["v2"][0], COLOUR, epoch, index)
-        return adjust_colours(cut, colours, RECIPES["v2"][0])
-
-    batch, index = images(16, 3, 32, 32), torch.arange(16)
-    compiled = torch.compile(chain, backend="eager", fullgraph=True)
-    close(compiled(batch, index, 3), chain(batch, index, 3))
-
-
 @pytest.mark.parametrize("first", [True, False])
 def test_greyscale_stands_where_the_recipe_says(first):
     batch = floats(3, 3, 12)

@@ -14,7 +14,7 @@ from multiprocessing import resource_sharer
 import pytest
 import pytorch_lightning as pl
 import torch
-from processes import ROOT, finish
+from processes import finish, start
 from runs import STREAMED, TINY, assert_same_end, error_line, load, run_tiny
 from torch.utils.data._utils import signal_handling
 
@@ -89,8 +89,15 @@ def test_a_worker_out_of_shared_memory_says_so_with_the_state_saved(images, with
 
 
 FULL_SHARED_MEMORY = """
-import os, shutil, subprocess, sys, threading, time
-def fill():
+import ctypes, os, subprocess, sys, time
+from moco.command import cli
+import train
+assert ctypes.CDLL(None).unshare(0x00020000) == 0  # CLONE_NEWNS: mounts of its own
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "/dev/shm"], check=True)
+if os.fork() == 0:
+    for number in (1, 2):
+        os.close(number)  # so that who reads the run's words waits for the run alone
     while not os.path.exists("run/checkpoints/last.ckpt"):
         time.sleep(0.05)
     with open("/dev/shm/ballast", "wb", buffering=0) as file:
@@ -99,9 +106,7 @@ def fill():
                 file.write(bytes(4096))
             except OSError:
                 time.sleep(0.001)
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "/dev/shm"], check=True)
-threading.Thread(target=fill, daemon=True).start()
-sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
+cli.run_main(train.main)
 """
 
 
@@ -110,12 +115,10 @@ def test_shared_memory_that_fills_up_ends_the_run_in_one_line(images, tmp_path):
         pytest.skip("no right to a mount namespace of its own")
     script = tmp_path / "full.py"
     script.write_text(FULL_SHARED_MEMORY)
-    process = subprocess.Popen(
-        ["unshare", "-m", sys.executable, str(script), str(ROOT / "train.py"), *TINY, *STREAMED,
-         "--data.root", str(images), "--run.dir", "run", "--trainer.max_epochs", "5000",
-         "--data.batch_size", "48", "--model.queue_size", "48"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    process = start(
+        *TINY, *STREAMED, "--data.root", str(images), "--run.dir", "run",
+        "--trainer.max_epochs", "5000", "--data.batch_size", "48", "--model.queue_size", "48",
+        script=script,
     )  # fmt: skip
     code, _, err = finish(process)
     assert code == 1, err

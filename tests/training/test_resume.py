@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import multiprocessing
 import os
 import shutil
 from functools import partial
@@ -15,7 +14,7 @@ import timm
 import torch
 import yaml
 from processes import ROOT, end_group, finish, start
-from runs import TINY, assert_same_end, at, load, run_tiny, same
+from runs import TINY, assert_same_end, at, load, main_on_rank, run_tiny, same
 
 import train
 from moco.config import UserError
@@ -25,27 +24,17 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 RANKS = ["--trainer.max_epochs", "1", "--model.key_bn", "shuffle"]
 
 
-def _main_on_rank(arguments: list[str], folder: str) -> dict:
-    """Run train.py's main on each rank, as under torchrun."""
-    from steps import as_rank
-
-    as_rank()
-    os.chdir(folder)
-    multiprocessing.current_process()._config["daemon"] = False  # so that it may have workers
-    return train.main(arguments)
-
-
 @pytest.mark.parametrize("resident", ["memory", "off"])
 def test_two_ranks_resume_to_the_same_bits(images, two_ranks, tmp_path, resident):
     arguments = [*TINY, *RANKS, "--data.root", str(images), "--data.resident", resident]
     arguments += ["--data.num_workers", "1", "--run.dir", "whole"]
-    two_ranks.run(_main_on_rank, arguments, str(tmp_path))
+    two_ranks.run(main_on_rank, "train", arguments, str(tmp_path))
     Path("run/checkpoints").mkdir(parents=True)
     shutil.copy("whole/config.yaml", "run/config.yaml")
     shutil.copy("whole/checkpoints/step_000000001.ckpt", "run/checkpoints/last.ckpt")
     # Each rank had a worker before and has none now; neither that nor the stop changes a bit.
     resumed = ["--resume", "run", "--data.num_workers", "0"]
-    result, other = two_ranks.run(_main_on_rank, resumed, str(tmp_path))
+    (result, _), (other, _) = two_ranks.run(main_on_rank, "train", resumed, str(tmp_path))
     assert (result["steps"], other) == (3, {})
     assert_same_end("whole", "run")
 

@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from pictures import write_pictures
 from processes import ROOT, finish, start, wait_for
+from runs import main_on_rank
 
 import train
+from moco.algorithm.encoder import build_encoder
 from moco.algorithm.optim import Plateau
-from moco.config import UserError
+from moco.config import ModelConfig, UserError
 from moco.training.saving import AtomicCheckpointIO
 
 SMALL = [
@@ -75,15 +78,23 @@ def rows(run_dir) -> list[dict]:
         return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+RECIPES = pytest.mark.parametrize(
+    "recipe", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
+)
+
+
+@RECIPES
 def test_every_recipe_runs_on_generated_data(recipe, images):
+    """With a narrow network: what its size is matters to the test below alone."""
+    text = (ROOT / f"configs/{recipe}.yaml").read_text()
     arguments = ["--config", str(ROOT / f"configs/{recipe}.yaml"), "--run.dir", "run"]
     arguments += ["--trainer.max_steps", "2", "--data.num_workers", "0", "--run.knn_k", "5"]
     if recipe != "quickstart":
         arguments += ["--data.root", str(images), "--data.image_size", "16"]
         arguments += ["--data.batch_size", "16"]
-        queued = "queue_size: 0" not in (ROOT / f"configs/{recipe}.yaml").read_text()
-        arguments += ["--model.queue_size", "32"] if queued else []
+        arguments += ["--model.queue_size", "32"] if "queue_size: 0" not in text else []
+    arguments += ["--model.width", "0.25"] if "  width: " not in text else []
+    arguments += ["--model.head_hidden_dim", "64"] if "head_hidden_dim: " in text else []
     if recipe.startswith("cifar10"):
         arguments += ["--data.dataset", "folder"]
     result = train.main(arguments)
@@ -92,6 +103,17 @@ def test_every_recipe_runs_on_generated_data(recipe, images):
     assert np.isfinite(result["loss"])
     assert Path(result["checkpoint"]).is_file()
     assert rows("run")[0]["val/knn_top1"] != ""
+
+
+@RECIPES
+def test_every_recipe_builds_its_network_in_full_size(recipe):
+    stored = yaml.safe_load((ROOT / f"configs/{recipe}.yaml").read_text())
+    model = ModelConfig(**stored.get("model", {}))
+    data = {"channels": 3, "image_size": 224} | stored.get("data", {})
+    with torch.device("meta"):  # where weights take neither memory nor time
+        encoder = build_encoder(model, data["channels"], data["image_size"])
+        features = encoder(torch.empty(2, data["channels"], *[data["image_size"]] * 2))
+    assert features.shape == (2, model.embedding_dim)
 
 
 @pytest.mark.parametrize("resident", ["memory", "off"])
@@ -180,16 +202,14 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(number, code):
     assert load("run/checkpoints/last.ckpt")["global_step"] == stopped["steps"]
 
 
-def test_two_devices_train_the_quickstart():
-    process = start(
-        *SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--model.key_bn", "auto",
-        "--trainer.accelerator", "cpu", "--trainer.devices", "2",
-    )  # fmt: skip
-    code, out, err = finish(process)
-    assert code == 0, err
-    assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
-    assert "key BatchNorm: shuffle (auto: 2 devices" in err
-    assert "global batch 400, per device 200" in err
+def test_two_devices_train_the_quickstart(two_ranks, tmp_path):
+    words = [*SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--model.key_bn", "auto"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    (result, said), (other, _) = two_ranks.run(main_on_rank, "train", words, str(tmp_path))
+    assert (result["steps"], other) == (3, {})
+    lines = "\n".join(said)
+    assert "key BatchNorm: shuffle (auto: 2 devices" in lines
+    assert "global batch 400, per device 200" in lines
 
 
 class Bomb:

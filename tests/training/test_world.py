@@ -98,54 +98,45 @@ def test_tasks_that_judge_other_weights_are_refused(srun, tmp_path):
     assert "the weights in run/checkpoints/step_000000001.ckpt are not the" in error_line(err)
 
 
-TWICE = """
-import torch
-from moco import distributed
-for run in (0, 1):
-    distributed.connect(torch.device("cpu"))
-    total = torch.ones(1)
-    torch.distributed.all_reduce(total)
-    open(f"done{distributed.rank()}-{run}", "w").write(str(total.item()))
-    distributed.disconnect()
-"""
+ATTEMPTS = """
+import os
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
+def run_twice():
+    import torch
+    from moco import distributed
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    for run in (0, 1):
+        distributed.connect(torch.device("cpu"))
+        total = torch.ones(1)
+        torch.distributed.all_reduce(total)
+        open(f"done{distributed.rank()}-{attempt}-{run}", "w").write(str(total.item()))
+        if (attempt, run) == ("0", 1):
+            torch.distributed.barrier()
+            os._exit(1)  # with the group as it stands
+        distributed.disconnect()
 
-@pytest.mark.parametrize("own_store", ["0", "1"])
-def test_one_process_may_train_twice(own_store):
-    Path("rank.py").write_text(TWICE)
-    Path("agent.py").write_text("from torch.distributed.run import main\nmain()\n")
-    words = ("--standalone", "--nproc-per-node", "2", "rank.py")
-    told = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
-    code, _, err = finish(start(*words, script=Path("agent.py").resolve(), **told))
-    assert code == 0, err
-    done = [Path(f"done{rank}-{run}").read_text() for rank in (0, 1) for run in (0, 1)]
-    assert done == ["2.0"] * 4
-
-
-RESTARTED = """
-import os, sys
-import torch
-from moco import distributed
-distributed.connect(torch.device("cpu"))
-total = torch.ones(1)
-torch.distributed.all_reduce(total)
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    os._exit(1)
-open(f"done{distributed.rank()}", "w").write(str(total.item()))
-distributed.disconnect()
+elastic_launch(LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, run_id="test", start_method="fork",
+    rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="127.0.0.1", monitor_interval=0.1,
+), run_twice)()
 """
 
 
 @pytest.mark.parametrize("own_store", ["0", "1"])
 def test_the_second_attempt_of_torchrun_meets(own_store):
-    """In the agent's store, and in one of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)."""
-    Path("rank.py").write_text(RESTARTED)
-    Path("agent.py").write_text("from torch.distributed.run import main\nmain()\n")
-    words = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "rank.py")
+    """In the agent's store, and in one of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+
+    A rank of each attempt may also train twice, as a notebook does. The ranks are forks of
+    torchrun's agent, so that they need not import torch again.
+    """
+    Path("agent.py").write_text(ATTEMPTS)
     told = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
-    code, _, err = finish(start(*words, script=Path("agent.py").resolve(), **told))
+    code, _, err = finish(start(script=Path("agent.py").resolve(), **told))
     assert code == 0, err
-    assert [Path(f"done{rank}").read_text() for rank in (0, 1)] == ["2.0", "2.0"]
+    done = {path.name: path.read_text() for path in Path().glob("done*")}
+    places = [(rank, attempt, run) for rank in (0, 1) for attempt in (0, 1) for run in (0, 1)]
+    assert done == {f"done{rank}-{attempt}-{run}": "2.0" for rank, attempt, run in places}
 
 
 # Signals at the edges of a run
