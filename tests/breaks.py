@@ -23,7 +23,12 @@ ENCODER = "tests/algorithm/test_encoder.py"
 RANKS = "tests/test_distributed.py"
 VIEWS = "tests/images"
 KNN = "tests/evaluation/test_knn.py"
+V3 = "tests/algorithm/test_v3.py"
+FAST = "tests/algorithm/test_fast_moco.py"
+AUTO = "tests/training/test_autoconfigure.py"
 RUN = "tests/training/test_run.py"
+EXTEND = "tests/training/test_extend.py"
+VERDICT = "tests/evaluation/test_verdict.py"
 RESUME = "tests/training/test_resume.py"
 
 # (file below moco/, text that stands there once, what it becomes, tests that must notice)
@@ -37,27 +42,37 @@ BREAKS = [
     ),
     ("algorithm/pretrain.py", "1 - momentum", "momentum", STEP),
     ("algorithm/pretrain.py", "if batch_idx % self.accumulate == 0:", "if True:", STEP),
-    ("algorithm/pretrain.py", "own = local_rows(key, len(query))", "own = key[: len(query)]", STEP),
+    ("algorithm/pretrain.py", "own = local_rows(key, count)", "own = key[:count]", STEP),
     (
         "algorithm/pretrain.py",
-        "for key in keys:\n            self.queue.enqueue(key)",
-        "for key in keys[:1]:\n            self.queue.enqueue(key)",
+        "zip(keys, cycle(self.queues), strict=False)",
+        "zip(keys[:1], cycle(self.queues), strict=False)",
         STEP,
     ),
-    ("algorithm/pretrain.py", "else total / len(losses)", "else total", STEP),
     (
         "algorithm/pretrain.py",
-        "normalize(at_least_fp32(self.key_encoder(key_view)))",
-        "at_least_fp32(self.key_encoder(key_view))",
+        '0.5 if model_config.symmetric == "mean" else 1.0',
+        "1.0",
         STEP,
     ),
+    (
+        "algorithm/pretrain.py",
+        "restore(normalize(at_least_fp32(keys)), key_order)",
+        "restore(at_least_fp32(keys), key_order)",
+        STEP,
+    ),
+    ("algorithm/pretrain.py", "2 * model_config.temperature", "model_config.temperature", V3),
+    ("algorithm/patches.py", "combinations(range(patches), combine)", "[(0, 1)]", FAST),
+    ("algorithm/encoder.py", "bias=affine", "bias=False", FAST),
+    ("algorithm/pretrain.py", 'if group.get("constant") else rate', "if False else rate", FAST),
+    ("algorithm/contrast.py", "own.repeat_interleave(several, 0)", "own.repeat(several, 1)", FAST),
     ("algorithm/pretrain.py", "self.query_encoder.parameters(), ", "self.parameters(), ", STEP),
     # loss and queue
     ("algorithm/contrast.py", "dim=1) / temperature", "dim=1) * temperature", CONTRAST),
     (
         "algorithm/contrast.py",
-        "torch.cat([positive, query @ negatives.T], dim=1)",
-        "torch.cat([query @ negatives.T, positive], dim=1)",
+        "torch.cat([positive, negative], dim=1)",
+        "torch.cat([negative, positive], dim=1)",
         CONTRAST,
     ),
     (
@@ -88,8 +103,8 @@ BREAKS = [
     # schedules
     (
         "algorithm/optim.py",
-        "return config.lr * step / warmup",
-        "return config.lr * (step + 1) / warmup",
+        "return start + (config.lr - start) * step / warmup",
+        "return start + (config.lr - start) * (step + 1) / warmup",
         OPTIM,
     ),
     (
@@ -170,6 +185,14 @@ BREAKS = [
         "torch.load(path, map_location=map_location, weights_only=weights_only)",
         "tests/training tests/test_security.py",
     ),
+    ("training/stored.py", 'checkpoints" / BEFORE_DECAY', 'checkpoints" / "last.ckpt"', EXTEND),
+    ("algorithm/optim.py", "(total_steps - start), 1.0)", "(total_steps - start), 2.0)", EXTEND),
+    # decisions and verdict
+    ("training/autoconfigure.py", "* keys // 8", "* keys // 2", AUTO),
+    ("training/autoconfigure.py", "if optim.warmup_epochs > epochs", "if 0 > epochs", AUTO),
+    ("training/stored.py", "kept[name] = value", "pass", AUTO),
+    ("evaluation/verdict.py", "drawn_variance * (1 + 1 / len(hits))", "0", VERDICT),
+    ("evaluation/verdict.py", "<= FACTOR * self.ahead_error", "<= self.ahead_error", VERDICT),
     ("run_directory.py", "archive.testzip() is None", "True", "tests/test_run_directory.py"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections import Counter
 from datetime import timedelta
@@ -12,6 +13,13 @@ import torch
 from moco import distributed
 from moco.config import RunError, UserError
 from moco.distributed import gather_ragged
+
+
+def test_ranks_of_tests_start_processes_as_a_fresh_python_does(two_ranks):
+    """From a fork server their workers would import every library again."""
+    assert two_ranks.run(multiprocessing.get_start_method) == 2 * [
+        multiprocessing.get_start_method()
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
