@@ -17,11 +17,30 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from moco.algorithm.contrast import info_nce
-from moco.config import DataConfig, RunError
+from moco.config import DataConfig, RunError, UserError
 from moco.training.monitor import KNNMonitor
 
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
+
+
+def fit(trainer: pl.Trainer, module: Any, data: Any, **options: Any) -> None:
+    """Run Lightning's loop; turn what ends it before its time into one line.
+
+    Args:
+        data: The `PretrainData`, whose workers are ended.
+        options: Of `Trainer.fit`.
+    """
+    try:
+        trainer.fit(module, datamodule=data, **options)
+    except (UserError, RunError):
+        raise
+    except SystemExit:  # Lightning's answer to KeyboardInterrupt
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        raise explain(error, trainer, module, data.config) from error
+    finally:
+        data.close()
 
 
 def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig) -> Exception:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import resource
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from moco.config import MOST_EPOCHS, TrainConfig
 from moco.images.loader import PretrainData
 from moco.training.build import build_trainer, set_length
 from moco.training.decide import Decided
+from moco.training.explain import fit
 from moco.training.outlook import clock_time, duration
 
 log = logging.getLogger("moco")
@@ -50,6 +52,13 @@ class _Clock(pl.Callback):
     def __init__(self, data: PretrainData) -> None:
         self.data = data
         self.ends: list[tuple[float, float]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Give SIGTERM back: Lightning would end with code 0, and there is nothing to save yet."""
+        connector = trainer._signal_connector
+        before = connector._original_handlers.get(signal.SIGTERM)
+        if before is not None:  # it was set in Python, or is the default
+            connector._register_signal(signal.SIGTERM, before)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note when a batch ended, and what was waited until then."""
@@ -84,8 +93,7 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     set_length(module, config, data)
     clock = _Clock(data)
     trainer = build_trainer(config, decided, logger=False, callbacks=[clock])
-    trainer.fit(module, datamodule=data)
-    data.close()
+    fit(trainer, module, data)
     data.wait_seconds = 0.0
     return Pace(*clock.pace(), used_memory(decided.accelerator))
 

@@ -39,7 +39,7 @@ from moco.training.build import (
     total_steps,
 )
 from moco.training.decide import Decided, decide
-from moco.training.explain import explain
+from moco.training.explain import fit
 from moco.training.hardware import accelerator, choose_devices, own_device
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.resume import Stored, read_stored
@@ -247,18 +247,10 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
 
 
 def _train(run: Run, checkpoint: Path | None) -> None:
-    """Run Lightning's loop; turn what ends it before its time into one line."""
-    trainer, module, data = run.trainer, run.module, run.data
+    """Train, and end what logs elsewhere."""
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except (UserError, RunError):
-        raise
-    except SystemExit:  # Lightning's answer to KeyboardInterrupt
-        raise KeyboardInterrupt from None
-    except Exception as error:
-        raise explain(error, trainer, module, data.config) from error
+        fit(run.trainer, run.module, run.data, ckpt_path=checkpoint, weights_only=True)
     finally:
-        data.close()
         finish()
 
 

@@ -1,0 +1,72 @@
+"""The rehearsal before a run: ranks agree on it, it can be stopped, and it leaves no trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import write_pictures
+
+import train
+from moco.config import RunError
+from moco.training import rehearsal
+from moco.training.rehearsal import Pace
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+FOLDER = str(Path(__file__).parents[2] / "configs" / "folder.yaml")
+CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--run.knn_every", "0"]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Write 40 pictures of 20 x 24 pixels, and ask for a run on them."""
+    names = [f"{number:02d}.png" for number in range(40)]
+    write_pictures(tmp_path / "pictures", names, np.random.default_rng(0), size=(24, 20))
+    return ["--config", FOLDER, "--data.root", str(tmp_path / "pictures"), *CPU]
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    """A rehearsal takes two steps, and finds that ten minutes hold a quarter of an epoch."""
+    real = rehearsal.rehearse
+
+    def measured(*arguments) -> Pace:
+        monkeypatch.setattr(rehearsal, "BATCHES", 2)
+        return Pace(300.0, 0.0, real(*arguments).memory)
+
+    monkeypatch.setattr("moco.training.run.rehearse", measured)
+
+
+def test_a_rehearsal_ends_on_ctrl_c(asked, monkeypatch):
+    def interrupted(clock, trainer, *rest) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(rehearsal._Clock, "on_train_batch_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*asked, "--run.dir", "run"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not Path("run").exists()
+
+
+def test_sigterm_is_not_lightnings_in_a_rehearsal(asked, two_steps, monkeypatch):
+    real, handlers = rehearsal._Clock.on_train_batch_end, []
+
+    def noted(clock, trainer, *rest) -> None:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        real(clock, trainer, *rest)
+
+    monkeypatch.setattr(rehearsal._Clock, "on_train_batch_end", noted)
+    train.main([*asked, "--run.plan", "true"])
+    assert {*handlers} == {signal.getsignal(signal.SIGTERM)} == {signal.SIG_DFL}
+
+
+def test_what_a_library_raises_in_a_rehearsal_is_explained(asked, monkeypatch):
+    def full(*_) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(rehearsal._Clock, "on_train_batch_end", full)
+    with pytest.raises(RunError, match="memory ran out with data.batch_size 16: lower it"):
+        train.main([*asked, "--run.dir", "run"])
