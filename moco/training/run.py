@@ -99,7 +99,7 @@ def _pretrain(
         images = sources.identify(source, config.data.root)
         distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
         with distributed.together():
-            stored = None
+            asked, stored = config, None
             if checkpoint:
                 config, stored = read_stored(checkpoint, config, images, run_dir)
             settings = _settle(config, source, stored)
@@ -120,7 +120,7 @@ def _pretrain(
             if run.trainer.is_global_zero:
                 if is_new:
                     held.enter_context(sole_run(run_dir, is_new))
-                write_config(config, asdict(decided), run_dir)
+                write_config(asked, asdict(decided), run_dir)
         return _fit(run, run_dir, checkpoint)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from pictures import write_pictures
+from runs import assert_same_end, load
 
 import train
 from moco.config import RunError
@@ -70,3 +72,21 @@ def test_what_a_library_raises_in_a_rehearsal_is_explained(asked, monkeypatch):
     monkeypatch.setattr(rehearsal._Clock, "on_train_batch_end", full)
     with pytest.raises(RunError, match="memory ran out with data.batch_size 16: lower it"):
         train.main([*asked, "--run.dir", "run"])
+
+
+def test_a_run_goes_on_again_and_again_by_the_same_command_line(asked, two_steps):
+    asked += ["--trainer.max_epochs", "4", "--data.image_size", "16", "--run.checkpoint_every", "1"]
+    asked += ["--optim.warmup_epochs", "9", "--run.keep_checkpoints", "99"]
+    train.main([*asked, "--run.dir", "whole"])
+    train.main([*asked, "--run.dir", "cut"])
+    before = yaml.safe_load(Path("cut/config.yaml").read_text())
+    for step in (2, 4):
+        for path in Path("cut/checkpoints").glob("*.ckpt"):
+            if path.name != f"step_{step:09d}.ckpt":
+                path.unlink()
+        train.main([*asked, "--run.dir", "cut", "--resume", "auto"])
+        assert_same_end("whole", "cut")
+        after = yaml.safe_load(Path("cut/config.yaml").read_text())
+        assert after["optim"] == before["optim"] and after["data"] == before["data"]
+        settings = load("cut/checkpoints/last.ckpt")["decided"]["settings"]
+        assert settings["optim.warmup_epochs"] == 0.4
