@@ -95,7 +95,12 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     trainer = build_trainer(config, decided, logger=False, callbacks=[clock])
     fit(trainer, module, data)
     data.wait_seconds = 0.0
-    return Pace(*clock.pace(), used_memory(decided.accelerator))
+    return agreed(Pace(*clock.pace(), used_memory(decided.accelerator)))
+
+
+def agreed(pace: Pace) -> Pace:
+    """Return rank 0's pace on all ranks: what follows from it must be the same everywhere."""
+    return distributed.from_first(lambda: pace)
 
 
 def used_memory(accelerator: str) -> int:

@@ -14,6 +14,7 @@ from runs import assert_same_end, load
 
 import train
 from moco.config import RunError
+from moco.distributed import rank
 from moco.training import rehearsal
 from moco.training.rehearsal import Pace
 
@@ -90,3 +91,12 @@ def test_a_run_goes_on_again_and_again_by_the_same_command_line(asked, two_steps
         assert after["optim"] == before["optim"] and after["data"] == before["data"]
         settings = load("cut/checkpoints/last.ckpt")["decided"]["settings"]
         assert settings["optim.warmup_epochs"] == 0.4
+
+
+def test_ranks_take_one_pace(two_ranks):
+    assert two_ranks.run(_pace_on_rank) == [(0.5, 0.25, 7)] * 2
+
+
+def _pace_on_rank() -> tuple[float, float, int]:
+    found = rehearsal.agreed(Pace(0.5 + rank(), 0.25, 7 + rank()))
+    return found.seconds, found.wait_share, found.memory
