@@ -78,6 +78,7 @@ def pretrain(
     set_up_logging()
     distributed.connect(own_device(config))
     result = _pretrain(config, resume, recipe, init_from, allow_partial, callbacks)
+    result = result if distributed.rank() == 0 else {}
     distributed.disconnect()
     return result
 
@@ -243,7 +244,7 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
         result["stopped_by"] = saver.stop_signal
         if saver.stop_signal == signal.SIGUSR1 and trainer.is_global_zero:
             slurm.requeue()
-    return result if trainer.is_global_zero else {}
+    return result
 
 
 def _train(run: Run, checkpoint: Path | None) -> None:
