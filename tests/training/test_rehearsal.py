@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 from pictures import write_pictures
-from runs import assert_same_end, load
+from runs import STREAMED, assert_same_end, load
 
 import train
-from moco.config import RunError
+from moco.config import RunError, UserError
 from moco.distributed import rank
 from moco.training import rehearsal
 from moco.training.rehearsal import Pace
@@ -100,3 +100,20 @@ def test_ranks_take_one_pace(two_ranks):
 def _pace_on_rank() -> tuple[float, float, int]:
     found = rehearsal.agreed(Pace(0.5 + rank(), 0.25, 7 + rank()))
     return found.seconds, found.wait_share, found.memory
+
+
+def test_a_plan_with_bad_files_leaves_nothing_behind(asked, two_steps):
+    root = Path(asked[3])
+    (root / "07.png").write_bytes(b"no picture")
+    for how in ([], STREAMED):
+        before = sorted(Path().rglob("*"))
+        asked += ["--data.max_bad_fraction", "0.5", "--run.plan", "true"]
+        assert train.main([*asked, *how])["plan"]["steps"]
+        assert sorted(Path().rglob("*")) == before
+
+
+def test_too_many_bad_files_end_a_rehearsal_too(asked, two_steps):
+    for number in range(1, 40, 2):
+        (Path(asked[3]) / f"{number:02d}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot be read"):
+        train.main([*asked, *STREAMED, "--run.plan", "true"])
