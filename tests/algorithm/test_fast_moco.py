@@ -237,3 +237,6 @@ def test_sizes_that_do_not_divide_are_refused():
     config.model = replace(FAST, combine=5)
     with pytest.raises(UserError, match=r"model\.combine 5 is above the 4 patches"):
         check(config)
+    config.model = replace(FAST, patches=16, combine=8)  # the first step would never end
+    with pytest.raises(UserError, match=r"make 409663695276000 queries of a view, above 1024"):
+        check(config)
