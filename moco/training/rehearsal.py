@@ -91,6 +91,9 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     config = dataclasses.replace(config, trainer=trainer)
     log.info("trying some steps, to see how long they take")
     set_length(module, config, data)
+    if decided.compile:
+        module.compile_encoders(decided.compile)
+    module.wants_metrics = False  # a run takes them at few steps
     clock = _Clock(data)
     trainer = build_trainer(config, decided, logger=False, callbacks=[clock])
     fit(trainer, module, data)

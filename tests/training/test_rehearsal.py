@@ -13,6 +13,7 @@ from pictures import write_pictures
 from runs import STREAMED, assert_same_end, load
 
 import train
+from moco.algorithm.pretrain import MoCo
 from moco.config import RunError, UserError
 from moco.distributed import rank
 from moco.training import rehearsal
@@ -117,3 +118,18 @@ def test_too_many_bad_files_end_a_rehearsal_too(asked, two_steps):
         (Path(asked[3]) / f"{number:02d}.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot be read"):
         train.main([*asked, *STREAMED, "--run.plan", "true"])
+
+
+def test_a_rehearsal_computes_as_the_run_will(asked, two_steps, monkeypatch):
+    monkeypatch.setattr("moco.training.hardware.choose_compile", lambda *_: ("eager", "for once"))
+    real, taken, compiled = MoCo.training_step, [], []
+
+    def noted(module, *batch):
+        taken.append(module)
+        compiled.append(module.query_encoder._compiled_call_impl is not None)
+        assert not (module is taken[0] and module.wants_metrics)
+        return real(module, *batch)
+
+    monkeypatch.setattr(MoCo, "training_step", noted)
+    train.main([*asked, "--run.dir", "run"])
+    assert len({*map(id, taken)}) == 2 and all(compiled)
