@@ -243,7 +243,7 @@ def test_evaluation_takes_no_auto(pictures, two_steps):
 
 @pytest.mark.parametrize(
     ("kinds", "channels"),
-    [("grey", 1), ("grey colour", 3), ("rgba", 3), ("palette", 3), ("bands", 16)],
+    [("grey", 1), ("grey colour", 3), ("rgba", 3), ("palette", 3), ("bands", 16), ("pair", 2)],
 )
 def test_channels_of_a_set(tmp_path, kinds, channels):
     from PIL import Image
@@ -256,8 +256,8 @@ def test_channels_of_a_set(tmp_path, kinds, channels):
     for kind in kinds.split():
         for number in range(3):
             path = folder / f"{kind}{number}"
-            if kind == "bands":
-                np.save(path, values)
+            if kind in ("bands", "pair"):
+                np.save(path, values[..., : {"bands": 16, "pair": 2}[kind]])
                 continue
             image = Image.fromarray(values[..., 0] if kind == "grey" else values[..., :3])
             mode = {"rgba": "RGBA", "palette": "P"}.get(kind, image.mode)
