@@ -163,8 +163,8 @@ def test_the_gradient_of_combinations_is_the_same_each_time():
 
 
 def test_several_queries_share_the_key_of_their_image():
-    unit = lambda *shape: functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)  # noqa: E731
-    query, key = unit(12, 8), unit(4, 8)
+    rows = torch.randn(12 + 4, 8, dtype=torch.float64)
+    query, key = functional.normalize(rows, dim=1).split((12, 4))
     loss, logits = info_nce(query, key, key, 0.3, own_rows=0)
     own = torch.arange(4).repeat_interleave(3)
     expected = functional.cross_entropy(query @ key.T / 0.3, own)
