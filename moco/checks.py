@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moco.config import DataConfig, TrainConfig, UserError, per_view
 
+MOST_COMBINATIONS = 1024  # of a view's patches; Fast-MoCo has 6
+
 
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Raise UserError for the first field outside its declared range or choices."""
@@ -136,6 +138,11 @@ def _check_patches(config: TrainConfig) -> None:
         raise UserError(
             f"model.combine {combine} is above the {patches**2} patches of a view "
             f"(model.patches {patches}): lower it"
+        )
+    if (count := math.comb(patches**2, combine)) > MOST_COMBINATIONS:
+        raise UserError(
+            f"model.patches {patches} and model.combine {combine} make {count} queries of a view, "
+            f"above {MOST_COMBINATIONS}: lower one of them"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moco.algorithm.names import unknown_backbone
-from moco.algorithm.patches import combine_features, cut_into_patches
+from moco.algorithm.patches import combinations_of, combine_features, cut_into_patches
 from moco.algorithm.vit import is_vit, shape_arguments, start_as_v3, vit_arguments
 from moco.config import ModelConfig, UserError
 
@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         head: Features to embeddings (1911.05722: linear; 2003.04297: one hidden layer;
             2104.02057: BatchNorm after each layer).
         feature_dim: D.
-        patches, combine: How images are cut and features averaged (2207.08220), if above 1; then
+        patches, chosen: How images are cut and features averaged (2207.08220), if above 1; then
             each image has several embeddings, which stand together.
     """
 
@@ -49,13 +49,20 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = head
         self.feature_dim = feature_dim
-        self.patches = self.combine = 1
+        self.patches = 1
+        self.chosen: Tensor | None
+        self.register_buffer("chosen", None, persistent=False)
+
+    def cut_images(self, patches: int, combine: int) -> None:
+        """Have images cut into `patches` along a side, and features of `combine` averaged."""
+        if patches > 1:
+            self.patches, self.chosen = patches, combinations_of(patches**2, combine)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.patches == 1:
             return self.head(self.backbone(images))
         features = self.backbone(cut_into_patches(images, self.patches))
-        return self.head(combine_features(features, self.patches**2, self.combine))
+        return self.head(combine_features(features, self.chosen))
 
 
 def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encoder:

@@ -24,17 +24,29 @@ def cut_into_patches(view: Tensor, count: int) -> Tensor:
     return patches.contiguous(memory_format=torch.channels_last)
 
 
-def combine_features(features: Tensor, patches: int, combine: int) -> Tensor:
-    """Average the features of every `combine` patches of an image.
+def combinations_of(patches: int, combine: int) -> Tensor:
+    """Say which patches stand in each combination: R x P**2, 1 where one does and else 0.
 
     Args:
-        features: N * patches x D, those of an image together.
         patches: Of each image, P**2.
         combine: Patches in a combination.
+    """
+    chosen = torch.tensor(list(combinations(range(patches), combine)))  # R combine
+    return torch.zeros(len(chosen), patches).scatter_(1, chosen, 1.0)
+
+
+def combine_features(features: Tensor, chosen: Tensor) -> Tensor:
+    """Average the features of every combination of an image's patches.
+
+    It is a product of matrices, whose gradient adds in a fixed order; that of an index does not.
+
+    Args:
+        features: N * P**2 x D, those of an image together.
+        chosen: R x P**2, from `combinations_of`.
 
     Returns:
-        N * R x D, where R is patches choose combine; those of an image stand together.
+        N * R x D; those of an image stand together.
     """
-    chosen = torch.tensor(list(combinations(range(patches), combine)), device=features.device)
-    grouped = features.view(-1, patches, features.shape[1])  # N P**2 D
-    return grouped[:, chosen].mean(2).flatten(0, 1)  # N R combine D -> N*R D
+    grouped = features.view(-1, chosen.shape[1], features.shape[1])  # N P**2 D
+    sums = chosen.to(features.dtype) @ grouped  # N R D
+    return sums.flatten(0, 1) / chosen[0].sum()  # N*R D

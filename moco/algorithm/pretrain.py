@@ -66,7 +66,7 @@ class MoCo(pl.LightningModule):
         encoder = build_encoder(model_config, channels, image_size)
         predictor = build_predictor(model_config, encoder.feature_dim)
         key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        encoder.patches, encoder.combine = model_config.patches, model_config.combine
+        encoder.cut_images(model_config.patches, model_config.combine)
         self.query_encoder = set_batch_norm(encoder, model_config.query_bn, model_config.bn_splits)
         self.key_encoder = set_batch_norm(key_encoder, model_config.key_bn, model_config.bn_splits)
         self.predictor = set_batch_norm(predictor, model_config.query_bn, model_config.bn_splits)

@@ -111,7 +111,7 @@ def head_shape(head: State, queue: State) -> dict[str, Any]:
     weights = [tensor for name, tensor in head.items() if name.endswith("weight")]
     weights = [tensor for tensor in weights if tensor.ndim == 2]
     widths = [tensor.shape[1] for tensor in weights[:1]] + [len(tensor) for tensor in weights]
-    for kind in ("linear", "mlp", "mlp_bn") if 2 <= len(widths) <= 9 else ():
+    for kind in ("linear", "mlp", "mlp_bn", "mlp_bn_affine") if 2 <= len(widths) <= 9 else ():
         if kind == "linear" and len(widths) > 2:
             continue
         with torch.device("meta"):

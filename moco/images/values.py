@@ -99,7 +99,7 @@ def choose_channels(paths: Sequence[str], data: DataConfig) -> int:
             f"data.channels is auto and none of {min(FILES, len(paths))} files looked at can be "
             "read: give the channels, and see what is wrong with the files"
         )
-    return max(bands) if bands <= {1} or max(bands) > 3 else 3
+    return max(bands) if len(bands) == 1 or max(bands) > 3 else 3
 
 
 def settle(paths: Sequence[str], data: DataConfig) -> Reading:

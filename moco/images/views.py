@@ -104,8 +104,10 @@ def crop_and_resize(
     rows = _resize_matrix(crops.top, crops.height, images.shape[2], size, cubic) / 255
     columns = _resize_matrix(crops.left, crops.width, images.shape[3], size, cubic)
     columns = torch.where(crops.flip[:, None, None], columns.flip(1), columns)
-    resized = _separable(images.float(), rows, columns)
-    return resized.clamp(0, 1) if cubic else resized  # cubic weights overshoot at edges
+    if not cubic:
+        return _separable(images.float(), rows, columns)
+    # Cubic weights overshoot at edges, which PIL cuts off after each of its two passes.
+    return _rows(_columns(images.float(), columns).clamp(0, 255), rows).clamp(0, 1)
 
 
 def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int, cubic: bool) -> Tensor:
@@ -130,8 +132,17 @@ def _keys_cubic(distance: Tensor) -> Tensor:
 
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Apply N x S x H weights to the rows and N x S x W to the columns of N x C x H x W."""
+    return _columns(_rows(images, rows), columns)
+
+
+def _rows(images: Tensor, weights: Tensor) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):  # bf16 would cost a level of grey
-        return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].transpose(2, 3))
+        return torch.matmul(weights[:, None], images)
+
+
+def _columns(images: Tensor, weights: Tensor) -> Tensor:
+    with torch.autocast(images.device.type, enabled=False):
+        return torch.matmul(images, weights[:, None].transpose(2, 3))
 
 
 def cut(

@@ -87,7 +87,9 @@ def autoconfigure(config: TrainConfig, facts: Facts) -> Settings:
 def _choose_views(own: Settings, facts: Facts) -> None:
     most = LARGEST[facts.accelerator]
     room = min(facts.side * own.config.data.upscale, most)
-    size = max((size for size in SIZES if size <= room), default=max(int(room), 4))
+    patches = own.config.model.patches  # which a view divides into
+    sizes = (size for size in SIZES if size <= room and size % patches == 0)
+    size = max(sizes, default=max(int(room) // patches, 1) * patches)
     why = f"the short side of nine in ten images is {facts.side} px or more"
     why += f", and a {facts.accelerator} takes {most} px at most" if facts.side > most else ""
     own.take("data.image_size", size, why)
@@ -100,8 +102,10 @@ def _choose_views(own: Settings, facts: Facts) -> None:
 def _choose_network(own: Settings, facts: Facts) -> None:
     size, on_gpu = own.config.data.image_size, facts.accelerator == "cuda"
     small = size <= SMALL_VIEW
-    own.take("model.stem", "cifar" if small else "imagenet", f"views of {size} px")
     chosen = own.config.model.backbone == "auto"
+    if chosen or _is_resnet(own.config.model.backbone):
+        own.take("model.stem", "cifar" if small else "imagenet", f"views of {size} px")
+    own.take("model.stem", "imagenet", "the backbone has a stem of its own")
     own.take(
         "model.backbone",
         "resnet18" if on_gpu else "resnet10t",
@@ -113,6 +117,12 @@ def _choose_network(own: Settings, facts: Facts) -> None:
     own.take("model.width", width, why)
 
 
+def _is_resnet(backbone: str) -> bool:
+    import timm  # this takes 2 s, and a backbone that is left to `auto` needs none
+
+    return timm.is_model(backbone) and timm.models.is_model_in_modules(backbone, ["resnet"])
+
+
 def _choose_batch(own: Settings, facts: Facts) -> None:
     """Choose B, K and the rate: K holds a step's keys, and at most an eighth of an epoch's."""
     model, count = own.config.model, facts.count
@@ -120,10 +130,11 @@ def _choose_batch(own: Settings, facts: Facts) -> None:
     while batch > LEAST_BATCH and batch * 8 > count:
         batch //= 2
     unit = batch_unit(own.config, facts.world)
-    batch = max(batch // unit, 1) * unit
+    views = 2 if model.symmetric != "none" and model.queues == 1 else 1
+    batch = max(min(batch, count // views) // unit, 1) * unit  # no more keys than images
     own.take("data.batch_size", batch, f"{count} images on {facts.world} device(s)")
     batch = own.config.data.batch_size
-    keys = batch * (2 if model.symmetric != "none" and model.queues == 1 else 1)  # of a step
+    keys = batch * views  # of a step
     room = min(max(count // batch, 1) * keys // 8, QUEUE[facts.accelerator])
     size = keys * 2 ** int(math.log2(max(room // keys, 1)))
     own.take("model.queue_size", size, f"at most an eighth of the keys of {count} images")

@@ -86,7 +86,8 @@ def build_data(
         symmetric=config.model.symmetric != "none",
         source=source,
     )
-    data.prepare(own_device(config), str(run_dir / "bad_files.txt"), decided.compile)
+    report = None if config.run.plan else str(run_dir / "bad_files.txt")  # a plan leaves nothing
+    data.prepare(own_device(config), report, decided.compile)
     decided.resident = data.resident
     return data
 

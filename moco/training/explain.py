@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import traceback
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,23 +18,21 @@ from torch.nn.functional import normalize
 
 from moco.algorithm.contrast import info_nce
 from moco.config import DataConfig, RunError, UserError
-from moco.images.loader import PretrainData
 from moco.training.monitor import KNNMonitor
 
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
 
 
-def fit(
-    trainer: pl.Trainer, module: Any, data: PretrainData, checkpoint: Path | None = None
-) -> None:
-    """Run Lightning's loop, and turn what ends it before its time into one line.
+def fit(trainer: pl.Trainer, module: Any, data: Any, **options: Any) -> None:
+    """Run Lightning's loop; turn what ends it before its time into one line.
 
     Args:
-        checkpoint: What a resumed run goes on from.
+        data: The `PretrainData`, whose workers are ended.
+        options: Of `Trainer.fit`.
     """
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=data, **options)
     except (UserError, RunError):
         raise
     except SystemExit:  # Lightning's answer to KeyboardInterrupt

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import resource
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -52,6 +53,13 @@ class _Clock(pl.Callback):
         self.data = data
         self.ends: list[tuple[float, float]] = []
 
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Give SIGTERM back: Lightning would end with code 0, and there is nothing to save yet."""
+        connector = trainer._signal_connector
+        before = connector._original_handlers.get(signal.SIGTERM)
+        if before is not None:  # it was set in Python, or is the default
+            connector._register_signal(signal.SIGTERM, before)
+
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note when a batch ended, and what was waited until then."""
         if trainer.strategy.root_device.type == "cuda":
@@ -83,12 +91,19 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     config = dataclasses.replace(config, trainer=trainer)
     log.info("trying some steps, to see how long they take")
     set_length(module, config, data)
+    if decided.compile:
+        module.compile_encoders(decided.compile)
+    module.wants_metrics = False  # a run takes them at few steps
     clock = _Clock(data)
     trainer = build_trainer(config, decided, logger=False, callbacks=[clock])
     fit(trainer, module, data)
     data.wait_seconds = 0.0
-    pace = distributed.from_first(clock.pace)  # ranks measure different times
-    return Pace(*pace, used_memory(decided.accelerator))
+    return agreed(Pace(*clock.pace(), used_memory(decided.accelerator)))
+
+
+def agreed(pace: Pace) -> Pace:
+    """Return rank 0's pace on all ranks: what follows from it must be the same everywhere."""
+    return distributed.from_first(lambda: pace)
 
 
 def used_memory(accelerator: str) -> int:

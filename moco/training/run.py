@@ -84,6 +84,7 @@ def pretrain(
     distributed.connect(own_device(config))
     more = extend_by, accept_jump
     result = _pretrain(config, resume, recipe, (init_from, allow_partial), more, callbacks)
+    result = result if distributed.rank() == 0 else {}
     distributed.disconnect()
     return result
 
@@ -107,7 +108,7 @@ def _pretrain(
         images = sources.identify(source, config.data.root)
         distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
         with distributed.together():
-            stored = None
+            asked, stored = config, None
             if checkpoint:
                 config, stored = read_stored(checkpoint, config, images, run_dir)
             settings = _settle(config, source, stored)
@@ -131,7 +132,7 @@ def _pretrain(
             say_what_was_decided(settings.config, decided, module, data, run_dir)
             run.monitor.is_loaded = bool(weights[0])
             if run.trainer.is_global_zero:
-                write_config(config, asdict(decided), run_dir)
+                write_config(asked, asdict(decided), run_dir)
         for part in run.monitor.data or ():
             part.bad.look_ahead()
         return _fit(run, run_dir, checkpoint)
@@ -245,7 +246,7 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     trainer, saver = run.trainer, run.saver
     start = time.perf_counter()
     try:
-        fit(trainer, run.module, run.data, checkpoint)
+        fit(trainer, run.module, run.data, ckpt_path=checkpoint, weights_only=True)
     except KeyboardInterrupt:
         step = saver.saved_step
         hint = [f"go on after step {step} with --resume {run_dir}"] if step else []
@@ -270,7 +271,7 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
             slurm.requeue()
     else:
         say_verdict(run)
-    return result if trainer.is_global_zero else {}
+    return result
 
 
 def _share_cores(decided: Decided) -> None:

@@ -35,7 +35,7 @@ def check_shares(config: TrainConfig, world: int, key_bn: str, query_bn: str) ->
 def batch_unit(config: TrainConfig, world: int) -> int:
     """Return what the batch must be a multiple of, with two images in each BatchNorm group."""
     key_bn, query_bn = config.model.key_bn, config.model.query_bn
-    if key_bn == "auto" and config.model.queue_size != 0:
+    if key_bn == "shuffle" or (key_bn == "auto" and config.model.queue_size != 0):
         key_bn = "shuffle" if world > 1 else "split"
     groups, _, needs = _needs(config, world, key_bn, query_bn)
     return math.lcm(2 * groups, *(parts for parts, _ in needs))

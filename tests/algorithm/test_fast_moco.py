@@ -19,7 +19,7 @@ from torch.nn import functional
 from moco.algorithm.contrast import info_nce
 from moco.algorithm.encoder import build_encoder, build_predictor
 from moco.algorithm.optim import build_optimizer, learning_rate
-from moco.algorithm.patches import combine_features, cut_into_patches
+from moco.algorithm.patches import combinations_of, combine_features, cut_into_patches
 from moco.config import ModelConfig, OptimConfig
 
 STEPS = 12
@@ -140,7 +140,7 @@ def test_patches_of_an_image_stand_together():
 @pytest.mark.parametrize(("patches", "combine"), [(4, 1), (4, 2), (4, 4), (9, 2)])
 def test_every_combination_is_averaged(patches, combine):
     features = torch.randn(5 * patches, 7, dtype=torch.float64)
-    found = combine_features(features, patches, combine).view(5, -1, 7)
+    found = combine_features(features, combinations_of(patches, combine)).view(5, -1, 7)
     chosen = list(itertools.combinations(range(patches), combine))
     assert found.shape[1] == math.comb(patches, combine)
     for image, (row, some) in itertools.product(range(5), enumerate(chosen)):
@@ -148,8 +148,23 @@ def test_every_combination_is_averaged(patches, combine):
         torch.testing.assert_close(found[image, row], expected)
 
 
+def test_the_gradient_of_combinations_is_the_same_each_time():
+    features, grad = torch.randn(65 * 4, 512, requires_grad=True), torch.randn(65 * 6, 512)
+    chosen, threads = combinations_of(4, 2), torch.get_num_threads()
+    torch.set_num_threads(3)  # which would share the sum of a feature's gradients
+    try:
+        found = [
+            torch.autograd.grad(combine_features(features, chosen), features, grad)[0]
+            for _ in range(100)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(gradient.equal(found[0]) for gradient in found)
+
+
 def test_several_queries_share_the_key_of_their_image():
-    query, key = functional.normalize(torch.randn(16, 8, dtype=torch.float64), dim=1).split((12, 4))
+    rows = torch.randn(12 + 4, 8, dtype=torch.float64)
+    query, key = functional.normalize(rows, dim=1).split((12, 4))
     loss, logits = info_nce(query, key, key, 0.3, own_rows=0)
     own = torch.arange(4).repeat_interleave(3)
     expected = functional.cross_entropy(query @ key.T / 0.3, own)
@@ -235,4 +250,7 @@ def test_sizes_that_do_not_divide_are_refused():
         check(config)
     config.model = replace(FAST, combine=5)
     with pytest.raises(UserError, match=r"model\.combine 5 is above the 4 patches"):
+        check(config)
+    config.model = replace(FAST, patches=16, combine=8)  # the first step would never end
+    with pytest.raises(UserError, match=r"make 409663695276000 queries of a view, above 1024"):
         check(config)

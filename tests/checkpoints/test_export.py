@@ -36,6 +36,9 @@ from moco.checkpoints.matching import checksum
 from moco.config import ModelConfig, UserError
 
 CIFAR = dataclasses.replace(PLAIN, stem="cifar")
+FAST = dataclasses.replace(
+    V3, head="mlp_bn_affine", head_layers=3, predictor="bottleneck", patches=2, combine=2
+)
 TINY_CIFAR = ModelConfig(backbone="test_resnet", stem="cifar", queue_size=64)
 GRAPHS = ("onnx", "torch-export")
 EVERYWHERE = ["safetensors", *GRAPHS]
@@ -49,6 +52,7 @@ NETWORKS = {  # model, channels, formats that fit
     "one-channel": (PLAIN, 1, [*EVERYWHERE, *OFFICIAL, "detectron2", "timm"]),
     "vit": (VIT, 3, [*EVERYWHERE, "timm"]),
     "v3-resnet": (V3, 3, list(LOADERS)),
+    "fast": (FAST, 3, list(LOADERS)),
     "v3-vit": (V3_VIT, 3, [*EVERYWHERE, "timm"]),
     "v3-vit-small": (V3_VIT_SMALL, 3, [*EVERYWHERE, "timm", "official-v3"]),
 }
@@ -227,7 +231,7 @@ def test_a_safetensors_file_holds_the_line_that_fits_it(tmp_path):
 # official
 
 
-@pytest.mark.parametrize("name", ["v3-resnet", "v3-vit-small"])
+@pytest.mark.parametrize("name", ["v3-resnet", "v3-vit-small", "fast"])
 def test_official_v3_carries_both_encoders_heads_and_predictor(exported, tmp_path, name):
     model = NETWORKS[name][0]
     state, _, _ = module_state(model)
@@ -239,9 +243,19 @@ def test_official_v3_carries_both_encoders_heads_and_predictor(exported, tmp_pat
     assert all(restored[key].equal(tensor) for key, tensor in state.items())
     assert "both encoders" in report and "heads; predictor" in report
     loaded = load_encoder(path)
-    assert loaded.model.head == "mlp_bn" and loaded.model.head_layers == model.head_layers
+    assert loaded.model.head == model.head and loaded.model.head_layers == model.head_layers
     with torch.no_grad():
         assert loaded.head(loaded.backbone(images())).shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "v3-resnet", "fast"])
+def test_a_run_s_own_head_comes_back(written, name):
+    model = NETWORKS[name][0]
+    path, _ = written(name)
+    loaded = load_encoder(path)
+    assert (loaded.model.head, loaded.model.head_layers) == (model.head, model.head_layers)
+    with torch.no_grad():
+        assert loaded.head(loaded.backbone(images())).shape == (2, model.embedding_dim)
 
 
 def test_official_v3_of_another_image_size_resamples_both_encoders(written, tmp_path):

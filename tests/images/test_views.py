@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -31,7 +32,7 @@ from moco.images.draws import (
     draw_crops,
     view_streams,
 )
-from moco.images.views import adjust_colours, crop_and_resize, normalise
+from moco.images.views import adjust_colours, crop_and_resize, cut, normalise
 
 LEAST = 1e-4  # seeds are fixed: a p-value below this is a fault, not bad luck
 ALL = ViewRecipe(0.2, 0.5, 1.0, (0.4, 0.4, 0.4, 0.4), 1.0, 1.0)
@@ -321,6 +322,22 @@ def test_solarisation_equals_pils_on_every_level():
     ours = adjust_colours(levels.float() / 255, colours, replace(ALL, solarise=1.0))
     theirs = ImageOps.solarize(Image.fromarray(levels[0].permute(1, 2, 0).numpy()))
     close(ours[0], ToTensor()(theirs))
+
+
+@pytest.mark.parametrize("kind", ["noise", "black and white"])
+@pytest.mark.parametrize("height, width, size", [(40, 50, 24), (20, 24, 32), (100, 80, 16)])
+def test_bicubic_is_pils_where_it_overshoots_too(kind, height, width, size):
+    values = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values = values if kind == "noise" else (values > 127).astype(np.uint8) * 255
+    box = [torch.tensor([side]) for side in (3, 2, height - 5, width - 7)]
+    crops = Crops(*box, torch.tensor([False]))
+    part = Image.fromarray(values[3 : height - 2, 2 : width - 5])
+    expected = np.asarray(part.resize((size, size), Image.BICUBIC)).transpose(2, 0, 1)
+    image = torch.from_numpy(values).permute(2, 0, 1)
+    resident = crop_and_resize(image[None], crops, size, "bicubic")[0].numpy() * 255
+    streamed = cut(image, crops, size, 0, "bicubic").numpy()
+    for found in (resident, streamed):
+        assert np.abs(found.astype(float) - expected).max() < 1.7  # PIL rounds twice
 
 
 # The whole chain against PIL's

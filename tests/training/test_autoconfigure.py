@@ -109,6 +109,32 @@ def test_what_is_chosen_passes_every_check(seed, caplog):
         assert not caplog.messages or "is long" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("asked", "count", "expected"),
+    [
+        ({"model.backbone": "vit_tiny_patch16_224"}, 1000, {"model.stem": "imagenet"}),
+        ({"model.backbone": "resnet34"}, 1000, {"model.stem": "cifar"}),
+        ({"model.patches": 3}, 1000, {"data.image_size": 24}),
+        ({"model.patches": 5}, 1000, {"data.image_size": 160}),
+        ({"model.patches": 11}, 1000, {"data.image_size": 33}),
+        ({"model.key_bn": "shuffle", "model.bn_splits": 6}, 10_000, {"data.batch_size": 252}),
+        ({"model.key_bn": "shuffle", "model.bn_splits": 16}, 100, {"data.batch_size": 32}),
+        ({}, 12, {"data.batch_size": 8, "model.queue_size": 8}),
+        ({"model.symmetric": "mean"}, 20, {"data.batch_size": 8, "model.queue_size": 16}),
+    ],
+)
+def test_what_is_chosen_fits_what_is_set(asked, count, expected):
+    side = 200 if asked.get("model.patches") == 5 else 35
+    accelerator = "cuda" if side == 200 else "cpu"
+    config = all_auto().changed({"trainer.max_epochs": 1, **asked})
+    own = autoconfigure(config, Facts(count, side, 3, accelerator, 1))
+    assert {name: own.chosen[name] for name in expected} == expected
+    check(own.config)
+    key_bn, _ = choose_key_bn(own.config.model.key_bn, 1, True, True)
+    check_shares(own.config, 1, key_bn, "plain")
+    check_queue(own.config, count)
+
+
 def test_what_is_set_stays():
     config = all_auto().changed({"data.batch_size": 96, "model.backbone": "resnet34"})
     own = autoconfigure(config, Facts(50_000, 32, 3, "cpu", 1))
@@ -217,7 +243,7 @@ def test_evaluation_takes_no_auto(pictures, two_steps):
 
 @pytest.mark.parametrize(
     ("kinds", "channels"),
-    [("grey", 1), ("grey colour", 3), ("rgba", 3), ("palette", 3), ("bands", 16)],
+    [("grey", 1), ("grey colour", 3), ("rgba", 3), ("palette", 3), ("bands", 16), ("pair", 2)],
 )
 def test_channels_of_a_set(tmp_path, kinds, channels):
     from PIL import Image
@@ -230,8 +256,8 @@ def test_channels_of_a_set(tmp_path, kinds, channels):
     for kind in kinds.split():
         for number in range(3):
             path = folder / f"{kind}{number}"
-            if kind == "bands":
-                np.save(path, values)
+            if kind in ("bands", "pair"):
+                np.save(path, values[..., : {"bands": 16, "pair": 2}[kind]])
                 continue
             image = Image.fromarray(values[..., 0] if kind == "grey" else values[..., :3])
             mode = {"rgba": "RGBA", "palette": "P"}.get(kind, image.mode)

@@ -51,6 +51,13 @@ def test_tasks_of_srun_are_one_run_in_one_directory(images, srun):
     assert "2 cpu device(s)" in ends[0][2] and "key BatchNorm: shuffle" in ends[0][2]
 
 
+def test_a_plan_is_told_by_one_task(images, srun):
+    ends = [finish(p) for p in srun(*TINY, "--data.root", str(images), "--run.plan", "true")]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert json.loads(ends[0][1])["plan"]["steps"] and ends[1][1] == ""
+    assert not Path("runs").exists()
+
+
 def test_what_is_wrong_on_one_task_is_told_once_and_ends_all(images, srun):
     """Rank 1 says nothing, also not later: it only waits to be ended, or for the others' words."""
     tasks = srun(*TINY, "--data.root", str(images), more=("--data.root", "missing"))
