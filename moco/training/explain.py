@@ -88,7 +88,7 @@ def _in_parts(module: Any, data: DataConfig) -> str:
 def _in_reading(error: Exception) -> bool:
     """Tell whether an error was raised while kNN was read."""
     frames = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return KNNMonitor._judge.__code__ in frames
+    return KNNMonitor.judge.__code__ in frames
 
 
 def _full_in_reading(trainer: pl.Trainer) -> RunError:

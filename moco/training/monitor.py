@@ -114,7 +114,7 @@ class KNNMonitor(pl.Callback):
         own = [buffer.clone() for buffer in buffers]
         with torch.no_grad():
             broadcast_buffers(network)
-            self._hits = self._judge(trainer, module.device, network, "ten_shot" if final else "")
+            self._hits = self.judge(trainer, module.device, network, "ten_shot" if final else "")
             for buffer, before in zip(buffers, own, strict=True):
                 buffer.copy_(before)  # of ranks above 0
         self.last, self.read_at = _top1(self._hits), trainer.global_step
@@ -142,12 +142,12 @@ class KNNMonitor(pl.Callback):
         for number in range(len(draws), wanted):
             if distributed.from_first(lambda: self.signals.came):
                 break
-            draws.append(self._judge(trainer, module.device, self._untrained(module, number)))
+            draws.append(self.judge(trainer, module.device, self._untrained(module, number)))
         baselines |= {UNTRAINED: draws} if draws else {}
         bank, queries = self.data
         side = min(bank.config.image_size, PIXEL_SIDE)
         if len(bank) * bank.config.channels * side**2 <= _RAW_LIMIT:
-            hits = self._judge(trainer, module.device, Pixels(), "ten_shot_raw_pixels")
+            hits = self.judge(trainer, module.device, Pixels(), "ten_shot_raw_pixels")
             baselines[RAW_PIXELS] = [hits]
         few = [*self.few_shot.values()] if len(self.few_shot) == 2 else None
         title, labels = f"kNN (k {self._k(len(bank))})", queries.source.labels
@@ -161,7 +161,7 @@ class KNNMonitor(pl.Callback):
             network, _ = build_backbone(module.model_config, data.channels, data.image_size)
         return network.to(module.device, memory_format=torch.channels_last)
 
-    def _judge(
+    def judge(
         self, trainer: pl.Trainer, device: torch.device, network: nn.Module, few_shot: str = ""
     ) -> Tensor:
         """Return the hits of a network on the test images.

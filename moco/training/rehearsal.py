@@ -10,6 +10,7 @@ import logging
 import resource
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,13 +53,13 @@ class _Clock(pl.Callback):
     def __init__(self, data: PretrainData) -> None:
         self.data = data
         self.ends: list[tuple[float, float]] = []
+        self._sigterm = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Give SIGTERM back: Lightning would end with code 0, and there is nothing to save yet."""
-        connector = trainer._signal_connector
-        before = connector._original_handlers.get(signal.SIGTERM)
-        if before is not None:  # it was set in Python, or is the default
-            connector._register_signal(signal.SIGTERM, before)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and self._sigterm is not None:  # it was set in Python, or is the default
+            signal.signal(signal.SIGTERM, self._sigterm)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note when a batch ended, and what was waited until then."""

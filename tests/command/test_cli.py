@@ -138,7 +138,7 @@ def test_help_lists_every_field_with_its_meaning(help_text):
 def test_help_gives_ranges_defaults_and_choices(help_text):
     assert "0.2 in v2 [above 0, at most 100] (type: float, default: 0.2)" in help_text
     assert "[at least 0, at most 1]" in help_text
-    assert "--model.head {linear,mlp,mlp_bn}" in help_text
+    assert "--model.head {linear,mlp,mlp_bn,mlp_bn_affine}" in help_text
     assert "usage: train.py --config RECIPE.yaml" in help_text
 
 
