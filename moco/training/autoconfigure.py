@@ -22,6 +22,7 @@ SMALL_VIEW = 40  # pixels up to which a ResNet starts with a 3x3 convolution and
 BATCH, LEAST_BATCH = 256, 16
 QUEUE = {"cuda": 65536, "cpu": 4096}  # most keys
 RATES = {"sgd": 0.12, "adamw": 1.5e-4, "lars": 0.3}  # for a batch of 256
+FEW_EPOCHS = 10  # with more, the part of an epoch that is left of the time does not matter
 WARMUP_SHARE = 0.1  # of a run that is shorter than its warm-up
 
 
@@ -131,7 +132,8 @@ def _choose_batch(own: Settings, facts: Facts) -> None:
         batch //= 2
     unit = batch_unit(own.config, facts.world)
     views = 2 if model.symmetric != "none" and model.queues == 1 else 1
-    batch = max(min(batch, count // views) // unit, 1) * unit  # no more keys than images
+    most = count if model.queue_size == "auto" else model.queue_size or count
+    batch = max(min(batch, min(most, count) // views) // unit, 1) * unit  # its keys fit the queue
     own.take("data.batch_size", batch, f"{count} images on {facts.world} device(s)")
     batch = own.config.data.batch_size
     keys = batch * views  # of a step
@@ -167,9 +169,11 @@ def choose_length(own: Settings, batches: int, seconds: float = 0.0) -> None:
 
 
 def _choose_epochs(own: Settings, batches: int, seconds: float) -> None:
-    steps = own.config.run.minutes * 60 / seconds
+    fitting = max(int(own.config.run.minutes * 60 / seconds), 1)  # batches
     why = f"{own.config.run.minutes:g} minutes at {seconds * 1000:.0f} ms a batch"
-    own.take("trainer.max_epochs", max(int(steps / batches), 1), why)
-    if steps < batches and own.config.trainer.max_steps < 0:
-        steps = max(int(steps / own.config.trainer.accumulate_grad_batches), 1)
-        own.replace("trainer.max_steps", steps, f"{why}: less than an epoch")
+    epochs, rest = divmod(fitting, batches)
+    few = epochs < FEW_EPOCHS and rest > 0 and own.config.trainer.max_steps < 0
+    own.take("trainer.max_epochs", epochs + few or 1, why)
+    if few:
+        steps = max(fitting // own.config.trainer.accumulate_grad_batches, 1)
+        own.replace("trainer.max_steps", steps, f"{why}: not to the end of an epoch")

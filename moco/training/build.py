@@ -152,7 +152,7 @@ def assemble(
         {"version": VERSION, **kept},
     )
     own = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
-    own += [Watch(data.bad), Progress(metrics), Outlook(data), SharedCores()]
+    own += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
     found = loggers(config.run, run_dir, start_step)
     trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
     return Run(trainer, module, data, metrics, monitor, saver)

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from moco.images.loader import PretrainData
+from moco.training.metrics import MetricsLogger
 
 log = logging.getLogger("moco")
 FIRST_ESTIMATE = 60.0  # seconds of training
@@ -18,15 +19,16 @@ FIRST_ESTIMATE = 60.0  # seconds of training
 class Outlook(pl.Callback):
     """After its first minute, tell how long a run will take."""
 
-    def __init__(self, data: PretrainData) -> None:
-        self.data, self.start, self.said = data, (0.0, 0), False
+    def __init__(self, data: PretrainData, metrics: MetricsLogger) -> None:
+        self.data, self.metrics = data, metrics
+        self.start, self.said = (0.0, 0, 0.0), False
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         """Speak once; the first batch, which builds and warms up, does not count."""
-        now, step = time.perf_counter(), trainer.global_step
+        now, step = time.perf_counter() - self.metrics.paused, trainer.global_step
         if not self.start[1]:
-            self.start = now, step
-        start, first = self.start
+            self.start = now, step, self.data.wait_seconds
+        start, first, waited = self.start
         if self.said or now - start < FIRST_ESTIMATE or step == first:
             return
         self.said = True
@@ -37,7 +39,7 @@ class Outlook(pl.Callback):
             duration(seconds * module.steps_per_epoch),
             duration(left),
             clock_time(left),
-            100 * self.data.wait_seconds / (now - start),
+            100 * (self.data.wait_seconds - waited) / (now - start),
         )
 
 

@@ -141,17 +141,13 @@ def tell_plan(
     batches = steps * module.accumulate
     seconds, size = pace.seconds * batches, checkpoint_bytes(module, config.optim.name)
     images = config.data.batch_size / pace.seconds
-    where = "GPU memory" if decided.accelerator == "cuda" else "memory"
-    rows = [(name, _shown(config.value(name)), why) for name, why in decided.reasons.items()
-            if name in decided.settings]  # fmt: skip
-    rows += [(name, str(getattr(decided, name)) or "none", why)
-             for name, why in decided.reasons.items() if hasattr(decided, name)]  # fmt: skip
+    rows = _decisions(config, decided)
     rows += [
         ("steps", f"{steps}", f"{module.steps_per_epoch} an epoch"),
         ("images/s", f"{images:.0f}", f"{pace.wait_share:.0%} of the time waiting for images"),
         ("an epoch", duration(pace.seconds * module.steps_per_epoch * module.accumulate), ""),
         ("in all", duration(seconds), f"until {clock_time(seconds)}, without kNN readings"),
-        (where, f"{pace.memory / 2**30:.1f} GiB", "most in use of this process"),
+        ("memory", f"{pace.memory / 2**30:.1f} GiB", f"most in use, {decided.accelerator}"),
         ("disk", f"{size * (config.run.keep_checkpoints + 1) / 2**20:.0f} MiB", "checkpoints"),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
@@ -166,6 +162,17 @@ def tell_plan(
         "memory_bytes": pace.memory,
         "checkpoint_bytes": size,
     }
+
+
+def _decisions(config: TrainConfig, decided: Decided) -> list[tuple[str, str, str]]:
+    """Return the name, the value and the reason of all that was decided."""
+    chosen, computed = [], []
+    for name, why in decided.reasons.items():
+        if name in decided.settings:
+            chosen.append((name, _shown(config.value(name)), why))
+        elif hasattr(decided, name):
+            computed.append((name, str(getattr(decided, name)) or "none", why))
+    return chosen + computed
 
 
 def _shown(value: Any) -> str:

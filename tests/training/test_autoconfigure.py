@@ -145,7 +145,7 @@ def test_what_is_set_stays():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "epochs", "steps"), [(0.5, 12, -1), (6.0, 1, -1), (12.0, 1, 50)]
+    ("seconds", "epochs", "steps"), [(0.45, 13, -1), (6.0, 1, -1), (4.0, 2, 150), (12.0, 1, 50)]
 )
 def test_the_time_decides_the_epochs(seconds, epochs, steps):
     own = autoconfigure(all_auto(), Facts(25_600, 32, 3, "cpu", 1))
