@@ -3,6 +3,7 @@
 # make test-oldest  the same with the oldest libraries that requirements*.txt allow, in .venv-oldest
 # make test-slurm  runs under a real SLURM on this machine, with Debian's packages: tests/slurm.sh
 # make torture kill runs 36 times at random moments, resume them, compare how they end
+# make sweep   every network of timm up to 30 M parameters trains, resumes, loads, or is refused
 # make breaks  break the code on purpose in 56 places; the tests must notice each one
 # make bench   speed on this CPU, side by side with what others do: about 8 minutes
 # make bench-gpu  speed and memory on a GPU, tests first; ARGS="--cifar FOLDER" adds the demo's recipe
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv)
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-oldest test-slurm torture breaks bench bench-gpu lint clean
+.PHONY: train test test-oldest test-slurm torture sweep breaks bench bench-gpu lint clean
 
 # $(call install,ENVIRONMENT,PACKAGES) installs with uv, which pip brings where it is not there.
 define install
@@ -54,6 +55,9 @@ test-slurm: $(VENV)/.train
 
 torture: $(VENV)/.test
 	$(BIN)/python tests/torture.py --kills 36
+
+sweep: $(VENV)/.test
+	$(BIN)/python tests/sweep.py
 
 breaks: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/breaks.py
