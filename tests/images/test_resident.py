@@ -92,7 +92,8 @@ def test_images_smaller_than_the_views_are_refused_or_told_where_sizes_are_mixed
 def test_check_files_thresholds(tmp_path):
     labels = torch.arange(10) % 2
     paths = [f"/images/{number}.png" for number in range(10)]
-    source = ImageSource("folder /images", None, paths, labels, ["a", "b"], 3)
+    images = torch.zeros(10, 3, 4, 4, dtype=torch.uint8)  # all were read: no other is looked for
+    source = ImageSource("folder /images", images, paths, labels, ["a", "b"], 3)
     report = tmp_path / "bad_files.txt"
     assert without_bad(source, [], 0.0, str(report)) is source and not report.exists()
     bad = [(1, "is empty"), (4, "truncated")]

@@ -21,7 +21,8 @@ from runs import main_on_rank
 import train
 from moco.algorithm.encoder import build_encoder
 from moco.algorithm.optim import Plateau
-from moco.config import ModelConfig, UserError
+from moco.config import TrainConfig, UserError
+from moco.training.autoconfigure import Facts, autoconfigure
 from moco.training.saving import AtomicCheckpointIO
 
 SMALL = [
@@ -108,11 +109,12 @@ def test_every_recipe_runs_on_generated_data(recipe, images):
 @RECIPES
 def test_every_recipe_builds_its_network_in_full_size(recipe):
     stored = yaml.safe_load((ROOT / f"configs/{recipe}.yaml").read_text())
-    model = ModelConfig(**stored.get("model", {}))
-    data = {"channels": 3, "image_size": 224} | stored.get("data", {})
+    config = TrainConfig.from_dict(stored)
+    config = autoconfigure(config, Facts(1_281_167, 224, 3, "cuda", 8)).config
+    model, data = config.model, config.data
     with torch.device("meta"):  # where weights take neither memory nor time
-        encoder = build_encoder(model, data["channels"], data["image_size"])
-        features = encoder(torch.empty(2, data["channels"], *[data["image_size"]] * 2))
+        encoder = build_encoder(model, data.channels, data.image_size)
+        features = encoder(torch.empty(2, data.channels, *[data.image_size] * 2))
     assert features.shape == (2, model.embedding_dim)
 
 
@@ -241,7 +243,7 @@ WRONG = {
     "short queue": (["--model.queue_size", "100"], "model.queue_size 100 is below the 400 keys"),
     "large batch": (
         ["--data.batch_size", "2000", "--model.queue_size", "2000"],
-        "lower it to 1257",
+        "take data.batch_size 128 and model.queue_size 144",
     ),
     "odd batch": (["--data.batch_size", "300", "--model.bn_splits", "7"], "data.batch_size 300"),
     "large view": (["--data.image_size", "32"], "data.image_size 32 is above the images' 8"),
