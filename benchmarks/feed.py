@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Row, arguments, interleave, progress, report, table
 from benchmarks.views import reference_chain
-from moco.config import DataConfig, normalisation
+from moco.config import DataConfig
 from moco.images.loader import Indices, PretrainData
 from moco.images.streamed import Cuts
+from moco.pixels import normalisation
 
 TARGET = 4.5
 DECODE, PIL, TENSORS = "decode alone", "PIL, finished views", "torchvision v2, finished views"

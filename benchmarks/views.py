@@ -26,10 +26,11 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Row, arguments, interleave, progress, report, table
-from moco.config import DataConfig, normalisation
+from moco.config import DataConfig
 from moco.images.draws import RECIPES, ViewRecipe
 from moco.images.loader import Indices, PretrainData
 from moco.images.sources import ImageSource
+from moco.pixels import normalisation
 
 TARGET = 5.0
 SIGMA = (0.1, 2.0)

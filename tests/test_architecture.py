@@ -13,6 +13,7 @@ FILES = sorted((ROOT / "moco").rglob("*.py"))
 # Inside a wing rooms import one another without a cycle.
 GROUND = (
     "config",
+    "pixels",
     "judge_config",
     "checks",
     "idle",
@@ -36,7 +37,17 @@ WITHOUT_LIGHTNING = (
     *(f"images.{p.stem}" for p in (ROOT / "moco/images").glob("*.py") if p.stem != "loader"),
 )
 WITHOUT_TORCH = (
-    *("slurm", "config", "judge_config", "checks", "idle", "run_directory", "log", "command"),
+    *(
+        "slurm",
+        "config",
+        "pixels",
+        "judge_config",
+        "checks",
+        "idle",
+        "run_directory",
+        "log",
+        "command",
+    ),
     *("algorithm.names", "checkpoints.places", "training.resuming"),
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
 )

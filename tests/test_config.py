@@ -18,10 +18,10 @@ from moco.config import (
     TrainConfig,
     TrainerConfig,
     UserError,
-    normalisation,
     unknown_settings,
 )
 from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.pixels import normalisation
 
 FIELDS = [
     (group, item, typing.get_type_hints(kind)[item.name])

@@ -31,7 +31,8 @@ from moco.checkpoints.shapes import (
     vit_image_size,
     vit_shape,
 )
-from moco.config import DataConfig, ModelConfig, TrainConfig, UserError, normalisation
+from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
+from moco.pixels import normalisation
 
 RANGE = ("min_value", "max_value")  # what became black and white in files of more than 8 bits
 MOST = {"channels": 4096, "image_size": 8192, "width": 8, "stem_padding": 3, "num_heads": 1024}

@@ -16,7 +16,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from moco.config import CENTRE_SHARE, UserError, centre_box
+from moco.config import UserError
+from moco.pixels import CENTRE_SHARE, centre_box
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names of one, three and four channels
 # What a file may say of its preparation that is not as usual here.

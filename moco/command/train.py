@@ -73,16 +73,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         from moco.training.resuming import check_same
 
         check_same(config, stored, found[1])
-    if extra["resume"] and extra["init_from"]:
-        raise UserError(
-            "--resume and --init_from exclude each other: a resumed run has its weights"
-        )
-    if extra["allow_partial"] and not extra["init_from"]:
-        raise UserError("--allow_partial is about the file of --init_from: leave it out")
-    if extra["extend"] and (extra["extend"] < 0 or not resume):
-        raise UserError("--extend is a number of epochs more of a run that --resume names")
-    if extra["yes"] and not extra["extend"]:
-        raise UserError("--yes is about --extend: leave it out")
+    _check_extras(extra, resume)
     check_start(config, recipe, extra["init_from"], is_new=not (found and found[0]))
     log_to_stderr()
     log.info("importing torch, Lightning and timm takes some seconds")
@@ -98,6 +89,20 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         extend_by=extra["extend"],
         accept_jump=extra["yes"],
     )
+
+
+def _check_extras(extra: dict[str, Any], resume: str) -> None:
+    """Raise UserError where options of this command contradict each other."""
+    if extra["resume"] and extra["init_from"]:
+        raise UserError(
+            "--resume and --init_from exclude each other: a resumed run has its weights"
+        )
+    if extra["allow_partial"] and not extra["init_from"]:
+        raise UserError("--allow_partial is about the file of --init_from: leave it out")
+    if extra["extend"] and (extra["extend"] < 0 or not resume):
+        raise UserError("--extend is a number of epochs more of a run that --resume names")
+    if extra["yes"] and not extra["extend"]:
+        raise UserError("--yes is about --extend: leave it out")
 
 
 def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 
 from moco import distributed
 from moco.checkpoints.matching import checksum
-from moco.config import UserError, normalisation
+from moco.config import UserError
 from moco.evaluation.features import feature_dim
 from moco.evaluation.labels import check_labels, few_labels
 from moco.evaluation.probe import SWEEP
@@ -27,6 +27,7 @@ from moco.evaluation.protocols import PROTOCOLS, knn
 from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
 from moco.evaluation.verdict import RAW_PIXELS, UNTRAINED, Comparison, compare
 from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
+from moco.pixels import normalisation
 
 log = logging.getLogger("moco")
 

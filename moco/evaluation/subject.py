@@ -26,7 +26,7 @@ from moco import distributed
 from moco.checkpoints.architecture import Architecture, build
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checks import check
-from moco.config import DataConfig, TrainConfig, UserError, normalisation
+from moco.config import DataConfig, TrainConfig, UserError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
 from moco.idle import idle_in_evaluation
@@ -35,6 +35,7 @@ from moco.images.folders import expanded
 from moco.images.labelled import LabelledData, open_data
 from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 from moco.log import log_to_stderr
+from moco.pixels import normalisation
 
 log = logging.getLogger("moco")
 ReadData = Callable[[dict[str, Any]], DataConfig]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from moco import distributed
-from moco.config import DataConfig, normalisation, per_view
+from moco.config import DataConfig, per_view
 from moco.images import views
 from moco.images.bad_files import BadFiles
 from moco.images.decode import BadImage
@@ -22,6 +22,7 @@ from moco.images.draws import Crops, ViewRecipe, centre_crops, draw_crops, view_
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
 from moco.images.workers import as_it_is, fetched, worker_loader
+from moco.pixels import normalisation
 from moco.random import permutation
 
 Draw = Callable[[Tensor, int, int], Crops]  # of rows whose images have one height and width

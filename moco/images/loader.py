@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from moco import distributed
 from moco.algorithm.batch import Batch
-from moco.config import DataConfig, UserError, normalisation
+from moco.config import DataConfig, UserError
 from moco.images import sources, views
 from moco.images.bad_files import BadFiles
 from moco.images.draws import view_recipes
@@ -29,6 +29,7 @@ from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
 from moco.images.streamed import Cuts
 from moco.images.workers import as_it_is, end_workers, fetched, worker_loader
+from moco.pixels import normalisation
 from moco.random import permutations, stream_id
 
 

@@ -42,8 +42,7 @@ def say_what_was_decided(
     used = {"run.minutes": 0.0} if "trainer.max_epochs" in decided.settings else {}
     if idle := idle_in_training(replace(config, model=came_to).changed(used)):
         log.info("%s", idle)
-    model, why, streamed = config.model, decided.reasons, decided.resident == "streamed"
-    millions = sum(p.numel() for p in module.query_encoder.parameters()) / 1e6
+    why, streamed = decided.reasons, decided.resident == "streamed"
     log.info(
         "%s: %d images, %s (%s); views %s at %d px, %d steps per epoch",
         data.source.name,
@@ -56,18 +55,9 @@ def say_what_was_decided(
     )
     if data.source.reading.reason:
         log.info("%s", data.source.reading)
+    _say_network(config.model, module)
     log.info(
-        "%s, %.2f M parameters; head %s%s, %s, temperature %g, key momentum %g",
-        model.backbone,
-        millions,
-        model.head,
-        ", predictor" if model.predictor != "none" else "",
-        _negatives(model),
-        model.temperature,
-        model.key_momentum,
-    )
-    log.info(
-        "%d %s device(s), %s (%s); global batch %d, per device %d%s; lr %g as given",
+        "%d %s device(s), %s (%s); global batch %d, per device %d%s; lr %g",
         decided.world,
         decided.accelerator,
         decided.precision,
@@ -78,7 +68,7 @@ def say_what_was_decided(
         config.optim.lr,
     )
     log.info("key BatchNorm: %s (%s)", decided.key_bn, why["key_bn"])
-    if decided.query_bn != "plain" or model.query_bn != "plain":
+    if decided.query_bn != "plain" or config.model.query_bn != "plain":
         log.info("query BatchNorm: %s (%s)", decided.query_bn, why["query_bn"])
     compiled = "compiled" if decided.compile else "not compiled"
     log.info("encoders and views: %s (%s)", compiled, why["compile"])
@@ -88,6 +78,22 @@ def say_what_was_decided(
             "optim.plateau_metric val/knn_top1: the labels of the test images steer the rate, so "
             "this run's scores on them are too good; train/loss needs no labels"
         )
+
+
+def _say_network(model: ModelConfig, module: MoCo) -> None:
+    """Log what is trained, and by which contrast."""
+    millions = sum(p.numel() for p in module.query_encoder.parameters()) / 1e6
+    log.info(
+        "%s, %.2f M parameters; head %s%s%s, %s, temperature %g, key momentum %g",
+        model.backbone,
+        millions,
+        model.head,
+        ", predictor" if model.predictor != "none" else "",
+        f", {model.patches} x {model.patches} patches" if model.patches > 1 else "",
+        _negatives(model),
+        model.temperature,
+        model.key_momentum,
+    )
 
 
 def _negatives(model: ModelConfig) -> str:

@@ -99,14 +99,10 @@ def _pretrain(
 ) -> dict[str, Any]:
     """As `pretrain`, with what belongs together in pairs; the processes are connected."""
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
-        log.info("opening the images of %s", config.data.root or config.data.dataset)
-        with distributed.together():
-            source = sources.open_source(config.data, "train")
+        source, images = _open(config)
         config, run_dir, checkpoint, is_new = distributed.from_first(
             lambda: _begin(config, resume, recipe, held, is_extended=more[0] > 0)
         )
-        images = sources.identify(source, config.data.root)
-        distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
         with distributed.together():
             asked, stored = config, None
             if checkpoint:
@@ -136,6 +132,16 @@ def _pretrain(
         for part in run.monitor.data or ():
             part.bad.look_ahead()
         return _fit(run, run_dir, checkpoint)
+
+
+def _open(config: TrainConfig) -> tuple[ImageSource, dict[str, int]]:
+    """Open the images, the same ones on all ranks, and return what tells them from others."""
+    log.info("opening the images of %s", config.data.root or config.data.dataset)
+    with distributed.together():
+        source = sources.open_source(config.data, "train")
+    images = sources.identify(source, config.data.root)
+    distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
+    return source, images
 
 
 def _build(

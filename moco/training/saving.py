@@ -271,8 +271,8 @@ class Checkpoints(pl.Callback):
     ) -> None:
         """Store the settings beside the weights, and counters that a second resume can trust."""
         checkpoint.update(self.extras)
-        batches = trainer.num_training_batches
-        checkpoint["epoch"] = set_counters(checkpoint["loops"]["fit_loop"], batches)
+        loop = checkpoint["loops"]["fit_loop"]
+        checkpoint["epoch"] = set_counters(loop, trainer.num_training_batches)
 
 
 def set_counters(loop: dict[str, Any], batches: int) -> int:
