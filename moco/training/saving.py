@@ -171,9 +171,8 @@ class Checkpoints(pl.Callback):
         self.signals, self.metrics = signals, metrics
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
         self.before_decay, self.extras = before_decay, extras
-        self.stop_signal = 0
+        self.stop_signal, self.saved_step = 0, 0
         self.seconds = 0.0
-        self.saved_step = 0
         self._in_step = False
         self._saved_at = time.monotonic()
         self._ranks: Any = None  # a group of processes, where there are several
