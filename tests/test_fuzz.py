@@ -30,6 +30,10 @@ BASE = {
     "data.dataset": "digits", "data.channels": 1, "data.image_size": 8, "data.batch_size": 16,
     "trainer.accelerator": "cpu", "trainer.precision": "32-true", "run.knn_every": 0,
 }  # fmt: skip
+V3_BASE = BASE | {
+    "model.head": "mlp_bn", "model.predictor": "mlp", "model.queue_size": 0,
+    "model.symmetric": "sum", "optim.name": "lars", "data.views": "v3",
+}  # fmt: skip
 FIXED = {
     # These say where and for how long a run trains, which chance must not decide.
     "run.dir", "run.wandb", "run.wandb_project", "run.tensorboard", "data.root", "data.download",
@@ -64,7 +68,7 @@ def value(chance: random.Random, kind: Any, limits: Any) -> Any:
         return [value(chance, get_args(kind)[0], {}) for _ in range(chance.randrange(2))]
     options = [k for k in get_args(kind) if k is not type(None)] or [kind]
     if len(get_args(kind)) > 1 and chance.random() < 0.3:
-        return None
+        return "auto" if Literal["auto"] in options else None
     if options[0] is bool:
         return chance.random() < 0.5
     if options[0] is str:
@@ -77,10 +81,10 @@ def value(chance: random.Random, kind: Any, limits: Any) -> Any:
 
 
 def settings(seed: int) -> dict[str, Any]:
-    """Draw a configuration: the base with one to four settings changed."""
+    """Draw a configuration: the base of v2, or every other time of v3, with one to four changed."""
     chance = random.Random(seed)
     known = fields()
-    chosen = dict(BASE)
+    chosen = dict(V3_BASE if seed % 2 else BASE)
     for name in chance.sample(sorted(set(known) - FIXED), chance.choice([1, 1, 2, 4])):
         chosen[name] = value(chance, *known[name])
     return chosen
