@@ -49,7 +49,7 @@ def two_steps(monkeypatch):
         monkeypatch.setattr(rehearsal, "BATCHES", 2)
         found = real(*arguments)
         assert found.seconds > 0 and found.memory > 0
-        return Pace(120.0, 0.0, found.memory)
+        return Pace(150.0, 0.0, found.memory)
 
     monkeypatch.setattr("moco.training.run.rehearse", measured)
 
@@ -211,7 +211,7 @@ def test_a_plan_leaves_nothing_behind(pictures, two_steps, capfd):
     found = train.main(["--config", FOLDER, "--data.root", pictures, *CPU, "--run.plan", "true"])
     assert sorted(Path().rglob("*")) == before
     assert found["plan"]["settings"]["trainer.max_epochs"] == 2
-    assert found["plan"]["steps"] == 4 and found["seconds"] == 480.0
+    assert found["plan"]["steps"] == 4 and found["seconds"] == 600.0
     err = capfd.readouterr().err
     for word in ("data.batch_size", "precision", "images/s", "an epoch", "in all", "disk"):
         assert f"\n{word} " in err, word
