@@ -111,10 +111,10 @@ def _check_queues(config: TrainConfig) -> None:
             "model.queues is 2, one for the keys of each view: it needs model.queue_size above 0 "
             "and model.symmetric mean or sum"
         )
-    views = 2 if model.symmetric != "none" and model.queues == 1 else 1
-    if 0 < model.queue_size < data.batch_size * views:
+    keys = data.batch_size * model.keys_per_image
+    if 0 < model.queue_size < keys:
         raise UserError(
-            f"model.queue_size {model.queue_size} is below the {data.batch_size * views} keys of "
+            f"model.queue_size {model.queue_size} is below the {keys} keys of "
             f"one step (data.batch_size {data.batch_size}, model.symmetric {model.symmetric}): "
             "raise it, or lower data.batch_size"
         )

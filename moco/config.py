@@ -191,6 +191,11 @@ class ModelConfig:
         "3000 steps or more",
     )
 
+    @property
+    def keys_per_image(self) -> int:
+        """Keys that an image adds to a queue in a step; numbers and choices must be decided."""
+        return 2 if self.symmetric != "none" and self.queues == 1 else 1
+
 
 @dataclass
 class OptimConfig:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moco.config import TrainConfig
+from moco.training.build import steps_per_epoch, total_steps
 from moco.training.shares import batch_unit
 
 log = logging.getLogger("moco")
@@ -131,12 +132,12 @@ def _choose_batch(own: Settings, facts: Facts) -> None:
     while batch > LEAST_BATCH and batch * 8 > count:
         batch //= 2
     unit = batch_unit(own.config, facts.world)
-    views = 2 if model.symmetric != "none" and model.queues == 1 else 1
     most = count if model.queue_size == "auto" else model.queue_size or count
-    batch = max(min(batch, min(most, count) // views) // unit, 1) * unit  # its keys fit the queue
+    most = min(most, count) // model.keys_per_image  # so that a step's keys fit the queue
+    batch = max(min(batch, most) // unit, 1) * unit
     own.take("data.batch_size", batch, f"{count} images on {facts.world} device(s)")
     batch = own.config.data.batch_size
-    keys = batch * views  # of a step
+    keys = batch * model.keys_per_image  # of a step
     room = min(max(count // batch, 1) * keys // 8, QUEUE[facts.accelerator])
     size = keys * 2 ** int(math.log2(max(room // keys, 1)))
     own.take("model.queue_size", size, f"at most an eighth of the keys of {count} images")
@@ -149,16 +150,13 @@ def choose_length(own: Settings, batches: int, seconds: float = 0.0) -> None:
 
     Args:
         own: With everything else decided.
-        batches: Of an epoch.
+        batches: Of an epoch, 1 or more.
         seconds: That a batch takes; needed where the time decides the epochs.
     """
     if seconds:
         _choose_epochs(own, batches, seconds)
-    trainer, optim = own.config.trainer, own.config.optim
-    steps_per_epoch = -(-batches // trainer.accumulate_grad_batches)
-    epochs = float(trainer.max_epochs)
-    if trainer.max_steps > 0:
-        epochs = min(epochs, trainer.max_steps / max(steps_per_epoch, 1))
+    optim = own.config.optim
+    epochs = total_steps(own.config, batches) / steps_per_epoch(own.config, batches)
     if optim.warmup_epochs > epochs:
         own.replace(
             "optim.warmup_epochs",

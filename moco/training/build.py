@@ -49,10 +49,15 @@ class Run:
     saver: Checkpoints
 
 
+def steps_per_epoch(config: TrainConfig, batches_per_epoch: int) -> int:
+    """Return the optimiser steps of an epoch."""
+    return -(-batches_per_epoch // config.trainer.accumulate_grad_batches)
+
+
 def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
     """Return the optimiser steps of the whole run."""
     trainer = config.trainer
-    steps = trainer.max_epochs * -(-batches_per_epoch // trainer.accumulate_grad_batches)
+    steps = trainer.max_epochs * steps_per_epoch(config, batches_per_epoch)
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
@@ -113,7 +118,7 @@ def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict
 def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:
     """Tell the module how long the run is; its schedules need to know."""
     module.accumulate = config.trainer.accumulate_grad_batches
-    module.steps_per_epoch = -(-data.steps_per_epoch // module.accumulate)
+    module.steps_per_epoch = steps_per_epoch(config, data.steps_per_epoch)
     module.total_steps = total_steps(config, data.steps_per_epoch)
 
 

@@ -208,18 +208,18 @@ def _settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> 
         UserError: The settings contradict each other, or do not fit the images.
     """
     if stored:
-        before = stored.decided or Decided("", 0, 0, "", "", "")
-        settings = Settings(config, before.settings, before.reasons)
+        before = stored.decided
+        settings = Settings(config, *((before.settings, before.reasons) if before else ()))
     else:
         devices, num_nodes = choose_devices(config)
         sides = sorted(min(size) for size in estimate_bytes(source)[1])
         side = sides[len(sides) // 10] if sides else 0
         found = len(source), side, source.channels, accelerator(config), devices * num_nodes
         settings = autoconfigure(config, Facts(*found))
-        if not settings.config.undecided():
-            choose_length(settings, len(source) // settings.config.data.batch_size)
     check(settings.config)
     check_queue(settings.config, len(source))
+    if not stored and not settings.config.undecided():
+        choose_length(settings, len(source) // settings.config.data.batch_size)
     return settings
 
 

@@ -83,10 +83,9 @@ def queue_share(model: ModelConfig, batch: int, count: int) -> tuple[float, int]
         batch: Global batch.
         count: Images in the set.
     """
-    views = 2 if model.symmetric != "none" and model.queues == 1 else 1
-    keys = max(count // batch, 1) * batch * views
-    # K holds a step's keys.
-    return own_key_share(model.queue_size, keys), max(keys // 8, batch * views)
+    of_step = batch * model.keys_per_image
+    keys = max(count // batch, 1) * of_step
+    return own_key_share(model.queue_size, keys), max(keys // 8, of_step)  # K holds a step's keys
 
 
 def check_queue(config: TrainConfig, count: int) -> None:

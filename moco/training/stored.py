@@ -14,7 +14,7 @@ from moco.algorithm.optim import key_momentum, learning_rate
 from moco.config import TrainConfig, UserError, unknown_settings
 from moco.run_directory import BEFORE_DECAY, VERSION, is_whole, stored_groups
 from moco.training.autoconfigure import Settings
-from moco.training.build import total_steps
+from moco.training.build import steps_per_epoch, total_steps
 from moco.training.decide import Decided
 from moco.training.resuming import check_images, check_same
 
@@ -119,10 +119,10 @@ def extend(settings: Settings, stored: Stored, count: int, epochs: int, accept_j
     longer = config.trainer.max_epochs + epochs
     longer = config.changed({"trainer.max_epochs": longer})
     batches, found = count // config.data.batch_size, []
-    steps_per_epoch = -(-batches // config.trainer.accumulate_grad_batches)
+    of_epoch = steps_per_epoch(config, batches)
     for each in (config, longer):
         total = total_steps(each, batches)
-        rate = learning_rate(each.optim, stored.step, steps_per_epoch, total)
+        rate = learning_rate(each.optim, stored.step, of_epoch, total)
         found.append((rate, key_momentum(each.model, stored.step, total)))
     (rate, momentum), (new_rate, new_momentum) = found
     if found[0] != found[1] and not accept_jump:
