@@ -158,8 +158,7 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
 
     When all ranks raise the same error, rank 0 prints it; a `local` error is printed by its rank.
     """
-    # At its end Python would look for garbage in all that torch has made, which takes seconds.
-    atexit.register(gc.freeze)
+    atexit.register(_leave_garbage)
     launch.end_with_launcher()
     slurm.answer_warnings()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -195,6 +194,15 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         sys.exit(128 + signal_number)
     if result and result.get("verdict") == "diverged":
         sys.exit(1)
+
+
+def _leave_garbage() -> None:
+    """Keep Python from looking for garbage at its end in all that torch has made: it takes seconds.
+
+    Libraries bound by nanobind, as Triton with torch 2.15, would print what is left as leaks.
+    """
+    if not any(kind.__module__ == "nanobind" for kind in type.__subclasses__(type)):
+        gc.freeze()
 
 
 def _fold(error: Exception) -> str:
