@@ -336,6 +336,11 @@ class DataConfig:
     interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear", "How crops are resized to views, antialiased (Fast-MoCo: bicubic)"
     )
+    reduce_jpegs: bool = setting(
+        True,
+        "Of streamed images: decode a JPEG at 1/4 or 1/8 of its size where the boxes of both "
+        "views keep image_size pixels a side. Large photographs are read several times faster",
+    )
     upscale: float = setting(
         1.0,
         "How many times larger than the images a view may be; 1 refuses to enlarge",
@@ -558,7 +563,8 @@ AUTOMATIC = (
 def with_former_ways(stored: dict[str, Any]) -> dict[str, Any]:
     """Add to stored settings what an older version did before there was a setting for it."""
     data = stored.get("data")
-    return stored | {"data": {"exif": "ignore"} | data} if isinstance(data, dict) else stored
+    former = {"exif": "ignore", "reduce_jpegs": False}
+    return stored | {"data": former | data} if isinstance(data, dict) else stored
 
 
 def unknown_settings(stored: dict[str, dict[str, Any]]) -> list[str]:

@@ -68,6 +68,7 @@ OF_DATA: Rules = {
         "nothing is left to decide",
         lambda given: given["data.dataset"] in _ARRAYS or given["data.resident"] != "auto",
     ),
+    "data.reduce_jpegs": ("nothing is streamed", _in_memory),
     "data.num_workers": ("nothing is streamed", _in_memory),
     "data.worker_timeout": (
         "no worker streams images",

@@ -205,6 +205,14 @@ def test_feed(tmp_path):
     assert pil["share_of_bound"] == pytest.approx(pil["median"] / bound["median"], rel=0.01)
 
 
+def test_photographs(tmp_path):
+    last, _ = run("photographs", tmp_path, "--rounds", "1", "--images", "1", "--megapixels", "1")
+    for kind in ("noisy", "smooth"):
+        found = last[f"1 megapixels, {kind}"]
+        assert len(found["rates"]) == 3 and rates_are_positive(found["rates"])
+        assert found["grey_levels_apart"]["mean"] < 2
+
+
 def test_synthetic_images_weigh_what_photographs_do(tmp_path):
     from benchmarks.feed import write_images
 

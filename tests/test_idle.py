@@ -53,6 +53,7 @@ TRAINING = {
     "data.max_pixels": (9, {"data.dataset": "digits"}, {}),
     "data.resident": ("off", {"data.dataset": "digits"}, {}),
     "data.resident_budget": (1.0, {"data.resident": "device"}, {}),
+    "data.reduce_jpegs": (False, {"data.resident": "device"}, {"data.resident": "off"}),
     "data.num_workers": (3, {"data.resident": "memory"}, {"data.resident": "auto"}),
     "data.worker_timeout": (9.0, {"data.num_workers": 0}, {}),
     "data.max_bad_fraction": (0.1, {"data.dataset": "cifar100"}, {}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 from zlib import crc32
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS, read_arrays
-from moco.images.decode import decode
+from moco.images.decode import Decoded, decode_reduced
 from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import shown
 from moco.images.labels import by_folder, read_list, read_table, twins
@@ -56,9 +57,13 @@ class ImageSource:
 
     def read(self, index: int) -> Tensor:
         """Return one image, C H W uint8, in its own size; raise BadImage as `decode` does."""
+        return self.read_reduced(index, None).pixels
+
+    def read_reduced(self, index: int, reduction: Callable[[int, int], int] | None) -> Decoded:
+        """Return one image with no more pixels than are needed, as `decode_reduced` does."""
         if self.images is not None:
-            return self.images[index]
-        return decode(self.paths[index], self.channels, self.reading)
+            return Decoded(self.images[index], *self.images.shape[2:], 1)
+        return decode_reduced(self.paths[index], self.channels, self.reading, reduction)
 
     def rows(self, rows: Tensor) -> ImageSource:
         """Keep only some images: those at `rows`, in that order."""

@@ -5,6 +5,8 @@ Shapes: N images per device, C channels, S side of a view.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from torch.utils.data import Dataset, default_collate
 
 from moco.config import DataConfig
 from moco.images import views
-from moco.images.decode import BadImage
-from moco.images.draws import draw_crops, view_recipes, view_streams
+from moco.images.decode import BadImage, Decoded
+from moco.images.draws import Crops, draw_crops, view_recipes, view_streams
 from moco.images.sources import ImageSource
 from moco.random import combine, stream_id, uniform
 
@@ -29,6 +31,7 @@ class Cuts(Dataset):
 
     def __init__(self, source: ImageSource, config: DataConfig, seed: int) -> None:
         self.source, self.size, self.recipes = source, config.image_size, view_recipes(config)
+        self.reduces = config.reduce_jpegs
         self.streams = [view_streams(seed, view)[0] for view in (0, 1)]
         self.substitutes = stream_id(seed, "substitute")
 
@@ -47,30 +50,51 @@ class Cuts(Dataset):
 
     def _some(self, epoch: int, rows: list[int], bad: list[tuple[int, str]]) -> list[Tensor]:
         """Cut as many as may lie decoded in memory; drawing their boxes together is cheaper."""
-        index = torch.tensor(rows)
         images = [self._read(epoch, row, bad) for row in rows]
-        sizes = torch.tensor([image.shape[1:] for image in images]).unbind(1)
-        chains = zip(self.recipes, self.streams, strict=True)
-        boxes = [draw_crops(recipe, s, epoch, index, *sizes) for recipe, s in chains]
-        how = self.recipes[0].interpolation
+        sizes = torch.tensor([(image.height, image.width) for image in images])
+        boxes = self._boxes(epoch, torch.tensor(rows), sizes)
+        size, how = self.size, self.recipes[0].interpolation
         return [
-            torch.stack([views.cut(image, b, self.size, row, how).permute(1, 2, 0) for b in boxes])
+            torch.stack(
+                [
+                    views.cut(image.pixels, b, size, row, how, image.reduction).permute(1, 2, 0)
+                    for b in boxes
+                ]
+            )
             for row, image in enumerate(images)
         ]
 
-    def _read(self, epoch: int, index: int, bad: list[tuple[int, str]]) -> Tensor:
+    def _boxes(self, epoch: int, index: Tensor, sizes: Tensor) -> list[Crops]:
+        """Draw the boxes of both views of N images; `sizes` is N x 2, height and width."""
+        chains = zip(self.recipes, self.streams, strict=True)
+        return [draw_crops(recipe, s, epoch, index, *sizes.unbind(1)) for recipe, s in chains]
+
+    def _reduction(self, epoch: int, index: int, height: int, width: int) -> int:
+        """Return the most by which an image may shrink while both boxes keep S pixels a side.
+
+        Half the size is not worth it: its cuts take longer than the decoder saves.
+        """
+        if not self.reduces or min(height, width) < 4 * self.size:
+            return 1
+        boxes = self._boxes(epoch, torch.tensor([index]), torch.tensor([[height, width]]))
+        shortest = min(int(side) for box in boxes for side in (box.height, box.width))
+        return next(by for by in (8, 4, 1) if by == 1 or by * self.size <= shortest)
+
+    def _read(self, epoch: int, index: int, bad: list[tuple[int, str]]) -> Decoded:
         """Read an image or the one that takes its place; add what cannot be read to `bad`."""
+        reduction = partial(self._reduction, epoch, index)
         try:
-            return self.source.read(index)
+            return self.source.read_reduced(index, reduction)
         except BadImage as error:
             bad.append((index, error.reason))
         place = combine(epoch, torch.tensor([index]))
         for other in uniform(self.substitutes, place, _ATTEMPTS)[0].tolist():
             chosen = int(other * len(self.source))
             try:
-                return self.source.read(chosen)
+                return self.source.read_reduced(chosen, reduction)
             except BadImage as error:
                 bad.append((chosen, error.reason))
         # Then most of the set is gone, as with storage that went away: grey keeps all ranks in
         # step until they have agreed to stop.
-        return torch.full((self.source.channels, self.size, self.size), 128, dtype=torch.uint8)
+        grey = torch.full((self.source.channels, self.size, self.size), 128, dtype=torch.uint8)
+        return Decoded(grey, self.size, self.size, 1)

@@ -12,7 +12,9 @@ Shapes: N images, C channels (here of the image), H W their pixels, S the side o
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import interpolate
@@ -146,9 +148,17 @@ def _columns(images: Tensor, weights: Tensor) -> Tensor:
 
 
 def cut(
-    image: Tensor, boxes: Crops, size: int, row: int = 0, interpolation: str = "bilinear"
+    image: Tensor,
+    boxes: Crops,
+    size: int,
+    row: int = 0,
+    interpolation: str = "bilinear",
+    reduction: int = 1,
 ) -> Tensor:
     """Cut one of the boxes out of a C x H x W uint8 image and resize it, antialiased.
+
+    Args:
+        reduction: By which the image is smaller than the one that the boxes are for.
 
     Returns:
         C x S x S uint8, mirrored where the box says so; H W C in memory, for which torch has the
@@ -157,9 +167,17 @@ def cut(
     top, left, height, width, flip = (
         int(side[row]) for side in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.flip)
     )
-    part = image[None, :, top : top + height, left : left + width]
-    part = part.contiguous(memory_format=torch.channels_last)
-    part = interpolate(part, (size, size), mode=interpolation, antialias=True)[0]
+    if reduction > 1:  # the box ends between two pixels, and Pillow alone can cut there
+        pixels = image.permute(1, 2, 0).numpy()
+        picture = Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels)
+        box = [side / reduction for side in (left, top, left + width, top + height)]
+        filter = Image.Resampling[interpolation.upper()]
+        resized = np.array(picture.resize((size, size), filter, box)).reshape(size, size, -1)
+        part = torch.from_numpy(resized).permute(2, 0, 1)
+    else:
+        part = image[None, :, top : top + height, left : left + width]
+        part = part.contiguous(memory_format=torch.channels_last)
+        part = interpolate(part, (size, size), mode=interpolation, antialias=True)[0]
     return part.flip(2) if flip else part
 
 
