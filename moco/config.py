@@ -475,10 +475,13 @@ class RunConfig:
         False, "Try some steps, tell what was decided and how long the run would take, and end"
     )
     checkpoint_every: int = setting(
-        0, "Steps between checkpoints; 0: once an epoch", at_least=0, at_most=MOST_STEPS
+        0,
+        "Steps between checkpoints; 0: by the clock alone, -1: at the end of each epoch",
+        at_least=-1,
+        at_most=MOST_STEPS,
     )
     checkpoint_minutes: float = setting(
-        0.0, "Minutes between checkpoints besides; 0: none", at_least=0, at_most=1_000_000
+        10.0, "Minutes between checkpoints besides; 0: none", at_least=0, at_most=1_000_000
     )
     keep_checkpoints: int = setting(
         2, "Newest checkpoints that are kept", at_least=1, at_most=MOST_STEPS
@@ -562,9 +565,12 @@ AUTOMATIC = (
 
 def with_former_ways(stored: dict[str, Any]) -> dict[str, Any]:
     """Add to stored settings what an older version did before there was a setting for it."""
-    data = stored.get("data")
+    data, run = stored.get("data"), stored.get("run")
     former = {"exif": "ignore", "reduce_jpegs": False}
-    return stored | {"data": former | data} if isinstance(data, dict) else stored
+    stored = stored | {"data": former | data} if isinstance(data, dict) else stored
+    if isinstance(run, dict) and not (run.get("checkpoint_every") or run.get("checkpoint_minutes")):
+        stored = stored | {"run": run | {"checkpoint_every": -1}}  # the ends of epochs
+    return stored
 
 
 def unknown_settings(stored: dict[str, dict[str, Any]]) -> list[str]:

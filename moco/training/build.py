@@ -31,8 +31,9 @@ from moco.training.hardware import own_device
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.monitor import KNNMonitor
 from moco.training.outlook import Outlook
-from moco.training.saving import AtomicCheckpointIO, Checkpoints, Signals
+from moco.training.saving import Checkpoints, Signals
 from moco.training.tracking import loggers
+from moco.training.writing import AtomicCheckpointIO
 
 log = logging.getLogger("moco")
 

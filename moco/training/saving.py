@@ -1,15 +1,12 @@
-"""Saving: when a run writes checkpoints, how it writes them whole, and how it stops on a signal.
+"""Saving: when a run writes checkpoints, and how it stops on a signal.
 
-A checkpoint is written beside its place and then moved there, so that a kill or a full disk leaves
-the one before. It holds plain types only and loads with ``weights_only=True``.
+`moco.training.writing` writes them. They hold plain types only and load with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
@@ -18,77 +15,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities import rank_zero_only
 
 from moco import slurm
 from moco.config import RunError, UserError
 from moco.run_directory import BEFORE_DECAY
 from moco.training.metrics import MetricsLogger
+from moco.training.writing import name_besides, why_not
 
 log = logging.getLogger("moco")
 # Signals that stop a run; where several come, the last in this list decides the exit code. SLURM
 # sends SIGUSR1 ahead of a preemption (sbatch --signal=USR1@60) and may send SIGTERM after it.
 # SIGHUP says that the terminal is gone.
 STOPPING = (0, signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints whole or not at all; after a failure keep the old file and go on.
-
-    Attributes:
-        written: The last file that was written.
-    """
-
-    written: Path | None = None
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Write beside `path`, flush to the disk, then move the file to its place.
-
-        A failure is logged and not raised, since the other ranks wait at a barrier.
-        """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-            self.written = target
-        except (OSError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
-            reason = _reason(error, target.parent)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            log.warning("checkpoint %s was not written, the one before stays: %s", target, reason)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = "cpu", weights_only: Any = True
-    ) -> Any:
-        """Load plain types and tensors only, whatever the caller or the environment asks for."""
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-
-def _reason(error: Exception, folder: Path) -> str:
-    """Say why a write failed; of a full disk torch.save speaks as of a bad archive."""
-    with contextlib.suppress(OSError):
-        if shutil.disk_usage(folder).free < 2**20:
-            return f"the disk of {folder} is full"
-    return " ".join(str(error).split())[:200]
-
-
-def _name(path: Path, name: Path) -> None:
-    """Give a file another name besides, in the place of what had it."""
-    temporary = name.with_name(f".{name.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)  # one file under two names: no second copy
-    except OSError:  # a file system without such links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, name)
 
 
 class Signals(pl.Callback):
@@ -145,7 +83,7 @@ class Checkpoints(pl.Callback):
         signals: Tells which signal came.
         metrics: Its clock stops while a checkpoint is written.
         directory: Of the checkpoints.
-        every: Steps between checkpoints; 0: one at the end of each epoch.
+        every: Steps between checkpoints; 0: none at chosen steps, -1: one at each end of an epoch.
         before_decay: A step after which the checkpoint stays as before_decay.ckpt; 0: none.
         minutes: Between further checkpoints; 0: there are none.
         keep: How many of the newest checkpoints stay.
@@ -153,8 +91,8 @@ class Checkpoints(pl.Callback):
 
     Attributes:
         stop_signal: The signal that came on any rank, or 0.
-        seconds: Time spent saving.
-        saved_step: Optimiser steps in the newest checkpoint of this process.
+        seconds: Time for which saving has held up training.
+        saved_step: Optimiser steps in the newest checkpoint that this process has written.
     """
 
     def __init__(
@@ -175,12 +113,15 @@ class Checkpoints(pl.Callback):
         self.seconds = 0.0
         self._in_step = False
         self._saved_at = time.monotonic()
+        self._saves = 0
         self._ranks: Any = None  # a group of processes, where there are several
+        self._asked: tuple[Any, torch.Tensor, int] | None = None  # of them, and not yet answered
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remove what a killed run left half written, and open a group of CPUs to agree over."""
         self._saved_at = time.monotonic()
         self.saved_step = trainer.global_step
+        trainer.strategy.checkpoint_io.after = self._tidy
         if trainer.is_global_zero:
             for leftover in self.directory.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
@@ -199,7 +140,7 @@ class Checkpoints(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not last_batch:
             return
         step = trainer.global_step
-        due = step % self.every == 0 if self.every else last_batch
+        due = step % self.every == 0 if self.every > 0 else self.every < 0 and last_batch
         late = 0 < 60 * self.minutes <= time.monotonic() - self._saved_at
         signal_place, late = self._agree(STOPPING.index(self.signals.came), int(late))
         finished = step >= module.total_steps
@@ -207,59 +148,77 @@ class Checkpoints(pl.Callback):
         if due or late or self.stop_signal or finished or step == self.before_decay:
             self.save(trainer)
         self._in_step = False
-        if self.stop_signal:
+        if self.stop_signal or finished:
+            trainer.strategy.checkpoint_io.wait()
             trainer.should_stop = True
 
-    def _agree(self, *values: int) -> list[int]:
+    def _agree(self, signal_place: int, late: int) -> tuple[int, int]:
         """Return the largest values of all ranks, so that all of them save and stop together.
 
-        The ranks talk over CPUs, since over GPUs every step would wait for the device.
+        The ranks talk over CPUs, since over GPUs every step would wait for the device. Several
+        ranks get the answer of the step before, for which none has to wait.
         """
         if self._ranks is None:
-            return list(values)
-        tensor = torch.tensor(values)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, self._ranks)
-        return tensor.tolist()
+            return signal_place, late
+        before, values = self._asked, torch.tensor([signal_place, late])
+        work = torch.distributed.all_reduce(
+            values, torch.distributed.ReduceOp.MAX, self._ranks, async_op=True
+        )
+        self._asked = work, values, self._saves
+        if before is None:
+            return 0, 0
+        work, values, saves = before
+        work.wait()
+        signal_place, late = values.tolist()
+        return signal_place, late * (saves == self._saves)
+
+    def on_train_end(self, *args: Any) -> None:
+        """Take the last answer of the ranks, so that none is left waiting."""
+        if self._asked:
+            self._asked[0].wait()
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write step_N.ckpt, point last.ckpt to it, and remove old ones."""
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()  # the steps before are still computed: that is no saving
         start = time.monotonic()
-        path = self.directory / f"step_{trainer.global_step:09d}.ckpt"
-        trainer.save_checkpoint(path)
-        if not trainer.is_global_zero or trainer.strategy.checkpoint_io.written == path:
+        trainer.save_checkpoint(self.directory / f"step_{trainer.global_step:09d}.ckpt")
+        if not trainer.is_global_zero:
             self.saved_step = trainer.global_step
-            self._tidy(path)
+        self._saves += 1
         self._saved_at = time.monotonic()
         self.seconds += self._saved_at - start
         self.metrics.paused += self._saved_at - start
 
-    @rank_zero_only
     def _tidy(self, path: Path) -> None:
+        """Note that a checkpoint is written: on rank 0, which alone writes, by its thread."""
         last = self.directory / "last.ckpt"
+        self.saved_step = int(path.stem.removeprefix("step_"))
         try:
-            if int(path.stem.removeprefix("step_")) == self.before_decay:
-                _name(path, self.directory / BEFORE_DECAY)
-            _name(path, last)
+            if self.saved_step == self.before_decay:
+                name_besides(path, self.directory / BEFORE_DECAY)
+            name_besides(path, last)
             # By age: steps of an earlier attempt may be higher, and must not outlive this one's.
             steps = self.directory.glob("step_*.ckpt")
             for old in sorted(steps, key=lambda step: step.stat().st_mtime_ns)[: -self.keep]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            log.warning("%s stays as it was: %s", last, _reason(error, self.directory))
+            log.warning("%s stays as it was: %s", last, why_not(error, self.directory))
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         """Save what an error between two steps would lose; within a step nothing whole is there.
 
         Several ranks save only after an error that all of them raise, as they save together.
         """
+        writer = trainer.strategy.checkpoint_io
+        writer.wait()
         known = isinstance(exception, UserError | RunError) and not getattr(exception, "local", 0)
         between = not self._in_step and trainer.global_step > self.saved_step
         if not between or (trainer.world_size > 1 and not known):
             return
         try:
             self.save(trainer)
+            writer.wait()
         except RunError as error:  # numbers that are not finite
             log.warning("not saved after step %d: %s", trainer.global_step, error)
         if self.saved_step == trainer.global_step:

@@ -16,7 +16,7 @@ from runs import assert_same_end, load, run_tiny
 
 import train
 from moco.config import RunError
-from moco.training.saving import AtomicCheckpointIO
+from moco.training.writing import AtomicCheckpointIO
 from moco.training.tracking import MetricsFile
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -43,6 +43,7 @@ class FillDisk(pl.Callback):
         self.path, self.full, self.free = path, full, free
 
     def on_train_batch_end(self, trainer, *args) -> None:
+        trainer.strategy.checkpoint_io.wait()
         if trainer.global_step == self.full:
             with self.path.open("wb", buffering=0) as file:
                 while shutil.disk_usage(self.path.parent).free:
@@ -123,9 +124,11 @@ def test_a_row_of_metrics_is_written_whole_or_not_at_all(tmp_path, file_limit):
 def test_a_checkpoint_in_the_place_of_another_is_whole_or_not_there(tmp_path, file_limit, said):
     io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint({"weight": torch.zeros(9)}, path)
+    io.wait()
     before = path.read_bytes()
     file_limit(4096)
     io.save_checkpoint({"weight": torch.zeros(9000)}, path)
+    io.wait()
     assert path.read_bytes() == before and len(said) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 

@@ -23,7 +23,7 @@ from moco.algorithm.encoder import build_encoder
 from moco.algorithm.optim import Plateau
 from moco.config import TrainConfig, UserError
 from moco.training.autoconfigure import Facts, autoconfigure
-from moco.training.saving import AtomicCheckpointIO
+from moco.training.writing import AtomicCheckpointIO
 
 SMALL = [
     *("--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.precision", "32-true"),

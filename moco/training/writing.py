@@ -1,0 +1,98 @@
+"""Writing: checkpoints, whole or not at all, by a thread beside training; each under its names.
+
+Shapes: none; what is written is what Lightning hands over, copied first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+log = logging.getLogger("moco")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints whole or not at all; after a failure keep the old file and go on.
+
+    Training waits while the state is copied, and a thread writes the copy.
+
+    Attributes:
+        after: Called by the thread with each file that was written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after: Callable[[Path], None] = lambda path: None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Copy the state to the CPU and begin to write it; wait for the file before it."""
+        self.wait()
+        copy = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().to("cpu", copy=True))
+        self._writing = self._thread.submit(self._write, copy, Path(path))
+
+    def wait(self) -> None:
+        """Wait until the newest file is written, or is known to have failed."""
+        if self._writing:
+            self._writing.result()
+        self._writing = None
+
+    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
+        """Write beside `target`, flush to the disk, then move the file to its place.
+
+        A failure is logged and not raised, since training goes on.
+        """
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except (OSError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
+            reason = why_not(error, target.parent)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            log.warning("checkpoint %s was not written, the one before stays: %s", target, reason)
+        else:
+            self.after(target)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: Any = True
+    ) -> Any:
+        """Load plain types and tensors only, whatever the caller or the environment asks for."""
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def why_not(error: Exception, folder: Path) -> str:
+    """Say why a write failed; of a full disk torch.save speaks as of a bad archive."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < 2**20:
+            return f"the disk of {folder} is full"
+    return " ".join(str(error).split())[:200]
+
+
+def name_besides(path: Path, name: Path) -> None:
+    """Give a file another name besides, in the place of what had it."""
+    temporary = name.with_name(f".{name.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)  # one file under two names: no second copy
+    except OSError:  # a file system without such links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
