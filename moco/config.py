@@ -497,6 +497,14 @@ class RunConfig:
         "Labelled folder of its own for kNN readings, with train/CLASS/ and test/CLASS/; empty: "
         "data.root",
     )
+    knn_first: bool = setting(True, "Read kNN of the network as it starts, too")
+    knn_bank: int = setting(
+        100_000,
+        "Training images whose labels may vote, drawn by run.seed from a larger set; 0: all",
+        at_least=0,
+        at_most=MOST_ROWS,
+    )
+    knn_layer: Literal["backbone", "head"] = setting("backbone", "Whose output kNN reads")
     knn_k: int = setting(200, "Neighbours that vote", at_least=1, at_most=MOST_ROWS)
     knn_temperature: float = setting(
         0.1, "Each neighbour votes exp(similarity / temperature)", above=0, at_most=100

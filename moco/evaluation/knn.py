@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moco.config import UserError
-from moco.evaluation.search import BUDGET, nearest
+from moco.evaluation.search import BUDGET, nearest, nearest_sharded
 
 
 @torch.no_grad()
@@ -24,6 +24,7 @@ def knn_predict(
     k: int = 200,
     temperature: float = 0.1,
     budget: int = BUDGET,
+    sharded: bool = False,
 ) -> Tensor:
     """Predict a class for each query by the weighted vote of its k nearest bank features.
 
@@ -31,6 +32,8 @@ def knn_predict(
         queries: Q x D; normalised here.
         bank: M x D; normalised here.
         labels: M int64.
+        sharded: Whether the bank holds this rank's rows alone, and the queries and the labels are
+            those of all ranks, as `gather_ragged` stacks them.
         num_classes: L.
         k: Neighbours; at most M.
         temperature: Each votes exp(cosine / temperature).
@@ -44,7 +47,8 @@ def knn_predict(
 
     Source: arXiv:1805.01978, section 3.4.
     """
-    similarity, index = nearest(queries, bank, k, budget)
+    search = nearest_sharded if sharded else nearest
+    similarity, index = search(queries, bank, k, budget)
     rows = max(1, budget // (16 * (num_classes + k)))
     predictions = [
         vote(s, labels[i], num_classes, [k], temperature)[k].argmax(1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -234,6 +235,11 @@ def open_labelled(
         else open_data(source, data.config, data.device, data.bad.report_path)
         for source in pair
     )
+    if 0 < config.run.knn_bank < len(bank):
+        log.info("run.knn_bank: %d of %d training images vote", config.run.knn_bank, len(bank))
+        generator = torch.Generator().manual_seed(config.run.seed)
+        rows = torch.randperm(len(bank), generator=generator)[: config.run.knn_bank]
+        bank = bank.rows(rows.sort().values)
     return bank, queries
 
 

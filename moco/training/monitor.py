@@ -1,5 +1,7 @@
 """kNN accuracy while a run trains, as a Lightning callback; it changes nothing that is computed.
 
+The bank stays spread over the ranks: only queries and candidates travel.
+
 After the last checkpoint the untrained network and raw pixels are read too, for the verdict.
 
 Shapes: M images of the bank, D feature.
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.algorithm.encoder import build_backbone
+from moco.algorithm.encoder import Encoder, build_encoder
 from moco.config import RunConfig
 from moco.distributed import broadcast_buffers, gather_ragged
 from moco.evaluation.features import extract_features
@@ -76,10 +78,11 @@ class KNNMonitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Read the network as it starts, to which later readings are compared."""
-        if self._enabled and trainer.global_step == 0:
+        if self._enabled and self.config.knn_first and trainer.global_step == 0:
             count = sum(map(len, self.data))
             log.info("kNN reads %d images with the network as it starts", count)
             self.read(trainer, module, final=False)
+            self.first, self.first_hits = self.last, self._hits
             if not self.is_loaded and trainer.is_global_zero:
                 log.info(
                     "kNN %.1f %% before the first step: one draw of weights, others differ",
@@ -109,7 +112,7 @@ class KNNMonitor(pl.Callback):
     def read(self, trainer: pl.Trainer, module: Any, final: bool) -> None:
         """Extract features on all ranks, vote, and log."""
         start = time.perf_counter()
-        network = module.query_encoder.backbone
+        network = self._network(module.query_encoder)
         buffers = list(network.buffers())
         own = [buffer.clone() for buffer in buffers]
         with torch.no_grad():
@@ -118,8 +121,6 @@ class KNNMonitor(pl.Callback):
             for buffer, before in zip(buffers, own, strict=True):
                 buffer.copy_(before)  # of ranks above 0
         self.last, self.read_at = _top1(self._hits), trainer.global_step
-        if self.first is None:
-            self.first, self.first_hits = self.last, self._hits
         self.metrics.paused += time.perf_counter() - start
         self.metrics.publish(trainer, module, {"val/knn_top1": self.last})
 
@@ -150,16 +151,23 @@ class KNNMonitor(pl.Callback):
             hits = self.judge(trainer, module.device, Pixels(), "ten_shot_raw_pixels")
             baselines[RAW_PIXELS] = [hits]
         few = [*self.few_shot.values()] if len(self.few_shot) == 2 else None
-        title, labels = f"kNN (k {self._k(len(bank))})", queries.source.labels
+        layer = ", head" if self.config.knn_layer == "head" else ""
+        title, labels = f"kNN (k {self._k(len(bank))}{layer})", queries.source.labels
         self.comparison = compare(title, labels, self._hits, baselines, few)
 
+    def _network(self, encoder: Encoder) -> nn.Module:
+        """Return what is read: the backbone, or with its head, of whole images."""
+        if self.config.knn_layer == "backbone":
+            return encoder.backbone
+        return nn.Sequential(encoder.backbone, encoder.head)
+
     def _untrained(self, module: Any, number: int) -> nn.Module:
-        """Build the backbone as the run with a later seed would begin with it."""
+        """Build the network as the run with a later seed would begin with it."""
         data = self.data[0].config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + number)
-            network, _ = build_backbone(module.model_config, data.channels, data.image_size)
-        return network.to(module.device, memory_format=torch.channels_last)
+            encoder = build_encoder(module.model_config, data.channels, data.image_size)
+        return self._network(encoder).to(module.device, memory_format=torch.channels_last)
 
     def judge(
         self, trainer: pl.Trainer, device: torch.device, network: nn.Module, few_shot: str = ""
@@ -174,16 +182,16 @@ class KNNMonitor(pl.Callback):
             (bank, rows), (queries, query_rows) = (
                 extract_features(network, images.batches(device)) for images in self.data
             )
-        labels, targets = self.data[0].labels(rows), self.data[1].labels(query_rows)
-        bank, labels = gather_ragged(bank), gather_ragged(labels)
-        options = self._k(len(bank)), self.config.knn_temperature
-        found = knn_predict(queries, bank, labels, len(self.data[0].source.classes), *options)
-        hits = gather_ragged((found == targets).to(torch.int8))
-        hits = by_image(hits, gather_ragged(query_rows), len(self.data[1]))
+        labels, classes = gather_ragged(self.data[0].labels(rows)), self.data[0].source.classes
+        queries, query_rows = gather_ragged(queries), gather_ragged(query_rows)
+        targets = self.data[1].labels(query_rows)
+        options = self._k(len(labels)), self.config.knn_temperature
+        found = knn_predict(queries, bank, labels, len(classes), *options, sharded=True)
+        hits = by_image((found == targets).to(torch.int8), query_rows, len(self.data[1]))
         self._seconds = time.perf_counter() - start
         if few_shot and int(torch.bincount(labels).min()) >= _SHOTS:
-            tested = gather_ragged(queries), gather_ragged(targets)
-            self.few_shot[few_shot] = few_shot_accuracy(bank, labels, *tested, _SHOTS)[0]
+            bank = gather_ragged(bank)
+            self.few_shot[few_shot] = few_shot_accuracy(bank, labels, queries, targets, _SHOTS)[0]
         return hits
 
     def _k(self, most: int) -> int:

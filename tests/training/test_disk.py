@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -16,8 +15,8 @@ from runs import assert_same_end, load, run_tiny
 
 import train
 from moco.config import RunError
-from moco.training.writing import AtomicCheckpointIO
 from moco.training.tracking import MetricsFile
+from moco.training.writing import AtomicCheckpointIO
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -44,11 +43,14 @@ class FillDisk(pl.Callback):
 
     def on_train_batch_end(self, trainer, *args) -> None:
         trainer.strategy.checkpoint_io.wait()
-        if trainer.global_step == self.full:
+        self.act(trainer.global_step)
+
+    def act(self, step: int) -> None:
+        if step == self.full:
             with self.path.open("wb", buffering=0) as file:
                 while shutil.disk_usage(self.path.parent).free:
                     file.write(bytes(4096))
-        if trainer.global_step == self.free:
+        if step == self.free:
             self.path.unlink()
 
 
@@ -70,7 +72,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_says_so_and_goes_on(
 def test_rows_of_metrics_wait_for_room(small_disk, said):
     metrics = MetricsFile(small_disk / "metrics.csv")
     metrics.log_metrics({"epoch": 0}, -1)
-    FillDisk(small_disk / "ballast", 0, 9).on_train_batch_end(SimpleNamespace(global_step=0))
+    FillDisk(small_disk / "ballast", 0, 9).act(0)
     for step in range(400):
         metrics.log_metrics({"epoch": 0, "train/loss": step / 7}, step)
     assert [line for line in said if "metrics.csv waits to be written: No space" in line]
