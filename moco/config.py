@@ -488,9 +488,20 @@ class RunConfig:
     )
     knn_every: int = setting(
         10,
-        "Epochs between kNN readings, besides the first and the last; 0: none",
+        "Epochs between readings of kNN and of quality without labels, besides the first and the "
+        "last; 0: none",
         at_least=0,
         at_most=MOST_EPOCHS,
+    )
+    held_out: int = setting(
+        512,
+        "Images that a set without a test split is trained without, to measure quality on: a tenth "
+        "of it at most, and none of a set below 640 images; 0: none",
+        at_least=0,
+        at_most=MOST_ROWS,
+    )
+    select: Literal["", "knn_top1", "rankme", "lidar", "alignment", "uniformity", "retrieval"] = (
+        setting("", "Reading by which the best checkpoint is kept as best.ckpt; empty: none is")
     )
     knn_root: str = setting(
         "",
@@ -576,6 +587,9 @@ def with_former_ways(stored: dict[str, Any]) -> dict[str, Any]:
     data, run = stored.get("data"), stored.get("run")
     former = {"exif": "ignore", "reduce_jpegs": False}
     stored = stored | {"data": former | data} if isinstance(data, dict) else stored
+    if isinstance(run, dict):
+        run = {"held_out": 0} | run
+        stored = stored | {"run": run}
     if isinstance(run, dict) and not (run.get("checkpoint_every") or run.get("checkpoint_minutes")):
         stored = stored | {"run": run | {"checkpoint_every": -1}}  # the ends of epochs
     return stored

@@ -30,6 +30,8 @@ from moco.config import TrainConfig, UserError
 
 log = logging.getLogger("moco")
 RUNS = Path("runs")
+BEST = "best.ckpt"  # by the reading that run.select names
+HELD_OUT = "held_out.txt"  # names the images that are not trained on
 BEFORE_DECAY = "before_decay.ckpt"  # of the schedule `stable`; `--extend` goes on from it
 VERSION = 2  # of a checkpoint; version 1 stored none and drew other random numbers
 
@@ -237,6 +239,11 @@ def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path)
         os.replace(temporary, target)
     except (OSError, ValueError) as error:
         raise _unwritable(run_dir, error) from None
+
+
+def write_names(run_dir: Path, paths: list[str]) -> None:
+    """Write held_out.txt: the images that are not trained on, one a line."""
+    (run_dir / HELD_OUT).write_bytes(b"".join(os.fsencode(path) + b"\n" for path in paths))
 
 
 def _unwritable(run_dir: Path, error: Exception) -> UserError:

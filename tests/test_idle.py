@@ -85,6 +85,8 @@ TRAINING = {
     "optim.plateau_patience": (3, {"optim.schedule": "step"}, {"optim.schedule": "plateau"}),
     "run.minutes": (5.0, {}, {"trainer.max_epochs": "auto"}),
     "run.knn_root": ("x", {"run.knn_every": 0}, {}),
+    "run.select": ("lidar", {"run.knn_every": 0}, {}),
+    "run.held_out": (9, {"data.dataset": "digits"}, {"data.dataset": "folder"}),
     "run.knn_first": (False, {"run.knn_every": 0}, {}),
     "run.knn_bank": (9, {"run.knn_every": 0}, {}),
     "run.knn_layer": ("head", {"run.knn_every": 0}, {}),

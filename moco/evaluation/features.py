@@ -1,17 +1,20 @@
-"""Features: what a network computes from images, on this rank, checked to be finite.
+"""Features: what a network computes from images, checked to be finite, or from views of them.
 
-Shapes: N images of a batch, M images of this rank, D feature.
+Shapes: N images of a batch, M images of this rank, V views, D feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from moco import distributed
 from moco.config import DataConfig, UserError
+from moco.distributed import gather_ragged
+from moco.images.loader import PretrainData, StepLoader
 
 
 @torch.no_grad()
@@ -45,6 +48,43 @@ def extract_features(
             )
         check_finite(found := torch.cat(features), "the encoder's features")
     return found, torch.cat(rows).to(found.device)
+
+
+@torch.no_grad()
+def view_features(network: nn.Module, data: PretrainData, epochs: int = 1) -> Tensor:
+    """Return features of fresh views, N x V x D float32 with V = 2 * epochs, the same on all ranks.
+
+    Args:
+        network: Images to N x D; in eval mode here, and then as it was.
+        data: Of images in whole batches.
+    """
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    found = []
+    for epoch in range(epochs):
+        features, rows = [], []
+        for indices in StepLoader(data, lambda epoch=epoch: epoch * data.steps_per_epoch):
+            batch = data.on_after_batch_transfer(indices, 0)
+            views = batch.query_views[0], batch.key_views[0]
+            features.append(torch.stack([network(view).float() for view in views], 1))
+            rows.append(distributed.local_rows(indices.index, len(views[0])))
+        place = gather_ragged(torch.cat(rows).to(features[0].device)).argsort()
+        found.append(gather_ragged(torch.cat(features))[place])
+    for module, mode in training.items():
+        module.training = mode
+    return torch.cat(found, 1)
+
+
+@contextlib.contextmanager
+def rank_0_statistics(network: nn.Module) -> Iterator[None]:
+    """Have every rank judge with the statistics of rank 0, which checkpoints hold; then its own."""
+    buffers = list(network.buffers())
+    own = [buffer.clone() for buffer in buffers]
+    distributed.broadcast_buffers(network)
+    yield
+    with torch.no_grad():
+        for buffer, before in zip(buffers, own, strict=True):
+            buffer.copy_(before)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from moco.images.scaling import PLAIN, Reading
 from moco.images.values import choose_channels, settle
 
 log = logging.getLogger("moco")
+_FEWEST_HELD_OUT = 64  # fewer tell nothing
 
 
 @dataclass
@@ -116,6 +117,28 @@ def open_labelled(
         return None
     queries = _open_folder(data, folder, bank)
     return None if queries.labels is None else (bank, queries)
+
+
+def has_test_split(data: DataConfig) -> bool:
+    """Tell whether a set has held-out images of its own; raise UserError as `open_source`."""
+    return data.dataset in ARRAYS or split_folders(data)[1] is not None
+
+
+def set_aside(source: ImageSource, most: int, seed: int) -> tuple[ImageSource, ImageSource | None]:
+    """Take some images out of a training set, to measure on: a tenth of it, and `most` at most.
+
+    Which ones is a function of the seed and the number of images. Of a set that could spare only
+    few none are taken.
+
+    Returns:
+        The images that are left, and those set aside or None.
+    """
+    count = min(most, len(source) // 10)
+    if count < min(_FEWEST_HELD_OUT, most) or count == 0:
+        return source, None
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+    held, kept = (rows.sort().values for rows in (order[:count], order[count:]))
+    return source.rows(kept), source.rows(held)
 
 
 def shared_classes(bank: ImageSource, queries: ImageSource) -> tuple[ImageSource, ImageSource]:

@@ -108,6 +108,7 @@ def results(run: Run, run_dir: Path, seconds: float) -> dict[str, Any]:
     comparison = run.monitor.comparison
     return {
         **{name: _rounded(value) for name, value in run.monitor.results().items()},
+        "quality": {name: _rounded(v) for name, v in run.quality.results().items()} or None,
         "comparison": comparison and comparison.as_dict(_findings(run)),
         "loss": _rounded(run.metrics.latest.get("train/loss"), 4),
         "loss_step": run.metrics.read_at.get("train/loss"),
@@ -144,7 +145,24 @@ def _without_labels(run: Run) -> str:
         f"No verdict: {why}. Read instead: loss {latest['train/loss']:.2f} (of a network that "
         f"cannot tell images apart {latest['train/chance_loss']:.2f}), the own key first in "
         f"{latest['train/contrast_top1']:.0%} of queries, spread {latest['train/spread']:.2f} "
-        f"(1: even, 0: collapsed){'; '.join(['', *_findings(run)])}."
+        f"(1: even, 0: collapsed){_held_out(run)}{'; '.join(['', *_findings(run)])}."
+    )
+
+
+def _held_out(run: Run) -> str:
+    """Say what the network does with images that it was not trained on; empty if none was read."""
+    quality = run.quality
+    if not quality.last:
+        return ""
+
+    def pair(name: str, form: str) -> str:
+        start = f" ({form.format(quality.first[name])} at the start)" if quality.first else ""
+        return form.format(quality.last[name]) + start
+
+    count = len(quality.views.source)
+    return (
+        f", of {count} held-out images another view the nearest of all for "
+        f"{pair('retrieval', '{:.0f}%')}, RankMe {pair('rankme', '{:.1f}')}"
     )
 
 

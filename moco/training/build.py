@@ -32,6 +32,7 @@ from moco.training.hardware import own_device
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.monitor import KNNMonitor
 from moco.training.outlook import Outlook
+from moco.training.quality import Quality, check_select, held_out_views
 from moco.training.saving import Checkpoints, Signals
 from moco.training.tracking import loggers
 from moco.training.writing import AtomicCheckpointIO
@@ -48,6 +49,7 @@ class Run:
     data: PretrainData
     metrics: MetricsLogger
     monitor: KNNMonitor
+    quality: Quality
     saver: Checkpoints
 
 
@@ -133,6 +135,7 @@ def assemble(
     run_dir: Path,
     start_step: int,
     callbacks: Sequence[pl.Callback],
+    held: ImageSource | None = None,
 ) -> Run:
     """Build the callbacks and the Trainer around module and data.
 
@@ -140,6 +143,7 @@ def assemble(
         images: What tells the images from others; stored in every checkpoint.
         start_step: Of a resumed run, else 0.
         callbacks: Called after the run's own.
+        held: Images that were set aside.
     """
     if decided.compile:
         module.compile_encoders(decided.compile)
@@ -148,9 +152,14 @@ def assemble(
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
     signals = Signals()
     monitor = KNNMonitor(open_labelled(config, data), config.run, metrics, signals)
+    held = held or (monitor.data and monitor.data[1].source) or _test_images(config, data)
+    views = held_out_views(config, data, held)
+    check_select(config, monitor.data is not None, views is not None)
+    quality = Quality(views, config, metrics)
     saver = Checkpoints(
         signals,
         metrics,
+        quality,
         run_dir / "checkpoints",
         config.run.checkpoint_every,
         step_before_decay(config, module.total_steps),
@@ -158,11 +167,11 @@ def assemble(
         config.run.keep_checkpoints,
         {"version": VERSION, **kept},
     )
-    own = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
+    own = [signals, NonFiniteGuard(run_dir), metrics, monitor, quality, saver]
     own += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
     found = loggers(config.run, run_dir, start_step)
     trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
-    return Run(trainer, module, data, metrics, monitor, saver)
+    return Run(trainer, module, data, metrics, monitor, quality, saver)
 
 
 def step_before_decay(config: TrainConfig, steps: int) -> int:
@@ -241,6 +250,11 @@ def open_labelled(
         rows = torch.randperm(len(bank), generator=generator)[: config.run.knn_bank]
         bank = bank.rows(rows.sort().values)
     return bank, queries
+
+
+def _test_images(config: TrainConfig, data: PretrainData) -> ImageSource | None:
+    """Open the test split of a set without labels; None where there is none, or nothing is read."""
+    return sources.open_source(data.config, "test") if config.run.knn_every else None
 
 
 def _open_own_labelled(data: DataConfig, root: str) -> tuple[ImageSource, ImageSource]:

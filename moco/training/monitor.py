@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.algorithm.encoder import Encoder, build_encoder
 from moco.config import RunConfig
-from moco.distributed import broadcast_buffers, gather_ragged
-from moco.evaluation.features import extract_features
+from moco.distributed import gather_ragged
+from moco.evaluation.features import extract_features, rank_0_statistics
 from moco.evaluation.knn import few_shot_accuracy, knn_predict
 from moco.evaluation.subject import PIXEL_SIDE, Pixels
 from moco.evaluation.verdict import RAW_PIXELS, UNREAD, UNTRAINED, Comparison, by_image, compare
@@ -113,13 +113,8 @@ class KNNMonitor(pl.Callback):
         """Extract features on all ranks, vote, and log."""
         start = time.perf_counter()
         network = self._network(module.query_encoder)
-        buffers = list(network.buffers())
-        own = [buffer.clone() for buffer in buffers]
-        with torch.no_grad():
-            broadcast_buffers(network)
+        with rank_0_statistics(network):
             self._hits = self.judge(trainer, module.device, network, "ten_shot" if final else "")
-            for buffer, before in zip(buffers, own, strict=True):
-                buffer.copy_(before)  # of ranks above 0
         self.last, self.read_at = _top1(self._hits), trainer.global_step
         self.metrics.paused += time.perf_counter() - start
         self.metrics.publish(trainer, module, {"val/knn_top1": self.last})

@@ -49,7 +49,7 @@ def check_same(config: TrainConfig, stored: dict[str, dict[str, Any]], where: Pa
         for field, value in fields.items()
         if value != before[group][field]
         and f"{group}.{field}" not in _MAY_DIFFER
-        and (group != "run" or field == "seed")
+        and (group != "run" or field in ("seed", "held_out"))
         and not (before[group][field] == "auto" and f"{group}.{field}" in AUTOMATIC)
     }
     if not changes:

@@ -28,7 +28,7 @@ from moco.images import sources
 from moco.images.loader import PretrainData
 from moco.images.resident import estimate_bytes
 from moco.images.sources import ImageSource
-from moco.run_directory import find_run, new_run, sole_run, write_config
+from moco.run_directory import find_run, new_run, sole_run, write_config, write_names
 from moco.training.announce import results, say_verdict, say_what_was_decided, set_up_logging
 from moco.training.autoconfigure import Facts, Settings, autoconfigure, choose_length
 from moco.training.build import (
@@ -99,7 +99,7 @@ def _pretrain(
 ) -> dict[str, Any]:
     """As `pretrain`, with what belongs together in pairs; the processes are connected."""
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
-        source, images = _open(config)
+        source, images, aside = _open(config)
         config, run_dir, checkpoint, is_new = distributed.from_first(
             lambda: _begin(config, resume, recipe, held, is_extended=more[0] > 0)
         )
@@ -124,24 +124,36 @@ def _pretrain(
             if config.run.plan:
                 return tell_plan(settings.config, decided, module, data, pace, start_step)
             place = images, run_dir, start_step
-            run = assemble(settings.config, decided, module, data, *place, callbacks)
+            run = assemble(settings.config, decided, module, data, *place, callbacks, aside)
             say_what_was_decided(settings.config, decided, module, data, run_dir)
             run.monitor.is_loaded = bool(weights[0])
             if run.trainer.is_global_zero:
                 write_config(asked, asdict(decided), run_dir)
+                if aside and aside.paths:
+                    write_names(run_dir, aside.paths)
         for part in run.monitor.data or ():
             part.bad.look_ahead()
         return _fit(run, run_dir, checkpoint)
 
 
-def _open(config: TrainConfig) -> tuple[ImageSource, dict[str, int]]:
-    """Open the images, the same ones on all ranks, and return what tells them from others."""
+def _open(config: TrainConfig) -> tuple[ImageSource, dict[str, int], ImageSource | None]:
+    """Open the images, the same ones on all ranks; return those to train on, what tells all of
+    them from others, and those that are set aside to measure on.
+    """
     log.info("opening the images of %s", config.data.root or config.data.dataset)
     with distributed.together():
         source = sources.open_source(config.data, "train")
     images = sources.identify(source, config.data.root)
     distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
-    return source, images
+    aside = None
+    if not config.run.knn_root and not sources.has_test_split(config.data):
+        source, aside = sources.set_aside(source, config.run.held_out, config.run.seed)
+    if aside:
+        log.info(
+            "run.held_out: %d of %d images are not trained on, to measure quality on them "
+            "(0 trains on all)", len(aside), len(aside) + len(source),
+        )  # fmt: skip
+    return source, images, aside
 
 
 def _build(

@@ -18,8 +18,9 @@ import torch
 
 from moco import slurm
 from moco.config import RunError, UserError
-from moco.run_directory import BEFORE_DECAY
+from moco.run_directory import BEFORE_DECAY, BEST
 from moco.training.metrics import MetricsLogger
+from moco.training.quality import Quality
 from moco.training.writing import name_besides, why_not
 
 log = logging.getLogger("moco")
@@ -82,6 +83,7 @@ class Checkpoints(pl.Callback):
     Args:
         signals: Tells which signal came.
         metrics: Its clock stops while a checkpoint is written.
+        quality: Tells whether a reading is the best so far.
         directory: Of the checkpoints.
         every: Steps between checkpoints; 0: none at chosen steps, -1: one at each end of an epoch.
         before_decay: A step after which the checkpoint stays as before_decay.ckpt; 0: none.
@@ -99,6 +101,7 @@ class Checkpoints(pl.Callback):
         self,
         signals: Signals,
         metrics: MetricsLogger,
+        quality: Quality,
         directory: Path,
         every: int,
         before_decay: int,
@@ -106,14 +109,14 @@ class Checkpoints(pl.Callback):
         keep: int,
         extras: dict[str, Any],
     ) -> None:
-        self.signals, self.metrics = signals, metrics
+        self.signals, self.metrics, self.quality = signals, metrics, quality
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
         self.before_decay, self.extras = before_decay, extras
         self.stop_signal, self.saved_step = 0, 0
         self.seconds = 0.0
         self._in_step = False
         self._saved_at = time.monotonic()
-        self._saves = 0
+        self._saves, self._best_step = 0, -1
         self._ranks: Any = None  # a group of processes, where there are several
         self._asked: tuple[Any, torch.Tensor, int] | None = None  # of them, and not yet answered
 
@@ -145,7 +148,8 @@ class Checkpoints(pl.Callback):
         signal_place, late = self._agree(STOPPING.index(self.signals.came), int(late))
         finished = step >= module.total_steps
         self.stop_signal = 0 if finished else STOPPING[signal_place]
-        if due or late or self.stop_signal or finished or step == self.before_decay:
+        kept = self.quality.is_best or step == self.before_decay
+        if due or late or self.stop_signal or finished or kept:
             self.save(trainer)
         self._in_step = False
         if self.stop_signal or finished:
@@ -182,6 +186,8 @@ class Checkpoints(pl.Callback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()  # the steps before are still computed: that is no saving
         start = time.monotonic()
+        if self.quality.is_best:
+            self._best_step = trainer.global_step
         trainer.save_checkpoint(self.directory / f"step_{trainer.global_step:09d}.ckpt")
         if not trainer.is_global_zero:
             self.saved_step = trainer.global_step
@@ -197,6 +203,8 @@ class Checkpoints(pl.Callback):
         try:
             if self.saved_step == self.before_decay:
                 name_besides(path, self.directory / BEFORE_DECAY)
+            if self.saved_step == self._best_step:
+                name_besides(path, self.directory / BEST)
             name_besides(path, last)
             # By age: steps of an earlier attempt may be higher, and must not outlive this one's.
             steps = self.directory.glob("step_*.ckpt")

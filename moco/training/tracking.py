@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from moco.config import RunConfig, UserError
+from moco.evaluation.measures import MEASURES
 
 log = logging.getLogger("moco")
 COLUMNS = (
@@ -31,6 +32,7 @@ COLUMNS = (
     "train/images_per_second",
     "train/wait_share",
     "val/knn_top1",
+    *(f"val/{name}" for name in MEASURES),
 )
 
 

@@ -1,0 +1,152 @@
+"""Quality without labels while a run trains, as a Lightning callback; nothing computed changes.
+
+The measures are taken on images that are not trained on: those of the test split, or some that were
+set aside (`run.held_out`). Of each, the views are the same at every reading.
+Shapes: N images, V views, D feature.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from moco import distributed
+from moco.config import TrainConfig, UserError
+from moco.evaluation.features import rank_0_statistics, view_features
+from moco.evaluation.measures import MEASURES
+from moco.images.loader import PretrainData
+from moco.images.sources import ImageSource
+from moco.random import stream_id
+from moco.training.metrics import MetricsLogger
+
+log = logging.getLogger("moco")
+MOST_IMAGES = 512  # of a reading: it shall take less than a fiftieth of the training time
+_BATCH = 128
+
+
+def held_out_views(
+    config: TrainConfig, data: PretrainData, held: ImageSource | None
+) -> PretrainData | None:
+    """Prepare fresh views of held-out images; None where there are too few, or none are wanted.
+
+    Args:
+        config: Settings of the run.
+        data: Of the run; its device makes the views.
+        held: The images that are not trained on.
+    """
+    if held is None or config.run.knn_every == 0:
+        return None
+    count = min(len(held), MOST_IMAGES)
+    unit = distributed.world_size() * 2
+    batch = min(_BATCH, count) // unit * unit
+    if batch == 0:
+        return None
+    generator = torch.Generator().manual_seed(config.run.seed)
+    rows = torch.randperm(len(held), generator=generator)[: count // batch * batch]
+    settings = replace(data.config, batch_size=batch, num_workers=0, resident="auto")
+    seed = stream_id(config.run.seed, "held out") % 2**32
+    views = PretrainData(settings, seed, False, False, held.rows(rows.sort().values))
+    try:
+        views.prepare(data.device)
+    except UserError as error:  # files that cannot be read
+        log.info("quality without labels is not read: %s", error)
+        return None
+    return views
+
+
+def check_select(config: TrainConfig, has_labels: bool, has_views: bool) -> None:
+    """Raise UserError where the reading that is to choose the best checkpoint is never taken."""
+    name = config.run.select
+    if not name or (has_labels if name == "knn_top1" else has_views):
+        return
+    missing = "labels" if name == "knn_top1" else "held-out images"
+    raise UserError(
+        f"run.select is {name!r}, which is never read here, since there are no {missing}: "
+        "leave it out, or give a set with a test split (run.knn_root may be one)"
+    )
+
+
+class Quality(pl.Callback):
+    """Read the measures with the network as it starts, every few epochs and after the last step.
+
+    Args:
+        views: Of held-out images, or None: then nothing is read.
+        config: Settings of the run.
+        metrics: Logs the readings.
+
+    Attributes:
+        first, last: Name to value, before the first step and at the newest reading.
+        best: The best value so far of the measure that chooses `best.ckpt`, or None.
+        is_best: Whether the newest reading is that one.
+    """
+
+    def __init__(
+        self, views: PretrainData | None, config: TrainConfig, metrics: MetricsLogger
+    ) -> None:
+        self.views, self.config, self.metrics = views, config.run, metrics
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.best: float | None = None
+        self.is_best = False
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Read the network as it starts."""
+        if self.views and self.config.knn_first and trainer.global_step == 0:
+            self.read(trainer, module)
+            self.first = self.last
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read at the ends of the epochs at which kNN is read, and compare with the best so far."""
+        self.is_best = False
+        step = trainer.global_step
+        final = step >= module.total_steps
+        epoch_end = batch_idx + 1 == trainer.num_training_batches
+        if self.config.knn_every == 0 or not (epoch_end or final):
+            return
+        if final or round(step / module.steps_per_epoch) % self.config.knn_every == 0:
+            if self.views:
+                self.read(trainer, module)
+            self._compare()
+
+    def read(self, trainer: pl.Trainer, module: Any) -> None:
+        """Take features of the held-out views on all ranks, measure and log."""
+        start = time.perf_counter()
+        network = module.query_encoder.backbone
+        with trainer.precision_plugin.forward_context(), rank_0_statistics(network):
+            features = view_features(network, self.views)
+        is_finite = bool(features.isfinite().all())
+        self.last = {n: measure(features) for n, (measure, _) in MEASURES.items() if is_finite}
+        self.metrics.paused += time.perf_counter() - start
+        named = {f"val/{name}": value for name, value in self.last.items()}
+        self.metrics.publish(trainer, module, named)
+
+    def _compare(self) -> None:
+        """Note whether the chosen reading is the best so far; rank 0 decides."""
+        name = self.config.select
+        value = self.last.get(name) if name in MEASURES else self.metrics.latest.get(f"val/{name}")
+        if not name or value is None:
+            return
+        sign = 1 if MEASURES.get(name, (None, True))[1] else -1
+        is_better = self.best is None or sign * value > sign * self.best
+        self.is_best = distributed.from_first(lambda: is_better)
+        self.best = value if self.is_best else self.best
+
+    def results(self) -> dict[str, float]:
+        """Return the newest reading and the first one by name, as plain values."""
+        start = {f"{name}_at_start": value for name, value in self.first.items()}
+        return self.last | start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the readings for the checkpoint."""
+        return {"first": self.first, "last": self.last, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the readings from a checkpoint."""
+        self.first, self.last, self.best = state["first"], state["last"], state["best"]

@@ -1,0 +1,126 @@
+"""Quality without labels while a run trains: which images, when, and the best checkpoint."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import write_pictures
+from runs import TINY, assert_same_end, load, run_tiny
+
+import train
+from moco.config import TrainConfig, UserError
+from moco.evaluation.measures import MEASURES
+from moco.images import sources
+from moco.run_directory import BEST, HELD_OUT
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+READ = ["--run.knn_every", "1"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """640 pictures in one folder, of which a tenth may be set aside."""
+    root = tmp_path_factory.mktemp("many")
+    write_pictures(root, [f"{i:03d}.png" for i in range(640)], np.random.default_rng(0))
+    return root
+
+
+def rows(run_dir: str = "run") -> list[dict[str, str]]:
+    with open(f"{run_dir}/metrics.csv") as file:
+        return [row for row in csv.DictReader(file) if row["val/rankme"]]
+
+
+def run(root, *words: str, **options) -> dict:
+    return run_tiny(root, *READ, "--data.batch_size", "128", "--model.queue_size", "128", *words,
+                    **options)  # fmt: skip
+
+
+def test_a_set_without_a_split_is_measured_on_images_that_it_is_not_trained_on(many, said):
+    result = run(many)
+    names = Path("run", HELD_OUT).read_text().splitlines()
+    assert len(names) == len(set(names)) == 64 and all(Path(name).is_file() for name in names)
+    assert any("run.held_out: 64 of 640 images are not trained on" in line for line in said)
+    assert result["steps"] == 2 * (576 // 128)
+    read = rows()
+    assert [row["step"] for row in read] == ["0", "4", "8"]
+    for name in MEASURES:
+        assert result["quality"][name] == round(float(read[-1][f"val/{name}"]), 2)
+        assert result["quality"][f"{name}_at_start"] == round(float(read[0][f"val/{name}"]), 2)
+    assert "of 64 held-out images another view the nearest of all" in " ".join(said)
+
+
+def test_readings_change_no_bit_of_the_run(many):
+    run(many)
+    run(many, "--run.knn_every", "0", run_dir="silent")
+    assert_same_end("run", "silent")
+    assert "val/rankme" in rows()[0] and not rows("silent")
+
+
+def test_a_resumed_run_reads_what_a_whole_one_does(many):
+    run(many)
+    Path("run").rename("whole")
+    run(many, "--trainer.max_epochs", "2", run_dir="run")
+    for path in Path("run/checkpoints").iterdir():
+        if path.name != "step_000000003.ckpt":
+            path.unlink()
+    train.main(["--resume", "run"])
+    assert rows() == rows("whole")
+    assert_same_end("run", "whole")
+
+
+def test_another_number_held_out_is_another_run(many):
+    run(many)
+    with pytest.raises(UserError, match="run.held_out is 0 but the run has 512"):
+        train.main(["--resume", "run", "--run.held_out", "0"])
+
+
+def test_a_run_of_a_version_that_set_none_aside_goes_on_with_all_images():
+    assert TrainConfig.from_dict({"run": {"seed": 1}}).run.held_out == 0
+
+
+def test_sets_of_few_images_lose_none(many):
+    source = sources.open_source(TrainConfig().data.__class__(root=str(many)), "train")
+    for count, most, aside in ((639, 512, 0), (640, 512, 64), (640, 10, 10), (640, 0, 0)):
+        kept, held = sources.set_aside(source.rows(torch.arange(count)), most, seed=1)
+        assert (len(kept), len(held or [])) == (count - aside, aside)
+        assert not held or not set(kept.paths) & set(held.paths)
+    again = sources.set_aside(source, 10, seed=1)[1].paths
+    assert again == sources.set_aside(source, 10, seed=1)[1].paths
+    assert again != sources.set_aside(source, 10, seed=2)[1].paths
+
+
+def test_the_best_checkpoint_is_that_of_the_best_reading(many, monkeypatch):
+    values = iter([5.0, 9.0, 7.0, 8.0])
+    monkeypatch.setitem(MEASURES, "lidar", (lambda features: next(values), True))
+    run(many, "--run.select", "lidar", "--trainer.max_epochs", "3", "--run.keep_checkpoints", "1")
+    assert load(f"run/checkpoints/{BEST}")["global_step"] == 4
+    assert load("run/checkpoints/last.ckpt")["global_step"] == 12
+    values = iter([6.0, 9.5])
+    train.main(["--resume", "run", "--extend", "2", "--yes"])  # 9.0 was the best before
+    assert load(f"run/checkpoints/{BEST}")["global_step"] == 20
+
+
+def test_where_less_is_better_the_least_is_the_best(many, monkeypatch):
+    values = iter([5.0, 9.0, 7.0])
+    monkeypatch.setitem(MEASURES, "alignment", (lambda features: next(values), False))
+    run(many, "--run.select", "alignment")
+    assert load(f"run/checkpoints/{BEST}")["global_step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("knn_top1", "labels"), ("rankme", "held-out images")]
+)
+def test_a_reading_that_is_never_taken_chooses_nothing(images, name, missing):
+    with pytest.raises(UserError, match=f"never read here, since there are no {missing}"):
+        run_tiny(images, *READ, "--run.select", name)
+
+
+def test_labelled_sets_are_measured_on_their_test_images():
+    small = ["--data.dataset", "digits", "--data.image_size", "16", "--data.upscale", "2"]
+    result = train.main([*TINY, *small, *READ, "--data.batch_size", "400", "--run.knn_k", "5",
+                         "--model.queue_size", "400", "--trainer.max_epochs", "1"])  # fmt: skip
+    assert result["quality"]["rankme"] > 1 and not list(Path("runs").glob(f"*/{HELD_OUT}"))
