@@ -166,9 +166,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, default=250, help="of the measured images")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--runs", type=int, default=len(RUNS), help="only the first so many")
-    parser.add_argument(
-        "--words", nargs="*", default=[], help="settings of all runs, as NAME=VALUE"
-    )
+    parser.add_argument("--words", nargs="*", default=[], help="settings of all runs: NAME=VALUE")
     options = parser.parse_args(argv)
     options.words = [f"--{word}" for word in options.words]
     with tempfile.TemporaryDirectory() as folder:
