@@ -38,8 +38,8 @@ EVALUATION = """\
 
 `eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
 whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
-`grey` and `blur` belong to pretraining and are refused. `export.py` takes its own alone, and so do `search` and `select`; `embed`
-takes the group `data` as evaluation does.
+`grey` and `blur` belong to pretraining and are refused. `embed` takes the group `data` in the same
+way. `export.py`, `search` and `select` take their own alone.
 """
 
 

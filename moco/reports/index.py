@@ -17,14 +17,13 @@ import faiss
 import numpy as np
 
 from moco.config import RunError, UserError
-from moco.reports.table import Features, unit, whole
+from moco.reports.table import INDEX, Features, unit, whole
 
 log = logging.getLogger("moco")
-FILE = "features.faiss"
 EXACT = 100_000  # images up to which all are compared
-LOOKED_INTO = 32  # cells of a query
+LOOKED_INTO, LOOKED_NEAR = 32, 8  # cells of a query, and of each image where all are asked for
 PARTNERS = 20  # of an image among its near-duplicates
-_SAMPLE = 64  # vectors of a cell from which its centre is found
+_SAMPLE = 40  # vectors of a cell from which its centre is found
 _SLACK = 1e-5  # rounding of a cosine
 
 
@@ -49,7 +48,7 @@ def build_index(features: Features) -> Any:
 def _build_cells(features: Features) -> Any:
     """Build an index of cells; each is given its size first, since growing would take twice it."""
     count = len(features)
-    cells = 2 * math.isqrt(count)
+    cells = 4 * math.isqrt(count)
     kind = f"IVF{cells},Flat"
     index = faiss.index_factory(features.dim, kind, faiss.METRIC_INNER_PRODUCT)
     log.info("index: %d vectors in %d cells", count, cells)
@@ -66,8 +65,10 @@ def _build_cells(features: Features) -> Any:
 
 
 def write_index(features: Features) -> Path:
-    """Write the index of a file of features beside it; return its path."""
-    path = features.folder / FILE
+    """Write the index of a file of features beside it unless it is there; return its path."""
+    path = features.folder / INDEX
+    if path.is_file():
+        return path
     index = build_index(features)
     with whole(path) as temporary:
         try:
@@ -83,7 +84,7 @@ def open_index(features: Features) -> Any:
     Raises:
         RunError: It is of other features, or damaged.
     """
-    path = features.folder / FILE
+    path = features.folder / INDEX
     if not path.is_file():
         log.info("%s is not there: an index is built for this once (embed --index keeps one)", path)
         return build_index(features)
@@ -112,7 +113,8 @@ def others(index: Any, start: int, block: np.ndarray, k: int) -> tuple[np.ndarra
         As of `neighbours`, with k columns, or one fewer than there are images.
     """
     k = min(k, index.ntotal - 1)
-    similarity, found = neighbours(index, block, k + 1)
+    near = faiss.SearchParametersIVF(nprobe=LOOKED_NEAR) if hasattr(index, "nprobe") else None
+    similarity, found = index.search(unit(block), k + 1, params=near)
     own = np.arange(start, start + len(block))[:, None]
     itself = found == own
     itself[~itself.any(1), -1] = True  # among many equal ones it may be missing: drop the last

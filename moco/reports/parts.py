@@ -31,7 +31,7 @@ from moco.evaluation.subject import track
 from moco.images.labelled import LabelledData
 from moco.judge_config import EmbedConfig
 from moco.reports.listing import Listing
-from moco.reports.table import FILE, as_text, vectors_of, whole, writing
+from moco.reports.table import FILE, INDEX, as_text, vectors_of, whole, writing
 
 log = logging.getLogger("moco")
 PARTS, BAD_FILES = ".parts", "bad_files.txt"  # inside the directory of the features
@@ -100,15 +100,14 @@ def is_done(job: Job) -> bool:
             f"{other} is of other features (another encoder, other images or options): name "
             "another --output, or give --overwrite"
         )
-    if other:
-        for path in (target, job.folder / "features.faiss", job.folder / BAD_FILES):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(job.folder / PARTS, ignore_errors=True)
-    elif target.is_file():
+    if target.is_file() and not other:
         log.info("%s holds these features already", target)
         return True
+    if other:
+        remove_parts(job)
     if not plan.is_file():
-        (job.folder / BAD_FILES).unlink(missing_ok=True)
+        for path in (target, job.folder / INDEX, job.folder / BAD_FILES):
+            path.unlink(missing_ok=True)
         os.makedirs(plan.parent, exist_ok=True)
         with whole(plan) as temporary:
             temporary.write_text(json.dumps(about), encoding="utf-8")

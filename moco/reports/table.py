@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from moco.config import RunError, UserError
 
-FILE = "features.parquet"
+FILE, INDEX = "features.parquet", "features.faiss"
 BLOCK = 8192  # rows that are read at once
 _ESSENTIAL = {"id", "path", "vector"}
 

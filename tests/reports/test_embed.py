@@ -248,6 +248,15 @@ def test_finished_features_are_left_alone_and_others_refused(ckpt, images, said)
     assert table("out")["vector"].shape == (48, 16)
 
 
+def test_an_index_of_features_that_were_removed_is_not_kept(ckpt, images, tmp_path):
+    embed(ckpt, images, "out", "--index")
+    before = Path("out/features.faiss").read_bytes()
+    embed(ckpt, images, "out", "--index")
+    Path("out/features.parquet").unlink()
+    embed(ckpt, images, "out", "--encoder", "key", "--index")
+    assert Path("out/features.faiss").read_bytes() != before
+
+
 def test_parts_of_other_features_are_refused(ckpt, images, monkeypatch):
     monkeypatch.setattr(parts, "join", stop)
     monkeypatch.setattr("moco.reports.embed.join", stop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import faiss
@@ -10,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embedding import blobs
+from embedding import write_features as write
 
 from moco.config import RunError, UserError
 from moco.log import log_to_stderr
@@ -24,32 +25,9 @@ from moco.reports.index import (
     write_index,
 )
 from moco.reports.projection import project
-from moco.reports.table import Features, unit, vectors_of, whole, writing
+from moco.reports.table import Features, unit, whole
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
-
-
-def write(vectors, folder="set", group=16, **about):
-    """Write vectors as a file of features, in groups of rows; return it, opened."""
-    Path(folder).mkdir(exist_ok=True)
-    about = {"shape": [vectors.shape[1]], "data_root": "/images", "files": True} | about
-    field = pa.field("vector", vectors_of(vectors[:1]).type)
-    schema = pa.schema([pa.field("id", pa.int64()), pa.field("path", pa.string()), field])
-    schema = schema.with_metadata({"moco": json.dumps(about)})
-    with writing(Path(folder) / "features.parquet", schema) as writer:
-        for start in range(0, len(vectors), group):
-            part = vectors[start : start + group]
-            ids = pa.array(np.arange(start, start + len(part)))
-            paths = pa.array([f"{row:05d}.png" for row in range(start, start + len(part))])
-            writer.write_table(pa.table([ids, paths, vectors_of(part)], schema=schema))
-    return Features(folder)
-
-
-def blobs(centres, each, width=16, spread=0.02, seed=0):
-    """Return vectors in groups around random centres, one group behind another."""
-    rng = np.random.default_rng(seed)
-    middles = rng.standard_normal((centres, width)).repeat(each, 0)
-    return (middles + spread * rng.standard_normal(middles.shape)).astype(np.float32)
 
 
 def test_vectors_come_back_in_blocks_and_by_their_numbers(monkeypatch):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_index import blobs, write
+from embedding import blobs
+from embedding import write_features as write
 
 from moco.command.select import main
 from moco.config import UserError
