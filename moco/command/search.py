@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moco.checks import check_ranges
 from moco.command.cli import build_parser, parse
 from moco.command.early import check_output, check_package
+from moco.command.export import Nothing
 from moco.command.judge import flat_options, take
 from moco.config import UserError
 from moco.judge_config import SearchConfig
-
-
-@dataclass
-class Nothing:
-    """A search has no groups of settings, only the options of `SearchConfig`."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 from moco.checks import check_ranges
 from moco.command.cli import build_parser, parse
 from moco.command.early import check_output, check_package
+from moco.command.export import Nothing
 from moco.command.judge import flat_options, take
-from moco.command.search import Nothing
 from moco.judge_config import SelectConfig
 
 
