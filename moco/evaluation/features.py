@@ -33,14 +33,10 @@ def extract_features(
     Raises:
         UserError: There is no batch, or a feature is not finite, on any rank.
     """
-    training = {module: module.training for module in network.modules()}
-    network.eval()
     features, rows = [], []
-    for images, part in batches:
-        features.append(network(images).float())
+    for found, part in each_batch(network, batches):
+        features.append(found)
         rows.append(part)
-    for module, mode in training.items():
-        module.training = mode
     with distributed.together():
         if not features:
             raise UserError(
@@ -48,6 +44,39 @@ def extract_features(
             )
         check_finite(found := torch.cat(features), "the encoder's features")
     return found, torch.cat(rows).to(found.device)
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Set a network to eval mode, and give each of its modules its own mode back."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def each_batch(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what a network computes from each batch, float32, and the batch's rows.
+
+    The network runs in eval mode and gets its training mode back at the end. A batch without images
+    comes back as it is.
+    """
+    with evaluating(network):
+        for images, rows in batches:
+            yield network(images).float() if len(images) else images, rows
+
+
+@torch.no_grad()
+def feature_shape(network: nn.Module, data: DataConfig, device: torch.device) -> tuple[int, ...]:
+    """Return the shape of what a network in eval mode computes from one image: D, or D h w."""
+    size = data.image_size
+    return tuple(network(torch.zeros(2, data.channels, size, size, device=device)).shape[1:])
 
 
 @torch.no_grad()
@@ -58,20 +87,17 @@ def view_features(network: nn.Module, data: PretrainData, epochs: int = 1) -> Te
         network: Images to N x D; in eval mode here, and then as it was.
         data: Of images in whole batches.
     """
-    training = {module: module.training for module in network.modules()}
-    network.eval()
     found = []
     for epoch in range(epochs):
         features, rows = [], []
         for indices in StepLoader(data, lambda epoch=epoch: epoch * data.steps_per_epoch):
             batch = data.on_after_batch_transfer(indices, 0)
             views = batch.query_views[0], batch.key_views[0]
-            features.append(torch.stack([network(view).float() for view in views], 1))
+            with evaluating(network):
+                features.append(torch.stack([network(view).float() for view in views], 1))
             rows.append(distributed.local_rows(indices.index, len(views[0])))
         place = gather_ragged(torch.cat(rows).to(features[0].device)).argsort()
         found.append(gather_ragged(torch.cat(features))[place])
-    for module, mode in training.items():
-        module.training = mode
     return torch.cat(found, 1)
 
 
@@ -85,14 +111,6 @@ def rank_0_statistics(network: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for buffer, before in zip(buffers, own, strict=True):
             buffer.copy_(before)
-
-
-@torch.no_grad()
-def feature_dim(network: nn.Module, data: DataConfig, device: torch.device) -> int:
-    """Return D, the width of what a network in eval mode computes from images."""
-    return network(
-        torch.zeros(2, data.channels, data.image_size, data.image_size, device=device)
-    ).shape[1]
 
 
 def check_finite(features: Tensor, name: str) -> None:
