@@ -17,6 +17,9 @@ COMMANDS = {  # name: the module whose main it runs, and what it does
     "knn": ("moco.command.knn", "judge an encoder by its nearest neighbours"),
     "linear": ("moco.command.linear", "judge an encoder by a classifier on top of it"),
     "export": ("moco.command.export", "write a backbone in another layout"),
+    "report": ("moco.command.report", "show what runs have learnt, on one page"),
+    "views": ("moco.command.views", "draw the view pairs of a run before it starts"),
+    "replay": ("moco.command.replay", "make the batch of a step again, and its losses"),
 }
 
 

@@ -15,11 +15,12 @@ import eval_knn
 import train
 from moco.checks import check
 from moco.config import AUTOMATIC, DataConfig, ModelConfig, TrainConfig, UserError
+from moco.evaluation.findings import own_key_share
 from moco.training import rehearsal
 from moco.training.autoconfigure import Facts, autoconfigure, choose_length
 from moco.training.decide import choose_key_bn
 from moco.training.rehearsal import Pace
-from moco.training.shares import check_queue, check_shares, own_key_share
+from moco.training.shares import check_queue, check_shares
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 FOLDER = str(Path(__file__).parents[2] / "configs" / "folder.yaml")
