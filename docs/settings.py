@@ -11,7 +11,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from moco.config import Auto, TrainConfig
-from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import (
+    ExportConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+    ReplayConfig,
+    ReportConfig,
+    ViewsConfig,
+)
 
 INTRODUCTION = """\
 # Settings
@@ -38,7 +46,8 @@ def page() -> str:
     """Return the whole page: a table for each group."""
     groups = [_section(f"`{name}`", kind) for name, kind in get_type_hints(TrainConfig).items()]
     judging = {"Both": JudgeConfig, "`eval_linear.py`": LinearConfig, "`eval_knn.py`": KNNConfig}
-    others = judging | {"`export.py`": ExportConfig}
+    others = judging | {"`export.py`": ExportConfig, "`report`": ReportConfig}
+    others |= {"`views`": ViewsConfig, "`replay`": ReplayConfig}
     parts = [_section(title, kind) for title, kind in others.items()]
     return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
 

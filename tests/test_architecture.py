@@ -29,7 +29,8 @@ WINGS = {
     "images": ("algorithm",),
     "checkpoints": ("algorithm",),
     "evaluation": ("algorithm", "images", "checkpoints"),
-    "training": ("algorithm", "images", "checkpoints", "evaluation"),
+    "reports": ("algorithm", "images", "checkpoints", "evaluation"),
+    "training": ("algorithm", "images", "checkpoints", "evaluation", "reports"),
 }
 WITHOUT_LIGHTNING = (
     *("algorithm.batch", "algorithm.contrast", "algorithm.encoder", "distributed"),
@@ -39,7 +40,7 @@ WITHOUT_LIGHTNING = (
 WITHOUT_TORCH = (
     *("slurm", "config", "pixels", "judge_config", "checks", "idle", "run_directory", "log"),
     "command",
-    *("algorithm.names", "checkpoints.places", "training.resuming"),
+    *("algorithm.names", "checkpoints.places", "training.resuming", "reports.facts"),
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
 )
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

@@ -25,6 +25,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_output(output.parent)
     check_images(config.data)
     log_to_stderr()
-    from moco.training.replay import preview  # imports torch, so it waits for the settings
+    from moco.training.preview import preview  # imports torch, so it waits for the settings
 
     return preview(config, output)

@@ -5,6 +5,7 @@ Data go into a chart as plain values, so that names of files and classes stay te
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ _TITLES = {
 _HIDDEN = ("step", "epoch", "train/chance_loss", "train/contrast_top5", "train/key_momentum")
 
 
+@functools.cache
 def scripts() -> str:
     """Return Vega, Vega-Lite and Vega-Embed as one script that fetches nothing."""
     return re.sub("</(script)", r"<\\/\1", vl_convert.javascript_bundle(), flags=re.IGNORECASE)
@@ -147,13 +149,13 @@ def bars(changes: Sequence[Change]) -> Spec:
         .encode(
             alt.X(
                 "remains:Q",
-                title="similarity that remains, % (0: as another image, 100: as before)",
+                title="similarity that remains, %",
                 scale=alt.Scale(domain=[max(least, -50.0), 100], clamp=True),
                 axis=alt.Axis(tickCount=5),
             ),
             alt.Y("change:N", sort=order, title=None, axis=alt.Axis(labelLimit=170)),
             tooltip=["change:N", alt.Tooltip("remains:Q", title="remains, %")],
         )
-        .properties(width="container", height={"step": 21})
+        .properties(width="container", height=21 * len(values))
         .to_dict()
     )

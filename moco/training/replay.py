@@ -1,4 +1,4 @@
-"""Replay: the batch of any step again, and the views of a run that has not begun.
+"""Replay: the batch of any step again.
 
 Nothing random has state, so the files and the views of a step follow from its number. Its losses
 are those of the run where a checkpoint from before the step is there: the steps between are taken
@@ -29,47 +29,19 @@ from moco.images import sources
 from moco.images.formats import shown
 from moco.images.loader import Indices, PretrainData, StepLoader
 from moco.pixels import normalisation
-from moco.random import permutation
 from moco.reports.facts import Facts, read_facts
-from moco.reports.pairs import make_pairs, name_of
+from moco.reports.pairs import name_of
 from moco.reports.pictures import draw_sheet, tiles
 from moco.run_directory import is_whole
 from moco.training.announce import set_up_logging
 from moco.training.build import build_data, build_module, build_trainer, set_length
 from moco.training.decide import Decided
-from moco.training.run import settle
 from moco.training.stored import load_stored
 
 log = logging.getLogger("moco")
-_PREVIEWED, _EPOCHS, _DRAWN = 12, (0, 1, 2), 32
+_DRAWN = 32  # images of the highest losses
 # Decisions that change the last digits of numbers.
 _COMPUTED = ("accelerator", "devices", "num_nodes", "precision", "compile")
-
-
-def preview(config: TrainConfig, output: Path) -> dict[str, Any]:
-    """Draw images with the view pairs of their first epochs, without training.
-
-    Args:
-        config: Settings, passed by `moco.checks.check`; auto is decided as a run would.
-        output: PNG to write.
-
-    Raises:
-        UserError: No images, or settings that do not fit them.
-    """
-    set_up_logging()
-    source = sources.open_source(config.data, "train")
-    config = settle(config, source, None).config
-    reading, data = source.reading, config.data
-    if reading.reason:
-        data = replace(data, min_value=list(reading.low), max_value=list(reading.high))
-    chosen = permutation(config.run.seed, "preview", 0, len(source))[:_PREVIEWED].tolist()
-    pairs = make_pairs(source, data, config.run.seed, _EPOCHS, chosen)
-    if not pairs:
-        raise UserError("none of the images that were looked at can be read")
-    heads = ["image", *(f"epoch {n + 1}, view {v}" for n in _EPOCHS for v in "12")]
-    draw_sheet(output, [(pair.name, [pair.image, *pair.views]) for pair in pairs], heads)
-    log.info("views of %d px by data.views %s: %s", data.image_size, data.views, output)
-    return {"views": str(output), "images": len(pairs), "image_size": data.image_size}
 
 
 class _Done(Exception):
