@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -23,16 +24,24 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         commands, self._out = os.pipe()
         self._in, answers = os.pipe()
+        above = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (commands, answers)]
+
+        def place() -> None:  # where Chromium looks for its pipes
+            os.dup2(above[0], 3)
+            os.dup2(above[1], 4)
+
         flags = "--headless=new --no-sandbox --disable-gpu --remote-debugging-pipe --no-first-run"
         flags += " --disable-background-networking --disable-dev-shm-usage --hide-scrollbars"
-        line = f'exec "{PROGRAM}" {flags} --user-data-dir="{folder}" 3<&{commands} 4>&{answers}'
         self.process = subprocess.Popen(
-            ["sh", "-c", line],
-            pass_fds=(commands, answers),
+            [PROGRAM, *flags.split(), f"--user-data-dir={folder}"],
+            preexec_fn=place,
+            pass_fds=(3, 4),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        for end in above:
+            os.close(end)
         os.close(commands)
         os.close(answers)
         self._file = os.fdopen(self._in, "rb")

@@ -23,8 +23,8 @@ CENTRE = """(() => {
       for (let group = item.mark.group; group; group = group.mark && group.mark.group) {
         x += group.x || 0; y += group.y || 0;
       }
-      const [left, top] = view.origin();
-      found.push([box.left + left + x, box.top + top + y, item.datum.name]);
+      const [left, top] = view.origin(), room = view.padding();
+      found.push([box.left + left + room.left + x, box.top + top + room.top + y, item.datum.name]);
     }
     for (const child of item.items || []) visit(child);
   };
