@@ -17,8 +17,11 @@ from moco.judge_config import (
     JudgeConfig,
     KNNConfig,
     LinearConfig,
+    ReplayConfig,
+    ReportConfig,
     SearchConfig,
     SelectConfig,
+    ViewsConfig,
 )
 
 INTRODUCTION = """\
@@ -47,8 +50,9 @@ def page() -> str:
     """Return the whole page: a table for each group."""
     groups = [_section(f"`{name}`", kind) for name, kind in get_type_hints(TrainConfig).items()]
     judging = {"Both": JudgeConfig, "`eval_linear.py`": LinearConfig, "`eval_knn.py`": KNNConfig}
-    others = judging | {"`export.py`": ExportConfig, "`embed`": EmbedConfig}
-    others |= {"`search`": SearchConfig, "`select`": SelectConfig}
+    others = judging | {"`export.py`": ExportConfig, "`report`": ReportConfig}
+    others |= {"`embed`": EmbedConfig, "`search`": SearchConfig, "`select`": SelectConfig}
+    others |= {"`views`": ViewsConfig, "`replay`": ReplayConfig}
     parts = [_section(title, kind) for title, kind in others.items()]
     return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
 

@@ -20,6 +20,9 @@ COMMANDS = {  # name: the module whose main it runs, and what it does
     "embed": ("moco.command.embed", "write the features of any images to a Parquet file"),
     "search": ("moco.command.search", "find images like one, or pairs that are nearly the same"),
     "select": ("moco.command.select", "choose the images that are worth a label first"),
+    "report": ("moco.command.report", "show what runs have learnt, on one page"),
+    "views": ("moco.command.views", "draw the view pairs of a run before it starts"),
+    "replay": ("moco.command.replay", "make the batch of a step again, and its losses"),
 }
 
 

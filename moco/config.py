@@ -520,6 +520,9 @@ class RunConfig:
     knn_temperature: float = setting(
         0.1, "Each neighbour votes exp(similarity / temperature)", above=0, at_most=100
     )
+    report: bool = setting(
+        True, "At the end, write report.html: what was run, what was learnt, what to change"
+    )
     tensorboard: bool = setting(False, "Also write TensorBoard events to the run directory")
     wandb: bool = setting(False, "Also log to Weights & Biases; without a key it stays offline")
     wandb_project: str = setting("moco", "Weights & Biases project")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
-from moco.config import MOST_EPOCHS, MOST_ROWS, DataConfig, setting
+from moco.config import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, DataConfig, setting
 
 
 @dataclass
@@ -209,6 +209,39 @@ class SelectConfig:
     count: int = setting(MISSING, "Images to choose", at_least=1, at_most=MOST_ROWS)
     seed: int = setting(0, "Seed of the clusters", at_least=0, at_most=2**31 - 1)
     output: str = setting("", "CSV to write; empty: selected.csv beside the features")
+
+
+@dataclass
+class ReportConfig:
+    """What `python -m moco report` takes besides the directories of runs."""
+
+    images: int = setting(
+        5000,
+        "Images on the maps of all runs together; above 10000 of a run, openTSNE is needed",
+        at_least=1,
+        at_most=MOST_ROWS,
+    )
+    output: str = setting("", "Page to write; empty: report.html in the first directory")
+    root: str = setting("", "Directory of the images, where they have moved since the run")
+    seed: int = setting(0, "Seed of the choice of images", at_least=0, at_most=2**32 - 1)
+
+
+@dataclass
+class ReplayConfig:
+    """What `python -m moco replay` takes besides the directory of a run."""
+
+    step: int = setting(
+        MISSING, "Which step, as metrics.csv counts them", at_least=1, at_most=MOST_STEPS
+    )
+    output: str = setting("", "Picture to write; empty: replay_STEP.png in the directory")
+    root: str = setting("", "Directory of the images, where they have moved since the run")
+
+
+@dataclass
+class ViewsConfig:
+    """What `python -m moco views` takes besides the settings of training."""
+
+    output: str = setting("views.png", "Picture to write")
 
 
 @dataclass

@@ -3,6 +3,8 @@
 This room needs no torch.
 RUN_DIR/config.yaml      every setting as it was asked for, and what the run has decided
 RUN_DIR/metrics.csv      one row per reading
+RUN_DIR/run.json         when, where and how the run was started, and what it came to
+RUN_DIR/report.html      the page of `moco.reports`
 RUN_DIR/checkpoints/     last.ckpt, and the newest few as step_N.ckpt; before_decay.ckpt of `stable`
 RUN_DIR/.lock            names the process that trains here, and is locked by it
 """
@@ -218,9 +220,16 @@ def is_whole(path: Path) -> bool:
 
 def stored_groups(run_dir: Path) -> dict[str, dict[str, object]]:
     """Read the groups of settings in config.yaml; empty where it is missing or damaged."""
+    content = read_config(run_dir)
+    return {name: group for name, group in content.items() if name != "decided"}
+
+
+def read_config(run_dir: Path) -> dict[str, dict[str, object]]:
+    """Read config.yaml: the groups of settings, and what the run has decided; empty as above."""
     try:
         content = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        return {item.name: dict(content[item.name]) for item in dataclasses.fields(TrainConfig)}
+        groups = {item.name: dict(content[item.name]) for item in dataclasses.fields(TrainConfig)}
+        return groups | {"decided": dict(content.get("decided") or {})}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, ValueError):
         return {}
 

@@ -19,6 +19,7 @@ TINY = [
     *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--optim.lr", "0.01"),
     *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--run.knn_every", "0"),
     *("--run.checkpoint_every", "1", "--run.keep_checkpoints", "99"),
+    *("--run.report", "false"),
 ]
 
 

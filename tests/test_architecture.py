@@ -30,7 +30,7 @@ WINGS = {
     "checkpoints": ("algorithm",),
     "evaluation": ("algorithm", "images", "checkpoints"),
     "reports": ("algorithm", "images", "checkpoints", "evaluation"),
-    "training": ("algorithm", "images", "checkpoints", "evaluation"),
+    "training": ("algorithm", "images", "checkpoints", "evaluation", "reports"),
 }
 WITHOUT_LIGHTNING = (
     *("algorithm.batch", "algorithm.contrast", "algorithm.encoder", "distributed"),
@@ -40,7 +40,7 @@ WITHOUT_LIGHTNING = (
 WITHOUT_TORCH = (
     *("slurm", "config", "pixels", "judge_config", "checks", "idle", "run_directory", "log"),
     "command",
-    *("algorithm.names", "checkpoints.places", "training.resuming"),
+    *("algorithm.names", "checkpoints.places", "training.resuming", "reports.facts"),
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
     *("reports.table", "reports.index", "reports.mapping", "reports.projection"),
     *("reports.search", "reports.select"),

@@ -31,7 +31,7 @@ NEVER_IDLE = {
     *("trainer.num_nodes", "trainer.precision", "trainer.accumulate_grad_batches"),
     *("trainer.log_every_n_steps", "trainer.deterministic"),
     *("run.dir", "run.seed", "run.checkpoint_every", "run.checkpoint_minutes"),
-    *("run.keep_checkpoints", "run.knn_every", "run.tensorboard", "run.wandb"),
+    *("run.keep_checkpoints", "run.knn_every", "run.tensorboard", "run.wandb", "run.report"),
 }
 # Those of evaluation, besides its settings of images.
 NEVER_IDLE_IN_EVALUATION = {
@@ -214,6 +214,7 @@ def test_a_run_and_an_evaluation_say_it_in_one_line(tmp_path, monkeypatch, caplo
     small = ["--model.backbone", "resnet10t", "--model.width", "0.125", "--model.queue_size", "64"]
     small += ["--data.dataset", "digits", "--data.channels", "1", "--data.image_size", "8"]
     small += ["--data.batch_size", "16", "--trainer.max_steps", "1", "--run.knn_every", "0"]
+    small += ["--run.report", "false"]
     small += ["--run.dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
     result = train.main([*small, "--data.root", "nowhere", "--optim.adam_beta1", "0.8"])
     shots = ["--k", "[1]", "--temperature", "0.2", "--shots", "[1]", "--baselines", "false"]
@@ -236,6 +237,7 @@ def test_groups_of_a_split_are_idle_without_a_queue_and_not_where_shuffle_came_t
     small = ["--model.backbone", "resnet10t", "--model.width", "0.125", "--model.queue_size", "64"]
     small += ["--data.dataset", "digits", "--data.channels", "1", "--data.image_size", "8"]
     small += ["--data.batch_size", "16", "--trainer.max_steps", "1", "--run.knn_every", "0"]
+    small += ["--run.report", "false"]
     small += ["--trainer.accelerator", "cpu", "--model.key_bn", "shuffle", "--model.bn_splits", "4"]
     train.main([*small, "--run.dir", str(tmp_path / "run")])
     assert any("key BatchNorm: split" in line for line in caplog.messages)

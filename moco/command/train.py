@@ -88,6 +88,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         extra["allow_partial"],
         extend_by=extra["extend"],
         accept_jump=extra["yes"],
+        command=argv,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run says: its first and last lines, on standard error, and the results that it returns."""
+"""What a run says: its first and last lines, the results that it returns, and its page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any
 
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, TrainConfig
+from moco.evaluation.findings import findings
 from moco.evaluation.verdict import WIDTH
 from moco.idle import idle_in_training
 from moco.images.loader import PretrainData
 from moco.log import log_to_stderr
 from moco.training.build import Run
 from moco.training.decide import Decided
-from moco.training.guard import COLLAPSED
-from moco.training.shares import WORTH_A_WARNING, queue_share
 
 log = logging.getLogger("moco")
 
@@ -168,22 +167,31 @@ def _held_out(run: Run) -> str:
 
 def _findings(run: Run) -> list[str]:
     """Name what the last readings and the settings show to be wrong, each with its remedy."""
-    found, latest = [], run.metrics.latest
-    if latest.get("train/spread", 1.0) < COLLAPSED:
-        found.append(
-            f"the embeddings are nearly one point (train/spread {latest['train/spread']:.2f}), so "
-            "lower optim.lr or raise model.key_momentum"
+    data = run.data
+    model, batch = run.module.model_config, data.config.batch_size
+    return findings(run.metrics.latest, model, batch, len(data.source))
+
+
+def write_page(config: TrainConfig, run_dir: Path) -> dict[str, str]:
+    """Write the page of a finished run; whatever goes wrong there is one line, and no more.
+
+    Returns: `report`, the page's path; empty where there is none.
+    """
+    if not config.run.report:
+        return {}
+    try:
+        from moco.reports.page import write_report  # charts take a second to import
+
+        log.info("writing the report; Ctrl-C leaves it out")
+        path = write_report([run_dir])["report"]
+    except (Exception, KeyboardInterrupt) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        log.warning(
+            "no report was written (%s): python -m moco report %s makes it", reason, run_dir
         )
-    elif latest.get("train/loss", 0.0) >= latest.get("train/chance_loss", math.inf):
-        found.append("the loss is not below that of chance, so train longer or change optim.lr")
-    config = run.module.model_config
-    share, most = queue_share(config, run.data.config.batch_size, len(run.data.source))
-    if share > WORTH_A_WARNING:
-        found.append(
-            f"{share:.0%} of the queries meet an older key of their own image, so take "
-            f"model.queue_size {most}"
-        )
-    return found
+        return {}
+    log.info("report: %s", path)
+    return {"report": path}
 
 
 def _rounded(value: float | None, digits: int = 2) -> float | None:

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from moco.config import RunError
+from moco.evaluation.findings import COLLAPSED
 from moco.images.bad_files import BadFiles
 from moco.run_directory import last_whole
 
 log = logging.getLogger("moco")
-COLLAPSED, COLLAPSED_READINGS = 0.05, 20  # spread, and readings in a row; an even sphere has 1
+COLLAPSED_READINGS = 20  # in a row
 LEAST_SCALE = 1e-4  # of fp16's loss; below it nothing is learnt (fairseq's min_loss_scale)
 
 

@@ -5,7 +5,9 @@ torch takes seconds to import, so each function asks it only where the answer de
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -144,6 +146,19 @@ def _may_have_gpus(wanted: str) -> bool:
     """Tell whether torch must be asked: not where no driver has made a device."""
     is_there = any(os.path.exists(f"/dev/{name}") for name in _DEVICE_FILES)
     return wanted != "cpu" and ("torch" in sys.modules or is_there)
+
+
+def name_device(kind: str) -> str:
+    """Name the hardware of an accelerator, cuda or cpu, for people."""
+    if kind == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):  # Linux alone has the file
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def own_device(config: TrainConfig) -> torch.device:

@@ -28,8 +28,15 @@ from moco.images import sources
 from moco.images.loader import PretrainData
 from moco.images.resident import estimate_bytes
 from moco.images.sources import ImageSource
+from moco.reports.facts import note_result, note_start
 from moco.run_directory import find_run, new_run, sole_run, write_config, write_names
-from moco.training.announce import results, say_verdict, say_what_was_decided, set_up_logging
+from moco.training.announce import (
+    results,
+    say_verdict,
+    say_what_was_decided,
+    set_up_logging,
+    write_page,
+)
 from moco.training.autoconfigure import Facts, Settings, autoconfigure, choose_length
 from moco.training.build import (
     Run,
@@ -40,7 +47,7 @@ from moco.training.build import (
 )
 from moco.training.decide import Decided, decide
 from moco.training.explain import fit
-from moco.training.hardware import accelerator, choose_devices, own_device
+from moco.training.hardware import accelerator, choose_devices, name_device, own_device
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.shares import check_queue
 from moco.training.stored import Stored, before_decay, extend, read_stored
@@ -60,6 +67,7 @@ def pretrain(
     callbacks: Sequence[pl.Callback] = (),
     extend_by: int = 0,
     accept_jump: bool = False,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train as `config` says and return the results.
 
@@ -72,6 +80,7 @@ def pretrain(
         callbacks: Of Lightning, called after the run's own.
         extend_by: Epochs that a resumed run gets besides those that it has.
         accept_jump: Accept that its rate jumps for that.
+        command: Words of the command line, for the page at the end.
 
     Returns: Last kNN and loss with the steps that they were read at, the comparison with what needs
         no training, images per second, steps and paths, as plain values; null is what was not read.
@@ -83,16 +92,18 @@ def pretrain(
     set_up_logging()
     distributed.connect(own_device(config))
     more = extend_by, accept_jump
-    result = _pretrain(config, resume, recipe, (init_from, allow_partial), more, callbacks)
+    started = recipe, command
+    result = _pretrain(config, resume, started, (init_from, allow_partial), more, callbacks)
     result = result if distributed.rank() == 0 else {}
     distributed.disconnect()
-    return result
+    is_finished = "loss" in result and "stopped_by" not in result
+    return result | (write_page(config, Path(result["run_dir"])) if is_finished else {})
 
 
 def _pretrain(
     config: TrainConfig,
     resume: str,
-    recipe: str,
+    started: tuple[str, Sequence[str]],
     weights: tuple[str, bool],
     more: tuple[int, bool],
     callbacks: Sequence[pl.Callback],
@@ -101,13 +112,13 @@ def _pretrain(
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
         source, images, aside = _open(config)
         config, run_dir, checkpoint, is_new = distributed.from_first(
-            lambda: _begin(config, resume, recipe, held, is_extended=more[0] > 0)
+            lambda: _begin(config, resume, started[0], held, is_extended=more[0] > 0)
         )
         with distributed.together():
             asked, stored = config, None
             if checkpoint:
                 config, stored = read_stored(checkpoint, config, images, run_dir)
-            settings = _settle(config, source, stored)
+            settings = settle(config, source, stored)
             if stored and more[0]:
                 extend(settings, stored, len(source), *more)
         start_step = stored.step if stored else 0
@@ -131,6 +142,7 @@ def _pretrain(
                 write_config(asked, asdict(decided), run_dir)
                 if aside and aside.paths:
                     write_names(run_dir, aside.paths)
+                note_start(run_dir, start_step, *started, name_device(decided.accelerator))
         for part in run.monitor.data or ():
             part.bad.look_ahead()
         return _fit(run, run_dir, checkpoint)
@@ -213,7 +225,7 @@ def _begin(
     return config, run_dir, checkpoint, True
 
 
-def _settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> Settings:
+def settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> Settings:
     """Decide what is left to the images and the hardware, but what the speed decides.
 
     Raises:
@@ -289,6 +301,8 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
             slurm.requeue()
     else:
         say_verdict(run)
+    if trainer.is_global_zero:
+        note_result(run_dir, result)
     return result
 
 

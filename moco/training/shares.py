@@ -1,6 +1,6 @@
 """What the batch must divide into, and how long the queue may be, before the first step.
 
-Shapes: W devices, K queue, M keys that an epoch makes.
+Shapes: W devices.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import math
 
-from moco.config import ModelConfig, TrainConfig, UserError
+from moco.config import TrainConfig, UserError
+from moco.evaluation.findings import WORTH_A_WARNING, queue_share
 
 log = logging.getLogger("moco")
-WORTH_A_WARNING = 0.05  # share of the queries that meet their own image's older key
 
 
 def check_shares(config: TrainConfig, world: int, key_bn: str, query_bn: str) -> None:
@@ -59,33 +59,6 @@ def _needs(
         needs.append((world * world, blocks))
     needs.append((world, f"{world} devices"))
     return groups, why, needs
-
-
-def own_key_share(queue_size: int, keys: int) -> float:
-    """Return the share of queries that find an older key of their own image among the negatives.
-
-    An image that stands at u in one epoch and stood at v in the epoch before, both uniform in
-    [0, 1), made its key (1 + u - v) * M keys ago: it is still queued where that is below K.
-
-    Args:
-        queue_size: K.
-        keys: M.
-    """
-    reach = min(queue_size / keys, 2.0)
-    return reach**2 / 2 if reach <= 1 else 1 - (2 - reach) ** 2 / 2
-
-
-def queue_share(model: ModelConfig, batch: int, count: int) -> tuple[float, int]:
-    """Return the share of queries that meet an older key of their own, and the longest good queue.
-
-    Args:
-        model: Settings; without a queue the share is 0.
-        batch: Global batch.
-        count: Images in the set.
-    """
-    of_step = batch * model.keys_per_image
-    keys = max(count // batch, 1) * of_step
-    return own_key_share(model.queue_size, keys), max(keys // 8, of_step)  # K holds a step's keys
 
 
 def check_queue(config: TrainConfig, count: int) -> None:

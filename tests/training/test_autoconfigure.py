@@ -15,15 +15,17 @@ import eval_knn
 import train
 from moco.checks import check
 from moco.config import AUTOMATIC, DataConfig, ModelConfig, TrainConfig, UserError
+from moco.evaluation.findings import own_key_share
 from moco.training import rehearsal
 from moco.training.autoconfigure import Facts, autoconfigure, choose_length
 from moco.training.decide import choose_key_bn
 from moco.training.rehearsal import Pace
-from moco.training.shares import check_queue, check_shares, own_key_share
+from moco.training.shares import check_queue, check_shares
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 FOLDER = str(Path(__file__).parents[2] / "configs" / "folder.yaml")
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--run.knn_every", "0"]
+CPU += ["--run.report", "false"]
 
 
 def all_auto(**model: object) -> TrainConfig:

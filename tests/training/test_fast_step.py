@@ -253,6 +253,7 @@ def test_a_run_on_a_gpu_never_waits(compiled, tmp_path):
     config.trainer.max_steps, config.trainer.log_every_n_steps = 20, 1000
     config.run.dir, config.run.knn_every = str(tmp_path / "run"), 0
     config.run.checkpoint_every, config.run.checkpoint_minutes = 1000, 0
+    config.run.report = False
     try:
         assert run.pretrain(config, callbacks=[Watch()])["steps"] == 20
     finally:

@@ -22,6 +22,7 @@ from moco.training.rehearsal import Pace
 pytestmark = pytest.mark.usefixtures("in_tmp")
 FOLDER = str(Path(__file__).parents[2] / "configs" / "folder.yaml")
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--run.knn_every", "0"]
+CPU += ["--run.report", "false"]
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ DIGITS = [
     *("--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.precision", "32-true"),
     *("--model.width", "0.125", "--model.queue_size", "500", "--data.batch_size", "400"),
     *("--run.knn_every", "1", "--trainer.max_epochs", "2", "--optim.warmup_epochs", "0"),
+    *("--run.report", "false"),
 ]  # three steps an epoch
 
 

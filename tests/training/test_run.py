@@ -29,7 +29,7 @@ SMALL = [
     *("--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.precision", "32-true"),
     *("--model.width", "0.125", "--model.queue_size", "500", "--data.batch_size", "400"),
     *("--model.key_bn", "split", "--trainer.log_every_n_steps", "1", "--run.knn_every", "1"),
-    *("--trainer.max_epochs", "2", "--optim.warmup_epochs", "0"),
+    *("--trainer.max_epochs", "2", "--optim.warmup_epochs", "0", "--run.report", "false"),
 ]
 TIMED = {"train/images_per_second", "train/wait_share"}
 
@@ -90,6 +90,7 @@ def test_every_recipe_runs_on_generated_data(recipe, images):
     text = (ROOT / f"configs/{recipe}.yaml").read_text()
     arguments = ["--config", str(ROOT / f"configs/{recipe}.yaml"), "--run.dir", "run"]
     arguments += ["--trainer.max_steps", "2", "--data.num_workers", "0", "--run.knn_k", "5"]
+    arguments += ["--run.report", "false"]
     if recipe != "quickstart":
         arguments += ["--data.root", str(images), "--data.image_size", "16"]
         arguments += ["--data.batch_size", "16"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
-from moco.training.shares import check_queue, check_shares, own_key_share
+from moco.evaluation.findings import own_key_share
+from moco.training.shares import check_queue, check_shares
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -1,0 +1,38 @@
+"""The command `report`: show what runs have learnt, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moco.checks import check_ranges
+from moco.command import cli
+from moco.command.early import check_output
+from moco.command.export import Nothing
+from moco.command.judge import flat_options, take
+from moco.config import UserError
+from moco.judge_config import ReportConfig
+from moco.log import log_to_stderr
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line, write the page, and return where it is."""
+    about = "Show what one run has learnt, or several side by side, on one page."
+    parser = cli.build_parser(about, Nothing, flat_options(ReportConfig))
+    parser.usage = "%(prog)s RUN_DIR [RUN_DIR ...] [--OPTION VALUE ...]"
+    parser.add_argument("runs", nargs="+", help="Directories of runs")
+    _, options = cli.parse(parser, Nothing, argv)
+    config, runs = take(ReportConfig, options), [Path(run) for run in options["runs"]]
+    check_ranges(config)
+    if config.root and len(runs) > 1:
+        raise UserError("root is of one run: make the pages of several apart, or leave it out")
+    from moco.reports.facts import read_facts
+
+    for run in runs:
+        read_facts(run)
+    check_output(Path(config.output).parent if config.output else runs[0])
+    log_to_stderr()
+    from moco.reports.page import write_report  # imports torch, so it waits for the settings
+
+    return write_report(runs, **vars(config))

@@ -1,0 +1,81 @@
+"""Pairs: the two views of an image that the encoder sees in an epoch.
+
+Views are functions of (seed, epoch, image), so those of any moment of a run can be made again.
+Shapes: C channels, S side of a view, T side of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moco.config import DataConfig
+from moco.images import views
+from moco.images.decode import BadImage
+from moco.images.draws import centre_crops, view_recipes
+from moco.images.formats import shown
+from moco.images.sources import ImageSource
+from moco.images.streamed import Cuts
+from moco.pixels import normalisation
+from moco.reports.pictures import tiles
+
+
+@dataclass
+class Pairs:
+    """An image and its view pairs.
+
+    Attributes:
+        name: Of the file, or the number of the image in its set.
+        image: 3 x T x T uint8, the centre as evaluation sees it.
+        views: The two views of each epoch, the same.
+    """
+
+    name: str
+    image: Tensor
+    views: list[Tensor]
+
+
+def name_of(source: ImageSource, row: int) -> str:
+    """Return what an image is called: the end of its path in printable letters, or its number."""
+    if not source.paths:
+        return f"image {row}"
+    return "/".join(shown(source.paths[row]).split("/")[-2:])
+
+
+def make_pairs(
+    source: ImageSource, data: DataConfig, seed: int, epochs: Sequence[int], rows: Sequence[int]
+) -> list[Pairs]:
+    """Make the view pairs of some images in some epochs; what cannot be read is left out.
+
+    Args:
+        source: The images of the run: a row's number decides its views.
+        data: Settings, without auto.
+        seed: Of the run.
+        epochs: Counted from 0.
+        rows: Which images.
+    """
+    mean, std = (torch.tensor(values) for values in normalisation(data))
+    maker = views.ViewMaker(view_recipes(data), seed, data.image_size, mean, std)
+    cuts, found = Cuts(source, data, seed), []
+    for row in rows:
+        try:
+            image = source.read(row).cpu()
+        except BadImage:
+            continue
+        box = centre_crops(1, *image.shape[1:], data.image_size, image.device)
+        centre = views.cut(image, box, data.image_size)[None] / 255
+        made = []
+        for epoch in epochs:
+            crops, _ = cuts.__getitems__((epoch, np.array([row])))
+            index = torch.tensor([row])
+            made += [
+                tiles(maker(crops[:, view], epoch, index, view, whole=False), mean, std)[0]
+                for view in (0, 1)
+            ]
+        picture = tiles(views.normalise(centre, mean, std), mean, std)[0]
+        found.append(Pairs(name_of(source, row), picture, made))
+    return found
