@@ -86,21 +86,21 @@ class Order:
         """Return the window in which a batch ends."""
         return ((number + 1) * self.share - 1) // self.window
 
-    def needs(self, epoch: int, block: int, rows: range) -> list[int]:
-        """Return the shards that some rows of a batch come from in a window, each once.
+    def spans(self, epoch: int, rows: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what some rows of the batches of an epoch need: each piece's shard, and the first
+        and last window that needs it.
 
         Args:
-            epoch, block: Tell the window.
+            epoch: Of the run.
             rows: Places in the global batch.
         """
-        streams = torch.arange(rows[0] // self.share, rows[-1] // self.share + 1)
-        begin = streams * self.length + block * self.window
-        end = streams * self.length + min(self.length, (block + 1) * self.window)
         line = self.line(epoch)
-        first = torch.searchsorted(line.begin, begin, right=True) - 1
-        last = torch.searchsorted(line.begin, end)
-        pieces = [line.shard[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-        return list(dict.fromkeys(torch.cat(pieces).tolist()))
+        end = torch.cat([line.begin[1:], torch.tensor([self.streams * self.length])])
+        stream = line.begin // self.length
+        mine = (stream >= rows[0] // self.share) & (stream <= rows[-1] // self.share)
+        start = stream[mine] * self.length
+        first = (line.begin[mine] - start) // self.window
+        return line.shard[mine], first, (end[mine] - 1 - start) // self.window
 
     def _line(self, epoch: int) -> Line:
         """Cut the line at the ends of shards and streams, and order each stream's pieces."""
