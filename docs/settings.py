@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from moco.config import Auto, TrainConfig
-from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig, ShardsConfig
 
 INTRODUCTION = """\
 # Settings
@@ -30,7 +30,8 @@ EVALUATION = """\
 
 `eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
 whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
-`grey` and `blur` belong to pretraining and are refused. `export.py` takes its own alone.
+`grey` and `blur` belong to pretraining and are refused. `export.py` takes its own alone, and so
+does `python -m moco shards`.
 """
 
 
@@ -38,7 +39,7 @@ def page() -> str:
     """Return the whole page: a table for each group."""
     groups = [_section(f"`{name}`", kind) for name, kind in get_type_hints(TrainConfig).items()]
     judging = {"Both": JudgeConfig, "`eval_linear.py`": LinearConfig, "`eval_knn.py`": KNNConfig}
-    others = judging | {"`export.py`": ExportConfig}
+    others = judging | {"`export.py`": ExportConfig, "`python -m moco shards`": ShardsConfig}
     parts = [_section(title, kind) for title, kind in others.items()]
     return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
 

@@ -1,4 +1,4 @@
-"""Settings of the commands besides training: evaluation and export.
+"""Settings of the commands besides training: evaluation, export and shards.
 
 They are declared as those of training are, see `moco.config`.
 """
@@ -143,6 +143,16 @@ class ExportConfig:
         at_least=0,
         at_most=1024,
     )
+
+
+@dataclass
+class ShardsConfig:
+    """What `python -m moco shards FOLDER OUTPUT` takes."""
+
+    folder: str = setting(MISSING, "Images, as data.root of data.dataset folder")
+    output: str = setting(MISSING, "Directory to make")
+    shard_mib: float = setting(256.0, "Size of a shard in MiB", above=0, at_most=2**20)
+    labels: str = setting("", "Table (CSV) of a path and a label, as data.labels")
 
 
 @dataclass

@@ -41,6 +41,7 @@ WITHOUT_TORCH = (
     "command",
     *("algorithm.names", "checkpoints.places", "training.resuming"),
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
+    *("images.patterns", "images.stores", "images.shard_index", "images.cache", "images.packing"),
 )
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 TORCH = {"torch", "torchvision", "timm", "torchmetrics"} | LIGHTNING

@@ -169,9 +169,7 @@ class _Picture:
 
     inverted = False
 
-    def __init__(
-        self, path: str, file: Any, image: Image.Image, channels: int, reading: Reading
-    ) -> None:
+    def __init__(self, path: str, file: Any, image: Any, channels: int, reading: Reading) -> None:
         self.path, self.file, self.image = path, file, image
         self.channels, self.reading = channels, reading
         self.height, self.width, bands = image.height, image.width, len(image.getbands())
@@ -240,8 +238,8 @@ class _Array:
     def __init__(self, path: str, file: str | io.BytesIO, channels: int) -> None:
         self.path, self.file, self.channels = path, file, channels
         # A file is mapped, which also fails when it is shorter than its header says.
-        is_file = isinstance(file, str)
-        view = self._bands_first(np.lib.format.open_memmap(file) if is_file else self._load())
+        view = np.lib.format.open_memmap(file) if isinstance(file, str) else self._load()
+        view = self._bands_first(view)
         self.bands, self.height, self.width = view.shape
         self.dtype = view.dtype
 

@@ -180,12 +180,10 @@ def image_column(schema: Any, address: str) -> str:
         UserError: There is none.
     """
     for name in ("image", "img", *schema.names):
-        kind = schema.field(name).type if name in schema.names else None
-        if (
-            kind is not None
-            and str(kind).startswith("struct")
-            and kind.get_field_index("bytes") >= 0
-        ):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        if str(kind).startswith("struct") and kind.get_field_index("bytes") >= 0:
             return f"{name}.bytes"
         if str(kind) in ("binary", "large_binary"):
             return name

@@ -131,9 +131,8 @@ class TiffImage:
         place = tuple(slice(None) if axis in (band, "Y", "X") else 0 for axis in axes)
         kept = [axis for axis in axes if axis in (band, "Y", "X")]
         order = [kept.index(axis) for axis in (band, "Y", "X")]
-        if (
-            self._series.dataoffset is not None and self._file.filehandle.is_file
-        ):  # one block of values, of which only these are read
+        is_mapped = self._series.dataoffset is not None and self._file.filehandle.is_file
+        if is_mapped:  # one block of values, of which only these are read
             return self._series.asarray(out="memmap")[place].transpose(order)
         outer = [size for axis, size in zip(axes, shape, strict=True) if axis not in "YX"]
         pages = np.arange(np.prod(outer)).reshape(outer)[place[: len(outer)]]
