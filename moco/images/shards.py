@@ -211,9 +211,9 @@ def open_shards(data: DataConfig, held_out: bool = False) -> ShardSet | None:
     if not addresses:
         return None
     cache = Cache(cache_folder(), data.cache_gib * 2**30)
-    cache.tidy()
     index = Index(cache.folder / "index.sqlite")
     with cache.alone():  # one process of this machine reads what the others find then
+        cache.tidy()
         facts, counts = _indexed(index, addresses)
     total = np.array([counts[address] for address in addresses], dtype=np.int64)
     if not total.sum():

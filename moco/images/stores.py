@@ -21,6 +21,7 @@ T = TypeVar("T")
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # between the attempts
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError)  # which no attempt mends
+_LASTING_ANSWERS = (400, 401, 403, 404, 410)  # of a web server
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
 _PACKAGES |= {"https": "aiohttp", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5")
@@ -176,14 +177,15 @@ def _tried(address: str, attempt: Callable[[], T]) -> T:
 
 
 def _is_lasting(error: BaseException) -> bool:
-    """Tell whether no attempt mends an error; fsspec calls a web server's 500 not found too."""
+    """Tell whether no attempt mends an error; fsspec says not found of a web server's 500 too."""
     cause = error.__cause__ or error
-    return isinstance(error, _LASTING) and isinstance(cause, _LASTING)
+    return isinstance(cause, _LASTING) or getattr(cause, "status", 0) in _LASTING_ANSWERS
 
 
 def _reason(error: BaseException) -> str:
     """Write an error as one short line without the queries of addresses, which may be signed."""
-    if isinstance(error, FileNotFoundError):
+    error = error.__cause__ or error
+    if isinstance(error, FileNotFoundError) or getattr(error, "status", 0) == 404:
         return "it is not there"
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"\?[^\s'\"]+", "?...", text)
