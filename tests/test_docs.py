@@ -29,7 +29,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MAINS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export": "export"}
 MAINS["shards"] = "moco.command.shards"
-WORDS = {"PATH": "path", "IMAGENET": "path", "RUN": "runs/done", "FILE": "file.safetensors"}
+WORDS = {
+    "SHARDS": "shards",
+    "PATH": "path",
+    "IMAGENET": "path",
+    "RUN": "runs/done",
+    "FILE": "file.safetensors",
+}
 TINY = [
     *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
     *("--model.queue_size", "32", "--model.bn_splits", "2", "--data.batch_size", "16"),
