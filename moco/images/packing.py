@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import logging
 import os
-import random
 import shutil
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moco.config import DataConfig, UserError
 from moco.images.dicom import split_frame
@@ -88,7 +89,7 @@ def _pack_split(data: DataConfig, split: str, top: str, part: Path, size: float)
     if not table and len({*names} - {None}) < 2:
         names = [None] * len(paths)  # one folder is no class
     images = list(dict(zip((split_frame(path)[0] for path in paths), names, strict=True)).items())
-    random.Random(0).shuffle(images)
+    images = [images[row] for row in np.random.default_rng(0).permutation(len(images))]
     parts: list[list[tuple[str, str | None]]] = []
     held = size
     for image in images:
