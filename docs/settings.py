@@ -21,6 +21,7 @@ from moco.judge_config import (
     ReportConfig,
     SearchConfig,
     SelectConfig,
+    ShardsConfig,
     ViewsConfig,
 )
 
@@ -42,7 +43,7 @@ EVALUATION = """\
 `eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
 whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
 `grey` and `blur` belong to pretraining and are refused. `embed` takes the group `data` in the same
-way. `export.py`, `search` and `select` take their own alone.
+way. `export.py`, `search`, `select` and `shards` take their own alone.
 """
 
 
@@ -53,6 +54,7 @@ def page() -> str:
     others = judging | {"`export.py`": ExportConfig, "`report`": ReportConfig}
     others |= {"`embed`": EmbedConfig, "`search`": SearchConfig, "`select`": SelectConfig}
     others |= {"`views`": ViewsConfig, "`replay`": ReplayConfig}
+    others |= {"`shards`": ShardsConfig}
     parts = [_section(title, kind) for title, kind in others.items()]
     return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
 

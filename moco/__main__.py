@@ -23,6 +23,7 @@ COMMANDS = {  # name: the module whose main it runs, and what it does
     "report": ("moco.command.report", "show what runs have learnt, on one page"),
     "views": ("moco.command.views", "draw the view pairs of a run before it starts"),
     "replay": ("moco.command.replay", "make the batch of a step again, and its losses"),
+    "shards": ("moco.command.shards", "turn a folder of images into shards"),
 }
 
 

@@ -76,8 +76,27 @@ def check(config: TrainConfig) -> None:
         raise UserError(
             f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
         )
+    check_root(data.root)
     if not config.undecided():
         _check_together(config)
+
+
+def check_root(root: str) -> None:
+    """Raise UserError for an address that holds credentials; its text is never repeated.
+
+    They would stand in logs, in config.yaml and in every checkpoint.
+    """
+    scheme, _, rest = root.partition("://")
+    if rest and "@" in rest.split("/")[0]:
+        raise UserError(
+            f"data.root ({scheme}://...) holds a user or a password: leave it out, and give "
+            "credentials by the environment"
+        )
+    if scheme in ("http", "https") and "?" in rest:
+        raise UserError(
+            f"data.root ({scheme}://...) has a query, which may hold a key: give the plain "
+            "address, and credentials by the environment"
+        )
 
 
 def _check_together(config: TrainConfig) -> None:

@@ -276,11 +276,18 @@ class OptimConfig:
 class DataConfig:
     """Images, views and batches."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder", "imagenet"] = setting(
+    dataset: Literal[
+        "digits", "cifar10", "cifar100", "stl10", "folder", "imagenet", "shards", "parquet"
+    ] = setting(
         "folder",
-        "Where images come from; `folder` takes any tree of images, `digits` needs no files",
+        "Where images come from; `folder` takes any tree of images, `digits` needs no files, "
+        "`shards` are tars of images, `parquet` as Hugging Face writes it",
     )
-    root: str = setting("", "Directory of the data set; not needed for digits")
+    root: str = setting(
+        "",
+        "Directory of the data set; of shards also a pattern, here or in a store, as "
+        "s3://bucket/train-{000..146}.tar; not needed for digits",
+    )
     files: str = setting(
         "", "File that lists the training images, one path a line, absolute or below root"
     )
@@ -409,6 +416,25 @@ class DataConfig:
         "Processes that decode streamed images; -1: one per core left",
         at_least=-1,
         at_most=1024,
+    )
+    streams: int = setting(
+        64,
+        "Streams that shards are dealt to, of which each batch takes equal parts; taken is the "
+        "largest number of them that divides the batch",
+        at_least=1,
+        at_most=65536,
+    )
+    window: int = setting(
+        1024,
+        "Images of a stream of shards among which their order is shuffled",
+        at_least=1,
+        at_most=2**24,
+    )
+    cache_gib: float = setting(
+        100.0,
+        "GiB of shards from a store, or of images from Parquet, that a machine keeps on its disk",
+        above=0,
+        at_most=2**20,
     )
     max_bad_fraction: float = setting(
         0.0, "Share of unreadable images that is skipped, not an error", at_least=0, at_most=1

@@ -45,6 +45,13 @@ def rank() -> int:
     return distributed.get_rank() if _active() else 0
 
 
+def own_machine() -> tuple[int, range]:
+    """Return this process's number on its machine, and the ranks of that machine."""
+    local = int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+    return local, range(rank() - local, rank() - local + count)
+
+
 def _active() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 

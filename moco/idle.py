@@ -15,6 +15,7 @@ from moco.judge_config import EmbedConfig, JudgeConfig, KNNConfig, LinearConfig,
 # The name of a setting, what makes it idle in words, and whether given values of all settings do.
 Rules = dict[str, tuple[str, Callable[[dict[str, Any]], bool]]]
 _ARRAYS = ("digits", "cifar10", "cifar100", "stl10")  # read whole, 8 bits a value
+_SHARDS = ("shards", "parquet")
 
 
 def _is(name: str, *values: Any) -> Callable[[dict[str, Any]], bool]:
@@ -26,7 +27,14 @@ def _is_not(name: str, *values: Any) -> Callable[[dict[str, Any]], bool]:
 
 
 def _in_memory(given: dict[str, Any]) -> bool:
-    return given["data.dataset"] in _ARRAYS or given["data.resident"] in ("device", "memory")
+    kind = given["data.dataset"]
+    held = given["data.resident"] in ("device", "memory") and kind not in _SHARDS
+    return kind in _ARRAYS or held
+
+
+def _nothing_cached(given: dict[str, Any]) -> bool:
+    kind = given["data.dataset"]
+    return kind != "parquet" and not (kind == "shards" and "://" in given["data.root"])
 
 
 def _milestones_idle(given: dict[str, Any]) -> bool:
@@ -50,7 +58,7 @@ OF_DATA: Rules = {
     "data.root": ("digits need no files", _is("data.dataset", "digits")),
     **dict.fromkeys(
         ("data.files", "data.labels"),
-        ("this data set has no files to list", _is("data.dataset", *_ARRAYS)),
+        ("this data set has no files to list", _is("data.dataset", *_ARRAYS, *_SHARDS)),
     ),
     "data.download": (
         "only cifar10, cifar100 and stl10 are fetched",
@@ -61,12 +69,22 @@ OF_DATA: Rules = {
         ("this data set has 8 bits and no files", _is("data.dataset", *_ARRAYS)),
     ),
     "data.resident": (
-        "this data set is held in memory",
-        lambda given: given["data.dataset"] in _ARRAYS and given["data.resident"] == "off",
+        "this data set is held in memory, or streamed from shards",
+        lambda given: (
+            given["data.dataset"] in _SHARDS
+            or (given["data.dataset"] in _ARRAYS and given["data.resident"] == "off")
+        ),
     ),
+    **dict.fromkeys(
+        ("data.streams", "data.window"),
+        ("there are no shards", _is_not("data.dataset", *_SHARDS)),
+    ),
+    "data.cache_gib": ("all images are read where they lie", _nothing_cached),
     "data.resident_budget": (
         "nothing is left to decide",
-        lambda given: given["data.dataset"] in _ARRAYS or given["data.resident"] != "auto",
+        lambda given: (
+            given["data.dataset"] in (*_ARRAYS, *_SHARDS) or given["data.resident"] != "auto"
+        ),
     ),
     "data.reduce_jpegs": ("nothing is streamed", _in_memory),
     "data.num_workers": ("nothing is streamed", _in_memory),

@@ -1,4 +1,4 @@
-"""Settings of the commands besides training: evaluation, export, features.
+"""Settings of the commands besides training: evaluation, export, features, reports, shards.
 
 They are declared as those of training are, see `moco.config`.
 """
@@ -242,6 +242,16 @@ class ViewsConfig:
     """What `python -m moco views` takes besides the settings of training."""
 
     output: str = setting("views.png", "Picture to write")
+
+
+@dataclass
+class ShardsConfig:
+    """What `python -m moco shards FOLDER OUTPUT` takes."""
+
+    folder: str = setting(MISSING, "Images, as data.root of data.dataset folder")
+    output: str = setting(MISSING, "Directory to make")
+    shard_mib: float = setting(256.0, "Size of a shard in MiB", above=0, at_most=2**20)
+    labels: str = setting("", "Table (CSV) of a path and a label, as data.labels")
 
 
 @dataclass

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 log = logging.getLogger("moco")
@@ -37,6 +38,17 @@ def log_to_stderr() -> None:
         log.addHandler(handler)
         log.propagate = False
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
+    """Show a bar on a terminal, elsewhere a line every 20 seconds, on rank 0's standard error."""
+    from tqdm import tqdm
+
+    quiet = os.environ.get("RANK", "0") != "0"
+    if sys.stderr.isatty():
+        return tqdm(items, label, total, disable=quiet)
+    times = {"delay": 20, "mininterval": 20, "maxinterval": 20}
+    return tqdm(items, label, total, leave=False, disable=quiet, ascii=True, **times)
 
 
 def columns() -> int:

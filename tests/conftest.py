@@ -65,6 +65,12 @@ def memory():
         trim(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_shards(tmp_path_factory):
+    """Keep the index and the cache of shards out of the user's folders, in all that is started."""
+    os.environ["MOCO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def two_ranks():
     """Start two processes in one gloo group, once for all tests."""

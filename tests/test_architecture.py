@@ -44,6 +44,7 @@ WITHOUT_TORCH = (
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
     *("reports.table", "reports.index", "reports.mapping", "reports.projection"),
     *("reports.search", "reports.select"),
+    *("images.patterns", "images.stores", "images.shard_index", "images.cache", "images.packing"),
 )
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 TORCH = {"torch", "torchvision", "timm", "torchmetrics"} | LIGHTNING

@@ -199,6 +199,13 @@ def test_reference_chains_follow_the_recipe():
             assert view.min() >= -2.001 and view.max() <= 2.001
 
 
+def test_streams(tmp_path):
+    options = ["--rounds", "1", "--images", "16", "--shard-mib", "1", "--shards", "100"]
+    last, _ = run("streams", tmp_path, *options, "--batches", "3", "--batch", "128")
+    assert last["billion"]["batch_ms"] > 0 and rates_are_positive(last["reading"])
+    assert {"decode alone", "folder of files", "local tars"} <= last["reading"].keys()
+
+
 def test_feed(tmp_path):
     last, _ = run("feed", tmp_path, "--rounds", "1", "--images", "2", "--size", "64")
     found = last["two_views"]

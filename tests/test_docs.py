@@ -30,8 +30,15 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MAINS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export": "export"}
 MAINS |= {name: f"moco.command.{name}" for name in ("embed", "search", "select")}
 MAINS |= {name: f"moco.command.{name}" for name in ("report", "views", "replay")}
-WORDS = {"PATH": "path", "IMAGENET": "path", "RUN": "runs/done", "FILE": "file.safetensors"}
-WORDS["IMAGE"] = "path/test/a/000.png"
+MAINS["shards"] = "moco.command.shards"
+WORDS = {
+    "SHARDS": "shards",
+    "PATH": "path",
+    "IMAGENET": "path",
+    "RUN": "runs/done",
+    "FILE": "file.safetensors",
+    "IMAGE": "path/test/a/000.png",
+}
 TINY = [
     *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
     *("--model.queue_size", "32", "--model.bn_splits", "2", "--data.batch_size", "16"),

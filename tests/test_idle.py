@@ -56,6 +56,13 @@ TRAINING = {
     "data.reduce_jpegs": (False, {"data.resident": "device"}, {"data.resident": "off"}),
     "data.num_workers": (3, {"data.resident": "memory"}, {"data.resident": "auto"}),
     "data.worker_timeout": (9.0, {"data.num_workers": 0}, {}),
+    "data.streams": (8, {"data.dataset": "folder"}, {"data.dataset": "shards"}),
+    "data.window": (64, {"data.dataset": "digits"}, {"data.dataset": "parquet"}),
+    "data.cache_gib": (
+        1.0,
+        {"data.dataset": "shards", "data.root": "x/*.tar"},
+        {"data.dataset": "shards", "data.root": "s3://x/*.tar"},
+    ),
     "data.max_bad_fraction": (0.1, {"data.dataset": "cifar100"}, {}),
     "model.head_layers": (3, {"model.head": "linear"}, {}),
     "model.head_hidden_dim": (

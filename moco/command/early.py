@@ -49,7 +49,16 @@ def check_start(config: TrainConfig, recipe: str, init_from: str, is_new: bool) 
 
 
 def check_images(data: DataConfig) -> None:
-    """Raise UserError where the images' directory, list or table is not there, or holds nothing."""
+    """Raise UserError where the images' directory, list or table is not there, or holds nothing.
+
+    Shards in a store are asked for later, by the processes that read them.
+    """
+    if data.dataset in ("shards", "parquet"):
+        if "://" not in data.root:
+            from moco.images.patterns import find_shards
+
+            find_shards(data)
+        return
     if data.dataset not in ("folder", "imagenet"):
         if not (data.dataset == "digits" or data.download or os.path.exists(data.root)):
             raise UserError(

@@ -13,6 +13,7 @@ from moco.config import DataConfig, UserError
 # The options of all commands that hold a path, besides --config.
 PATHS = {"data.root", "data.files", "data.labels", "run.dir", "run.knn_root"}
 PATHS |= {"resume", "init_from", "checkpoint", "output", "index", "query", "picture", "root"}
+PATHS |= {"folder", "labels"}
 
 
 def expanded(name: str, path: str) -> str:
@@ -39,6 +40,8 @@ def check_stored_root(data: DataConfig, stored: dict[str, Any]) -> None:
         stored: Those that the checkpoint holds.
     """
     root = data.root
+    if data.dataset in ("shards", "parquet"):
+        return  # a pattern; what it names is asked for where it is opened
     if root != stored.get("root") or os.path.isabs(root) or data.dataset == "digits":
         return
     if root and not (data.download or os.path.exists(os.path.expanduser(root))):

@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from moco.images import sources
 from moco.images.folders import expanded
 from moco.images.labelled import LabelledData, open_data
 from moco.judge_config import EmbedConfig, JudgeConfig, KNNConfig, LinearConfig
-from moco.log import log_to_stderr
+from moco.log import log_to_stderr, track
 from moco.pixels import normalisation
 
 log = logging.getLogger("moco")
@@ -112,17 +111,6 @@ def in_order(found: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         return found, rows
     rows, order = gather_ragged(rows).sort()
     return gather_ragged(found)[order], rows
-
-
-def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
-    """Show a bar on a terminal, elsewhere a line every 20 seconds, on rank 0's standard error."""
-    from tqdm import tqdm
-
-    quiet = distributed.rank() > 0
-    if sys.stderr.isatty():
-        return tqdm(items, label, total, disable=quiet)
-    times = {"delay": 20, "mininterval": 20, "maxinterval": 20}
-    return tqdm(items, label, total, leave=False, disable=quiet, ascii=True, **times)
 
 
 def output_path(judge: JudgeConfig, name: str) -> Path:

@@ -70,7 +70,7 @@ class BadFiles:
 
         Every rank reads a share of them, and all call this at the same time.
         """
-        if self.source.images is not None:
+        if self._are_all_met:
             return
         rank, world, source = distributed.rank(), distributed.world_size(), self.source
         rows = _spread(len(source))[rank::world]
@@ -105,7 +105,7 @@ class BadFiles:
             return
         total = len(self.source)
         are_many = len(self.found) > self.most * total or len(self.found) == total
-        if are_many and distributed.rank() == 0 and self.source.images is None:
+        if are_many and distributed.rank() == 0 and not self._are_all_met:
             left = [row for row in _spread(total) if row not in self.found]
             self.found |= unreadable(self.source, left, ImageSource.read, FILES_S)[0]
         new = self._new()
@@ -123,6 +123,11 @@ class BadFiles:
             )
         if distributed.rank() == 0:
             log.warning("%s cannot be read and are left out: %s", count, names)
+
+    @property
+    def _are_all_met(self) -> bool:
+        """Tell whether files are not looked at ahead: all are read, or lie in shards."""
+        return self.source.images is not None or self.source.is_sharded
 
     def _new(self) -> list[int]:
         """Return those that have not been told, in the order of the set."""

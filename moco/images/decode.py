@@ -8,9 +8,11 @@ Shapes: C channels, H W pixels.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +20,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from moco.config import RunError
 from moco.images.dicom import DicomImage, split_frame
 from moco.images.formats import (
     DICOM,
     TIFF,
+    Member,
     extension,
     needed,
     one_line,
@@ -107,7 +111,7 @@ def decode_reduced(
         reduction: Asked with height and width of a JPEG: by which of 1, 2, 4 and 8 it may shrink.
             The decoder then computes fewer pixels, which is several times faster.
     """
-    with _opened(path, channels, reading) as image:
+    with _opened(path, channels, reading, whole=True) as image:
         _check_bands(path, image.bands, channels)
         height, width, by = image.height, image.width, 1
         if reduction and isinstance(image, _Picture) and image.image.format == "JPEG":
@@ -144,13 +148,14 @@ def read_header(path: str, channels: int = 3, reading: Reading = PLAIN) -> Heade
 
 
 @contextlib.contextmanager
-def _opened(path: str, channels: int, reading: Reading) -> Iterator[Any]:
+def _opened(path: str, channels: int, reading: Reading, whole: bool = False) -> Iterator[Any]:
     """Open a file's header and check its size; whatever a decoder raises becomes BadImage."""
     try:
-        with _reader(path, channels, reading) as image:
+        file = io.BytesIO(path.content(whole)) if isinstance(path, Member) else path
+        with _reader(path, file, channels, reading) as image:
             _check_pixels(path, image.height, image.width, reading.max_pixels)
             yield image
-    except (BadImage, MemoryError):
+    except (BadImage, MemoryError, RunError):
         raise
     except Image.DecompressionBombError:
         reason = f"is above the limit of {reading.max_pixels} pixels: raise data.max_pixels"
@@ -165,15 +170,15 @@ def _opened(path: str, channels: int, reading: Reading) -> Iterator[Any]:
         raise BadImage(path, getattr(error, "strerror", None) or reason) from error
 
 
-def _reader(path: str, channels: int, reading: Reading) -> Any:
-    """Return what reads a file of this ending and content."""
+def _reader(path: str, file: str | io.BytesIO, channels: int, reading: Reading) -> Any:
+    """Return what reads a file of this ending and content; `path` is its name."""
     ending = extension(split_frame(path)[0])
     if ending == ".npy":
-        return _Array(path, channels)
+        return _Array(path, file, channels)
     if package := needed(ending):
         raise BadImage(path, f"cannot be read here: pip install {package}")
     if ending in DICOM:
-        return DicomImage(path, reading.windowed)
+        return DicomImage(file, reading.windowed)
     if ending in (".heic", ".heif"):
         import pillow_heif
 
@@ -181,15 +186,16 @@ def _reader(path: str, channels: int, reading: Reading) -> Any:
     if reading.max_pixels > (Image.MAX_IMAGE_PIXELS or reading.max_pixels):
         Image.MAX_IMAGE_PIXELS = reading.max_pixels  # Pillow has a limit of its own
     try:
-        image = Image.open(path, formats=pillow_formats(ending))
+        image = Image.open(file, formats=pillow_formats(ending))
     except UnidentifiedImageError:
         if ending not in TIFF:
             raise
-        return TiffImage(path, channels)
+        return TiffImage(file, channels)
     if image.format == "TIFF" and not pillow_reads_it(image, channels):
-        image.close()
-        return TiffImage(path, channels)
-    return _Picture(path, image, channels, reading)
+        if file is path:
+            image.close()
+        return TiffImage(file, channels)
+    return _Picture(path, file, image, channels, reading)
 
 
 class _Picture:
@@ -197,8 +203,9 @@ class _Picture:
 
     inverted = False
 
-    def __init__(self, path: str, image: Image.Image, channels: int, reading: Reading) -> None:
-        self.path, self.image, self.channels, self.reading = path, image, channels, reading
+    def __init__(self, path: str, file: Any, image: Any, channels: int, reading: Reading) -> None:
+        self.path, self.file, self.image = path, file, image
+        self.channels, self.reading = channels, reading
         self.height, self.width, bands = image.height, image.width, len(image.getbands())
         self.bands = channels if channels in (1, 3, 4) else bands  # Pillow converts
         # Of several bands Pillow cuts 16 bits to 8. A PPM names its own maximum.
@@ -261,8 +268,7 @@ class _Picture:
         except ImportError:
             reason = "has 16 bits a band, which Pillow cuts to 8: pip install imagecodecs"
             raise BadImage(self.path, reason) from None
-        with open(self.path, "rb") as file:
-            values = png_decode(file.read()).transpose(2, 0, 1)
+        values = png_decode(_content(self.file)).transpose(2, 0, 1)
         return values[:3] if self.channels in (1, 3) else values
 
 
@@ -271,10 +277,11 @@ class _Array:
 
     turned = inverted = False
 
-    def __init__(self, path: str, channels: int) -> None:
-        # It is mapped, which also fails when the file is shorter than its header says.
-        self.path, self.channels = path, channels
-        view = self._bands_first(np.lib.format.open_memmap(path, mode="r"))
+    def __init__(self, path: str, file: str | io.BytesIO, channels: int) -> None:
+        self.path, self.file, self.channels = path, file, channels
+        # A file is mapped, which also fails when it is shorter than its header says.
+        view = np.lib.format.open_memmap(file) if isinstance(file, str) else self._load()
+        view = self._bands_first(view)
         self.bands, self.height, self.width = view.shape
         self.dtype = view.dtype
 
@@ -285,7 +292,10 @@ class _Array:
         pass
 
     def read(self) -> np.ndarray:
-        return self._bands_first(np.load(self.path, allow_pickle=False))
+        return self._bands_first(self._load())
+
+    def _load(self) -> np.ndarray:
+        return np.load(io.BytesIO(_content(self.file)), allow_pickle=False)
 
     def _bands_first(self, array: np.ndarray) -> np.ndarray:
         if array.ndim == 2:
@@ -296,6 +306,10 @@ class _Array:
         if last == self.channels or (first != self.channels and last <= first):
             return array.transpose(2, 0, 1)
         return array
+
+
+def _content(file: str | io.BytesIO) -> bytes:
+    return Path(file).read_bytes() if isinstance(file, str) else file.getvalue()
 
 
 def _fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:

@@ -7,6 +7,7 @@ Shapes: C bands, H W pixels.
 from __future__ import annotations
 
 import re
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class DicomImage:
     """One frame of a DICOM file.
 
     Args:
-        path: The file, and the frame if it has several.
+        path: The file, and the frame if it has several; or its bytes.
         windowed: Whether the file's own window, where it has one, makes 8 bits of the values.
 
     Attributes:
@@ -68,10 +69,10 @@ class DicomImage:
 
     turned = False
 
-    def __init__(self, path: str, windowed: bool) -> None:
+    def __init__(self, path: str | BytesIO, windowed: bool) -> None:
         import pydicom
 
-        self._file, self._frame = split_frame(path)
+        self._file, self._frame = (path, 0) if isinstance(path, BytesIO) else split_frame(path)
         self._header = header = pydicom.dcmread(self._file, stop_before_pixels=True)
         self.height, self.width = int(header.Rows), int(header.Columns)
         self.bands = int(header.get("SamplesPerPixel", 1))
@@ -96,6 +97,8 @@ class DicomImage:
         import pydicom
         from pydicom import pixels
 
+        if isinstance(self._file, BytesIO):
+            self._file.seek(0)
         data = pydicom.dcmread(self._file)
         values = pixels.pixel_array(data, index=self._frame)  # colours come as RGB
         if self.bands > 1:

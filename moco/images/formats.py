@@ -7,7 +7,7 @@ The content decides what a file is, not its ending; the ending decides which dec
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 # Only these decoders run, whatever a file claims to be: Pillow's EPS reader starts Ghostscript.
@@ -78,6 +78,19 @@ def passed_over(counts: dict[str, int]) -> str:
 def listed(endings: Iterable[str]) -> str:
     """Write endings as a list for people."""
     return " ".join(sorted(endings))
+
+
+class Member(str):
+    """The name of an image that is no file of its own, such as one inside a shard.
+
+    Attributes:
+        content: Returns its bytes; false asks for them without what else would come with them.
+    """
+
+    def __new__(cls, name: str, content: Callable[[bool], bytes]) -> Member:
+        member = super().__new__(cls, name)
+        member.content = content
+        return member
 
 
 def shown(path: str) -> str:

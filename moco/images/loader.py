@@ -9,8 +9,10 @@ Shapes: M images in the set, N images per device, W devices, B = N*W, C channels
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,14 +25,18 @@ from moco import distributed
 from moco.algorithm.batch import Batch
 from moco.config import DataConfig, UserError
 from moco.images import sources, views
+from moco.images.ahead import Ahead
 from moco.images.bad_files import BadFiles
 from moco.images.draws import view_recipes
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
 from moco.images.streamed import Cuts
+from moco.images.streams import Order
 from moco.images.workers import as_it_is, end_workers, fetched, worker_loader
 from moco.pixels import normalisation
 from moco.random import permutations, stream_id
+
+log = logging.getLogger("moco")
 
 
 @dataclass
@@ -104,6 +110,15 @@ class PretrainData(pl.LightningDataModule):
         self.device = device
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
         size = self.config.image_size
+        self.order = None
+        if self.source.is_sharded:
+            config, counts = self.config, torch.from_numpy(self.source.paths.counts)
+            self.order = Order(counts, self.seed, config.streams, config.window, config.batch_size)
+            if self.order.streams < config.streams:
+                log.info(
+                    "shards are read as %d streams: the most up to data.streams %d that divide "
+                    "data.batch_size %d", self.order.streams, config.streams, config.batch_size,
+                )  # fmt: skip
         self._make_view = views.ViewMaker(self.recipes, self.seed, size, mean, std, backend)
 
     def train_dataloader(self) -> StepLoader:
@@ -163,7 +178,8 @@ class StepLoader:
     def __init__(self, data: PretrainData, position: Callable[[], int]) -> None:
         self.data, self.position = data, position
         self._workers: DataLoader | None = None
-        self._planned: list[tuple[int, np.ndarray]] = []  # the batches that the workers make
+        self._planned = _Shares()
+        self._ahead: Ahead | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
@@ -182,8 +198,13 @@ class StepLoader:
             yield batch
 
     def _batches(self, epoch: int, start: int) -> Iterator[Indices]:
-        """Slice the epoch's permutation into global batches."""
+        """Slice the epoch's order into global batches."""
         data, size = self.data, self.data.config.batch_size
+        if data.order is not None:
+            for number in range(start, len(self)):
+                index = data.order.batch(epoch, number)
+                yield Indices(epoch, epoch * len(self) + number, index)
+            return
         images = data.source.images
         resident = images is not None and images.device == data.device
         counter = torch.full((1,), epoch, device=data.device if resident else "cpu")
@@ -195,7 +216,8 @@ class StepLoader:
 
     def _streamed(self, batches: Iterator[Indices]) -> Iterator[Indices]:
         """Have workers cut this rank's share of each batch."""
-        data, planned = self.data, list(batches)
+        data = self.data
+        planned, self._planned.batches = itertools.tee(batches)
         if self._workers is None:
             self._workers = worker_loader(
                 Cuts(data.source, data.config, data.seed),
@@ -205,13 +227,12 @@ class StepLoader:
                 pin_memory=data.device.type == "cuda",
                 collate_fn=as_it_is,
             )
-        count = data.config.batch_size // distributed.world_size()
-        self._planned[:] = [
-            (plan.epoch, distributed.local_rows(plan.index, count).numpy()) for plan in planned
-        ]
-        made = fetched(self._workers, data.config.worker_timeout)
+        self._planned.count = data.config.batch_size // distributed.world_size()
+        made = fetched(self._workers, data.config.worker_timeout, self._fetch_ahead)
         for plan, (crops, bad) in zip(planned, made, strict=True):
             data.bad.note(bad)
+            if self._ahead is not None:
+                self._ahead.moved(plan.step % len(self))
             yield replace(plan, crops=self._copied(crops) if crops.is_pinned() else crops)
 
     def _copied(self, crops: Tensor) -> Tensor:
@@ -224,9 +245,41 @@ class StepLoader:
         crops.record_stream(training)
         return crops
 
+    def _fetch_ahead(self) -> None:
+        """Begin to fetch what the machine needs in the rest of the epoch, on its first rank."""
+        data, paths = self.data, self.data.source.paths
+        local, machine = distributed.own_machine()
+        if data.order is None or not paths.shards[0].is_cached or local > 0:
+            return
+        if self._ahead is not None:
+            self._ahead.close()
+        count = data.config.batch_size // distributed.world_size()
+        rows = range(machine[0] * count, (machine[-1] + 1) * count)
+        epoch, number = divmod(self.position(), len(self))
+        self._ahead = Ahead(data.order, paths.shards, paths.cache, rows, epoch, number)
+        self._ahead.start()
+
     def close(self) -> None:
         """End the workers."""
+        if self._ahead is not None:
+            self._ahead.close()
         end_workers(self._workers)
+
+
+class _Shares:
+    """This rank's shares of the batches of an epoch, as workers take them.
+
+    Attributes:
+        batches: What is left of the epoch.
+        count: Images of a share.
+    """
+
+    batches: Iterable[Indices] = ()
+    count = 0
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        for plan in self.batches:
+            yield plan.epoch, distributed.local_rows(plan.index, self.count).numpy()
 
 
 def check_batch(config: DataConfig, count: int) -> None:

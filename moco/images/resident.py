@@ -20,6 +20,7 @@ from moco.images.bad_files import without_bad
 from moco.images.decode import BadImage, read_header
 from moco.images.formats import shown
 from moco.images.sources import ImageSource
+from moco.images.values import sample
 
 log = logging.getLogger("moco")
 FILES_PER_TASK = 256
@@ -43,6 +44,8 @@ def make_resident(
     budget = config.resident_budget * 2**30
     wanted = config.resident
     check_view_size(config, sizes)
+    if source.is_sharded:
+        return source, "streamed"
     if source.images is None:
         if wanted == "off" or (wanted == "auto" and (size is None or needed > budget)):
             return source, "streamed"
@@ -136,7 +139,7 @@ def _load(source: ImageSource, images: Tensor, start: int) -> list[tuple[int, st
     return bad
 
 
-def estimate_bytes(source: ImageSource, samples: int = 64) -> tuple[int, list[tuple[int, int]]]:
+def estimate_bytes(source: ImageSource) -> tuple[int, list[tuple[int, int]]]:
     """Estimate the bytes of all images decoded, from the headers of some.
 
     Returns:
@@ -145,10 +148,9 @@ def estimate_bytes(source: ImageSource, samples: int = 64) -> tuple[int, list[tu
     if source.images is not None:
         return source.images.nbytes, [tuple(source.images.shape[2:])]
     sizes = []
-    count = min(samples, len(source))
-    for index in range(count):
+    for index in sample(len(source)):
         with contextlib.suppress(BadImage):
-            path = source.paths[index * len(source) // count]
+            path = source.paths[index]
             header = read_header(path, source.channels, source.reading)
             sizes.append((header.height, header.width))
     if not sizes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 from zlib import crc32
@@ -25,10 +25,12 @@ from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import shown
 from moco.images.labels import by_folder, read_list, read_table, twins
 from moco.images.scaling import PLAIN, Reading
-from moco.images.values import choose_channels, settle
+from moco.images.shards import ShardSet, lies_elsewhere, open_shards
+from moco.images.values import choose_channels, sample, settle
 
 log = logging.getLogger("moco")
 _FEWEST_HELD_OUT = 64  # fewer tell nothing
+SHARDED = ("shards", "parquet")
 
 
 @dataclass
@@ -38,7 +40,7 @@ class ImageSource:
     Attributes:
         name: For people, e.g. "cifar10 train".
         images: N C H W uint8 where they are held decoded, in memory or on a device, else None.
-        paths: One per image where images are files, else empty.
+        paths: One per image where images are files or lie in shards, else empty.
         labels: N int64, or None when unlabelled.
         classes: Class names in the order of the labels; empty when unlabelled.
         channels: C of every image.
@@ -47,7 +49,7 @@ class ImageSource:
 
     name: str
     images: Tensor | None
-    paths: list[str]
+    paths: Sequence[str]
     labels: Tensor | None
     classes: list[str]
     channels: int
@@ -66,12 +68,25 @@ class ImageSource:
             return Decoded(self.images[index], *self.images.shape[2:], 1)
         return decode_reduced(self.paths[index], self.channels, self.reading, reduction)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Tell whether the images lie in shards, and are streamed in an order of their own."""
+        return isinstance(self.paths, ShardSet)
+
+    def around(self, index: int) -> range:
+        """Return the images of which one may stand for another: its shard's, or all."""
+        return self.paths.around(index) if self.is_sharded else range(len(self))
+
     def rows(self, rows: Tensor) -> ImageSource:
         """Keep only some images: those at `rows`, in that order."""
+        paths = self.paths
+        if paths:
+            chosen = rows.tolist()
+            paths = paths.rows(chosen) if self.is_sharded else [paths[row] for row in chosen]
         return replace(
             self,
             images=None if self.images is None else self.images[rows.to(self.images.device)],
-            paths=[self.paths[row] for row in rows.tolist()] if self.paths else [],
+            paths=paths,
             labels=None if self.labels is None else self.labels[rows],
         )
 
@@ -87,6 +102,8 @@ def open_source(data: DataConfig, split: Literal["train", "test"]) -> ImageSourc
     if data.dataset in ARRAYS:
         unlabelled = data.dataset == "stl10" and split == "train"
         return _open_arrays(data, "unlabeled" if unlabelled else split)
+    if data.dataset in SHARDED:
+        return _open_shards(data, None if split == "train" else _open_shards(data))
     train, test = split_folders(data, say=split == "train")
     if split == "train":
         return _open_folder(data, train)
@@ -108,6 +125,8 @@ def open_labelled(
     """
     if data.dataset == "stl10":
         return _open_arrays(data, "train"), _open_arrays(data, "test")
+    if data.dataset in SHARDED:
+        return _label_shards(data, train or open_source(data, "train"))
     if data.dataset not in ("folder", "imagenet"):
         return train or open_source(data, "train"), open_source(data, "test")
     train = train or open_source(data, "train")
@@ -120,8 +139,11 @@ def open_labelled(
 
 
 def has_test_split(data: DataConfig) -> bool:
-    """Tell whether a set has held-out images of its own; raise UserError as `open_source`."""
-    return data.dataset in ARRAYS or split_folders(data)[1] is not None
+    """Tell whether a set has held-out images of its own, or must not be listed as a whole.
+
+    Raises: UserError, as `open_source` does.
+    """
+    return data.dataset in (*ARRAYS, *SHARDED) or split_folders(data)[1] is not None
 
 
 def set_aside(source: ImageSource, most: int, seed: int) -> tuple[ImageSource, ImageSource | None]:
@@ -172,6 +194,8 @@ def identify(source: ImageSource, root: str) -> dict[str, int]:
 
     Of files, the names below `root` in their order; of arrays, about a thousand images.
     """
+    if source.is_sharded:
+        return source.paths.identify()
     if source.paths:
         start = len(expanded(root))
         text = "\n".join(path[start:] for path in source.paths)
@@ -214,7 +238,14 @@ def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -
     source = ImageSource(f"folder {shown(top)}", None, paths, None, [], data.channels, reading)
     if train is None:
         return _numbered(source, names)
-    if not train.classes or set(names) == {None}:
+    return source if set(names) == {None} else _of_known_classes(source, names, train)
+
+
+def _of_known_classes(
+    source: ImageSource, names: list[str | None], train: ImageSource
+) -> ImageSource:
+    """Label the images of classes that the train split has, and leave out the others."""
+    if not train.classes:
         return source
     known = set(train.classes)
     rows = [row for row, name in enumerate(names) if name in known]
@@ -228,23 +259,49 @@ def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -
         return source
     number = {name: index for index, name in enumerate(train.classes)}
     labels = torch.tensor([number[names[row]] for row in rows])
-    kept = [paths[row] for row in rows]
-    return replace(source, paths=kept, labels=labels, classes=train.classes)
+    kept = source.rows(torch.tensor(rows))
+    return replace(kept, labels=labels, classes=train.classes)
+
+
+def _open_shards(data: DataConfig, train: ImageSource | None = None) -> ImageSource | None:
+    """Open the shards that are trained on, or beside a train split those that are held out."""
+    paths = open_shards(data, held_out=train is not None)
+    if paths is None:
+        return None
+    if train is None and lies_elsewhere(paths):
+        paths.warm(sample(len(paths)))
+    if data.channels == "auto":
+        data = replace(data, channels=train.channels if train else choose_channels(paths, data))
+    reading = train.reading if train else settle(paths, data)
+    name = f"{data.dataset} {shown(data.root)}{' (held out)' if train else ''}"
+    return ImageSource(name, None, paths, None, [], data.channels, reading)
+
+
+def _label_shards(data: DataConfig, train: ImageSource) -> tuple[ImageSource, ImageSource] | None:
+    """Return the labelled images of the train split and of what is held out; None without any."""
+    queries = _open_shards(data, train)
+    if queries is None:
+        return None
+    bank = _named_part(train, train.paths.labels())
+    if bank is None:
+        return None
+    queries = _of_known_classes(queries, queries.paths.labels(), bank)
+    return None if queries.labels is None else (bank, queries)
 
 
 def _numbered(source: ImageSource, names: list[str | None]) -> ImageSource:
     """Give images their labels; none of them has one where any lacks a name, which is said."""
-    strays = [path for path, name in zip(source.paths, names, strict=True) if name is None]
+    strays = [row for row, name in enumerate(names) if name is None]
     classes = sorted({name for name in names if name is not None})
     if len(classes) < 2 or 2 * len(strays) > len(names):
         return source
     if strays:
         log.info(
             "%s: %d of %d images have no class (first %s): they are trained on, and left out where "
-            "labels are read", source.name, len(strays), len(names), shown(strays[0]),
+            "labels are read", source.name, len(strays), len(names), shown(source.paths[strays[0]]),
         )  # fmt: skip
         return source
-    if same := twins(source.paths, names):
+    if not source.is_sharded and (same := twins(source.paths, names)):
         log.info("warning: the same file lies in two classes: %s and %s (%d such pairs seen)",
                  *map(shown, same[0]), len(same))  # fmt: skip
     number = {name: index for index, name in enumerate(classes)}
@@ -256,9 +313,16 @@ def _labelled_part(data: DataConfig, source: ImageSource) -> ImageSource | None:
     root, top = expanded(data.root), split_folders(data)[0]
     table = read_table(data.labels) if data.labels else None
     names = table.labels(source.paths, root) if table else by_folder(source.paths, top)
+    return _named_part(source, names, few=bool(table))
+
+
+def _named_part(
+    source: ImageSource, names: list[str | None], few: bool = False
+) -> ImageSource | None:
+    """Return the images that have a class; None if fewer than half have one, unless `few` may."""
     rows = [row for row, name in enumerate(names) if name is not None]
-    if 2 * len(rows) < len(names) and not table:
+    if 2 * len(rows) < len(names) and not few:
         return None
-    part = replace(source, paths=[source.paths[row] for row in rows])
+    part = source.rows(torch.tensor(rows))
     part = _numbered(part, [names[row] for row in rows])
     return None if part.labels is None else part

@@ -87,9 +87,9 @@ class Cuts(Dataset):
             return self.source.read_reduced(index, reduction)
         except BadImage as error:
             bad.append((index, error.reason))
-        place = combine(epoch, torch.tensor([index]))
+        place, near = combine(epoch, torch.tensor([index])), self.source.around(index)
         for other in uniform(self.substitutes, place, _ATTEMPTS)[0].tolist():
-            chosen = int(other * len(self.source))
+            chosen = near[int(other * len(near))]
             try:
                 return self.source.read_reduced(chosen, reduction)
             except BadImage as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class TiffImage:
     """One image of a TIFF: its first page, or a stack whose pages are its bands.
 
     Args:
-        path: The file.
+        path: The file, or its bytes.
         channels: A stack of unnamed pages is one of bands if it has as many; unless there are three
             of them, which are more often three pictures.
 
@@ -63,9 +64,11 @@ class TiffImage:
     turned = False  # as Pillow, it turns by the tag whether or not that is asked for
     inverted = False
 
-    def __init__(self, path: str, channels: int) -> None:
+    def __init__(self, path: str | BytesIO, channels: int) -> None:
         import tifffile  # slow to import, and most sets hold no such files
 
+        if isinstance(path, BytesIO):
+            path.seek(0)
         self._file = tifffile.TiffFile(path)
         self._page = page = self._file.pages.first
         self._series = self._file.series[0]
@@ -128,7 +131,8 @@ class TiffImage:
         place = tuple(slice(None) if axis in (band, "Y", "X") else 0 for axis in axes)
         kept = [axis for axis in axes if axis in (band, "Y", "X")]
         order = [kept.index(axis) for axis in (band, "Y", "X")]
-        if self._series.dataoffset is not None:  # one block of values, of which only these are read
+        is_mapped = self._series.dataoffset is not None and self._file.filehandle.is_file
+        if is_mapped:  # one block of values, of which only these are read
             return self._series.asarray(out="memmap")[place].transpose(order)
         outer = [size for axis, size in zip(axes, shape, strict=True) if axis not in "YX"]
         pages = np.arange(np.prod(outer)).reshape(outer)[place[: len(outer)]]

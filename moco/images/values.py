@@ -61,8 +61,7 @@ class Seen:
 
 def look(paths: Sequence[str], channels: int, reading: Reading, with_values: bool = True) -> Seen:
     """Read the headers of some files, evenly spread, and values of those of more than 8 bits."""
-    count = min(FILES, len(paths))
-    some = [paths[number * len(paths) // count] for number in range(count)]
+    some = [paths[row] for row in sample(len(paths))]
     seen, deep = Seen([], []), []
     for path in some:
         with contextlib.suppress(BadImage):
@@ -79,6 +78,12 @@ def look(paths: Sequence[str], channels: int, reading: Reading, with_values: boo
         with contextlib.suppress(BadImage):
             seen.values.append(_thinned(read_values(path, channels, reading)))
     return seen
+
+
+def sample(total: int) -> list[int]:
+    """Return which images of a set are looked at: some, evenly spread."""
+    count = min(FILES, total)
+    return [number * total // count for number in range(count)]
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:

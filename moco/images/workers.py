@@ -40,10 +40,25 @@ def worker_loader(
     count = worker_count(config)
     if persistent and count:
         options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
-    return DataLoader(dataset, num_workers=count, worker_init_fn=_set_up, **options)
+    return DataLoader(_Told(dataset), num_workers=count, worker_init_fn=_set_up, **options)
 
 
-def fetched(loader: DataLoader, timeout: float) -> Iterator[Any]:
+class _Told(Dataset):
+    """A dataset whose workers hand over a RunError or UserError as it is, without a traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, batch: Any) -> Any:
+        try:
+            return self.dataset.__getitems__(batch)
+        except (RunError, UserError) as error:
+            return error
+
+
+def fetched(
+    loader: DataLoader, timeout: float, begun: Callable[[], None] = lambda: None
+) -> Iterator[Any]:
     """Iterate a DataLoader; what befalls its workers is raised between batches, as a RunError.
 
     A DataLoader looks every five seconds whether its workers live. Its own timeout is of no use
@@ -53,18 +68,22 @@ def fetched(loader: DataLoader, timeout: float) -> Iterator[Any]:
     Args:
         loader: From `worker_loader`.
         timeout: Seconds to wait for a batch; 0: for ever.
+        begun: Called when the workers run, before the first batch is waited for.
     """
     late = threading.Event()
     before = signal.getsignal(signal.SIGCHLD)
     # Persistent workers of the epoch before are waited for here.
     iterator = _awaited(lambda: iter(loader), _workers(loader), timeout, late)
     _remove_handler(before)
+    begun()
     workers = getattr(iterator, "_workers", [])
     while True:
         try:
             batch = _awaited(lambda: next(iterator), workers, timeout, late)
         except StopIteration:
             return
+        if isinstance(batch, RunError | UserError):
+            raise batch
         yield batch
 
 

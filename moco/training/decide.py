@@ -91,13 +91,19 @@ def decide(
     key_bn, why_key_bn = choose_key_bn(model.key_bn, world, model.queue_size > 0, synced)
     query_bn, why_query_bn = choose_query_bn(model.query_bn, world, synced)
     backend, why_compile = hardware.choose_compile(wanted, steps)
-    fits = "auto: what fits into data.resident_budget"
+    resides = (
+        "as set"
+        if config.data.resident != "auto"
+        else ("auto: what fits into data.resident_budget")
+    )
+    if config.data.dataset in ("shards", "parquet"):
+        resides = "shards always are"
     reasons = {
         "precision": why_precision,
         "key_bn": why_key_bn,
         "query_bn": why_query_bn,
         "compile": why_compile,
-        "resident": fits if config.data.resident == "auto" else "as set",
+        "resident": resides,
     }
     chosen = precision, key_bn, backend, resident, query_bn
     decided = Decided(hardware.accelerator(config), devices, num_nodes, *chosen, reasons)

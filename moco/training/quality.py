@@ -39,7 +39,7 @@ def held_out_views(
         data: Of the run; its device makes the views.
         held: The images that are not trained on.
     """
-    if held is None or config.run.knn_every == 0:
+    if held is None or held.is_sharded or config.run.knn_every == 0:
         return None
     count = min(len(held), MOST_IMAGES)
     unit = distributed.world_size() * 2

@@ -23,6 +23,7 @@ _MAY_DIFFER = {
     "data.num_workers",
     "data.max_bad_fraction",
     "data.worker_timeout",
+    "data.cache_gib",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

@@ -1,0 +1,213 @@
+"""The index of shards: which images a tar or a Parquet file holds and where, and their labels.
+
+It is read once from the headers, and kept in one SQLite file beside the cache of shards, under the
+address, size and mark of each shard. Labels are names here, as in `moco.images.labels`.
+This room needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moco.config import UserError
+from moco.images.folders import visible
+from moco.images.formats import extension, one_line, readable
+from moco.images.stores import Facts
+
+LABELS = ("cls", "label", "class", "class_name", "target", "category")  # in a .json, or columns
+_MOST_BYTES = 2**20  # of a file that holds a label
+_MAKE = """create table if not exists shards
+    (address text primary key, size integer, tag text, count integer, members blob)"""
+
+
+@dataclass
+class Members:
+    """The images of one shard, in its order.
+
+    Attributes:
+        names: For people; their endings tell the decoders.
+        offsets, sizes: In bytes within a tar; empty for Parquet, whose images lie in pages.
+        labels: None where an image has none.
+    """
+
+    names: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    labels: list[str | None]
+
+
+class Index:
+    """Members of shards by address, in a file that the processes of a machine share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=60)
+        try:
+            connection.execute(_MAKE)
+            yield connection
+            connection.commit()
+        finally:
+            connection.close()
+
+    def known(self) -> dict[str, tuple[Facts, int]]:
+        """Return the facts and the number of images of every shard that is indexed."""
+        with self._open() as connection:
+            rows = connection.execute("select address, size, tag, count from shards")
+            return {row[0]: (Facts(row[1], row[2]), row[3]) for row in rows}
+
+    def add(self, found: list[tuple[str, Facts, Members]]) -> None:
+        """Keep what was found in some shards, whole or not at all."""
+        rows = []
+        for address, facts, members in found:
+            rest = zlib.compress(json.dumps(asdict(members)).encode())
+            rows.append((address, *facts, len(members.names), rest))
+        with self._open() as connection:
+            connection.executemany("insert or replace into shards values (?, ?, ?, ?, ?)", rows)
+
+    def members(self, address: str) -> Members:
+        """Return the images of one shard."""
+        with self._open() as connection:
+            (rest,) = connection.execute(
+                "select members from shards where address = ?", (address,)
+            ).fetchone()
+        return Members(**json.loads(zlib.decompress(rest)))
+
+
+def read_tar(file: Any, address: str) -> Members:
+    """Read the headers of a tar in WebDataset's layout: KEY.jpg, and KEY.cls or KEY.json.
+
+    Of a key's images the first one counts. A tar that ends within a member gives those before it,
+    and that one, which then cannot be decoded.
+
+    Raises:
+        UserError: It is no tar, or a compressed one.
+    """
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, str] = {}
+    endings = readable()
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while True:
+                try:
+                    item = tar.next()
+                except (tarfile.ReadError, EOFError):
+                    break  # it is cut short
+                if item is None:
+                    break
+                tar.members = []  # which tarfile would keep
+                folder, _, base = item.name.rpartition("/")
+                if not item.isfile() or not visible(base):
+                    continue
+                stem, _, kind = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if extension(base) in endings:
+                    images.setdefault(key, (item.name, item.offset_data, item.size))
+                elif kind in ("cls", "json") and item.size <= _MOST_BYTES:
+                    name = _label(kind, tar.extractfile(item).read())
+                    if name is not None and (kind == "cls" or key not in labels):
+                        labels[key] = name
+    except tarfile.ReadError as error:
+        raise UserError(
+            f"{address} is no plain tar ({one_line(str(error))}): unpack compressed shards, since "
+            "single images are read from them"
+        ) from None
+    found = images.values()
+    names, offsets, sizes = ([image[part] for image in found] for part in range(3))
+    return Members(names, offsets, sizes, [labels.get(key) for key in images])
+
+
+def _label(kind: str, content: bytes) -> str | None:
+    """Return the label that a .cls or .json file holds."""
+    text = content.decode("utf-8", "replace").strip()
+    if kind == "cls":
+        return text or None
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    found = [values[n] for n in LABELS if n in values] if isinstance(values, dict) else []
+    return str(found[0]) if found and isinstance(found[0], str | int) else None
+
+
+def read_parquet(file: Any, address: str) -> Members:
+    """Read names and labels of a Parquet file as Hugging Face writes sets of images."""
+    pq = parquet_package()
+    table = pq.ParquetFile(file)
+    schema = table.schema_arrow
+    image = image_column(schema, address)
+    label = next((name for name in ("label", *LABELS) if name in schema.names), None)
+    has_path = image.endswith(".bytes") and f"{image[:-6]}.path" in _leaves(table)
+    columns = [f"{image[:-6]}.path"] if has_path else []
+    columns += [label] if label else []
+    count, read = table.metadata.num_rows, table.read(columns=columns) if columns else None
+    names = [None] * count
+    if has_path:
+        names = [row and row.get("path") for row in read.column(image[:-6]).to_pylist()]
+    names = [f"{row}/{os.path.basename(n)}" if n else str(row) for row, n in enumerate(names)]
+    labels: list[str | None] = [None] * count
+    if label:
+        told = _class_names(schema, label)
+        labels = [_named(value, told) for value in read.column(label).to_pylist()]
+    return Members(names, [], [], labels)
+
+
+def parquet_package() -> Any:
+    """Return pyarrow's module for Parquet, or raise UserError with what to install."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("data.dataset parquet needs a package: pip install pyarrow") from None
+    return pyarrow.parquet
+
+
+def image_column(schema: Any, address: str) -> str:
+    """Return the name of the column of encoded images, as `image.bytes`.
+
+    Raises:
+        UserError: There is none.
+    """
+    for name in ("image", "img", *schema.names):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        if str(kind).startswith("struct") and kind.get_field_index("bytes") >= 0:
+            return f"{name}.bytes"
+        if str(kind) in ("binary", "large_binary"):
+            return name
+    raise UserError(
+        f"{address} has no column of images (it has {', '.join(schema.names)}): give Parquet as "
+        "Hugging Face writes it, with image: {bytes, path}"
+    )
+
+
+def _leaves(table: Any) -> set[str]:
+    return {table.schema.column(number).path for number in range(len(table.schema))}
+
+
+def _class_names(schema: Any, label: str) -> list[str]:
+    """Return the names of the classes that Hugging Face's own metadata tells; it may be none."""
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])
+        return [str(name) for name in told["info"]["features"][label]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _named(value: Any, names: list[str]) -> str | None:
+    """Return the name of a label; -1 stands for none in Hugging Face's sets."""
+    if value is None or value == -1:
+        return None
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)

@@ -1,0 +1,351 @@
+"""Sets of shards: what is read from them, their labels, their order in a run, what goes wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import write_pictures
+from PIL import Image
+
+from moco.config import DataConfig, RunError, UserError
+from moco.images import sources
+from moco.images.decode import decode
+from moco.images.labelled import open_data
+from moco.images.loader import PretrainData, StepLoader
+from moco.images.packing import pack
+from moco.images.patterns import expand_braces, find_shards
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache for each test."""
+    monkeypatch.setenv("MOCO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def said(caplog):
+    """Collect the lines that are logged."""
+    caplog.set_level("INFO", logger="moco")
+    return caplog
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """40 images of 24 x 20 pixels in two classes, and 10 for testing."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for name in ("cat", "dog"):
+            names = [f"{i}.png" for i in range(count)]
+            write_pictures(root / split / name, names, rng, small=4, size=(20, 24))
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory):
+    """The same as shards of some images each."""
+    out = tmp_path_factory.mktemp("packed") / "set"
+    pack(str(folder), str(out), 0.006)
+    return out
+
+
+def make_data(root, **changes) -> PretrainData:
+    config = DataConfig(
+        **{"dataset": "shards", "root": str(root), "image_size": 16, "batch_size": 8}
+        | {"num_workers": 0, "streams": 4, "window": 4}
+        | changes
+    )
+    data = PretrainData(config, seed=3, shuffle=False, symmetric=False)
+    data.prepare(CPU)
+    return data
+
+
+def take(data, position=0):
+    loader = StepLoader(data, lambda: position)
+    try:
+        return list(loader)
+    finally:
+        loader.close()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            item = tarfile.TarInfo(name)
+            item.size = len(content)
+            tar.addfile(item, io.BytesIO(content))
+    return path
+
+
+def png(value: int, size=(20, 24)) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+# Packing
+
+
+def test_a_folder_becomes_shards_with_its_splits_labels_and_bytes(folder, packed):
+    names = sorted(path.name for path in packed.iterdir())
+    assert names[0] == "test-00000.tar" and names[-1].startswith("train-0000")
+    assert sum(name.startswith("train") for name in names) > 4
+    bank, queries = sources.open_labelled(DataConfig(dataset="shards", root=str(packed)))
+    assert (len(bank), len(queries)) == (40, 10)
+    assert bank.classes == queries.classes == ["cat", "dog"]
+    for source, split in ((bank, "train"), (queries, "test")):
+        files = {path.read_bytes(): path.parent.name for path in (folder / split).rglob("*.png")}
+        found = {source.paths[row].content(True): source.labels[row] for row in range(len(source))}
+        assert found.keys() == files.keys()
+        assert all(source.classes[found[content]] == files[content] for content in files)
+    mixed = bank.labels[: bank.paths.counts[0]].tolist()
+    assert {*mixed} == {0, 1}, "a shard holds all classes"
+
+
+def test_equal_folders_make_equal_shards(folder, packed, tmp_path):
+    pack(str(folder), str(tmp_path / "again"), 0.006)
+    for path in packed.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_shards_are_whole_or_absent(folder, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(Path, "read_bytes", full)
+        pack(str(folder), str(tmp_path / "out"), 1)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="is there already"):
+        pack(str(folder), str(tmp_path / "out"), 1)
+
+
+# What is read
+
+
+def test_every_format_is_read_from_a_shard_as_from_a_file(tmp_path):
+    tifffile, pydicom = pytest.importorskip("tifffile"), pytest.importorskip("pydicom")
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "files"
+    write_pictures(folder, ["a.jpg", "b.png", "c.webp", "d.tif"], rng)
+    np.save(folder / "e.npy", rng.integers(0, 4096, (20, 20, 3), dtype=np.uint16))
+    tifffile.imwrite(folder / "f.tif", rng.integers(0, 4096, (20, 20), dtype=np.uint16))
+    tifffile.imwrite(folder / "g.tif", rng.random((3, 20, 20), dtype=np.float32) * 4096, imagej=1)
+    example = pydicom.examples.get_path("ct")
+    (folder / "h.dcm").write_bytes(example.read_bytes())
+    files = sorted(folder.iterdir())
+    write_tar(tmp_path / "x.tar", {path.name: path.read_bytes() for path in files})
+    source = sources.open_source(
+        DataConfig(dataset="shards", root=str(tmp_path / "x.tar"), min_value=0, max_value=4095),
+        "train",
+    )
+    assert len(source) == len(files) == 8
+    for row, path in enumerate(files):
+        assert source.read(row).equal(decode(str(path), 3, source.reading)), path.name
+        assert source.paths[row] == f"{tmp_path}/x.tar#{path.name}"
+
+
+def test_labels_of_cls_and_json_and_none(tmp_path):
+    texts = [{"label": 3}, {"class_name": "dog"}, {"caption": "a dog"}, ["no mapping"]]
+    members = {}
+    for number, text in enumerate(texts):
+        members[f"d/{number}.png"] = png(number)
+        members[f"d/{number}.json"] = json.dumps(text).encode()
+    members |= {"d/4.cls": b"cat\n", "d/4.seg.png": png(9), "d/4.jpg": png(4)}
+    members |= {"d/5.png": png(5), "d/5.json": b"broken", "d/.hidden.png": png(6), "d/x.txt": b""}
+    write_tar(tmp_path / "x.tar", members)
+    source = sources.open_source(DataConfig(dataset="shards", root=str(tmp_path)), "train")
+    assert source.paths.labels() == ["3", "dog", None, None, "cat", None]
+    assert source.paths[4].endswith("x.tar#d/4.seg.png"), "the first image of a key counts"
+
+
+def test_evaluation_reads_shards_as_a_folder(folder, packed):
+    found = {}
+    for dataset, root in (("folder", folder), ("shards", packed)):
+        config = DataConfig(dataset=dataset, root=str(root), image_size=16, num_workers=0)
+        for part, source in zip("bq", sources.open_labelled(config), strict=True):
+            data = open_data(source, config, CPU, None)
+            images, rows = (torch.cat(x) for x in zip(*data.batches(CPU, 7), strict=True))
+            order = images.flatten(1).sum(1).sort().indices
+            found[dataset, part] = images[order], data.labels(rows)[order]
+    for part in "bq":
+        (a, first), (b, second) = found["folder", part], found["shards", part]
+        assert first.equal(second) and (a - b).abs().mean() < 0.02
+
+
+def test_parquet_as_hugging_face_writes_it(folder, tmp_path, cache):
+    datasets = pytest.importorskip("datasets")
+    files = sorted((folder / "train").rglob("*.png"))
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    for split, some in (("train", files), ("test", files[::5])):
+        rows = {
+            "image": [{"bytes": path.read_bytes(), "path": path.name} for path in some],
+            "label": [int(path.parent.name == "dog") for path in some],
+        }
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet", batch_size=16)
+    config = DataConfig(dataset="parquet", root=str(tmp_path))
+    bank, queries = sources.open_labelled(config)
+    assert (len(bank), len(queries), bank.classes) == (40, 8, ["cat", "dog"])
+    for row, path in enumerate(files):
+        assert bank.read(row).equal(decode(str(path), 3))
+        assert bank.classes[bank.labels[row]] == path.parent.name
+    assert sum("-" in path.name for path in cache.iterdir()) == 1, "one file was unpacked"
+
+
+# The order in a run
+
+
+def test_an_epoch_of_shards_goes_on_from_its_middle_with_the_same_views(packed):
+    whole, rest = take(make_data(packed), 5), take(make_data(packed), 8)
+    assert len(whole) == 5 and len(rest) == 2 and whole[0].epoch == 1
+    for a, b in zip(whole[3:], rest, strict=True):
+        assert a.index.equal(b.index) and a.crops.equal(b.crops) and a.step == b.step
+    assert len(torch.cat([batch.index for batch in whole]).unique()) == 40
+
+
+def test_workers_do_not_change_what_shards_give(packed):
+    for a, b in zip(take(make_data(packed)), take(make_data(packed, num_workers=2)), strict=True):
+        assert a.index.equal(b.index) and a.crops.equal(b.crops)
+
+
+def test_streams_that_do_not_divide_the_batch_are_fewer_and_it_is_said(packed, said):
+    assert len(take(make_data(packed, streams=64))) == 5
+    assert any("read as 8 streams" in line for line in said.messages)
+
+
+# What goes wrong
+
+
+def test_a_torn_member_is_a_bad_file(tmp_path, said):
+    members = {f"{n}.png": png(n) for n in range(16)}
+    members["3.png"] = members["3.png"][:40]
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(UserError, match=r"x.tar#3.png: .*max_bad_fraction"):
+        take(make_data(tmp_path, batch_size=4))
+    batches = take(make_data(tmp_path, batch_size=4, max_bad_fraction=0.1))
+    assert len(batches) == 4 and batches[0].crops.shape == (4, 2, 3, 16, 16)
+    assert any("1 of 16 images" in line and "x.tar#3.png" in line for line in said.messages)
+
+
+def test_a_shard_that_is_cut_short_gives_what_is_whole(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {f"{n}.png": png(n, (64, 64)) for n in range(8)})
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[6].offset_data + 20
+    os.truncate(path, end)
+    data = make_data(tmp_path, batch_size=7, max_bad_fraction=0.2)
+    assert len(data.source) == 7
+    take(data)
+    assert [*data.bad.found.values()] == ["is cut short: its shard ends within it"]
+
+
+def test_a_shard_replaced_while_it_is_read_is_one_line(packed, tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    for path in packed.glob("train-*"):
+        (root / path.name).write_bytes(path.read_bytes())
+    data = make_data(root)
+    batches = iter(StepLoader(data, lambda: 0))
+    next(batches)
+    for path in root.iterdir():
+        path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(RunError, match=r"train-0000\d.tar was replaced while it was read"):
+        list(batches)
+
+
+def test_a_changed_shard_is_indexed_anew(tmp_path, said):
+    root = write_tar(tmp_path / "x.tar", {"0.png": png(1)})
+    config = DataConfig(dataset="shards", root=str(root))
+    assert len(sources.open_source(config, "train")) == 1
+    sources.open_source(config, "train")
+    assert sum("reading the headers" in line for line in said.messages) == 1
+    write_tar(root, {f"{n}.png": png(n) for n in range(5)})
+    source = sources.open_source(config, "train")
+    assert len(source) == 5 and int(source.read(4)[0, 0, 0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.write_bytes(b"no tar" * 200), "x.tar is no plain tar"),
+        (lambda path: write_tar(path, {"a.txt": b"x"}), "hold no images"),
+        (lambda path: path.mkdir(), "names no shard"),
+    ],
+)
+def test_what_is_no_shard_is_one_line(tmp_path, make, said):
+    make(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=said):
+        sources.open_source(DataConfig(dataset="shards", root=str(tmp_path / "x.tar")), "train")
+
+
+def test_other_shards_are_another_set(packed, tmp_path):
+    def found(root):
+        source = sources.open_source(DataConfig(dataset="shards", root=str(root)), "train")
+        return sources.identify(source, str(root))
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in packed.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert found(copy) == found(packed)
+    (copy / "train-00000.tar").unlink()
+    assert found(copy) != found(packed)
+
+
+# Patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("x-{08..11}.tar", ["x-08.tar", "x-09.tar", "x-10.tar", "x-11.tar"]),
+        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
+        ("{t-{0..1},v-{7..7}}.tar", ["t-0.tar", "t-1.tar", "v-7.tar"]),
+        ("plain.tar", ["plain.tar"]),
+    ],
+)
+def test_braces(pattern, names):
+    assert expand_braces(pattern) == names
+
+
+@pytest.mark.parametrize("pattern", ["x-{0..1", "{9..1}.tar", "{0..99999}{0..99999}.tar"])
+def test_braces_that_name_nothing_are_refused(pattern):
+    with pytest.raises(UserError, match="data.root"):
+        expand_braces(pattern)
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "held_out"),
+    [
+        (["train-0", "val-0", "test-0"], ["train-0"], ["test-0"]),
+        (["training_0", "validation_0"], ["training_0"], ["validation_0"]),
+        (["a-0", "val-0"], ["a-0"], ["val-0"]),
+        (["a-0", "b-0"], ["a-0", "b-0"], []),
+        (["val-0"], ["val-0"], []),
+    ],
+)
+def test_the_first_word_of_a_shard_is_its_split(tmp_path, names, train, held_out):
+    for name in names:
+        (tmp_path / f"{name}.tar").touch()
+    found = find_shards(DataConfig(dataset="shards", root=str(tmp_path)))
+    assert [[Path(path).stem for path in part] for part in found] == [train, held_out]
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    (tmp_path / "x-0.tar").touch()
+    with pytest.raises(UserError, match=r"x-1.tar is not there \(1 of 2 shards\)"):
+        find_shards(DataConfig(dataset="shards", root=f"{tmp_path}/x-{{0..1}}.tar"))

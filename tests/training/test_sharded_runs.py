@@ -1,0 +1,106 @@
+"""Runs that read shards: from a disk and from a store, stopped and resumed, on one rank and two."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import write_pictures
+from runs import TINY, assert_same_end, at, main_on_rank, run_tiny
+from webserver import WebServer
+
+import eval_knn
+import train
+from moco.config import UserError
+from moco.images.packing import pack
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+SHARDS = ["--data.dataset", "shards", "--data.streams", "8", "--data.window", "4"]
+# Without BatchNorm, whose statistics are those of a rank.
+PLAIN = [
+    *("--model.backbone", "vit_tiny_patch16_224", "--model.stem", "imagenet"),
+    *("--model.width", "0.125", "--model.patch_size", "8", "--model.depth", "1"),
+    *("--model.num_heads", "4", "--model.key_bn", "plain", "--trainer.max_epochs", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """48 images of two classes in shards of some each, and 8 that are held out."""
+    root = tmp_path_factory.mktemp("packed")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 4)):
+        for name in ("cat", "dog"):
+            names = [f"{i}.png" for i in range(count)]
+            write_pictures(root / "files" / split / name, names, rng)
+    pack(str(root / "files"), str(root / "set"), 0.006)
+    return root / "set"
+
+
+@pytest.mark.skipif(not find_spec("aiohttp"), reason="needs aiohttp")
+def test_a_run_ends_alike_from_a_disk_and_from_a_store_and_resumes_on_either(packed):
+    run_tiny(packed, *SHARDS, run_dir="whole")
+    count = len(list(packed.glob("train-*")))
+    with WebServer(packed) as server:
+        remote = f"{server.address}/train-{{00000..{count - 1:05d}}}.tar"
+        run_tiny(remote, *SHARDS, run_dir="store")
+        assert_same_end("whole", "store")
+        for step in (2, 4):  # within an epoch
+            shutil.copytree("whole", f"from{step}")
+            path = f"from{step}/checkpoints/step_{step:09d}.ckpt"
+            train.main(["--resume", path, "--data.root", remote])
+            assert_same_end("whole", f"from{step}")
+        assert server.asked
+
+
+def test_what_makes_the_order_is_kept_by_a_resumed_run(packed):
+    run_tiny(packed, *SHARDS, "--trainer.max_steps", "1")
+    for change in (["--data.streams", "4"], ["--data.window", "8"]):
+        with pytest.raises(UserError, match=rf"{change[0][2:]} is {change[1]} but the run has"):
+            train.main(["--resume", "run", *change])
+
+
+def test_two_ranks_end_as_one_and_a_run_goes_on_on_one_rank(packed, two_ranks, tmp_path):
+    words = [*TINY, *PLAIN, *SHARDS, "--data.root", str(packed)]
+    two_ranks.run(main_on_rank, "train", [*words, "--run.dir", "two"], str(tmp_path))
+    run_tiny(packed, *PLAIN, *SHARDS, run_dir="one")
+    Path("run/checkpoints").mkdir(parents=True)
+    shutil.copy("two/config.yaml", "run/config.yaml")
+    shutil.copy("two/checkpoints/step_000000001.ckpt", "run/checkpoints/last.ckpt")
+    assert train.main(["--resume", "run", "--trainer.devices", "1"])["steps"] == 3
+    assert not any("running_mean" in name for name in at(1, "two")["state_dict"])
+    first = at(3, "one")["state_dict"]
+    for run_dir in ("two", "run"):
+        other = at(3, run_dir)["state_dict"]
+        for name, value in first.items():
+            torch.testing.assert_close(other[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_knn_reads_shards_while_training_and_afterwards(packed):
+    result = run_tiny(packed, *SHARDS, "--run.knn_every", "1", "--trainer.max_epochs", "1")
+    assert result["comparison"]["test_images"] == 8
+    checkpoint = ["--checkpoint", "run/checkpoints/last.ckpt", "--accelerator", "cpu"]
+    judged = eval_knn.main([*checkpoint, "--baselines", "false", "--k", "[5]"])
+    assert (judged["data"]["train_images"], judged["data"]["test_images"]) == (48, 8)
+    assert judged["per_class"].keys() == {"cat", "dog"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.root", "nowhere/x-{0..3}.tar"], "x-0.tar is not there"),
+        (["--data.root", "s3://me:c0ffee@x/y.tar"], "holds a user or a password"),
+        (["--data.streams", "0"], "data.streams is 0"),
+        (["--data.window", "0"], "data.window is 0"),
+        (["--data.cache_gib", "0"], "data.cache_gib is 0"),
+    ],
+)
+def test_wrong_settings_of_shards_are_one_line(packed, words, said):
+    with pytest.raises(UserError, match=said) as caught:
+        run_tiny(packed, *SHARDS, *words)
+    assert "c0ffee" not in str(caught.value) and not Path("run").exists()
