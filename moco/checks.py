@@ -67,6 +67,12 @@ def check(config: TrainConfig) -> None:
             "trainer.max_epochs is auto and run.minutes 0: give the minutes that the run may take, "
             "as in --run.minutes 10, or a number of epochs"
         )
+    if config.ends_by_clock and config.model.key_momentum_schedule != "constant":
+        raise UserError(
+            "model.key_momentum_schedule is cosine, which follows from the length of the run, and "
+            "with optim.schedule stable run.minutes fixes that as it trains: set it to constant, "
+            "or trainer.max_epochs to a number"
+        )
     for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
         if getattr(data, name) is not None:
             per_view(getattr(data, name), f"data.{name}")

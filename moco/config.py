@@ -462,7 +462,8 @@ class RunConfig:
     seed: int = setting(0, "Seed of weights, order and views", at_least=0, at_most=2**32 - 1)
     minutes: float = setting(
         0.0,
-        "Time that a new run may train, from which trainer.max_epochs auto follows; 0: none",
+        "Time that a new run may train, from which trainer.max_epochs auto follows: at the start, "
+        "or with optim.schedule stable as it trains; 0: none",
         at_least=0,
         at_most=1_000_000,
     )
@@ -507,6 +508,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def ends_by_clock(self) -> bool:
+        """Tell whether the length of a new run is fixed while it trains (`moco.training.clock`)."""
+        has_no_length = self.trainer.max_epochs == "auto" and self.trainer.max_steps < 0
+        return has_no_length and self.optim.schedule == "stable" and self.optim.decay_share < 1
 
     def undecided(self) -> list[str]:
         """Name the settings that are left to `moco.training.autoconfigure`."""

@@ -28,6 +28,7 @@ FAST = "tests/algorithm/test_fast_moco.py"
 AUTO = "tests/training/test_autoconfigure.py"
 RUN = "tests/training/test_run.py"
 EXTEND = "tests/training/test_extend.py"
+CLOCK = "tests/training/test_clock.py"
 VERDICT = "tests/evaluation/test_verdict.py"
 RESUME = "tests/training/test_resume.py"
 
@@ -103,8 +104,8 @@ BREAKS = [
     # schedules
     (
         "algorithm/optim.py",
-        "return start + (config.lr - start) * step / warmup",
-        "return start + (config.lr - start) * (step + 1) / warmup",
+        "rising = start + (config.lr - start) * step / warmup",
+        "rising = start + (config.lr - start) * (step + 1) / warmup",
         OPTIM,
     ),
     (
@@ -187,6 +188,8 @@ BREAKS = [
     ),
     ("training/stored.py", 'checkpoints" / BEFORE_DECAY', 'checkpoints" / "last.ckpt"', EXTEND),
     ("algorithm/optim.py", "(total_steps - start), 1.0)", "(total_steps - start), 2.0)", EXTEND),
+    ("training/clock.py", "distributed.rank() == 0 and self", "self", CLOCK),
+    ("training/clock.py", "return self._before + ", "return ", CLOCK),
     # decisions and verdict
     ("training/autoconfigure.py", "* keys // 8", "* keys // 2", AUTO),
     ("training/autoconfigure.py", "if optim.warmup_epochs > epochs", "if 0 > epochs", AUTO),

@@ -132,19 +132,25 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_st
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         start = config.lr * config.warmup_start
-        return start + (config.lr - start) * step / warmup
+        rising = start + (config.lr - start) * step / warmup
+        return min(rising, _stable(config, step, total_steps))
     if config.schedule == "cosine":
         if config.schedule_per == "epoch":
             step = max(step // steps_per_epoch * steps_per_epoch, math.ceil(warmup))
         progress = (step - warmup) / max(total_steps - warmup, 1)
         return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    if config.schedule == "stable":
-        start = decay_start(config, total_steps)
-        return config.lr * min((total_steps - step) / (total_steps - start), 1.0)
     if config.schedule == "step":
         passed = bisect_right(config.milestones, step // steps_per_epoch)
         return config.lr * config.gamma**passed
-    return config.lr
+    return _stable(config, step, total_steps)
+
+
+def _stable(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Return the rate without warm-up of `stable`, and of what is constant."""
+    if config.schedule != "stable":
+        return config.lr
+    start = decay_start(config, total_steps)
+    return config.lr * min((total_steps - step) / (total_steps - start), 1.0)
 
 
 def decay_start(config: OptimConfig, total_steps: int) -> int:

@@ -171,7 +171,9 @@ def _choose_epochs(own: Settings, batches: int, seconds: float) -> None:
     why = f"{own.config.run.minutes:g} minutes at {seconds * 1000:.0f} ms a batch"
     epochs, rest = divmod(fitting, batches)
     few = epochs < FEW_EPOCHS and rest > 0 and own.config.trainer.max_steps < 0
-    own.take("trainer.max_epochs", epochs + few or 1, why)
-    if few:
+    is_fixed = not own.config.ends_by_clock
+    about = why if is_fixed else f"{why}: about so many, the clock fixes it while the run trains"
+    own.take("trainer.max_epochs", epochs + few or 1, about)
+    if few and is_fixed:
         steps = max(fitting // own.config.trainer.accumulate_grad_batches, 1)
         own.replace("trainer.max_steps", steps, f"{why}: not to the end of an epoch")

@@ -18,12 +18,14 @@ from pytorch_lightning.strategies import DDPStrategy
 from moco.algorithm.optim import decay_start
 from moco.algorithm.pretrain import MoCo
 from moco.checkpoints.load import restore_pretraining
-from moco.config import DataConfig, TrainConfig, UserError
+from moco.config import MOST_EPOCHS, DataConfig, TrainConfig, UserError
 from moco.images import sources
 from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
 from moco.run_directory import VERSION
+from moco.training.agreement import Agreement
+from moco.training.clock import Clock
 from moco.training.cores import SharedCores
 from moco.training.decide import Decided
 from moco.training.guard import NonFiniteGuard, Watch
@@ -47,6 +49,7 @@ class Run:
     metrics: MetricsLogger
     monitor: KNNMonitor
     saver: Checkpoints
+    clock: Clock
 
 
 def steps_per_epoch(config: TrainConfig, batches_per_epoch: int) -> int:
@@ -144,7 +147,7 @@ def assemble(
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
-    signals = Signals()
+    signals, agreement = Signals(), Agreement()
     monitor = KNNMonitor(open_labelled(config, data), config.run, metrics, signals)
     saver = Checkpoints(
         signals,
@@ -155,12 +158,15 @@ def assemble(
         config.run.checkpoint_minutes,
         config.run.keep_checkpoints,
         {"version": VERSION, **kept},
+        agreement,
     )
-    own = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
+    clock = Clock(config, decided, metrics, saver, agreement)
+    own = [signals, NonFiniteGuard(run_dir), metrics, clock, monitor, saver]
     own += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
     found = loggers(config.run, run_dir, start_step)
-    trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
-    return Run(trainer, module, data, metrics, monitor, saver)
+    lasting = config.changed({"trainer.max_epochs": MOST_EPOCHS}) if decided.is_open else config
+    trainer = build_trainer(lasting, decided, logger=found, callbacks=[*own, *callbacks])
+    return Run(trainer, module, data, metrics, monitor, saver, clock)
 
 
 def step_before_decay(config: TrainConfig, steps: int) -> int:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
 from moco import slurm
-from moco.config import RunError, UserError
+from moco.config import RunError, TrainConfig, UserError
 from moco.run_directory import BEFORE_DECAY
+from moco.training.agreement import Agreement
+from moco.training.decide import Decided
 from moco.training.metrics import MetricsLogger
 
 log = logging.getLogger("moco")
@@ -150,6 +153,7 @@ class Checkpoints(pl.Callback):
         minutes: Between further checkpoints; 0: there are none.
         keep: How many of the newest checkpoints stay.
         extras: Stored in each checkpoint: name to plain values, such as the settings.
+        agreement: Of the ranks.
 
     Attributes:
         stop_signal: The signal that came on any rank, or 0.
@@ -167,25 +171,24 @@ class Checkpoints(pl.Callback):
         minutes: float,
         keep: int,
         extras: dict[str, Any],
+        agreement: Agreement,
     ) -> None:
-        self.signals, self.metrics = signals, metrics
+        self.signals, self.metrics, self.agreement = signals, metrics, agreement
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
         self.before_decay, self.extras = before_decay, extras
         self.stop_signal, self.saved_step = 0, 0
         self.seconds = 0.0
         self._in_step = False
         self._saved_at = time.monotonic()
-        self._ranks: Any = None  # a group of processes, where there are several
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Remove what a killed run left half written, and open a group of CPUs to agree over."""
+        """Remove what a killed run left half written, and begin to agree with the other ranks."""
         self._saved_at = time.monotonic()
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             for leftover in self.directory.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        if trainer.world_size > 1:
-            self._ranks = torch.distributed.new_group(backend="gloo")
+        self.agreement.open(trainer)
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Note that weights and counters are about to change."""
@@ -201,7 +204,8 @@ class Checkpoints(pl.Callback):
         step = trainer.global_step
         due = step % self.every == 0 if self.every else last_batch
         late = 0 < 60 * self.minutes <= time.monotonic() - self._saved_at
-        signal_place, late = self._agree(STOPPING.index(self.signals.came), int(late))
+        came = STOPPING.index(self.signals.came)
+        signal_place, late = self.agreement.largest(came, int(late))
         finished = step >= module.total_steps
         self.stop_signal = 0 if finished else STOPPING[signal_place]
         if due or late or self.stop_signal or finished or step == self.before_decay:
@@ -210,16 +214,10 @@ class Checkpoints(pl.Callback):
         if self.stop_signal:
             trainer.should_stop = True
 
-    def _agree(self, *values: int) -> list[int]:
-        """Return the largest values of all ranks, so that all of them save and stop together.
-
-        The ranks talk over CPUs, since over GPUs every step would wait for the device.
-        """
-        if self._ranks is None:
-            return list(values)
-        tensor = torch.tensor(values)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, self._ranks)
-        return tensor.tolist()
+    def store_length(self, step: int, config: TrainConfig, decided: Decided) -> None:
+        """Keep the checkpoint of this step, from which the rate falls, and store other settings."""
+        self.before_decay = step
+        self.extras |= {"config": asdict(config), "decided": asdict(decided)}
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write step_N.ckpt, point last.ckpt to it, and remove old ones."""
