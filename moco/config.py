@@ -333,6 +333,15 @@ class DataConfig:
         at_least=4,
         at_most=8192,
     )
+    image_size_start: int = setting(
+        0,
+        "Side of the first views in pixels, which grow to image_size in two steps; 0: they do not",
+        at_least=0,
+        at_most=8192,
+    )
+    image_size_share: float = setting(
+        0.75, "Share of the run over which the views grow", above=0, at_most=0.99
+    )
     interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear", "How crops are resized to views, antialiased (Fast-MoCo: bicubic)"
     )

@@ -29,6 +29,7 @@ AUTO = "tests/training/test_autoconfigure.py"
 RUN = "tests/training/test_run.py"
 EXTEND = "tests/training/test_extend.py"
 CLOCK = "tests/training/test_clock.py"
+GROWTH = "tests/images/test_growth.py"
 VERDICT = "tests/evaluation/test_verdict.py"
 RESUME = "tests/training/test_resume.py"
 
@@ -172,6 +173,8 @@ BREAKS = [
         "votes.scatter_add(1, classes[:, done:k], torch.ones_like(weight[:, done:k]))",
         KNN,
     ),
+    ("images/loader.py", "+ number // self.accumulate)", "+ number)", GROWTH),
+    ("images/growth.py", "bisect_right(self.starts, step)", "len(self.sizes)", GROWTH),
     # resuming and saving
     ("algorithm/pretrain.py", 'self.plateau.load_state_dict(checkpoint["plateau"])', "pass", RUN),
     (

@@ -15,11 +15,14 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from moco.algorithm.encoder import Encoder
 from moco.algorithm.optim import decay_start
 from moco.algorithm.pretrain import MoCo
+from moco.algorithm.vit import side_of_patches, take_any_size
 from moco.checkpoints.load import restore_pretraining
 from moco.config import MOST_EPOCHS, DataConfig, TrainConfig, UserError
 from moco.images import sources
+from moco.images.growth import growth
 from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
@@ -72,6 +75,9 @@ def build_module(
     data = config.data
     model = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
     module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed, data.chunks)
+    if data.image_size_start:
+        for encoder in (module.query_encoder, module.key_encoder):
+            take_any_size(encoder.backbone)
     if init_from:
         state, report = restore_pretraining(
             init_from, module.state_dict(), module.query_encoder.backbone, allow_partial
@@ -119,10 +125,16 @@ def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict
 
 
 def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:
-    """Tell the module how long the run is; its schedules need to know."""
-    module.accumulate = config.trainer.accumulate_grad_batches
+    """Tell module and data how long the run is: schedules and the size of views follow from it."""
+    module.accumulate = data.accumulate = config.trainer.accumulate_grad_batches
     module.steps_per_epoch = steps_per_epoch(config, data.steps_per_epoch)
     module.total_steps = total_steps(config, data.steps_per_epoch)
+    data.growth = growth(config.data, module.total_steps, size_unit(module.query_encoder))
+
+
+def size_unit(encoder: Encoder) -> int:
+    """Return the pixels that all sizes of the views are multiples of."""
+    return encoder.patches * side_of_patches(encoder.backbone)
 
 
 def assemble(

@@ -132,6 +132,12 @@ def extend(settings: Settings, stored: Stored, count: int, epochs: int, accept_j
         rate = learning_rate(each.optim, stored.step, of_epoch, total)
         found.append((rate, key_momentum(each.model, stored.step, total)))
     (rate, momentum), (new_rate, new_momentum) = found
+    if config.data.image_size_start and not accept_jump:
+        raise UserError(
+            f"--extend {epochs}: the size of the views follows from the length of the run, so it "
+            "would jump, and a run that long from the start would have grown it later: add --yes "
+            "to have it so"
+        )
     if found[0] != found[1] and not accept_jump:
         raise UserError(
             f"--extend {epochs}: after step {stored.step} the rate would jump from {rate:.3g} to "
