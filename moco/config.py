@@ -257,6 +257,13 @@ class OptimConfig:
     warmup_start: float = setting(
         0.0, "Share of lr at which the warm-up begins", at_least=0, at_most=1
     )
+    freeze_backbone_epochs: float = setting(
+        0.0,
+        "Epochs at the start in which the backbone's weights stay and head and queue are trained "
+        "at lr, before any warm-up; a tenth of a shorter run",
+        at_least=0,
+        at_most=MOST_EPOCHS,
+    )
     predictor_schedule: Literal["same", "constant"] = setting(
         "same", "Rate of the predictor: as of all else, or lr throughout (Fast-MoCo, SimSiam)"
     )

@@ -24,6 +24,7 @@ NEVER_IDLE = {
     *("model.patches", "model.combine", "data.interpolation"),
     *("model.queues", "optim.clip_grad_norm", "data.chunks", "data.solarise"),
     *("optim.name", "optim.lr", "optim.weight_decay", "optim.warmup_epochs"),
+    "optim.freeze_backbone_epochs",
     *("data.dataset", "data.channels", "data.image_size", "data.upscale", "data.batch_size"),
     "data.image_size_start",
     *("data.views", "data.crop_min", "data.flip", "data.jitter", "data.grey", "data.blur"),
