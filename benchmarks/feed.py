@@ -100,14 +100,14 @@ def ways(data: PretrainData, count: int) -> dict[str, Callable[[], Any]]:
 
     def whole(index: list[int], turn: int) -> None:
         for part in torch.tensor(index).split(COLOUR_BATCH):
-            crops, _ = cuts.__getitems__((turn, part.numpy()))
+            crops, _ = cuts.__getitems__((turn, part.numpy(), size))
             data.on_after_batch_transfer(Indices(turn, 0, part, crops), 0)
 
     return {
         DECODE: over_folder(lambda index, turn: [source.read(i) for i in index]),
         PIL: over_folder(pil),
         TENSORS: over_folder(tensors),
-        WORKER: over_folder(lambda index, turn: cuts.__getitems__((turn, np.array(index)))),
+        WORKER: over_folder(lambda index, turn: cuts.__getitems__((turn, np.array(index), size))),
         WHOLE: over_folder(whole),
     }
 

@@ -58,7 +58,7 @@ def measure(root: str, title: str, target: float | None, options: Any) -> dict[s
 
     def ours(name: str) -> Callable[[], Any]:
         epochs = itertools.count()
-        return lambda: cuts[name].__getitems__((next(epochs), rows))
+        return lambda: cuts[name].__getitems__((next(epochs), rows, SIZE))
 
     def pil() -> None:
         for row in rows:
@@ -70,7 +70,9 @@ def measure(root: str, title: str, target: float | None, options: Any) -> dict[s
     lines.append(Row(REDUCED, seconds[REDUCED], len(rows), {PIL: None, WHOLE: target}))
     found = {"rates": table(title, lines, "images/s")}
     epochs = range(options.rounds)
-    pairs = [[cuts[n].__getitems__((e, rows))[0].float() for n in (WHOLE, REDUCED)] for e in epochs]
+    pairs = [
+        [cuts[n].__getitems__((e, rows, SIZE))[0].float() for n in (WHOLE, REDUCED)] for e in epochs
+    ]
     apart = torch.stack([(a - b).abs() for a, b in pairs])
     found["grey_levels_apart"] = {"mean": apart.mean().item(), "most": apart.max().item()}
     print(f"  views differ by {apart.mean():.2f} grey levels, at most by {apart.max():.0f}")

@@ -67,6 +67,8 @@ def check(config: TrainConfig) -> None:
             "trainer.max_epochs is auto and run.minutes 0: give the minutes that the run may take, "
             "as in --run.minutes 10, or a number of epochs"
         )
+    if config.ends_by_clock:
+        _check_clock(config)
     for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
         if getattr(data, name) is not None:
             per_view(getattr(data, name), f"data.{name}")
@@ -99,6 +101,17 @@ def check_root(root: str) -> None:
         )
 
 
+def _check_clock(config: TrainConfig) -> None:
+    """Raise UserError where a setting needs the length of a run that the clock has still to fix."""
+    for name, usual in (("model.key_momentum_schedule", "constant"), ("data.image_size_start", 0)):
+        if (value := config.value(name)) != usual:
+            raise UserError(
+                f"{name} is {value}, which follows from the length of the run, and with "
+                f"optim.schedule stable run.minutes fixes that as it trains: set it to {usual}, or "
+                "trainer.max_epochs to a number"
+            )
+
+
 def _check_together(config: TrainConfig) -> None:
     """Raise UserError where numbers that may be left to `auto` contradict others."""
     optim, data = config.optim, config.data
@@ -109,6 +122,11 @@ def _check_together(config: TrainConfig) -> None:
             f"optim.plateau_metric is val/knn_top1 but run.knn_every is {config.run.knn_every} and "
             f"trainer.max_epochs {config.trainer.max_epochs}, so kNN is not read while the rate "
             "could follow it: set run.knn_every to 1, or train longer"
+        )
+    if data.image_size_start >= data.image_size:
+        raise UserError(
+            f"data.image_size_start {data.image_size_start} is not below data.image_size "
+            f"{data.image_size}: lower it, or take 0 for views that do not grow"
         )
     _check_queues(config)
     _check_patches(config)
@@ -148,11 +166,12 @@ def _check_queues(config: TrainConfig) -> None:
 def _check_patches(config: TrainConfig) -> None:
     """Raise UserError where views do not divide into patches, or patches do not combine."""
     patches, combine, size = config.model.patches, config.model.combine, config.data.image_size
-    if size % patches:
-        raise UserError(
-            f"data.image_size {size} does not divide into model.patches {patches} along a side: "
-            f"take {max(size // patches, 4) * patches}"
-        )
+    for name, side in (("image_size", size), ("image_size_start", config.data.image_size_start)):
+        if side % patches:
+            raise UserError(
+                f"data.{name} {side} does not divide into model.patches {patches} along a side: "
+                f"take {max(side // patches, 4) * patches}"
+            )
     if combine > patches**2:
         raise UserError(
             f"model.combine {combine} is above the {patches**2} patches of a view "

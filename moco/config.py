@@ -257,6 +257,13 @@ class OptimConfig:
     warmup_start: float = setting(
         0.0, "Share of lr at which the warm-up begins", at_least=0, at_most=1
     )
+    freeze_backbone_epochs: float = setting(
+        0.0,
+        "Epochs at the start in which the backbone's weights stay and head and queue are trained "
+        "at lr, before any warm-up; a tenth of a shorter run",
+        at_least=0,
+        at_most=MOST_EPOCHS,
+    )
     predictor_schedule: Literal["same", "constant"] = setting(
         "same", "Rate of the predictor: as of all else, or lr throughout (Fast-MoCo, SimSiam)"
     )
@@ -339,6 +346,15 @@ class DataConfig:
         "Side of a view in pixels; auto: by the images and the hardware",
         at_least=4,
         at_most=8192,
+    )
+    image_size_start: int = setting(
+        0,
+        "Side of the first views in pixels, which grow to image_size in two steps; 0: they do not",
+        at_least=0,
+        at_most=8192,
+    )
+    image_size_share: float = setting(
+        0.75, "Share of the run over which the views grow", above=0, at_most=0.99
     )
     interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear", "How crops are resized to views, antialiased (Fast-MoCo: bicubic)"
@@ -493,7 +509,8 @@ class RunConfig:
     seed: int = setting(0, "Seed of weights, order and views", at_least=0, at_most=2**32 - 1)
     minutes: float = setting(
         0.0,
-        "Time that a new run may train, from which trainer.max_epochs auto follows; 0: none",
+        "Time that a new run may train, from which trainer.max_epochs auto follows: at the start, "
+        "or with optim.schedule stable as it trains; 0: none",
         at_least=0,
         at_most=1_000_000,
     )
@@ -563,6 +580,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def ends_by_clock(self) -> bool:
+        """Tell whether the length of a new run is fixed while it trains (`moco.training.clock`)."""
+        has_no_length = self.trainer.max_epochs == "auto" and self.trainer.max_steps < 0
+        return has_no_length and self.optim.schedule == "stable" and self.optim.decay_share < 1
 
     def undecided(self) -> list[str]:
         """Name the settings that are left to `moco.training.autoconfigure`."""

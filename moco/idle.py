@@ -116,6 +116,7 @@ OF_TRAINING: Rules = OF_DATA | {
             and (given["model.key_bn"] != "auto" or given["model.queue_size"] == 0)
         ),
     ),
+    "data.image_size_share": ("the views do not grow", _is("data.image_size_start", 0)),
     "optim.sgd_momentum": ("optim.name is adamw", _is("optim.name", "adamw")),
     "optim.dampening": (
         "there is no momentum of SGD",

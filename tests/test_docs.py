@@ -257,7 +257,7 @@ def test_the_header_of_a_recipe(path):
     lines = [line for line in text(path).splitlines() if line.startswith("#")]
     command = next(line for line in lines if "python train.py" in line)
     words = shlex.split(re.sub(r"\(.*\)|[][]", "", command.lstrip("# ")))
-    parser = cli.build_parser("", TrainConfig, {})
+    parser = cli.build_parser("", TrainConfig, {"init_from": {"type": str}})
     cli.parse(
         parser, TrainConfig, [str(path) if w.startswith("configs/") else w for w in words[2:]]
     )

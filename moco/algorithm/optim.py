@@ -36,8 +36,10 @@ def build_optimizer(
     parameters = [*parameters, *behind]
     if config.name == "lars":
         return LARS(groups, config.lr, config.sgd_momentum, trust=config.lars_trust)
-    # Gradients must be unscaled before they are clipped, which fused optimisers do too late.
-    fused = config.clip_grad_norm == 0 and all(
+    # Gradients must be unscaled before they are clipped, which fused optimisers do too late; and
+    # torch's fused SGD takes no momentum of some parameters without that of all (torch 2.14.1).
+    plain = config.clip_grad_norm == 0 and config.freeze_backbone_epochs == 0
+    fused = plain and all(
         p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters
     )
     if config.name == "adamw":
@@ -124,27 +126,42 @@ class LARS(torch.optim.Optimizer):
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Return the rate of optimiser step `step`, counted from 0.
 
-    Warm-up rises linearly, step by step. After it, cosine falls to 0 over the rest of the
+    While the backbone is frozen the rate is at its highest, for a fresh head. Warm-up then rises
+    linearly, step by step. After it, cosine falls to 0 over the rest of the
     run as 0.5 * (1 + cos(pi * e / E)); with `schedule_per: epoch`, e counts whole epochs, as in v1
     and v2. `stable` stays, and falls linearly to 0 from `decay_start` on (2405.18392). `plateau` is
     constant here: `Plateau` scales it.
     """
-    warmup = config.warmup_epochs * steps_per_epoch
+    frozen = frozen_steps(config, steps_per_epoch)
+    if step < frozen:
+        return _stable(config, step, total_steps)
+    warmup = frozen + config.warmup_epochs * steps_per_epoch
     if step < warmup:
         start = config.lr * config.warmup_start
-        return start + (config.lr - start) * step / warmup
+        rising = start + (config.lr - start) * (step - frozen) / (warmup - frozen)
+        return min(rising, _stable(config, step, total_steps))
     if config.schedule == "cosine":
         if config.schedule_per == "epoch":
             step = max(step // steps_per_epoch * steps_per_epoch, math.ceil(warmup))
         progress = (step - warmup) / max(total_steps - warmup, 1)
         return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    if config.schedule == "stable":
-        start = decay_start(config, total_steps)
-        return config.lr * min((total_steps - step) / (total_steps - start), 1.0)
     if config.schedule == "step":
         passed = bisect_right(config.milestones, step // steps_per_epoch)
         return config.lr * config.gamma**passed
-    return config.lr
+    return _stable(config, step, total_steps)
+
+
+def frozen_steps(config: OptimConfig, steps_per_epoch: int) -> float:
+    """Return the steps at the start in which the backbone's weights stay as they are."""
+    return config.freeze_backbone_epochs * steps_per_epoch
+
+
+def _stable(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Return the rate without warm-up of `stable`, and of what is constant."""
+    if config.schedule != "stable":
+        return config.lr
+    start = decay_start(config, total_steps)
+    return config.lr * min((total_steps - step) / (total_steps - start), 1.0)
 
 
 def decay_start(config: OptimConfig, total_steps: int) -> int:

@@ -223,7 +223,16 @@ class MoCo(pl.LightningModule):
         return optim.build_optimizer(encoder, self.optim_config, predictor)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient; Lightning refuses to where the optimiser is fused."""
+        """Freeze the backbone, and clip; Lightning refuses to clip where the optimiser is fused.
+
+        What has no gradient neither moves nor decays, and gets no momentum. BatchNorm of a frozen
+        backbone takes the batch's statistics and moves the running ones: it does so in the key
+        encoder and in both once it thaws, and a head that learnt from others would have to learn
+        again.
+        """
+        if self.global_step < optim.frozen_steps(self.optim_config, self.steps_per_epoch):
+            for parameter in self.query_encoder.backbone.parameters():
+                parameter.grad = None
         if self.optim_config.clip_grad_norm:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.optim_config.clip_grad_norm)

@@ -41,6 +41,25 @@ def shape_arguments(config: ModelConfig) -> dict[str, int]:
     return arguments
 
 
+def side_of_patches(backbone: nn.Module) -> int:
+    """Return the pixels of a patch that a backbone cuts images into; 1 where it cuts none."""
+    from timm.layers import PatchEmbed
+
+    sides = [m.patch_size[0] for m in backbone.modules() if isinstance(m, PatchEmbed)]
+    return max(sides, default=1)
+
+
+def take_any_size(backbone: nn.Module) -> None:
+    """Have a ViT take images of other sizes than its own, at which it resamples its positions."""
+    from timm.layers import Format
+    from timm.models import VisionTransformer
+
+    if isinstance(backbone, VisionTransformer) and not backbone.dynamic_img_size:
+        backbone.dynamic_img_size = True  # what timm's constructor does when it is told so
+        embed = backbone.patch_embed
+        embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
+
+
 @torch.no_grad()
 def start_as_v3(vit: nn.Module, config: ModelConfig) -> None:
     """Put in v3's first weights of the patch projection and its positions, where asked for.

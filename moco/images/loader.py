@@ -28,6 +28,7 @@ from moco.images import sources, views
 from moco.images.ahead import Ahead
 from moco.images.bad_files import BadFiles
 from moco.images.draws import view_recipes
+from moco.images.growth import Growth
 from moco.images.resident import make_resident
 from moco.images.sources import ImageSource
 from moco.images.streamed import Cuts
@@ -47,12 +48,14 @@ class Indices:
         epoch, step: Of the run; the batch number counts from the run's start.
         index: B int64, the global batch in rank order.
         crops: N x 2 x C x S x S uint8 of this rank, two cuts of each image; None for resident sets.
+        size: S; 0: image_size.
     """
 
     epoch: int
     step: int
     index: Tensor
     crops: Tensor | None = None
+    size: int = 0
 
 
 class PretrainData(pl.LightningDataModule):
@@ -67,6 +70,8 @@ class PretrainData(pl.LightningDataModule):
 
     Attributes:
         wait_seconds: Time that training has waited for the loader.
+        growth, accumulate: Sizes of the views, and batches of an optimiser step; set before
+            training where views grow.
         bad: Streamed files that could not be read, met by this rank; set by `prepare`.
     """
 
@@ -86,12 +91,18 @@ class PretrainData(pl.LightningDataModule):
         self.resident = "memory"
         self.wait_seconds = 0.0
         self.loader: StepLoader | None = None
+        self.growth, self.accumulate = Growth((config.image_size,), (0,)), 1
         check_batch(config, len(self.source))
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in the set; what is left over waits for another epoch's order."""
         return len(self.source) // self.config.batch_size
+
+    def view_size(self, epoch: int, number: int) -> int:
+        """Return the side of the views of an epoch's batch, given by its number."""
+        steps = -(-self.steps_per_epoch // self.accumulate)
+        return self.growth.size(epoch * steps + number // self.accumulate)
 
     def prepare(
         self, device: torch.device, report_path: str | None = None, backend: str = ""
@@ -146,7 +157,8 @@ class PretrainData(pl.LightningDataModule):
             order = distributed.key_order(self.seed, batch.step, count, world, batch.index.device)
         numbers = (0, 1) if self.symmetric else (0,)
         index = distributed.local_rows(batch.index, count)
-        query_views = [self._view(batch.epoch, index, crops, n) for n in numbers]
+        moment = batch.epoch, batch.size
+        query_views = [self._view(moment, index, crops, n) for n in numbers]
         if self.symmetric and world == 1:  # the keys are these same views in other places
             swapped = query_views[::-1]
             key_views = swapped if order is None else [view[order] for view in swapped]
@@ -154,16 +166,19 @@ class PretrainData(pl.LightningDataModule):
             if order is not None:
                 index = distributed.local_rows(batch.index[order], count)
                 crops = None if crops is None else distributed.exchange(crops, order)
-            key_views = [self._view(batch.epoch, index, crops, 1 - n) for n in numbers]
+            key_views = [self._view(moment, index, crops, 1 - n) for n in numbers]
         return Batch(query_views, key_views, order)
 
-    def _view(self, epoch: int, index: Tensor, crops: Tensor | None, number: int) -> Tensor:
-        """Make one view, N x C x S x S, of N images or of their cuts."""
+    def _view(
+        self, moment: tuple[int, int], index: Tensor, crops: Tensor | None, number: int
+    ) -> Tensor:
+        """Make one view, N x C x S x S, of N images or of their cuts; in this epoch with this S."""
+        epoch, size = moment
         if crops is not None:
             return self._make_view(crops[:, number], epoch, index, number, whole=False)
         images = self.source.images
         images = images[index.to(images.device)].to(index.device)
-        return self._make_view(images, epoch, index, number, whole=True)
+        return self._make_view(images, epoch, index, number, whole=True, size=size)
 
 
 class StepLoader:
@@ -203,7 +218,8 @@ class StepLoader:
         if data.order is not None:
             for number in range(start, len(self)):
                 index = data.order.batch(epoch, number)
-                yield Indices(epoch, epoch * len(self) + number, index)
+                step = epoch * len(self) + number
+                yield Indices(epoch, step, index, size=data.view_size(epoch, number))
             return
         images = data.source.images
         resident = images is not None and images.device == data.device
@@ -212,7 +228,8 @@ class StepLoader:
         order = permutations(stream_id(data.seed, "order"), counter, len(data.source))[0]
         for number in range(start, len(self)):
             index = order[number * size : (number + 1) * size]
-            yield Indices(epoch, epoch * len(self) + number, index)
+            step = epoch * len(self) + number
+            yield Indices(epoch, step, index, size=data.view_size(epoch, number))
 
     def _streamed(self, batches: Iterator[Indices]) -> Iterator[Indices]:
         """Have workers cut this rank's share of each batch."""
@@ -277,9 +294,9 @@ class _Shares:
     batches: Iterable[Indices] = ()
     count = 0
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
         for plan in self.batches:
-            yield plan.epoch, distributed.local_rows(plan.index, self.count).numpy()
+            yield plan.epoch, distributed.local_rows(plan.index, self.count).numpy(), plan.size
 
 
 def check_batch(config: DataConfig, count: int) -> None:

@@ -35,25 +35,29 @@ class Cuts(Dataset):
         self.streams = [view_streams(seed, view)[0] for view in (0, 1)]
         self.substitutes = stream_id(seed, "substitute")
 
-    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, list[tuple[int, str]]]:
-        """Cut a batch, given by its epoch and the indices of N images.
+    def __getitems__(
+        self, batch: tuple[int, np.ndarray, int]
+    ) -> tuple[Tensor, list[tuple[int, str]]]:
+        """Cut a batch, given by its epoch, the indices of N images, and S.
 
         Returns:
             N x 2 x C x S x S uint8, and (index, reason) of each image that could not be read.
         """
-        epoch, rows = batch
+        epoch, rows, size = batch
         pairs, bad = [], []
         for start in range(0, len(rows), _AT_A_TIME):
-            pairs += self._some(epoch, rows[start : start + _AT_A_TIME].tolist(), bad)
+            pairs += self._some(epoch, rows[start : start + _AT_A_TIME].tolist(), size, bad)
         cuts = default_collate(pairs)  # N 2 S S C; in a worker it lies in shared memory at once
         return cuts.permute(0, 1, 4, 2, 3), bad
 
-    def _some(self, epoch: int, rows: list[int], bad: list[tuple[int, str]]) -> list[Tensor]:
+    def _some(
+        self, epoch: int, rows: list[int], size: int, bad: list[tuple[int, str]]
+    ) -> list[Tensor]:
         """Cut as many as may lie decoded in memory; drawing their boxes together is cheaper."""
         images = [self._read(epoch, row, bad) for row in rows]
         sizes = torch.tensor([(image.height, image.width) for image in images])
         boxes = self._boxes(epoch, torch.tensor(rows), sizes)
-        size, how = self.size, self.recipes[0].interpolation
+        how = self.recipes[0].interpolation
         return [
             torch.stack(
                 [

@@ -33,7 +33,7 @@ class ViewMaker:
     Args:
         recipes: What happens to them, for each of the two views.
         seed: Of all that is random.
-        size: S.
+        size: S, unless a call names another.
         mean, std: C each, of images on a 0-1 scale, on the device that makes the views.
         backend: Of torch.compile, to make one graph for one shape of batches; empty: as written.
     """
@@ -56,7 +56,7 @@ class ViewMaker:
             self._part = max(1, _CPU_BYTES // (4 * len(mean) * size**2))
 
     def __call__(
-        self, images: Tensor, epoch: int, index: Tensor, number: int, whole: bool
+        self, images: Tensor, epoch: int, index: Tensor, number: int, whole: bool, size: int = 0
     ) -> Tensor:
         """Make one view of each image.
 
@@ -64,23 +64,25 @@ class ViewMaker:
             images: N x C x H x W uint8; S x S where they are cut and mirrored already.
             epoch, index, number: See `draw_crops`.
             whole: Whether they are still to be cut.
+            size: S; 0: as usual.
 
         Returns:
             N x C x S x S float, normalised, channels-last.
         """
         moment = index.new_full((), epoch)  # a number would be compiled anew in every epoch
+        options = number, whole, size or self.size
         if not self._part or len(images) <= self._part:
-            return self._chain(images, moment, index, number, whole)
+            return self._chain(images, moment, index, *options)
         parts = zip(images.split(self._part), index.split(self._part), strict=True)
-        return torch.cat([self._chain(i, moment, places, number, whole) for i, places in parts])
+        return torch.cat([self._chain(i, moment, places, *options) for i, places in parts])
 
     def _make(
-        self, images: Tensor, epoch: Tensor, index: Tensor, number: int, whole: bool
+        self, images: Tensor, epoch: Tensor, index: Tensor, number: int, whole: bool, size: int
     ) -> Tensor:
         recipe, (crop, colour) = self.recipes[number], self.streams[number]
         if whole:
             boxes = draw_crops(recipe, crop, epoch, index, *images.shape[2:])
-            view = crop_and_resize(images, boxes, self.size, recipe.interpolation)
+            view = crop_and_resize(images, boxes, size, recipe.interpolation)
         else:
             view = images.contiguous().float() / 255
         colours = draw_colours(recipe, colour, epoch, index)

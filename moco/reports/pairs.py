@@ -70,7 +70,7 @@ def make_pairs(
         centre = views.cut(image, box, data.image_size)[None] / 255
         made = []
         for epoch in epochs:
-            crops, _ = cuts.__getitems__((epoch, np.array([row])))
+            crops, _ = cuts.__getitems__((epoch, np.array([row]), cuts.size))
             index = torch.tensor([row])
             made += [
                 tiles(maker(crops[:, view], epoch, index, view, whole=False), mean, std)[0]

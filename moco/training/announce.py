@@ -43,13 +43,13 @@ def say_what_was_decided(
         log.info("%s", idle)
     why, streamed = decided.reasons, decided.resident == "streamed"
     log.info(
-        "%s: %d images, %s (%s); views %s at %d px, %d steps per epoch",
+        "%s: %d images, %s (%s); views %s at %s, %d steps per epoch",
         data.source.name,
         len(data.source),
         "streamed by workers" if streamed else f"resident in {decided.resident}",
         why["resident"],
         config.data.views,
-        config.data.image_size,
+        data.growth.in_words(),
         module.steps_per_epoch,
     )
     if data.source.reading.reason:

@@ -146,7 +146,7 @@ def _choose_batch(own: Settings, facts: Facts) -> None:
 
 
 def choose_length(own: Settings, batches: int, seconds: float = 0.0) -> None:
-    """Decide how long the run trains, and shorten a warm-up that would not end within it.
+    """Decide how long the run trains, and shorten freezing and warm-up that would outlast it.
 
     Args:
         own: With everything else decided.
@@ -155,15 +155,16 @@ def choose_length(own: Settings, batches: int, seconds: float = 0.0) -> None:
     """
     if seconds:
         _choose_epochs(own, batches, seconds)
-    optim = own.config.optim
     epochs = total_steps(own.config, batches) / steps_per_epoch(own.config, batches)
-    if optim.warmup_epochs > epochs:
-        own.replace(
-            "optim.warmup_epochs",
-            float(f"{WARMUP_SHARE * epochs:.4g}"),
-            f"a tenth of the run: the {optim.warmup_epochs:g} asked for are more than its "
-            f"{epochs:.3g} epochs",
-        )
+    names = ("optim.freeze_backbone_epochs", "optim.warmup_epochs")
+    asked = {name: own.config.value(name) for name in names}
+    if sum(asked.values()) <= epochs:
+        return
+    tenth = float(f"{WARMUP_SHARE * epochs:.4g}")
+    for name, value in asked.items():
+        if value > tenth:
+            reason = f"a tenth of the run: the {value:g} asked for are too many for its"
+            own.replace(name, tenth, f"{reason} {epochs:.3g} epochs")
 
 
 def _choose_epochs(own: Settings, batches: int, seconds: float) -> None:
@@ -171,7 +172,9 @@ def _choose_epochs(own: Settings, batches: int, seconds: float) -> None:
     why = f"{own.config.run.minutes:g} minutes at {seconds * 1000:.0f} ms a batch"
     epochs, rest = divmod(fitting, batches)
     few = epochs < FEW_EPOCHS and rest > 0 and own.config.trainer.max_steps < 0
-    own.take("trainer.max_epochs", epochs + few or 1, why)
-    if few:
+    is_fixed = not own.config.ends_by_clock
+    about = why if is_fixed else f"{why}: about so many, the clock fixes it while the run trains"
+    own.take("trainer.max_epochs", epochs + few or 1, about)
+    if few and is_fixed:
         steps = max(fitting // own.config.trainer.accumulate_grad_batches, 1)
         own.replace("trainer.max_steps", steps, f"{why}: not to the end of an epoch")

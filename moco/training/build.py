@@ -16,15 +16,20 @@ import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from moco.algorithm.encoder import Encoder
 from moco.algorithm.optim import decay_start
 from moco.algorithm.pretrain import MoCo
+from moco.algorithm.vit import side_of_patches, take_any_size
 from moco.checkpoints.load import restore_pretraining
-from moco.config import DataConfig, TrainConfig, UserError
+from moco.config import MOST_EPOCHS, DataConfig, TrainConfig, UserError
 from moco.images import sources
+from moco.images.growth import growth
 from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
 from moco.run_directory import VERSION
+from moco.training.agreement import Agreement
+from moco.training.clock import Clock
 from moco.training.cores import SharedCores
 from moco.training.decide import Decided
 from moco.training.guard import NonFiniteGuard, Watch
@@ -51,6 +56,7 @@ class Run:
     monitor: KNNMonitor
     quality: Quality
     saver: Checkpoints
+    clock: Clock
 
 
 def steps_per_epoch(config: TrainConfig, batches_per_epoch: int) -> int:
@@ -73,6 +79,9 @@ def build_module(
     data = config.data
     model = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
     module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed, data.chunks)
+    if data.image_size_start:
+        for encoder in (module.query_encoder, module.key_encoder):
+            take_any_size(encoder.backbone)
     if init_from:
         state, report = restore_pretraining(
             init_from, module.state_dict(), module.query_encoder.backbone, allow_partial
@@ -120,10 +129,16 @@ def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict
 
 
 def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:
-    """Tell the module how long the run is; its schedules need to know."""
-    module.accumulate = config.trainer.accumulate_grad_batches
+    """Tell module and data how long the run is: schedules and the size of views follow from it."""
+    module.accumulate = data.accumulate = config.trainer.accumulate_grad_batches
     module.steps_per_epoch = steps_per_epoch(config, data.steps_per_epoch)
     module.total_steps = total_steps(config, data.steps_per_epoch)
+    data.growth = growth(config.data, module.total_steps, size_unit(module.query_encoder))
+
+
+def size_unit(encoder: Encoder) -> int:
+    """Return the pixels that all sizes of the views are multiples of."""
+    return encoder.patches * side_of_patches(encoder.backbone)
 
 
 def assemble(
@@ -150,7 +165,7 @@ def assemble(
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
-    signals = Signals()
+    signals, agreement = Signals(), Agreement()
     monitor = KNNMonitor(open_labelled(config, data), config.run, metrics, signals)
     held = held or (monitor.data and monitor.data[1].source) or _test_images(config, data)
     views = held_out_views(config, data, held)
@@ -166,12 +181,15 @@ def assemble(
         config.run.checkpoint_minutes,
         config.run.keep_checkpoints,
         {"version": VERSION, **kept},
+        agreement,
     )
-    own = [signals, NonFiniteGuard(run_dir), metrics, monitor, quality, saver]
+    clock = Clock(config, decided, metrics, saver, agreement)
+    own = [signals, NonFiniteGuard(run_dir), metrics, clock, monitor, quality, saver]
     own += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
     found = loggers(config.run, run_dir, start_step)
-    trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
-    return Run(trainer, module, data, metrics, monitor, quality, saver)
+    lasting = config.changed({"trainer.max_epochs": MOST_EPOCHS}) if decided.is_open else config
+    trainer = build_trainer(lasting, decided, logger=found, callbacks=[*own, *callbacks])
+    return Run(trainer, module, data, metrics, monitor, quality, saver, clock)
 
 
 def step_before_decay(config: TrainConfig, steps: int) -> int:

@@ -33,6 +33,7 @@ class Decided:
         reasons: Name of an attribute to why.
         min_value, max_value: What becomes black and white in files of more than 8 bits, one value
             or one per channel; empty where the images need none.
+        is_open: Whether the clock has still to fix how long the run is (`moco.training.clock`).
     """
 
     accelerator: str
@@ -47,6 +48,7 @@ class Decided:
     min_value: list[float] = field(default_factory=list)
     max_value: list[float] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    is_open: bool = False
 
     @property
     def world(self) -> int:
@@ -57,7 +59,7 @@ class Decided:
     def from_dict(cls, stored: Any) -> Decided | None:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
-        needed = known - {"query_bn", "min_value", "max_value", "settings"}
+        needed = known - {"query_bn", "min_value", "max_value", "settings", "is_open"}
         fits = isinstance(stored, dict) and needed <= stored.keys() <= known
         return cls(**stored) if fits else None
 
@@ -109,6 +111,7 @@ def decide(
     decided = Decided(hardware.accelerator(config), devices, num_nodes, *chosen, reasons)
     if before:
         decided.min_value, decided.max_value = before.min_value, before.max_value
+        decided.is_open = before.is_open
         kept = [name for name in reasons if getattr(decided, name) == getattr(before, name)]
         reasons.update(dict.fromkeys(kept, "as the run began"))
     check_shares(config, world, key_bn, query_bn)

@@ -5,14 +5,13 @@ It trains as the run will, by the same Trainer, on a module that is thrown away,
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import resource
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,8 +20,9 @@ import torch
 from moco import distributed
 from moco.algorithm.pretrain import MoCo
 from moco.config import MOST_EPOCHS, TrainConfig
+from moco.images.growth import growth
 from moco.images.loader import PretrainData
-from moco.training.build import build_trainer, set_length
+from moco.training.build import build_trainer, set_length, size_unit
 from moco.training.decide import Decided
 from moco.training.explain import fit
 from moco.training.outlook import clock_time, duration
@@ -37,7 +37,7 @@ class Pace:
     """How fast a run is.
 
     Attributes:
-        seconds: Per batch.
+        seconds: Per batch, the mean of the run: smaller views take less, as their area says.
         wait_share: Part of that time spent waiting for images.
         memory: Most bytes in use: of the GPU, or of this process.
     """
@@ -88,8 +88,9 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
         module: As the run would start.
         data: Prepared; it can be used again.
     """
-    trainer = replace(config.trainer, max_epochs=MOST_EPOCHS, max_steps=-1)
-    config = dataclasses.replace(config, trainer=trainer)
+    endless = {"trainer.max_epochs": MOST_EPOCHS, "trainer.max_steps": -1}
+    grown = growth(config.data, MOST_EPOCHS, size_unit(module.query_encoder)).cost(MOST_EPOCHS)
+    config = config.changed(endless | {"data.image_size_start": 0})
     log.info("trying some steps, to see how long they take")
     set_length(module, config, data)
     if decided.compile:
@@ -99,7 +100,8 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     trainer = build_trainer(config, decided, logger=False, callbacks=[clock])
     fit(trainer, module, data)
     data.wait_seconds = 0.0
-    return agreed(Pace(*clock.pace(), used_memory(decided.accelerator)))
+    seconds, waited = clock.pace()
+    return agreed(Pace(seconds * grown, waited, used_memory(decided.accelerator)))
 
 
 def agreed(pace: Pace) -> Pace:

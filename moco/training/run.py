@@ -122,7 +122,9 @@ def _pretrain(
             if stored and more[0]:
                 extend(settings, stored, len(source), *more)
         start_step = stored.step if stored else 0
-        if stored and start_step >= _expected_steps(settings.config, len(source)):
+        is_open = bool(stored and stored.decided and stored.decided.is_open)
+        expected = _expected_steps(settings.config, len(source))
+        if stored and start_step >= expected and not is_open:
             said = "%s is finished after %d steps: nothing to do; to train longer, add --extend N"
             log.info(said, checkpoint, start_step)
             place = None if is_new else str(run_dir)
@@ -139,7 +141,8 @@ def _pretrain(
             say_what_was_decided(settings.config, decided, module, data, run_dir)
             run.monitor.is_loaded = bool(weights[0])
             if run.trainer.is_global_zero:
-                write_config(asked, asdict(decided), run_dir)
+                run.clock.keep = lambda: write_config(asked, asdict(decided), run_dir)
+                run.clock.keep()
                 if aside and aside.paths:
                     write_names(run_dir, aside.paths)
                 note_start(run_dir, start_step, *started, name_device(decided.accelerator))
@@ -193,6 +196,7 @@ def _build(
         del module  # its memory serves the next
         with distributed.together():
             if settings.config.undecided():
+                decided.is_open = settings.config.ends_by_clock
                 choose_length(settings, data.steps_per_epoch, pace.seconds)
                 check(settings.config)
             module = build_module(settings.config, decided, *weights)

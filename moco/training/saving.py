@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import pytorch_lightning as pl
 import torch
 
 from moco import slurm
-from moco.config import RunError, UserError
+from moco.config import RunError, TrainConfig, UserError
 from moco.run_directory import BEFORE_DECAY, BEST
+from moco.training.agreement import Agreement
+from moco.training.decide import Decided
 from moco.training.metrics import MetricsLogger
 from moco.training.quality import Quality
 from moco.training.writing import name_besides, why_not
@@ -90,6 +93,7 @@ class Checkpoints(pl.Callback):
         minutes: Between further checkpoints; 0: there are none.
         keep: How many of the newest checkpoints stay.
         extras: Stored in each checkpoint: name to plain values, such as the settings.
+        agreement: Of the ranks.
 
     Attributes:
         stop_signal: The signal that came on any rank, or 0.
@@ -108,8 +112,10 @@ class Checkpoints(pl.Callback):
         minutes: float,
         keep: int,
         extras: dict[str, Any],
+        agreement: Agreement,
     ) -> None:
-        self.signals, self.metrics, self.quality = signals, metrics, quality
+        self.signals, self.metrics = signals, metrics
+        self.quality, self.agreement = quality, agreement
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
         self.before_decay, self.extras = before_decay, extras
         self.stop_signal, self.saved_step = 0, 0
@@ -117,19 +123,16 @@ class Checkpoints(pl.Callback):
         self._in_step = False
         self._saved_at = time.monotonic()
         self._saves, self._best_step = 0, -1
-        self._ranks: Any = None  # a group of processes, where there are several
-        self._asked: tuple[Any, torch.Tensor, int] | None = None  # of them, and not yet answered
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Remove what a killed run left half written, and open a group of CPUs to agree over."""
+        """Remove what a killed run left half written, and begin to agree with the other ranks."""
         self._saved_at = time.monotonic()
         self.saved_step = trainer.global_step
         trainer.strategy.checkpoint_io.after = self._tidy
         if trainer.is_global_zero:
             for leftover in self.directory.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        if trainer.world_size > 1:
-            self._ranks = torch.distributed.new_group(backend="gloo")
+        self.agreement.open(trainer)
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Note that weights and counters are about to change."""
@@ -145,41 +148,27 @@ class Checkpoints(pl.Callback):
         step = trainer.global_step
         due = step % self.every == 0 if self.every > 0 else self.every < 0 and last_batch
         late = 0 < 60 * self.minutes <= time.monotonic() - self._saved_at
-        signal_place, late = self._agree(STOPPING.index(self.signals.came), int(late))
+        came = STOPPING.index(self.signals.came)
+        # Of several ranks that is the answer of the step before: after a save it may be too old.
+        signal_place, late = self.agreement.largest_before(came, late * (self._saves + 1))
         finished = step >= module.total_steps
         self.stop_signal = 0 if finished else STOPPING[signal_place]
         kept = self.quality.is_best or step == self.before_decay
-        if due or late or self.stop_signal or finished or kept:
+        if due or late > self._saves or self.stop_signal or finished or kept:
             self.save(trainer)
         self._in_step = False
         if self.stop_signal or finished:
             trainer.strategy.checkpoint_io.wait()
             trainer.should_stop = True
 
-    def _agree(self, signal_place: int, late: int) -> tuple[int, int]:
-        """Return the largest values of all ranks, so that all of them save and stop together.
-
-        The ranks talk over CPUs, since over GPUs every step would wait for the device. Several
-        ranks get the answer of the step before, for which none has to wait.
-        """
-        if self._ranks is None:
-            return signal_place, late
-        before, values = self._asked, torch.tensor([signal_place, late])
-        work = torch.distributed.all_reduce(
-            values, torch.distributed.ReduceOp.MAX, self._ranks, async_op=True
-        )
-        self._asked = work, values, self._saves
-        if before is None:
-            return 0, 0
-        work, values, saves = before
-        work.wait()
-        signal_place, late = values.tolist()
-        return signal_place, late * (saves == self._saves)
-
     def on_train_end(self, *args: Any) -> None:
         """Take the last answer of the ranks, so that none is left waiting."""
-        if self._asked:
-            self._asked[0].wait()
+        self.agreement.close()
+
+    def store_length(self, step: int, config: TrainConfig, decided: Decided) -> None:
+        """Keep the checkpoint of this step, from which the rate falls, and store other settings."""
+        self.before_decay = step
+        self.extras |= {"config": asdict(config), "decided": asdict(decided)}
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write step_N.ckpt, point last.ckpt to it, and remove old ones."""

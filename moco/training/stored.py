@@ -108,23 +108,36 @@ def extend(settings: Settings, stored: Stored, count: int, epochs: int, accept_j
         accept_jump: Whether the rate may jump, as where a cosine has a longer way.
 
     Raises:
-        UserError: Steps end the run, or the schedules would jump.
+        UserError: Steps or the clock end the run, or the schedules would jump.
     """
     config = settings.config
-    if config.trainer.max_steps > 0:
+    if stored.decided and stored.decided.is_open:
+        raise UserError(
+            f"--extend {epochs}: the clock has not fixed yet how long the run is: give it more "
+            f"time with --run.minutes, of which it has {config.run.minutes:g}"
+        )
+    if config.trainer.max_steps > 0 and "trainer.max_steps" not in settings.chosen:
         raise UserError(
             f"--extend {epochs}: the run ends after trainer.max_steps {config.trainer.max_steps}, "
             "so epochs do not matter: start a new run with --init_from"
         )
-    longer = config.trainer.max_epochs + epochs
-    longer = config.changed({"trainer.max_epochs": longer})
     batches, found = count // config.data.batch_size, []
     of_epoch = steps_per_epoch(config, batches)
+    length = {"trainer.max_epochs": config.trainer.max_epochs + epochs}
+    if config.trainer.max_steps > 0:
+        length["trainer.max_steps"] = config.trainer.max_steps + epochs * of_epoch
+    longer = config.changed(length)
     for each in (config, longer):
         total = total_steps(each, batches)
         rate = learning_rate(each.optim, stored.step, of_epoch, total)
         found.append((rate, key_momentum(each.model, stored.step, total)))
     (rate, momentum), (new_rate, new_momentum) = found
+    if config.data.image_size_start and not accept_jump:
+        raise UserError(
+            f"--extend {epochs}: the size of the views follows from the length of the run, so it "
+            "would jump, and a run that long from the start would have grown it later: add --yes "
+            "to have it so"
+        )
     if found[0] != found[1] and not accept_jump:
         raise UserError(
             f"--extend {epochs}: after step {stored.step} the rate would jump from {rate:.3g} to "
@@ -132,9 +145,8 @@ def extend(settings: Settings, stored: Stored, count: int, epochs: int, accept_j
             "both follow from the length of the run: add --yes to have it so; a run with "
             "optim.schedule stable can be extended without a jump"
         )
-    settings.replace(
-        "trainer.max_epochs", longer.trainer.max_epochs, f"extended by {epochs} epochs"
-    )
+    for name, value in length.items():
+        settings.replace(name, value, f"extended by {epochs} epochs")
 
 
 def before_decay(run_dir: Path, checkpoint: Path) -> Path:

@@ -14,6 +14,8 @@ from torch import nn
 
 from moco.algorithm.encoder import Encoder
 from moco.config import TrainConfig, UserError
+from moco.images.growth import view_sizes
+from moco.training.build import size_unit
 
 
 def check_encoder(encoder: Encoder, config: TrainConfig) -> None:
@@ -26,24 +28,31 @@ def check_encoder(encoder: Encoder, config: TrainConfig) -> None:
     Raises:
         UserError: The backbone cannot take images of this size, or would leave a part of them out.
     """
-    backbone, size = config.model.backbone, config.data.image_size
+    for size in view_sizes(config.data, size_unit(encoder))[::-1]:
+        name = "image_size" if size == config.data.image_size else "image_size_start"
+        _check_size(encoder, config, name, size)
+
+
+def _check_size(encoder: Encoder, config: TrainConfig, name: str, size: int) -> None:
+    """Try one size of the views, which follows from the setting data.NAME."""
+    backbone = config.model.backbone
     for layer in encoder.backbone.modules():
         if isinstance(layer, PatchEmbed) and layer.proj.in_channels == config.data.channels:
-            _check_patches(backbone, size, layer)
+            _check_patches(backbone, name, size, layer)
     try:
-        _pass(encoder, config, "meta")
+        _pass(encoder, config, size, "meta")
     except Exception:  # some networks do what only real tensors can
         try:
-            _pass(encoder, config, "cpu")
+            _pass(encoder, config, size, "cpu")
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"model.backbone {backbone} cannot take images of data.image_size {size} "
+                f"model.backbone {backbone} cannot take images of data.{name} {size} "
                 f"({reason}): take another size or backbone"
             ) from error
 
 
-def _check_patches(backbone: str, size: int, layer: PatchEmbed) -> None:
+def _check_patches(backbone: str, name: str, size: int, layer: PatchEmbed) -> None:
     """Raise UserError when patches do not cover the image: its last rows would never be seen."""
     patch = layer.patch_size[0]
     if size % patch == 0 or layer.dynamic_img_pad:
@@ -51,15 +60,15 @@ def _check_patches(backbone: str, size: int, layer: PatchEmbed) -> None:
     below = size // patch * patch
     near = f"{below} or {below + patch}" if below else str(patch)
     raise UserError(
-        f"data.image_size {size} is no multiple of the {patch} pixels of a patch of "
+        f"data.{name} {size} is no multiple of the {patch} pixels of a patch of "
         f"model.backbone {backbone}, so the last {size % patch} rows and columns would never reach "
         f"it: take {near}"
     )
 
 
-def _pass(encoder: Encoder, config: TrainConfig, device: str) -> None:
+def _pass(encoder: Encoder, config: TrainConfig, side: int, device: str) -> None:
     """Take one training pass of two images for each BatchNorm group on a copy."""
-    trial, side = copy.deepcopy(encoder).to(device).train(), config.data.image_size
+    trial = copy.deepcopy(encoder).to(device).train()
     for layer in trial.modules():
         if isinstance(layer, nn.SyncBatchNorm):
             layer.eval()  # it would ask for other ranks

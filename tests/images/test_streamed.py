@@ -48,7 +48,7 @@ def make_cuts(folder, **changes) -> Cuts:
 
 
 def cut(cuts: Cuts, epoch: int) -> torch.Tensor:
-    views, bad = cuts.__getitems__((epoch, np.arange(len(cuts.source))))
+    views, bad = cuts.__getitems__((epoch, np.arange(len(cuts.source)), SIZE))
     assert not bad
     return views.float()
 

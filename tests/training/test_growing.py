@@ -1,0 +1,109 @@
+"""Runs whose views grow: resumed to the same bits, read and exported at the last size."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import STREAMED, assert_same_end, load, run_tiny
+
+import moco
+import train
+from moco.algorithm.encoder import build_backbone
+from moco.algorithm.vit import take_any_size
+from moco.config import ModelConfig, UserError
+from moco.training import rehearsal
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+GROWING = ["--data.image_size_start", "8", "--data.image_size_share", "0.67"]
+VIT = [
+    *("--model.backbone", "vit_tiny_patch16_224", "--model.stem", "imagenet", "--model.width"),
+    *("0.25", "--model.patch_size", "4", "--model.depth", "2", "--model.num_heads", "2"),
+]
+
+
+def test_views_grow_as_the_log_says(images, said):
+    run_tiny(images, *GROWING)
+    assert any("views v2 at 8 px, 12 px from step 2, 16 px from step 4," in line for line in said)
+
+
+@pytest.mark.parametrize("streamed", [[], STREAMED])
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_resumed_run_grows_at_the_same_steps(images, streamed, step):
+    run_tiny(images, *GROWING, *streamed, run_dir="whole")
+    shutil.copytree("whole", "run")
+    for path in Path("run/checkpoints").glob("*.ckpt"):
+        if path.name != f"step_{step:09d}.ckpt":
+            path.unlink()
+    train.main(["--resume", "run"])
+    assert_same_end("whole", "run")
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def test_a_vit_resamples_its_positions(images, positions):
+    run_tiny(images, *GROWING, *VIT, "--model.positions", positions, run_dir="whole")
+    shutil.copytree("whole", "run")
+    for step in (4, 5, 6):
+        Path(f"run/checkpoints/step_{step:09d}.ckpt").unlink()
+    Path("run/checkpoints/last.ckpt").unlink()
+    train.main(["--resume", "run"])
+    assert_same_end("whole", "run")
+    backbone = moco.load_backbone("run/checkpoints/last.ckpt")
+    assert [*backbone.pretrained_cfg["input_size"]] == [3, 16, 16]
+    state = load("run/checkpoints/last.ckpt")["state_dict"]
+    config = ModelConfig(backbone=VIT[1], width=0.25, patch_size=4, depth=2, num_heads=2)
+    trained, _ = build_backbone(config, 3, 16)
+    prefix = "query_encoder.backbone."
+    trained.load_state_dict(
+        {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}
+    )
+    take_any_size(trained.eval())
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert trained(images).equal(backbone(images))
+        assert trained(images[..., :8, :8]).shape == (2, 48)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.image_size_start", "16"], "data.image_size_start 16 is not below"),
+        (["--data.image_size_start", "6", *VIT], "data.image_size_start 6 is no multiple of the 4"),
+        (
+            ["--data.image_size_start", "7", "--model.patches", "2"],
+            "data.image_size_start 7 does not divide into model.patches 2",
+        ),
+        (
+            [*GROWING, "--model.backbone", "mixer_s32_224", "--model.stem", "imagenet",
+             "--model.width", "1", "--data.image_size", "64", "--data.image_size_start", "32",
+             "--data.upscale", "4"],
+            "mixer_s32_224 cannot take images of data.image_size_start 32",
+        ),
+        (
+            [*GROWING, "--optim.schedule", "stable", "--trainer.max_epochs", "auto",
+             "--run.minutes", "1"],
+            "data.image_size_start is 8, which follows from the length of the run",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_grow_is_refused(images, words, message):
+    with pytest.raises(UserError, match=message):
+        run_tiny(images, *words)
+    assert not Path("run/checkpoints").exists()
+
+
+def test_small_views_shorten_the_plan(images, monkeypatch):
+    monkeypatch.setattr(rehearsal._Clock, "pace", lambda self: (1.0, 0.0))
+    monkeypatch.setattr(rehearsal, "BATCHES", 2)
+    found = run_tiny(images, *GROWING, "--run.plan", "true")
+    areas = 0.335 * (8**2 + 12**2) + 0.33 * 16**2
+    assert found["seconds"] == round(6 * areas / 16**2, 1)
+
+
+def test_a_longer_run_would_have_grown_later(images):
+    run_tiny(images, *GROWING, "--optim.schedule", "constant")
+    with pytest.raises(UserError, match="the size of the views follows from the length of the run"):
+        train.main(["--resume", "run", "--extend", "1"])
+    assert train.main(["--resume", "run", "--extend", "1", "--yes"])["steps"] == 9
