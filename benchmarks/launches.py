@@ -10,9 +10,9 @@ inside. Counted is every aten operation that computes, by the part of the step t
 once in a step without a reading and once in one with a reading. What is inside a graph counts as
 nothing: forward and backward of a graph are launched from one place each.
 
-Not counted are views, empty tensors, and values that the host reads. A `_foreach` or fused operation
-is one, though a GPU may need a few kernels for it (one for about a hundred tensors). CUDA graphs do
-not exist here: where a GPU replays the step, most of these launches are in the one that is replayed.
+Not counted are views, empty tensors, and values that the host reads. A `_foreach` or fused
+operation is one, though a GPU may need a few kernels for it (one for about a hundred tensors). CUDA
+graphs do not exist here: where a GPU replays the step, most of these launches are part of it.
 The number of operations does not depend on the batch, so that it may be small.
 The last line is one JSON object.
 """
@@ -55,7 +55,7 @@ PLAIN, READING = 2, 3  # the steps that are counted; the second is the last
 REST = "Lightning and hooks"
 # The parts of a step: their names, and where they are asked for.
 PARTS = [
-    ("key order", distributed, "key_order"),
+    ("key order", distributed, "block_shuffle"),
     ("views", views.ViewMaker, "__call__"),
     ("views", loader.PretrainData, "on_after_batch_transfer"),
     ("EMA", MoCo, "update_key_encoder"),
@@ -104,7 +104,7 @@ class Launches(TorchDispatchMode):
         returns = func._schema.returns
         views = any(r.alias_info and not r.alias_info.is_write for r in returns)
         name = func._schema.name.partition("::")[2]
-        if not views and not name.strip("_").startswith(FREE) and not name.startswith("new_empty"):
+        if not views and not name.strip("_").startswith(FREE):
             if self.depth:
                 self.inside += 1
             else:

@@ -54,7 +54,7 @@ class ViewMaker:
             self._part = max(1, _CPU_BYTES // (4 * len(mean) * size**2))
 
     def __call__(
-        self, images: Tensor, epoch: int, index: Tensor, number: int, whole: bool
+        self, images: Tensor, epoch: int | Tensor, index: Tensor, number: int, whole: bool
     ) -> Tensor:
         """Make one view of each image.
 
@@ -66,8 +66,9 @@ class ViewMaker:
         Returns:
             N x C x S x S float, normalised, channels-last.
         """
-        moment = index.new_full((), epoch)  # a number would be compiled anew in every epoch
-        if not self._part or len(images) <= self._part:
+        # A number would be compiled anew in every epoch.
+        moment = epoch if isinstance(epoch, Tensor) else index.new_full((), epoch)
+        if not self._part or len(images) <= self._part or torch.compiler.is_compiling():
             return self._chain(images, moment, index, number, whole)
         parts = zip(images.split(self._part), index.split(self._part), strict=True)
         return torch.cat([self._chain(i, moment, places, number, whole) for i, places in parts])

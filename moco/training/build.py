@@ -24,6 +24,7 @@ from moco.images.labelled import LabelledData, open_data
 from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
 from moco.run_directory import VERSION
+from moco.training.captured import CapturedStep, capturable
 from moco.training.cores import SharedCores
 from moco.training.decide import Decided
 from moco.training.guard import NonFiniteGuard, Watch
@@ -115,6 +116,35 @@ def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict
     return replace(source, reading=reading), ends
 
 
+def compile_parts(
+    config: TrainConfig, decided: Decided, module: MoCo, data: PretrainData
+) -> list[pl.Callback]:
+    """Compile the step to one graph where it can be one, else its encoders, if at all.
+
+    Returns:
+        The callback that captures the step, where that can be done too.
+    """
+    data.in_graph = bool(decided.compile) and not why_in_parts(config, decided)
+    if data.in_graph:
+        module.compile_step(decided.compile, data.make_batch)
+    elif decided.compile:
+        module.compile_encoders(decided.compile)
+    return [CapturedStep()] if data.in_graph and capturable(config, decided) else []
+
+
+def why_in_parts(config: TrainConfig, decided: Decided) -> str:
+    """Say why the compiled parts of a step cannot be one graph; empty where they can."""
+    if decided.world > 1:
+        return "the devices exchange keys and gradients within a step"
+    if config.trainer.accumulate_grad_batches > 1:
+        return "trainer.accumulate_grad_batches is above 1"
+    if config.data.chunks > 1:
+        return "data.chunks is above 1"
+    if decided.accelerator == "cuda" and decided.resident == "memory":
+        return "the images are in main memory"
+    return ""
+
+
 def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:
     """Tell the module how long the run is; its schedules need to know."""
     module.accumulate = config.trainer.accumulate_grad_batches
@@ -139,8 +169,7 @@ def assemble(
         start_step: Of a resumed run, else 0.
         callbacks: Called after the run's own.
     """
-    if decided.compile:
-        module.compile_encoders(decided.compile)
+    own = compile_parts(config, decided, module, data)
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
@@ -156,7 +185,7 @@ def assemble(
         config.run.keep_checkpoints,
         {"version": VERSION, **kept},
     )
-    own = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
+    own += [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
     own += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
     found = loggers(config.run, run_dir, start_step)
     trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
