@@ -1,13 +1,14 @@
 """Views of 32 px on one core: ours in a batch, against torchvision image by image.
 
-    python benchmarks/views.py [--recipes v1 v2 cifar v3] [--batch 256] [--rounds N]
+    python benchmarks/views.py [--recipes v1 v2 cifar v3] [--batch 256] [--rounds N] [--ours]
 
 Claim: at least 5 times as many views per second as `torchvision.transforms.v2` on uint8 tensors,
 one image at a time (drawn per image, as contrastive learning needs it), in every recipe. The third
 way is the chain of the official code: torchvision's first transforms on PIL images. Ours is
 `PretrainData.on_after_batch_transfer`, what training calls: it looks the images up, draws each
 one's own parameters, crops, resizes, mirrors, changes colours and normalises. All hold the images
-decoded in memory and have one thread. The last line is one JSON object.
+decoded in memory and have one thread. With `--ours` only ours are made, on a GPU compiled
+and not. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from moco.pixels import normalisation
 TARGET = 5.0
 SIGMA = (0.1, 2.0)
 TENSORS, PIL, OURS = "torchvision v2", "PIL", "ours"
+COMPILED = "ours, compiled"
 
 
 class PILBlur:
@@ -78,28 +80,35 @@ def reference_chain(
 def ways(name: str, images: Tensor, batch: int) -> dict[str, Callable[[], Any]]:
     """Build the three ways to make two views of each image, N x 3 x S x S uint8."""
     size = images.shape[-1]
-    config = DataConfig("cifar10", views=name, image_size=size, batch_size=batch)
-    source = ImageSource("random", images, [], None, [], 3)
-    data = PretrainData(config, 0, shuffle=False, symmetric=False, source=source)
-    data.prepare(torch.device("cpu"))
-    mean, std = normalisation(config)
+    mean, std = normalisation(DataConfig("cifar10"))
     pil_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     one_by_one, pil_chain = (
         [reference_chain(recipe, size, kind, mean, std) for recipe in RECIPES[name]]
         for kind in (v2, transforms)
     )
-    turn = iter(range(2**31))
-
-    def ours() -> None:
-        epoch = next(turn)
-        for index in torch.arange(len(images)).split(batch):
-            data.on_after_batch_transfer(Indices(epoch, 0, index), 0)
-
     return {
         TENSORS: lambda: torch.stack([chain(image) for image in images for chain in one_by_one]),
         PIL: lambda: torch.stack([chain(image) for image in pil_images for chain in pil_chain]),
-        OURS: ours,
+        OURS: batched(name, images, batch, torch.device("cpu")),
     }
+
+
+def batched(
+    name: str, images: Tensor, batch: int, device: torch.device, backend: str = ""
+) -> Callable[[], None]:
+    """Build our way to make them, on a device and perhaps compiled."""
+    config = DataConfig("cifar10", views=name, image_size=images.shape[-1], batch_size=batch)
+    source = ImageSource("random", images, [], None, [], 3)
+    data = PretrainData(config, 0, shuffle=False, symmetric=False, source=source)
+    data.prepare(device, backend=backend)
+    turn, places = iter(range(2**31)), torch.arange(len(images), device=device)
+
+    def ours() -> None:
+        epoch = next(turn)
+        for index in places.split(batch):
+            data.on_after_batch_transfer(Indices(epoch, 0, index), 0)
+
+    return ours
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -108,6 +117,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--images", type=int, default=256, help="of one turn, two views each")
     parser.add_argument("--batch", type=int, default=256, help="of ours")
+    parser.add_argument("--ours", action="store_true", help="ours alone, plain and compiled")
     parser.add_argument("--size", type=int, default=32, help="side of images and views in pixels")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -118,8 +128,17 @@ def main(argv: list[str]) -> dict[str, Any]:
     results = {}
     for name in options.recipes:
         progress(f"recipe {name}")
-        seconds = interleave(ways(name, images, options.batch), options.rounds)
         work = 2 * len(images)
+        if options.ours:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            kinds = {OURS: ""} | ({COMPILED: "inductor"} if device.type == "cuda" else {})
+            made = {k: batched(name, images, options.batch, device, b) for k, b in kinds.items()}
+            seconds = interleave(made, options.rounds)
+            rows = [Row(k, seconds[k], work, {OURS: None} if k != OURS else {}) for k in kinds]
+            title = f"Recipe {name}: two views of {options.size} px, {device.type}"
+            results[name] = table(title, rows, "views/s")
+            continue
+        seconds = interleave(ways(name, images, options.batch), options.rounds)
         rows = [
             Row(TENSORS, seconds[TENSORS], work),
             Row(PIL, seconds[PIL], work, {TENSORS: None}),

@@ -187,8 +187,8 @@ class ModelConfig:
     bn_splits: int = setting(8, "Number of BatchNorm groups of a split", at_least=2, at_most=65536)
     compile: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Compile encoders and views to fused kernels, a minute at the start; auto: on a GPU, for "
-        "3000 steps or more",
+        "Compile the step to fused kernels, a minute at the start; auto: on a GPU, for 3000 steps "
+        "or more",
     )
 
     @property

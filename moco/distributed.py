@@ -234,10 +234,16 @@ def key_order(
     Returns:
         B int64: place p (on rank p // N) gets the key of row `order[p]`.
     """
+    return block_shuffle(stream_id(seed, "shuffle"), step, count, world, device)
+
+
+def block_shuffle(
+    stream: int, step: int | Tensor, count: int, world: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Compute `key_order`, from a stream of random numbers and in tensors alone: it compiles."""
     if count % world:
         raise ValueError(f"{count} images per device do not split into {world} equal blocks")
     senders = torch.arange(world, device=device)
-    stream = stream_id(seed, "shuffle")
     local = permutations(stream, senders + step * world, count)  # sender, row
     order = (local + senders[:, None] * count).view(world, world, count // world)
     return order.transpose(0, 1).flatten()  # receiver, sender, row

@@ -15,12 +15,13 @@ KNOWN = {
     "_actions",  # cli, of argparse
     "_exit",  # os, public in spite of its name
     "_BatchNorm",  # batch_norm, torch's own base of all BatchNorm layers
-    "_foreach_add",  # optim, and the four below
+    "_foreach_add",  # optim, and the five below; pretrain
     "_foreach_add_",
     "_foreach_lerp_",
     "_foreach_mul",
     "_foreach_mul_",
     "_foreach_norm",
+    "_foreach_sub",
     "_is_avx512_bf16_supported",
     "_iterator",  # workers, of a DataLoader
     "_triton",  # decide
@@ -54,7 +55,7 @@ def test_every_private_name_that_is_used_is_known_here():
 
 
 def test_names_of_torch():
-    for name in ("lerp_", "add", "add_", "mul", "mul_", "norm"):
+    for name in ("lerp_", "add", "add_", "mul", "mul_", "norm", "sub"):
         assert callable(getattr(torch, f"_foreach_{name}"))
     base = torch.nn.modules.batchnorm._BatchNorm
     assert all(issubclass(k, base) for k in (torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import cycle
 from typing import Any
@@ -49,6 +50,7 @@ class MoCo(pl.LightningModule):
             them; `accumulate` counts the batches of an optimiser step.
         wants_metrics, metrics: Where the first is set, a step fills the second, on the device.
         loss_sum, loss_count: Of the epoch's batches so far, on this rank.
+        share: 1 - m of this step, where the step is one graph.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class MoCo(pl.LightningModule):
         self.wants_metrics = True
         self.metrics: dict[str, Tensor] = {}
         self.register_buffer("loss_sum", torch.zeros(()), persistent=False)
+        self.register_buffer("share", torch.ones(()), persistent=False)
         self.loss_count = 0
         self.to(memory_format=torch.channels_last)  # faster on every device and in every precision
 
@@ -91,6 +94,25 @@ class MoCo(pl.LightningModule):
         """Compile each encoder to fused kernels for one shape; the state dict keeps its keys."""
         for encoder in (self.query_encoder, self.key_encoder, self.predictor):
             encoder.compile(backend=backend, dynamic=False)
+
+    def compile_step(self, backend: str, make_batch: Callable[[Any], Batch]) -> None:
+        """Compile the whole step, its views included, to one graph, which replaces `training_step`.
+
+        All that differs between two steps is in tensors, and the state is changed in place, so that
+        one graph serves the run. It is for one device and one batch to an optimiser step.
+
+        Args:
+            backend: Of torch.compile.
+            make_batch: Makes the views of what the loader yields, whose values are all tensors.
+        """
+        algorithm = self.training_step
+        graph = torch.compile(
+            lambda images: algorithm(make_batch(images), 0),
+            fullgraph=True,
+            dynamic=False,
+            backend=backend,
+        )
+        self.training_step = lambda images, batch_idx: graph(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take one step of Algorithm 1 on one pair of views or, if symmetric, on two."""
@@ -161,10 +183,17 @@ class MoCo(pl.LightningModule):
         The key encoder keeps its own running statistics of BatchNorm. The first update changes
         nothing, since both encoders start equal.
         """
+        keys, queries = list(self.key_encoder.parameters()), list(self.query_encoder.parameters())
+        if torch.compiler.is_compiling():  # in a graph a number would be that of the first step
+            moves = torch._foreach_mul(torch._foreach_sub(queries, keys), self.share)
+            torch._foreach_add_(keys, moves)
+        else:
+            torch._foreach_lerp_(keys, queries, self.key_share())
+
+    def key_share(self) -> float:
+        """Return 1 - m, the share of the query encoder that the key encoder takes at this step."""
         momentum = optim.key_momentum(self.model_config, self.global_step, self.total_steps)
-        torch._foreach_lerp_(
-            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1 - momentum
-        )
+        return 1 - momentum
 
     @torch.no_grad()
     def encode_keys(self, key_view: Tensor, key_order: Tensor | None) -> Tensor:
@@ -183,10 +212,12 @@ class MoCo(pl.LightningModule):
 
     @torch.no_grad()
     def take_note(self, loss: Tensor, logits: Tensor, query: Tensor) -> None:
-        """Add up the loss and, where wanted, compute metrics; the host does not wait for them."""
+        """Add up the loss and, where wanted, compute metrics; the host does not wait for them.
+
+        A graph always computes them: one for the steps without would be compiled apart.
+        """
         self.loss_sum += loss
-        self.loss_count += 1
-        if not self.wants_metrics:
+        if not (torch.compiler.is_compiling() or self.wants_metrics):
             return
         top1, top5 = contrast_accuracy(logits)
         pairs = 1 if self.model_config.symmetric == "none" else 2
@@ -194,7 +225,7 @@ class MoCo(pl.LightningModule):
         chance = math.log(candidates) * pairs * self.loss_scale
         self.metrics = {
             "train/loss": loss,
-            "train/chance_loss": loss.new_tensor(chance),
+            "train/chance_loss": loss.new_full((), chance),
             "train/contrast_top1": top1,
             "train/contrast_top5": top5,
             "train/queue_fill": self.queue.fill() if self.queue else loss.new_ones(()),
@@ -238,12 +269,14 @@ class MoCo(pl.LightningModule):
             torch.nn.utils.clip_grad_norm_(parameters, self.optim_config.clip_grad_norm)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the rate of this step, and seed torch's generators for dropout and drop-path.
+        """Count the batch, set rate and momentum, and seed torch's generators for dropout.
 
         The masks of a batch belong to the seed, the step, the batch and the rank, so a resumed run
         draws the same ones, and each rank draws its own.
         """
+        self.loss_count += 1
         torch.manual_seed(stream_id(self.seed, f"masks {self.global_step} {batch_idx} {rank()}"))
+        self.share.fill_(self.key_share())
         rate = self.learning_rate()
         for group in self.optimizers(use_pl_optimizer=False).param_groups:
             group["lr"] = self.optim_config.lr if group.get("constant") else rate

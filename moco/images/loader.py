@@ -45,14 +45,15 @@ class Indices:
     """What a loader yields: which images, and for streamed sets their cuts.
 
     Attributes:
-        epoch, step: Of the run; the batch number counts from the run's start.
+        epoch, step: Of the run; the batch number counts from the run's start. They are int64
+            scalars where the step is one graph.
         index: B int64, the global batch in rank order.
         crops: N x 2 x C x S x S uint8 of this rank, two cuts of each image; None for resident sets.
         size: S; 0: image_size.
     """
 
-    epoch: int
-    step: int
+    epoch: int | Tensor
+    step: int | Tensor
     index: Tensor
     crops: Tensor | None = None
     size: int = 0
@@ -72,6 +73,7 @@ class PretrainData(pl.LightningDataModule):
         wait_seconds: Time that training has waited for the loader.
         growth, accumulate: Sizes of the views, and batches of an optimiser step; set before
             training where views grow.
+        in_graph: Whether the views are made in the step's own graph, by `make_batch`.
         bad: Streamed files that could not be read, met by this rank; set by `prepare`.
     """
 
@@ -86,10 +88,12 @@ class PretrainData(pl.LightningDataModule):
         super().__init__()
         self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
         self.recipes = view_recipes(config)
+        self._shuffle_stream = stream_id(seed, "shuffle")
         self.device = torch.device("cpu")
         self.source = source or sources.open_source(config, "train")
         self.resident = "memory"
         self.wait_seconds = 0.0
+        self.in_graph = False
         self.loader: StepLoader | None = None
         self.growth, self.accumulate = Growth((config.image_size,), (0,)), 1
         check_batch(config, len(self.source))
@@ -143,8 +147,15 @@ class PretrainData(pl.LightningDataModule):
         if self.loader is not None:
             self.loader.close()
 
-    def on_after_batch_transfer(self, batch: Indices, dataloader_idx: int) -> Batch:
-        """Make the views on the device.
+    def on_after_batch_transfer(self, batch: Indices, dataloader_idx: int) -> Batch | Indices:
+        """Make the views on the device, or leave that to the graph of the step."""
+        if not self.in_graph:
+            return self.make_batch(batch)
+        epoch, step = (batch.index.new_full((), number) for number in (batch.epoch, batch.step))
+        return replace(batch, epoch=epoch, step=step)
+
+    def make_batch(self, batch: Indices) -> Batch:
+        """Make the views.
 
         The keys of this rank are those of other images, so that they meet other neighbours in
         BatchNorm than their queries did. Resident images are simply looked up; of streamed ones the
@@ -154,7 +165,8 @@ class PretrainData(pl.LightningDataModule):
         count = len(batch.index) // world
         order, crops = None, batch.crops
         if self.shuffle:
-            order = distributed.key_order(self.seed, batch.step, count, world, batch.index.device)
+            place = batch.step, count, world, batch.index.device
+            order = distributed.block_shuffle(self._shuffle_stream, *place)
         numbers = (0, 1) if self.symmetric else (0,)
         index = distributed.local_rows(batch.index, count)
         moment = batch.epoch, batch.size

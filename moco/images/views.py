@@ -56,7 +56,13 @@ class ViewMaker:
             self._part = max(1, _CPU_BYTES // (4 * len(mean) * size**2))
 
     def __call__(
-        self, images: Tensor, epoch: int, index: Tensor, number: int, whole: bool, size: int = 0
+        self,
+        images: Tensor,
+        epoch: int | Tensor,
+        index: Tensor,
+        number: int,
+        whole: bool,
+        size: int = 0,
     ) -> Tensor:
         """Make one view of each image.
 
@@ -69,9 +75,10 @@ class ViewMaker:
         Returns:
             N x C x S x S float, normalised, channels-last.
         """
-        moment = index.new_full((), epoch)  # a number would be compiled anew in every epoch
+        # A number would be compiled anew in every epoch.
+        moment = epoch if isinstance(epoch, Tensor) else index.new_full((), epoch)
         options = number, whole, size or self.size
-        if not self._part or len(images) <= self._part:
+        if not self._part or len(images) <= self._part or torch.compiler.is_compiling():
             return self._chain(images, moment, index, *options)
         parts = zip(images.split(self._part), index.split(self._part), strict=True)
         return torch.cat([self._chain(i, moment, places, *options) for i, places in parts])

@@ -17,7 +17,7 @@ from moco.evaluation.verdict import WIDTH
 from moco.idle import idle_in_training
 from moco.images.loader import PretrainData
 from moco.log import log_to_stderr
-from moco.training.build import Run
+from moco.training.build import Run, why_in_parts
 from moco.training.decide import Decided
 
 log = logging.getLogger("moco")
@@ -69,8 +69,12 @@ def say_what_was_decided(
     log.info("key BatchNorm: %s (%s)", decided.key_bn, why["key_bn"])
     if decided.query_bn != "plain" or config.model.query_bn != "plain":
         log.info("query BatchNorm: %s (%s)", decided.query_bn, why["query_bn"])
-    compiled = "compiled" if decided.compile else "not compiled"
-    log.info("encoders and views: %s (%s)", compiled, why["compile"])
+    if data.in_graph:
+        log.info("the step, its views included: compiled to one graph (%s)", why["compile"])
+    else:
+        compiled = "compiled" if decided.compile else "not compiled"
+        apart = f"; not to one graph: {why_in_parts(config, decided)}" if decided.compile else ""
+        log.info("encoders and views: %s (%s)%s", compiled, why["compile"], apart)
     log.info("run directory: %s", run_dir)
     if (config.optim.schedule, config.optim.plateau_metric) == ("plateau", "val/knn_top1"):
         log.warning(

@@ -29,6 +29,7 @@ from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
 from moco.run_directory import VERSION
 from moco.training.agreement import Agreement
+from moco.training.captured import CapturedStep, capturable
 from moco.training.clock import Clock
 from moco.training.cores import SharedCores
 from moco.training.decide import Decided
@@ -128,6 +129,35 @@ def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict
     return replace(source, reading=reading), ends
 
 
+def compile_parts(
+    config: TrainConfig, decided: Decided, module: MoCo, data: PretrainData
+) -> list[pl.Callback]:
+    """Compile the step to one graph where it can be one, else its encoders, if at all.
+
+    Returns:
+        The callback that captures the step, where that can be done too.
+    """
+    data.in_graph = bool(decided.compile) and not why_in_parts(config, decided)
+    if data.in_graph:
+        module.compile_step(decided.compile, data.make_batch)
+    elif decided.compile:
+        module.compile_encoders(decided.compile)
+    return [CapturedStep()] if data.in_graph and capturable(config, decided) else []
+
+
+def why_in_parts(config: TrainConfig, decided: Decided) -> str:
+    """Say why the compiled parts of a step cannot be one graph; empty where they can."""
+    if decided.world > 1:
+        return "the devices exchange keys and gradients within a step"
+    if config.trainer.accumulate_grad_batches > 1:
+        return "trainer.accumulate_grad_batches is above 1"
+    if config.data.chunks > 1:
+        return "data.chunks is above 1"
+    if decided.accelerator == "cuda" and decided.resident == "memory":
+        return "the images are in main memory"
+    return ""
+
+
 def set_length(module: MoCo, config: TrainConfig, data: PretrainData) -> None:
     """Tell module and data how long the run is: schedules and the size of views follow from it."""
     module.accumulate = data.accumulate = config.trainer.accumulate_grad_batches
@@ -160,8 +190,7 @@ def assemble(
         callbacks: Called after the run's own.
         held: Images that were set aside.
     """
-    if decided.compile:
-        module.compile_encoders(decided.compile)
+    own = compile_parts(config, decided, module, data)
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
@@ -184,7 +213,7 @@ def assemble(
         agreement,
     )
     clock = Clock(config, decided, metrics, saver, agreement)
-    own = [signals, NonFiniteGuard(run_dir), metrics, clock, monitor, quality, saver]
+    own += [signals, NonFiniteGuard(run_dir), metrics, clock, monitor, quality, saver]
     own += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
     found = loggers(config.run, run_dir, start_step)
     lasting = config.changed({"trainer.max_epochs": MOST_EPOCHS}) if decided.is_open else config

@@ -37,6 +37,10 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
     gpus = count_gpus(trainer.accelerator)
     on_gpu = accelerator(config) == "cuda"
     if trainer.accelerator == "gpu" and not gpus:
+        if sys.platform == "darwin":
+            raise UserError(
+                "trainer.accelerator is gpu, but Apple's (MPS) is not supported: use cpu"
+            )
         raise UserError(
             "trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver"
         )
@@ -101,7 +105,8 @@ def missing_compiler(on_gpu: bool) -> str:
 
 
 def choose_precision(config: TrainConfig) -> tuple[str, str]:
-    """Decide what `auto` means, and say why: bf16 where the hardware multiplies it natively.
+    """Decide what `auto` means, and say why: bf16 where the hardware multiplies it natively, fp16
+    on the GPUs before, which have tensor cores for that alone (V100, T4).
 
     Raises:
         UserError: fp16 on a CPU.
@@ -121,6 +126,8 @@ def choose_precision(config: TrainConfig) -> tuple[str, str]:
         native = torch.cpu._is_avx512_bf16_supported()
     if native:
         return "bf16-mixed", "auto: the hardware multiplies bf16"
+    if on_gpu and torch.cuda.get_device_capability() >= (7, 0):
+        return "16-mixed", "auto: the GPU multiplies fp16 and not bf16"
     return "32-true", "auto: the hardware is no faster at bf16"
 
 

@@ -22,7 +22,7 @@ from moco.algorithm.pretrain import MoCo
 from moco.config import MOST_EPOCHS, TrainConfig
 from moco.images.growth import growth
 from moco.images.loader import PretrainData
-from moco.training.build import build_trainer, set_length, size_unit
+from moco.training.build import build_trainer, compile_parts, set_length, size_unit
 from moco.training.decide import Decided
 from moco.training.explain import fit
 from moco.training.outlook import clock_time, duration
@@ -93,11 +93,10 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     config = config.changed(endless | {"data.image_size_start": 0})
     log.info("trying some steps, to see how long they take")
     set_length(module, config, data)
-    if decided.compile:
-        module.compile_encoders(decided.compile)
+    own = compile_parts(config, decided, module, data)
     module.wants_metrics = False  # a run takes them at few steps
     clock = _Clock(data)
-    trainer = build_trainer(config, decided, logger=False, callbacks=[clock])
+    trainer = build_trainer(config, decided, logger=False, callbacks=[*own, clock])
     fit(trainer, module, data)
     data.wait_seconds = 0.0
     seconds, waited = clock.pace()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +73,32 @@ def test_a_run_stores_both_and_its_config_serves_as_a_recipe(images):
 
 def native(monkeypatch, has_bf16: bool) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+
+
+@pytest.mark.parametrize(
+    ("native", "capability", "precision"),
+    [
+        (True, (8, 0), "bf16-mixed"),  # A100
+        (False, (7, 0), "16-mixed"),  # V100
+        (False, (7, 5), "16-mixed"),  # T4
+        (False, (6, 1), "32-true"),
+    ],
+)
+def test_what_a_gpu_multiplies_decides_on_the_precision(native, capability, precision, monkeypatch):
+    monkeypatch.setattr(hardware, "accelerator", lambda config: "cuda")
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda: capability)
+    assert hardware.choose_precision(TrainConfig())[0] == precision
+
+
+def test_apples_gpu_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(hardware, "sys", SimpleNamespace(platform="darwin", modules=sys.modules))
+    monkeypatch.setattr(hardware, "count_gpus", lambda wanted: 0)
+    config = TrainConfig()
+    config.trainer.accelerator = "gpu"
+    with pytest.raises(UserError, match="MPS"):
+        hardware.choose_devices(config)
 
 
 @pytest.mark.parametrize("here", [True, False])
