@@ -9,11 +9,22 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "pretrain": "moco.command.door",
+    "Pretrained": "moco.command.door",
+    "knn": "moco.command.judged",
+    "linear": "moco.command.judged",
+    "export": "moco.command.judged",
+    "BatchedView": "moco.images.own_views",
     "MoCo": "moco.algorithm.pretrain",
     "KeyQueue": "moco.algorithm.contrast",
     "info_nce": "moco.algorithm.contrast",
+    "callbacks": "moco.training.plain_trainer",
     "TrainConfig": "moco.config",
+    "ModelConfig": "moco.config",
+    "OptimConfig": "moco.config",
+    "DataConfig": "moco.config",
     "UserError": "moco.config",
+    "RunError": "moco.config",
     "PretrainData": "moco.images.loader",
     "LabelledData": "moco.images.labelled",
     "load_backbone": "moco.checkpoints.load",

@@ -17,6 +17,7 @@ COMMANDS = {  # name: the module whose main it runs, and what it does
     "knn": ("moco.command.knn", "judge an encoder by its nearest neighbours"),
     "linear": ("moco.command.linear", "judge an encoder by a classifier on top of it"),
     "export": ("moco.command.export", "write a backbone in another layout"),
+    "recipes": ("moco.command.recipe_list", "list the recipes that --config takes by name"),
 }
 
 

@@ -15,7 +15,9 @@ from moco.config import DataConfig, TrainConfig, UserError
 from moco.run_directory import new_run
 
 
-def check_start(config: TrainConfig, recipe: str, init_from: str, is_new: bool) -> None:
+def check_start(
+    config: TrainConfig, recipe: str, init_from: str, is_new: bool, has_module: bool = False
+) -> None:
     """Raise UserError for what a run cannot start with: names, files and directories.
 
     Args:
@@ -23,11 +25,12 @@ def check_start(config: TrainConfig, recipe: str, init_from: str, is_new: bool) 
         recipe: Name for a new run's directory.
         init_from: A checkpoint, or empty.
         is_new: Whether a new run is to begin.
+        has_module: Whether Python gives the backbone.
     """
     if "RANK" in os.environ:
         return
     if is_new:
-        if config.model.backbone != "auto":
+        if config.model.backbone != "auto" and not has_module:
             check_name(config.model.backbone, "model.backbone")
         new_run(config, recipe)
         if config.trainer.precision != "auto":
@@ -49,6 +52,8 @@ def check_start(config: TrainConfig, recipe: str, init_from: str, is_new: bool) 
 
 def check_images(data: DataConfig) -> None:
     """Raise UserError where the images' directory, list or table is not there, or holds nothing."""
+    if data.dataset == "own":  # Python's, which `moco.images.sources` asks for
+        return
     if data.dataset not in ("folder", "imagenet"):
         if not (data.dataset == "digits" or data.download or os.path.exists(data.root)):
             raise UserError(

@@ -31,6 +31,7 @@ from moco.training.hardware import own_device
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.monitor import KNNMonitor
 from moco.training.outlook import Outlook
+from moco.training.own import NOTHING, Own
 from moco.training.saving import AtomicCheckpointIO, Checkpoints, Signals
 from moco.training.tracking import loggers
 
@@ -62,13 +63,18 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
 
 
 def build_module(
-    config: TrainConfig, decided: Decided, init_from: str, allow_partial: bool = False
+    config: TrainConfig,
+    decided: Decided,
+    init_from: str,
+    allow_partial: bool = False,
+    own: Own = NOTHING,
 ) -> MoCo:
     """Build encoders and queue from the run's seed, or with the weights of a checkpoint."""
     pl.seed_everything(config.run.seed, verbose=False)
     data = config.data
     model = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
-    module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed, data.chunks)
+    size, seed = data.image_size, config.run.seed
+    module = MoCo(model, config.optim, data.channels, size, seed, data.chunks, own.backbone)
     if init_from:
         state, report = restore_pretraining(
             init_from, module.state_dict(), module.query_encoder.backbone, allow_partial
@@ -79,7 +85,7 @@ def build_module(
 
 
 def build_data(
-    config: TrainConfig, decided: Decided, source: ImageSource, run_dir: Path
+    config: TrainConfig, decided: Decided, source: ImageSource, run_dir: Path, own: Own = NOTHING
 ) -> PretrainData:
     """Decode what is to be resident, note in `decided` what is, and prepare what makes views."""
     resident = {"": config.data.resident, "streamed": "off"}.get(decided.resident, decided.resident)
@@ -90,6 +96,8 @@ def build_data(
         shuffle=decided.key_bn in ("shuffle", "split"),
         symmetric=config.model.symmetric != "none",
         source=source,
+        own_views=own.views,
+        naming=own.naming,
     )
     report = None if config.run.plan else str(run_dir / "bad_files.txt")  # a plan leaves nothing
     data.prepare(own_device(config), report, decided.compile)
@@ -131,6 +139,7 @@ def assemble(
     run_dir: Path,
     start_step: int,
     callbacks: Sequence[pl.Callback],
+    own: Own = NOTHING,
 ) -> Run:
     """Build the callbacks and the Trainer around module and data.
 
@@ -138,6 +147,7 @@ def assemble(
         images: What tells the images from others; stored in every checkpoint.
         start_step: Of a resumed run, else 0.
         callbacks: Called after the run's own.
+        own: Its loggers get the metrics too.
     """
     if decided.compile:
         module.compile_encoders(decided.compile)
@@ -156,10 +166,10 @@ def assemble(
         config.run.keep_checkpoints,
         {"version": VERSION, **kept},
     )
-    own = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
-    own += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
-    found = loggers(config.run, run_dir, start_step)
-    trainer = build_trainer(config, decided, logger=found, callbacks=[*own, *callbacks])
+    usual = [signals, NonFiniteGuard(run_dir), metrics, monitor, saver]
+    usual += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
+    found = [*loggers(config.run, run_dir, start_step), *own.loggers]
+    trainer = build_trainer(config, decided, logger=found, callbacks=[*usual, *callbacks])
     return Run(trainer, module, data, metrics, monitor, saver)
 
 

@@ -26,6 +26,7 @@ from moco.checks import check
 from moco.config import RunError, TrainConfig, UserError
 from moco.images import sources
 from moco.images.loader import PretrainData
+from moco.images.own_views import view_size
 from moco.images.resident import estimate_bytes
 from moco.images.sources import ImageSource
 from moco.run_directory import find_run, new_run, sole_run, write_config
@@ -41,6 +42,7 @@ from moco.training.build import (
 from moco.training.decide import Decided, decide
 from moco.training.explain import fit
 from moco.training.hardware import accelerator, choose_devices, own_device
+from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.shares import check_queue
 from moco.training.stored import Stored, before_decay, extend, read_stored
@@ -60,6 +62,7 @@ def pretrain(
     callbacks: Sequence[pl.Callback] = (),
     extend_by: int = 0,
     accept_jump: bool = False,
+    own: Own = NOTHING,
 ) -> dict[str, Any]:
     """Train as `config` says and return the results.
 
@@ -72,6 +75,7 @@ def pretrain(
         callbacks: Of Lightning, called after the run's own.
         extend_by: Epochs that a resumed run gets besides those that it has.
         accept_jump: Accept that its rate jumps for that.
+        own: What Python gives in the place of settings.
 
     Returns: Last kNN and loss with the steps that they were read at, the comparison with what needs
         no training, images per second, steps and paths, as plain values; null is what was not read.
@@ -83,7 +87,8 @@ def pretrain(
     set_up_logging()
     distributed.connect(own_device(config))
     more = extend_by, accept_jump
-    result = _pretrain(config, resume, recipe, (init_from, allow_partial), more, callbacks)
+    weights = init_from, allow_partial, own
+    result = _pretrain(config, resume, recipe, weights, more, callbacks)
     result = result if distributed.rank() == 0 else {}
     distributed.disconnect()
     return result
@@ -93,13 +98,14 @@ def _pretrain(
     config: TrainConfig,
     resume: str,
     recipe: str,
-    weights: tuple[str, bool],
+    weights: tuple[str, bool, Own],
     more: tuple[int, bool],
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
-    """As `pretrain`, with what belongs together in pairs; the processes are connected."""
+    """As `pretrain`, with what belongs together in tuples; the processes are connected."""
+    own = weights[2]
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
-        source, images = _open(config)
+        source, images = _open(config, own)
         config, run_dir, checkpoint, is_new = distributed.from_first(
             lambda: _begin(config, resume, recipe, held, is_extended=more[0] > 0)
         )
@@ -107,7 +113,7 @@ def _pretrain(
             asked, stored = config, None
             if checkpoint:
                 config, stored = read_stored(checkpoint, config, images, run_dir)
-            settings = _settle(config, source, stored)
+            settings = _settle(config, source, stored, own)
             if stored and more[0]:
                 extend(settings, stored, len(source), *more)
         start_step = stored.step if stored else 0
@@ -124,9 +130,9 @@ def _pretrain(
             if config.run.plan:
                 return tell_plan(settings.config, decided, module, data, pace, start_step)
             place = images, run_dir, start_step
-            run = assemble(settings.config, decided, module, data, *place, callbacks)
+            run = assemble(settings.config, decided, module, data, *place, callbacks, own)
             say_what_was_decided(settings.config, decided, module, data, run_dir)
-            run.monitor.is_loaded = bool(weights[0])
+            run.monitor.is_loaded = bool(weights[0]) or own.backbone is not None
             if run.trainer.is_global_zero:
                 write_config(asked, asdict(decided), run_dir)
         for part in run.monitor.data or ():
@@ -134,11 +140,12 @@ def _pretrain(
         return _fit(run, run_dir, checkpoint)
 
 
-def _open(config: TrainConfig) -> tuple[ImageSource, dict[str, int]]:
+def _open(config: TrainConfig, own: Own) -> tuple[ImageSource, dict[str, int]]:
     """Open the images, the same ones on all ranks, and return what tells them from others."""
-    log.info("opening the images of %s", config.data.root or config.data.dataset)
+    if own.source is None:
+        log.info("opening the images of %s", config.data.root or config.data.dataset)
     with distributed.together():
-        source = sources.open_source(config.data, "train")
+        source = own.source or sources.open_source(config.data, "train")
     images = sources.identify(source, config.data.root)
     distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
     return source, images
@@ -149,7 +156,7 @@ def _build(
     stored: Stored | None,
     source: ImageSource,
     run_dir: Path,
-    weights: tuple[str, bool],
+    weights: tuple[str, bool, Own],
 ) -> tuple[Decided, MoCo, PretrainData, Pace | None]:
     """Decide how to compute, read the images, and build the module; rehearse where it is needed."""
     with distributed.together():
@@ -157,7 +164,7 @@ def _build(
         module = build_module(settings.config, decided, *weights)
         if not stored:
             check_encoder(module.query_encoder, settings.config)
-        data = build_data(settings.config, decided, source, run_dir)
+        data = build_data(settings.config, decided, source, run_dir, weights[2])
     if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
         root = data.config.root
         read = sources.identify(data.source, root)
@@ -201,7 +208,7 @@ def _begin(
     return config, run_dir, checkpoint, True
 
 
-def _settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> Settings:
+def _settle(config: TrainConfig, source: ImageSource, stored: Stored | None, own: Own) -> Settings:
     """Decide what is left to the images and the hardware, but what the speed decides.
 
     Raises:
@@ -215,6 +222,8 @@ def _settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> 
         sides = sorted(min(size) for size in estimate_bytes(source)[1])
         side = sides[len(sides) // 10] if sides else 0
         found = len(source), side, source.channels, accelerator(config), devices * num_nodes
+        if own.views and config.data.image_size == "auto":
+            found = *found, view_size(own.views, source)
         settings = autoconfigure(config, Facts(*found))
     check(settings.config)
     check_queue(settings.config, len(source))

@@ -18,7 +18,7 @@ COMMANDS = {
     "export": (export.Nothing, judge.flat_options(ExportConfig)),
 }
 NEEDED = {"export": ["--checkpoint=a", "--output=b", "--format=timm"]}
-NO_PATHS = {"model.backbone", "run.wandb_project", "backbone", "license", "config"}
+NO_PATHS = {"model.backbone", "data.pairs", "run.wandb_project", "backbone", "license", "config"}
 
 
 def texts(command: str) -> set[str]:
