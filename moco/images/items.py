@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco.config import UserError
-from moco.images.decode import MODES, BadImage, Header, _fit_bands
+from moco.images.decode import MODES, BadImage, Header, fit_bands
 from moco.images.formats import one_line
 
 _LOOKED_AT = 16  # items among which one must be an image
@@ -82,7 +82,7 @@ class Items:
             BadImage: No image, values of another type, or other channels.
         """
         name, image = self.name(index), self.image(index)
-        pixels = _fit_bands(name, to_array(name, image, channels, self.turn), channels)
+        pixels = fit_bands(name, to_array(name, image, channels, self.turn), channels)
         return torch.from_numpy(np.array(pixels.transpose(1, 2, 0), order="C")).permute(2, 0, 1)
 
     def header(self, index: int, channels: int) -> Header:

@@ -138,7 +138,6 @@ def _of_paths(images: Sequence[Any], data: DataConfig) -> ImageSource:
         raise UserError(
             f"images: {shown(folders[0])} is a directory: give its path alone, or those of files"
         )
-    if data.channels == "auto":
-        data = replace(data, channels=choose_channels(paths, data))
-    reading = settle(paths, data)
-    return ImageSource(f"{len(paths)} files", None, paths, None, [], data.channels, reading)
+    channels = choose_channels(paths, data) if data.channels == "auto" else data.channels
+    reading = settle(paths, replace(data, channels=channels))
+    return ImageSource(f"{len(paths)} files", None, paths, None, [], channels, reading)

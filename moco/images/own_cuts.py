@@ -44,8 +44,8 @@ class OwnCuts(Dataset):
                 return self._make(chosen, epoch, index)
             except BadImage as error:
                 bad.append((chosen, error.reason))
-        size = self.config.image_size
-        shape = self.shape or (self.config.channels, size, size)
+        size = int(self.config.image_size)
+        shape = self.shape or (self.source.channels, size, size)
         return torch.full((2, *shape), 128, dtype=torch.uint8)
 
     def _make(self, chosen: int, epoch: int, index: int) -> Tensor:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
-from moco.images.decode import BadImage, _fit_bands
+from moco.images.decode import BadImage, fit_bands
 from moco.images.formats import one_line
 from moco.images.items import bands_last
 from moco.images.sources import ImageSource
@@ -106,7 +106,7 @@ def check_views(own: OwnViews, source: ImageSource, config: DataConfig) -> None:
             numbers = uniform(stream_id(0, f"own-{number}"), torch.arange(2), view.draws)
             made = _of_batch(view, image[None].repeat(2, 1, 1, 1), numbers)
             _as_asked(partial(_check_range, made.min().item(), made.max().item()))
-            _check_batch(made, 2, config.channels, config.image_size)
+            _check_batch(made, 2, source.channels, int(config.image_size))
         else:
             _as_asked(lambda view=view: made_view(view, image, 0, config))
 
@@ -155,7 +155,7 @@ def made_view(view: Any, image: Tensor, seed: int, config: DataConfig) -> Tensor
             f"views give {height} x {width} pixels, and data.image_size is {size}: have them end "
             f"in a resize to {size} x {size}, or set data.image_size"
         )
-    pixels = _fit_bands("views", made.numpy(), config.channels)
+    pixels = fit_bands("views", made.numpy(), len(image))
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
@@ -201,7 +201,7 @@ def _check_range(low: float, high: float) -> None:
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the generators of torch, NumPy and Python, and restore them afterwards."""
     state, known = random.getstate(), np.random.get_state()
-    generator = torch.random.default_generator
+    generator = torch.default_generator
     before = generator.get_state()
     try:
         random.seed(seed)

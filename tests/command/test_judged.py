@@ -59,7 +59,7 @@ def test_a_module_of_the_users_own_is_judged_beside_the_untrained_one(tmp_path):
         (([Image.fromarray(p) for p in PIXELS],) * 2, "list of 48 items has no labels: give items"),
         (((PIXELS, LABELS[:5]), (PIXELS, LABELS)), "has 48 images and 5 labels"),
         (PIXELS, "images is a ndarray: give training and test images as a pair"),
-        (((PIXELS, LABELS * 0), (PIXELS, LABELS * 0)), "two classes"),
+        (((PIXELS, LABELS * 0), (PIXELS, LABELS * 0)), "are one class: give images of two"),
         (None, "data.dataset is own, so the images come from Python: give them"),
     ],
 )
