@@ -7,7 +7,7 @@
 # make breaks  break the code on purpose in 56 places; the tests must notice each one
 # make bench   speed on this CPU, side by side with what others do: about 8 minutes
 # make bench-gpu  speed and memory on a GPU, tests first; ARGS="--cifar FOLDER" adds the demo's recipe
-# make lint    style
+# make lint    style, and the types of what Python calls
 # make clean   remove the environments and what runs left
 PYTHON ?= python3
 VENV := .venv
@@ -80,6 +80,7 @@ bench-gpu: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache

@@ -6,14 +6,49 @@ Names are imported on first use, so that `import moco` and the command line star
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers read these, and Python the table below
+    from moco.algorithm.contrast import KeyQueue as KeyQueue
+    from moco.algorithm.contrast import info_nce as info_nce
+    from moco.algorithm.pretrain import MoCo as MoCo
+    from moco.checkpoints.load import load_backbone as load_backbone
+    from moco.command.door import Pretrained as Pretrained
+    from moco.command.door import pretrain as pretrain
+    from moco.command.judged import export as export
+    from moco.command.judged import knn as knn
+    from moco.command.judged import linear as linear
+    from moco.config import DataConfig as DataConfig
+    from moco.config import ModelConfig as ModelConfig
+    from moco.config import OptimConfig as OptimConfig
+    from moco.config import RunError as RunError
+    from moco.config import TrainConfig as TrainConfig
+    from moco.config import UserError as UserError
+    from moco.evaluation.features import extract_features as extract_features
+    from moco.evaluation.knn import knn_predict as knn_predict
+    from moco.evaluation.probe import LinearProbe as LinearProbe
+    from moco.images.labelled import LabelledData as LabelledData
+    from moco.images.loader import PretrainData as PretrainData
+    from moco.images.own_views import BatchedView as BatchedView
+    from moco.training.plain_trainer import callbacks as callbacks
 
 _HOME = {
+    "pretrain": "moco.command.door",
+    "Pretrained": "moco.command.door",
+    "knn": "moco.command.judged",
+    "linear": "moco.command.judged",
+    "export": "moco.command.judged",
+    "BatchedView": "moco.images.own_views",
     "MoCo": "moco.algorithm.pretrain",
     "KeyQueue": "moco.algorithm.contrast",
     "info_nce": "moco.algorithm.contrast",
+    "callbacks": "moco.training.plain_trainer",
     "TrainConfig": "moco.config",
+    "ModelConfig": "moco.config",
+    "OptimConfig": "moco.config",
+    "DataConfig": "moco.config",
     "UserError": "moco.config",
+    "RunError": "moco.config",
     "PretrainData": "moco.images.loader",
     "LabelledData": "moco.images.labelled",
     "load_backbone": "moco.checkpoints.load",
@@ -22,7 +57,7 @@ _HOME = {
     "LinearProbe": "moco.evaluation.probe",
 }
 __all__ = sorted(_HOME)
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 
 def __getattr__(name: str) -> Any:

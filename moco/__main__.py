@@ -24,6 +24,7 @@ COMMANDS = {  # name: the module whose main it runs, and what it does
     "views": ("moco.command.views", "draw the view pairs of a run before it starts"),
     "replay": ("moco.command.replay", "make the batch of a step again, and its losses"),
     "shards": ("moco.command.shards", "turn a folder of images into shards"),
+    "recipes": ("moco.command.recipe_list", "list the recipes that --config takes by name"),
 }
 
 

@@ -74,7 +74,7 @@ def check(config: TrainConfig) -> None:
             per_view(getattr(data, name), f"data.{name}")
     if any(value <= 0 for value in data.std):
         raise UserError(f"data.std is {data.std}: give positive values")
-    if data.dataset != "digits" and not data.root:
+    if data.dataset not in ("digits", "own") and not data.root:
         raise UserError(
             f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
         )

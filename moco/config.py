@@ -284,11 +284,20 @@ class DataConfig:
     """Images, views and batches."""
 
     dataset: Literal[
-        "digits", "cifar10", "cifar100", "stl10", "folder", "imagenet", "shards", "parquet"
+        "digits",
+        "cifar10",
+        "cifar100",
+        "stl10",
+        "folder",
+        "imagenet",
+        "shards",
+        "parquet",
+        "own",
     ] = setting(
         "folder",
         "Where images come from; `folder` takes any tree of images, `digits` needs no files, "
-        "`shards` are tars of images, `parquet` as Hugging Face writes it",
+        "`shards` are tars of images, `parquet` as Hugging Face writes it; own: what moco.pretrain "
+        "is given in Python",
     )
     root: str = setting(
         "",
@@ -383,11 +392,17 @@ class DataConfig:
         at_least=1,
         at_most=MOST_ROWS,
     )
-    views: Literal["auto", "v1", "v2", "cifar", "v3"] = setting(
+    views: Literal["auto", "v1", "v2", "cifar", "v3", "own"] = setting(
         "v2",
         "Augmentation: 1911.05722, 2003.04297, the CIFAR demo or 2104.02057, whose two views "
         "differ; in the five probabilities below a list of two values is one for each view; auto: "
-        "cifar for views below 64 px, else v2",
+        "cifar for views below 64 px, else v2; own: what moco.pretrain is given in Python",
+    )
+    pairs: str = setting(
+        "",
+        "Which images show the same thing, so that the second view is cut from another one of "
+        "them: a regular expression whose groups name it in the path below root, or a table (CSV) "
+        "of a path and a name in each row; own: a function in Python",
     )
     crop_min: float | list[float] | None = setting(
         None,

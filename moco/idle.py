@@ -95,6 +95,13 @@ OF_DATA: Rules = {
     "data.max_bad_fraction": ("this data set has no image files", _is("data.dataset", *_ARRAYS)),
 }
 OF_TRAINING: Rules = OF_DATA | {
+    **dict.fromkeys(
+        (
+            *("data.crop_min", "data.flip", "data.jitter", "data.grey", "data.blur"),
+            *("data.solarise", "data.interpolation", "data.upscale"),
+        ),
+        ("data.views is own", _is("data.views", "own")),
+    ),
     "model.head_layers": ("model.head is linear", _is("model.head", "linear")),
     "model.head_hidden_dim": (
         "model.head is linear and there is no predictor",

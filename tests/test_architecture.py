@@ -66,6 +66,8 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
 
 def _outside_functions(tree: ast.AST):
     for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue  # read by type checkers alone
         yield node
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _outside_functions(node)

@@ -21,13 +21,12 @@ NEVER_IDLE = {
     *("model.key_momentum_schedule", "model.key_bn", "model.query_bn", "model.compile"),
     *("model.zero_init_residual", "model.patch_size", "model.depth", "model.num_heads"),
     *("model.positions", "model.vit_init", "model.freeze_patch_embed", "model.predictor"),
-    *("model.patches", "model.combine", "data.interpolation"),
-    *("model.queues", "optim.clip_grad_norm", "data.chunks", "data.solarise"),
+    *("model.patches", "model.combine"),
+    *("model.queues", "optim.clip_grad_norm", "data.chunks"),
     *("optim.name", "optim.lr", "optim.weight_decay", "optim.warmup_epochs"),
     "optim.freeze_backbone_epochs",
-    *("data.dataset", "data.channels", "data.image_size", "data.upscale", "data.batch_size"),
-    "data.image_size_start",
-    *("data.views", "data.crop_min", "data.flip", "data.jitter", "data.grey", "data.blur"),
+    *("data.dataset", "data.channels", "data.image_size", "data.batch_size"),
+    *("data.views", "data.pairs", "data.image_size_start"),
     *("data.mean", "data.std"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.accelerator", "trainer.devices"),
     *("trainer.num_nodes", "trainer.precision", "trainer.accumulate_grad_batches"),
@@ -44,6 +43,10 @@ NEVER_IDLE_IN_EVALUATION = {
 # Of each setting that may be idle: a value that was set, others beside which it is idle, and others
 # beside which it is not.
 TRAINING = {
+    **{f"data.{name}": (0.3, {"data.views": "own"}, {}) for name in ("crop_min", "flip", "jitter")},
+    **{f"data.{name}": (0.3, {"data.views": "own"}, {}) for name in ("grey", "blur", "solarise")},
+    "data.interpolation": ("bicubic", {"data.views": "own"}, {}),
+    "data.upscale": (2.0, {"data.views": "own"}, {"data.views": "v1"}),
     "data.root": ("x", {"data.dataset": "digits"}, {"data.dataset": "folder"}),
     "data.files": ("x", {"data.dataset": "digits"}, {}),
     "data.labels": ("x", {"data.dataset": "digits"}, {}),

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moco.algorithm.names import unknown_backbone
+from moco.algorithm.names import is_own, unknown_backbone
+from moco.algorithm.own_backbone import own_backbone
 from moco.algorithm.patches import combinations_of, combine_features, cut_into_patches
 from moco.algorithm.vit import is_vit, shape_arguments, start_as_v3, vit_arguments
 from moco.config import ModelConfig, UserError
@@ -65,18 +66,21 @@ class Encoder(nn.Module):
         return self.head(combine_features(features, self.chosen))
 
 
-def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encoder:
+def build_encoder(
+    config: ModelConfig, channels: int, image_size: int, own: nn.Module | None = None
+) -> Encoder:
     """Build an encoder with fresh weights.
 
     Args:
         config: Names the backbone, its stem and width, and the head.
         channels: Of the images, any number.
         image_size: Side of the views in pixels.
+        own: The user's module, where `config` names no backbone of timm's; it is copied.
 
     Raises:
         UserError: Unknown backbone, or a stem or width that it cannot take.
     """
-    backbone, feature_dim = build_backbone(config, channels, image_size)
+    backbone, feature_dim = build_backbone(config, channels, image_size, own)
     hidden = config.head_hidden_dim or feature_dim
     hidden_widths = [] if config.head == "linear" else [hidden] * (config.head_layers - 1)
     head = build_head(config.head, [feature_dim, *hidden_widths, config.embedding_dim])
@@ -128,8 +132,15 @@ def mlp_with_batch_norm(widths: list[int], last_bn: bool, affine: bool = False) 
     return nn.Sequential(*layers[:-2], *last)
 
 
-def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+def build_backbone(
+    config: ModelConfig, channels: int, image_size: int, own: nn.Module | None = None
+) -> tuple[nn.Module, int]:
     """Build the feature extractor alone, and return it with its feature width D."""
+    if is_own(config.backbone):
+        _check_kind(config, is_resnet=False)
+        network, feature_dim = own_backbone(own, config, channels, image_size)
+        _take_strides_first(network)
+        return network, feature_dim
     import timm  # this takes 2 s, so it is left to those who build a network
 
     if not timm.is_model(config.backbone):

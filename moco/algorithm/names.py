@@ -10,17 +10,31 @@ from pathlib import Path
 
 from moco.config import UserError
 
+OWN = "own"  # begins the name of a module that Python gives, as own:MyNetwork
+# Settings that shape networks of timm alone.
+OF_KNOWN = ("stem", "width", "zero_init_residual", "patch_size", "depth", "num_heads", "positions")
+OF_KNOWN += ("vit_init", "freeze_patch_embed")
 _MODEL = re.compile(r"^@register_model\s+def (\w+)", re.MULTILINE)
 _KEY = re.compile(r"""^\s+['"](\w+)['"]\s*:""", re.MULTILINE)
 
 
 def check_backbone(name: str, setting: str) -> None:
     """Raise UserError for a name that occurs in timm's source neither as a model nor as a key."""
+    if is_own(name):
+        raise UserError(
+            f"{setting} {name!r} stands for a module of your own: give it in Python, as in "
+            "moco.pretrain(images, backbone=module), or take a timm name"
+        )
     known = name.partition(".")[0]  # what follows names weights
     texts = read_source()
     names = find_names(texts)
     if "resnet50" in names and known not in names and known not in find_keys(texts):
         raise unknown_backbone(name, setting, names)
+
+
+def is_own(name: str) -> bool:
+    """Tell whether a name stands for a module of the user's own."""
+    return name.partition(":")[0] == OWN
 
 
 def read_source() -> list[str]:

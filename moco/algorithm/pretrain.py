@@ -16,7 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +40,7 @@ class MoCo(pl.LightningModule):
         image_size: Side of the views in pixels.
         seed: Of the queue's first, random keys, and of what the networks draw themselves.
         chunks: Parts in which a batch is encoded.
+        backbone: The user's own, which is copied; `model_config.backbone` then is own:NAME.
 
     Attributes:
         query_encoder, key_encoder: Equal at the start, head included; the key encoder takes no
@@ -61,11 +62,12 @@ class MoCo(pl.LightningModule):
         image_size: int,
         seed: int = 0,
         chunks: int = 1,
+        backbone: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model_config, self.optim_config, self.seed = model_config, optim_config, seed
         self.chunks = chunks
-        encoder = build_encoder(model_config, channels, image_size)
+        encoder = build_encoder(model_config, channels, image_size, backbone)
         predictor = build_predictor(model_config, encoder.feature_dim)
         key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         encoder.cut_images(model_config.patches, model_config.combine)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moco.algorithm.names import is_own
 from moco.config import ModelConfig
 
 
@@ -18,7 +19,7 @@ def is_vit(name: str) -> bool:
     """Say whether a timm name is one of its plain vision transformers."""
     from timm.models import is_model_in_modules
 
-    return is_model_in_modules(name, ["vision_transformer"])
+    return not is_own(name) and is_model_in_modules(name, ["vision_transformer"])
 
 
 def vit_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from moco.algorithm.encoder import (
     timm_arguments,
     width_of_features,
 )
+from moco.algorithm.names import OF_KNOWN
+from moco.algorithm.own_backbone import own_name
 from moco.checkpoints.layouts import Contents
 from moco.checkpoints.matching import ABSENT, State, one_line, some
 from moco.checkpoints.preparation import UNUSUAL, unusual
@@ -45,17 +47,22 @@ class Architecture:
     model: ModelConfig
     data: dict[str, Any]
     variant: dict[str, Any]
+    own: nn.Module | None = None
 
 
 def identify(
-    contents: Contents, part: State, backbone: str, image_size: int, told: dict[str, int]
+    contents: Contents,
+    part: State,
+    backbone: str | nn.Module,
+    image_size: int,
+    told: dict[str, int],
 ) -> Architecture:
     """Find out the model, its images and its variant.
 
     Args:
         contents: The whole file.
         part: The backbone's tensors in it.
-        backbone: timm name that replaces the file's; empty: the file's.
+        backbone: timm name or module that replaces the file's; empty: the file's.
         image_size: Side in pixels that replaces the file's; 0: the file's.
         told: `stem_padding` and `num_heads` that replace the file's; 0: the file's.
 
@@ -65,7 +72,10 @@ def identify(
     model, said, variant, questions = look(contents, part)
     head_state = contents.take("query_encoder.head.") or contents.take("key_encoder.head.")
     head = head_shape(head_state, contents.take("queue."))
-    model = dataclasses.replace(model, backbone=backbone or model.backbone, **head)
+    own = backbone if isinstance(backbone, nn.Module) else None
+    name = backbone if own is None else own_name(own)
+    usual = {} if own is None else {name: getattr(ModelConfig(), name) for name in OF_KNOWN}
+    model = dataclasses.replace(model, backbone=name or model.backbone, **head, **usual)
     if not model.backbone:
         raise UserError(
             f"{contents.path}: {some(part)} do not tell the architecture: "
@@ -85,7 +95,7 @@ def identify(
     variant |= told
     if variant.get("stem_padding") == 1:
         del variant["stem_padding"]  # as `build_backbone` pads
-    return Architecture(model, sizes | {"mean": mean, "std": std}, variant)
+    return Architecture(model, sizes | {"mean": mean, "std": std}, variant, own)
 
 
 def look(
@@ -144,10 +154,10 @@ def build(architecture: Architecture, with_head: bool) -> tuple[nn.Module, nn.Mo
     model, data, variant = architecture.model, architecture.data, architecture.variant
     head, images = None, (data["channels"], data["image_size"])
     if with_head:
-        encoder = build_encoder(model, *images)
+        encoder = build_encoder(model, *images, architecture.own)
         network, head, feature_dim = encoder.backbone, encoder.head, encoder.feature_dim
     else:
-        network, feature_dim = build_backbone(model, *images)
+        network, feature_dim = build_backbone(model, *images, architecture.own)
     if any(not name.startswith("stem_") for name in variant):
         arguments = constructor_arguments(architecture)
         try:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS
+from moco.algorithm.names import is_own
 from moco.algorithm.vit import is_vit, shape_arguments
 from moco.checkpoints.architecture import constructor_arguments
 from moco.checkpoints.load import Loaded
@@ -21,6 +22,7 @@ from moco.checkpoints.preparation import UNUSUAL
 # The names of v3's ViTs, which have 12 heads, to those of the same networks in timm.
 V3_VITS = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
 OFFICIAL = ("official", "official-v3")
+NAMELESS = ("safetensors", "onnx", "torch-export")  # formats that need no known network
 Features = Callable[[Tensor], Tensor]
 Files = dict[str, bytes]  # name to content; a single file has the name ""
 
@@ -28,6 +30,8 @@ Files = dict[str, bytes]  # name to content; a single file has the name ""
 def obstacle(loaded: Loaded, form: str) -> str:
     """Return what of a network a format cannot hold; empty if it can hold all."""
     model, channels = loaded.model, loaded.data["channels"]
+    if is_own(model.backbone):
+        return "" if form in NAMELESS else f"{model.backbone}, a module of your own"
     published = model.backbone in TORCHVISION_RESNETS
     vit = is_vit(model.backbone)
     if form == "official-v3" and vit:
@@ -116,6 +120,8 @@ def _command(loaded: Loaded, form: str, path: str | Path) -> str:
 
 
 def _safetensors_line(loaded: Loaded, place: str) -> str:
+    if is_own(loaded.model.backbone):
+        return f"import moco; network = moco.load_backbone({place}, backbone=module)"
     arguments = constructor_arguments(loaded)
     arguments.pop("weight_init", None)  # the file's weights take the place of the first ones
     words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())

@@ -6,6 +6,7 @@ and fills it (`matching`). Shapes: N images, D feature, C embedding, K queue.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
+from moco.algorithm.names import is_own
 from moco.checkpoints.architecture import (
     Architecture,
     attention_heads,
@@ -50,6 +52,7 @@ class Loaded:
         encoder: query, key, or backbone where the file holds only one.
         report: One line that says what matched, what was left out and what is missing.
         variant: What `model` and `data` do not say: arguments for timm, and `stem_padding`.
+        own: The module that was given in the place of a name, as it was; else None.
         config: Settings of the run that wrote the file, or empty.
     """
 
@@ -63,6 +66,7 @@ class Loaded:
     epoch: int | None
     feature_dim: int
     variant: dict[str, Any] = field(default_factory=dict)
+    own: nn.Module | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,7 +91,7 @@ def load_encoder(
     path: str | Path,
     encoder: Literal["query", "key"] = "query",
     allow_partial: bool = False,
-    backbone: str = "",
+    backbone: str | nn.Module = "",
     image_size: int = 0,
     stem_padding: int = 0,
     num_heads: int = 0,
@@ -99,7 +103,8 @@ def load_encoder(
             torchvision or timm; safetensors; a directory as timm writes it.
         encoder: Which of two encoders.
         allow_partial: Accept a file that fits only in part; the report says what stays random.
-        backbone: timm name, which replaces what the file says or shows.
+        backbone: timm name, which replaces what the file says or shows; or a module of your own,
+            a copy of which takes the weights.
         image_size: Side in pixels; a ViT's positions are resampled to it. 0: as in the file.
         stem_padding: Padding of a 3x3 stem, which no tensor shows. 0: as in the file.
         num_heads: Attention heads of a ViT, which no tensor shows. 0: as in the file.
@@ -114,7 +119,11 @@ def load_encoder(
     head_state = contents.take(f"{encoder}_encoder.head.")
     network, head, feature_dim, found = _fill(path, architecture, part, head_state, allow_partial)
     layout = contents.layout
-    if layout == "torchvision" and architecture.model.backbone not in TORCHVISION_RESNETS:
+    if (
+        layout == "torchvision"
+        and architecture.own is None
+        and architecture.model.backbone not in TORCHVISION_RESNETS
+    ):
         layout = "timm"
     loaded = Loaded(
         **vars(architecture),
@@ -134,9 +143,10 @@ def load_encoder(
 
 def _tell_of_images(loaded: Loaded) -> None:
     """Give a backbone its `transform`, and in timm's `pretrained_cfg` what its file says."""
-    network, fixed = loaded.backbone, timm_arguments(loaded.model, loaded.data["image_size"])
-    known = getattr(network, "pretrained_cfg", {})
-    network.pretrained_cfg = pretrained_cfg(known, loaded.data, "img_size" in fixed)
+    network, own = loaded.backbone, loaded.own is not None
+    fixed = own or "img_size" in timm_arguments(loaded.model, loaded.data["image_size"])
+    known = {} if own else getattr(network, "pretrained_cfg", {})
+    network.pretrained_cfg = pretrained_cfg(known, loaded.data, fixed)
     network.default_cfg = network.pretrained_cfg  # timm's older name
     network.transform = loaded.preparation
 
@@ -147,7 +157,8 @@ def _fill(
     """Build a network and its head, and load a file's tensors into them."""
     name = architecture.model.backbone
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):  # the shapes must fit before memory is taken for them
+        with nullcontext() if architecture.own is not None else torch.device("meta"):
+            # The shapes must fit before memory is taken for them; an own module is there already.
             blueprint, _, _ = build(architecture, False)
         found = match_state(blueprint.state_dict(), part, blueprint)
         found.check(path, name, "take another --backbone, or --allow_partial", partly)
@@ -210,6 +221,8 @@ def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool
     """Refuse a file of another network than the run's, or return a note about it."""
     model, _, known, questions = look(contents, contents.backbone("query"))
     heads = attention_heads(network)
+    if is_own(model.backbone):  # names and shapes of its tensors are compared, and nothing else
+        return ""
     if heads and not {"num_heads"} & {*known, *questions} and (own := named_heads(model)):
         known["num_heads"] = own
     if heads and known.get("num_heads", heads) != heads:

@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from moco.checkpoints.describe import (
     Features,
@@ -47,6 +48,10 @@ def _write_safetensors(loaded: Loaded, checkpoint: Path, licence: str, *_: Any) 
     note = describe(loaded) | {"load_with": loading_line(loaded, "safetensors", "FILE")}
     metadata = {"format": "pt", "moco": json.dumps(note)}
     return {"": save(tensors(loaded), metadata | ({"license": licence} if licence else {}))}
+
+
+def _own(loaded: Loaded) -> str | nn.Module:
+    return "" if loaded.own is None else loaded.own
 
 
 def _write_timm(loaded: Loaded, checkpoint: Path, licence: str, *_: Any) -> Files:
@@ -83,7 +88,11 @@ FORMATS: dict[str, tuple[Callable[..., Files], Callable[..., Features], float]] 
         lambda path, loaded: into_twin(torch.load(path, weights_only=True), loaded),
         1e-5,
     ),
-    "safetensors": (_write_safetensors, lambda path, _: load_encoder(path).backbone, 1e-5),
+    "safetensors": (
+        _write_safetensors,
+        lambda path, loaded: load_encoder(path, backbone=_own(loaded)).backbone,
+        1e-5,
+    ),
     "official": (write_official, read_official, 1e-5),
     "official-v3": (
         partial(write_official, v3=True),

@@ -16,7 +16,9 @@ from moco.config import DataConfig, TrainConfig, UserError
 from moco.run_directory import new_run
 
 
-def check_start(config: TrainConfig, recipe: str, init_from: str, is_new: bool) -> None:
+def check_start(
+    config: TrainConfig, recipe: str, init_from: str, is_new: bool, has_module: bool = False
+) -> None:
     """Raise UserError for what a run cannot start with: names, files and directories.
 
     Args:
@@ -24,11 +26,12 @@ def check_start(config: TrainConfig, recipe: str, init_from: str, is_new: bool) 
         recipe: Name for a new run's directory.
         init_from: A checkpoint, or empty.
         is_new: Whether a new run is to begin.
+        has_module: Whether Python gives the backbone.
     """
     if "RANK" in os.environ:
         return
     if is_new:
-        if config.model.backbone != "auto":
+        if config.model.backbone != "auto" and not has_module:
             check_name(config.model.backbone, "model.backbone")
         new_run(config, recipe)
         if config.trainer.precision != "auto":
@@ -53,6 +56,8 @@ def check_images(data: DataConfig) -> None:
 
     Shards in a store are asked for later, by the processes that read them.
     """
+    if data.dataset == "own":  # Python's, which `moco.images.sources` asks for
+        return
     if data.dataset in ("shards", "parquet"):
         if "://" not in data.root:
             from moco.images.patterns import find_shards

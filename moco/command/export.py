@@ -23,13 +23,18 @@ class Nothing:
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, export, and return what was written."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
+    return write(argv)
+
+
+def write(argv: Sequence[str], module: Any = None) -> dict[str, Any]:
+    """Parse a command line and export; `module` is a backbone that Python gives."""
     about = "Write a backbone in another layout."
     parser = build_parser(about, Nothing, flat_options(ExportConfig))
     parser.usage = "%(prog)s --checkpoint ANY --format FORMAT --output PATH [--OPTION VALUE ...]"
     _, options = parse(parser, Nothing, argv)
     check_ranges(take(ExportConfig, options))
     options["form"], options["licence"] = options.pop("format"), options.pop("license")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     from moco.checkpoints.places import REQUEST, DiskError, GraphOptions, check_request
 
     choices = {item.name: options.pop(item.name) for item in fields(GraphOptions)}
@@ -40,6 +45,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         check_request(**{name: options[name] for name in REQUEST})
         from moco.checkpoints.export import export  # imports torch, so it waits for the settings
 
+        options["backbone"] = options["backbone"] if module is None else module
         return export(**options)
     except DiskError as error:
         raise RunError(str(error)) from None

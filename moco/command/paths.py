@@ -42,7 +42,7 @@ def check_stored_root(data: DataConfig, stored: dict[str, Any]) -> None:
     root = data.root
     if data.dataset in ("shards", "parquet"):
         return  # a pattern; what it names is asked for where it is opened
-    if root != stored.get("root") or os.path.isabs(root) or data.dataset == "digits":
+    if root != stored.get("root") or os.path.isabs(root) or data.dataset in ("digits", "own"):
         return
     if root and not (data.download or os.path.exists(os.path.expanduser(root))):
         raise UserError(
@@ -52,14 +52,35 @@ def check_stored_root(data: DataConfig, stored: dict[str, Any]) -> None:
         )
 
 
+def recipes() -> dict[str, Path]:
+    """Return the recipes that come with this program, by name."""
+    installed = Path(__file__).parent.parent / "configs"
+    folder = installed if installed.is_dir() else installed.parent.parent / "configs"  # a checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(word: str) -> str:
+    """Return the path of a recipe: the word is one, or the name of one that comes with the program.
+
+    Raises:
+        UserError: Neither; the recipe that may be meant is named.
+    """
+    path = expanded("--config", word)
+    if not os.path.exists(path) and path in (known := recipes()):
+        return str(known[path])
+    check_recipe(Path(path))
+    return path
+
+
 def check_recipe(path: Path) -> None:
     """Raise UserError when a recipe is no file, and name the recipe that may be meant."""
     if path.is_dir():
         raise UserError(f"--config {path} is a directory: name a YAML file in it")
     if not path.is_file():
         folders = (Path("configs"), path.parent)
-        recipes = {p.stem: p for f in folders for p in sorted(f.glob("*.yaml"))}
-        near = difflib.get_close_matches(path.stem, recipes, n=1)
-        listed = f"there are {', '.join(recipes)}" if recipes else "give the path of a YAML file"
-        hint = f"did you mean {recipes[near[0]]}?" if near else listed
+        there = {name: name for name in recipes()}
+        there |= {p.stem: str(p) for f in folders for p in sorted(f.glob("*.yaml"))}
+        near = difflib.get_close_matches(path.stem, there, n=1)
+        listed = f"there are {', '.join(there)}" if there else "give the path of a YAML file"
+        hint = f"did you mean {there[near[0]]}?" if near else listed
         raise UserError(f"--config {path} does not exist: {hint}")

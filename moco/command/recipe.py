@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moco.command.paths import check_recipe, expanded
+from moco.command.paths import find_recipe
 from moco.config import UserError
 
 
@@ -21,8 +21,7 @@ def with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
         option, equals, value = word.partition("=")
         path = value if equals else next(rest, None) if option == "--config" else None
         if option == "--config" and path is not None:
-            path = expanded("--config", path)
-            check_recipe(Path(path))
+            path = find_recipe(path)
             content = _read_yaml(Path(path))
             _check_settings(content, names, path)
             word = as_option(content)

@@ -54,6 +54,25 @@ EXTRAS = {
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, train, and return the results."""
     slurm.restartable = True
+    arguments = settle(argv)
+    from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
+
+    return pretrain(**arguments)
+
+
+def settle(argv: Sequence[str], has_module: bool = False) -> dict[str, Any]:
+    """Parse and check a command line, and start a rank per device.
+
+    Args:
+        argv: The words after the command's name.
+        has_module: Whether Python gives the backbone, which then has no known name.
+
+    Returns:
+        The arguments of `moco.training.run.pretrain`.
+
+    Raises:
+        UserError: Wrong settings, or a run that cannot start or go on with them.
+    """
     parser = cli.build_parser("Pretrain an encoder with MoCo.", TrainConfig, EXTRAS)
     config, extra = cli.parse(parser, TrainConfig, argv)
     recipe = next((Path(p).stem for p in cli.option_values(argv, "--config")), "")
@@ -74,22 +93,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
         check_same(config, stored, found[1])
     _check_extras(extra, resume)
-    check_start(config, recipe, extra["init_from"], is_new=not (found and found[0]))
+    is_new = not (found and found[0])
+    check_start(config, recipe, extra["init_from"], is_new, has_module)
     log_to_stderr()
     log.info("importing torch, Lightning and timm takes some seconds")
     _start_ranks(config)
-    from moco.training.run import pretrain  # imports torch, so it waits until the settings stand
-
-    return pretrain(
-        config,
-        resume,
-        recipe,
-        extra["init_from"],
-        extra["allow_partial"],
-        extend_by=extra["extend"],
-        accept_jump=extra["yes"],
-        command=argv,
-    )
+    options = {name: extra[name] for name in ("init_from", "allow_partial")}
+    options |= {"extend_by": extra["extend"], "accept_jump": extra["yes"], "command": argv}
+    return {"config": config, "resume": resume, "recipe": recipe, **options}
 
 
 def _check_extras(extra: dict[str, Any], resume: str) -> None:

@@ -22,6 +22,7 @@ from moco.checkpoints.matching import checksum
 from moco.config import UserError
 from moco.evaluation.features import feature_shape
 from moco.evaluation.labels import check_labels, few_labels
+from moco.evaluation.own import NOTHING, Given
 from moco.evaluation.probe import SWEEP
 from moco.evaluation.protocols import PROTOCOLS, knn
 from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
@@ -42,12 +43,15 @@ DEFAULTS = {
 }
 
 
-def judge_linear(judge: JudgeConfig, config: LinearConfig, read_data: ReadData) -> dict[str, Any]:
+def judge_linear(
+    judge: JudgeConfig, config: LinearConfig, read_data: ReadData, given: Given = NOTHING
+) -> dict[str, Any]:
     """Train a linear classifier, or the whole network, and test it.
 
     Args:
         judge, config: Settings; 0 and [] take the protocol's own values.
         read_data: Data settings, given those of the run that made the checkpoint as defaults.
+        given: What Python gives.
 
     Returns:
         The result as plain values on rank 0, also written to a file; empty on other ranks.
@@ -72,10 +76,12 @@ def judge_linear(judge: JudgeConfig, config: LinearConfig, read_data: ReadData) 
             subject.bank = subject.bank.rows(rows)
         return PROTOCOLS[config.protocol](subject, config)
 
-    return _judge(name, config.protocol, judge, config, read_data, score)
+    return _judge(name, config.protocol, judge, config, (read_data, given), score)
 
 
-def judge_knn(judge: JudgeConfig, config: KNNConfig, read_data: ReadData) -> dict[str, Any]:
+def judge_knn(
+    judge: JudgeConfig, config: KNNConfig, read_data: ReadData, given: Given = NOTHING
+) -> dict[str, Any]:
     """Vote by nearest neighbours, score few labels per class, and draw a gallery.
 
     Arguments, result and errors as of `judge_linear`.
@@ -91,7 +97,7 @@ def judge_knn(judge: JudgeConfig, config: KNNConfig, read_data: ReadData) -> dic
         gallery = output_path(judge, f"{subject.name}.png")
         return {each: knn(subject, config, each, gallery) for each in subject.networks}
 
-    return _judge(name, "knn", judge, config, read_data, score)
+    return _judge(name, "knn", judge, config, (read_data, given), score)
 
 
 def _judge(
@@ -99,12 +105,12 @@ def _judge(
     protocol: str,
     judge: JudgeConfig,
     config: LinearConfig | KNNConfig,
-    read_data: ReadData,
+    images: tuple[ReadData, Given],
     score: Callable[[Subject], dict[str, Any]],
 ) -> dict[str, Any]:
     """Open the subject, score its networks, and write the result; `name` begins its file's name."""
     start = time.perf_counter()
-    with open_subject(judge, config, read_data, name) as subject:
+    with open_subject(judge, config, *images, name) as subject:
         check_labels(subject.bank.source.labels)
         before = checksum(subject.networks["encoder"])
         distributed.check_alike(before, f"the weights in {judge.checkpoint}")

@@ -28,6 +28,7 @@ from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
+from moco.evaluation.own import NOTHING, Given
 from moco.idle import idle_in_evaluation
 from moco.images import sources
 from moco.images.folders import expanded
@@ -41,7 +42,7 @@ ReadData = Callable[[dict[str, Any]], DataConfig]
 PIXEL_SIDE = 32
 # Settings that only pretraining uses; judging refuses them rather than ignoring them.
 PRETRAINING_ONLY = (
-    *("views", "batch_size", "chunks", "image_size_start", "image_size_share"),
+    *("views", "batch_size", "chunks", "pairs", "image_size_start", "image_size_share"),
     *("crop_min", "interpolation", "jitter", "grey", "blur", "solarise"),
 )
 
@@ -123,13 +124,13 @@ def output_path(judge: JudgeConfig, name: str) -> Path:
 
 @contextlib.contextmanager
 def open_subject(
-    judge: JudgeConfig, own: LinearConfig | KNNConfig, read_data: ReadData, name: str
+    judge: JudgeConfig, own: LinearConfig | KNNConfig, read_data: ReadData, given: Given, name: str
 ) -> Iterator[Subject]:
     """Open encoder and images on this rank's device, and leave the process group at the end."""
     device = start_process(judge)
     try:
         with distributed.together():
-            subject = _open(judge, own, read_data, name, device)
+            subject = _open(judge, own, read_data, given, name, device)
         for part in (subject.bank, subject.queries):
             if distributed.world_size() > 1:
                 found = sources.identify(part.source, subject.data.root)
@@ -144,20 +145,21 @@ def _open(
     judge: JudgeConfig,
     own: LinearConfig | KNNConfig,
     read_data: ReadData,
+    given: Given,
     name: str,
     device: torch.device,
 ) -> Subject:
-    loaded = load(judge, 0)
+    loaded = load(judge, 0, given)
     data = data_settings(loaded, read_data)
     stored = loaded.config.get("data", {}) | loaded.data
     if idle := idle_in_evaluation(judge, own, data, stored):
         log.info("%s", idle)
     if data.image_size != loaded.data["image_size"]:
-        loaded = load(judge, data.image_size)
+        loaded = load(judge, data.image_size, given)
     log.info("%s", loaded.report)
     networks = _networks(judge, loaded, data, judge.untrained_draws or _own_draws(own))
     name += _other_images(data, TrainConfig.from_dict({"data": stored}).data)
-    bank, queries = _open_images(data, device, output_path(judge, f"{name}-bad_files.txt"))
+    bank, queries = _open_images(data, given, device, output_path(judge, f"{name}-bad_files.txt"))
     for images in (bank, queries):
         log.info("%s: %d images", images.source.name, len(images))
     for network in networks.values():
@@ -182,13 +184,13 @@ def _other_images(data: DataConfig, own: DataConfig) -> str:
     return f"-{re.sub('[^A-Za-z0-9_]', '_', label)[:40]}-{crc32(told(data).encode()):08x}"
 
 
-def load(judge: JudgeConfig | EmbedConfig, image_size: int) -> Loaded:
+def load(judge: JudgeConfig | EmbedConfig, image_size: int, given: Given = NOTHING) -> Loaded:
     """Load the encoder that the settings name, for images of that side; 0: as in its file."""
     return load_encoder(
         judge.checkpoint,
         judge.encoder,
         judge.allow_partial,
-        judge.backbone,
+        judge.backbone if given.backbone is None else given.backbone,
         image_size,
         judge.stem_padding,
         judge.num_heads,
@@ -248,8 +250,8 @@ def _networks(
     networks: dict[str, nn.Module] = {"encoder": Layer(loaded.backbone, head, bf16)}
     if judge.baselines:
         images = {"channels": data.channels, "image_size": data.image_size}
-        same = Architecture(loaded.model, images, loaded.variant)
-        for draw in range(draws):
+        same = Architecture(loaded.model, images, loaded.variant, loaded.own)
+        for draw in range(draws if loaded.own is None else 1):  # as its author has drawn it
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(judge.seed + draw)
                 backbone, fresh_head, _ = build(same, head is not None)
@@ -259,7 +261,9 @@ def _networks(
     return networks
 
 
-def _open_images(data: DataConfig, device: torch.device, report: Path) -> list[LabelledData]:
+def _open_images(
+    data: DataConfig, given: Given, device: torch.device, report: Path
+) -> list[LabelledData]:
     """Open training and test images with labels, and refuse what gives no score.
 
     Args:
@@ -268,7 +272,7 @@ def _open_images(data: DataConfig, device: torch.device, report: Path) -> list[L
     Raises:
         UserError: No labels, no test split, or no two classes in common.
     """
-    pair = sources.open_labelled(data)
+    pair = given.open_labelled(data)
     if pair is None:
         raise UserError(
             f"{data.dataset} {data.root} has no labelled train and test images: give a folder with "

@@ -17,7 +17,7 @@ import torch
 
 from moco import distributed
 from moco.config import UserError
-from moco.images.decode import BadImage, read_header
+from moco.images.decode import BadImage
 from moco.images.formats import one_line, shown
 from moco.images.sources import ImageSource
 
@@ -113,7 +113,7 @@ class BadFiles:
         if distributed.rank() == 0:
             self._write(new)
         count = f"{len(self.found)} of {total} images of {self.source.name}"
-        names = "; ".join(f"{shown(self.source.paths[i])}: {self.found[i]}" for i in new[:SHOWN])
+        names = "; ".join(f"{shown(self.source.called(i))}: {self.found[i]}" for i in new[:SHOWN])
         names += f"; and {len(new) - SHOWN} more" if len(new) > SHOWN else ""
         if are_many:
             listed = f" (all are listed in {shown(self.report_path)})" if self.report_path else ""
@@ -136,7 +136,7 @@ class BadFiles:
     def _write(self, new: list[int]) -> None:
         if self.report_path is None:
             return
-        lines = [f"{one_line(self.source.paths[i])}\t{self.found[i]}\n" for i in new]
+        lines = [f"{one_line(self.source.called(i))}\t{self.found[i]}\n" for i in new]
         try:
             os.makedirs(os.path.dirname(self.report_path) or ".", exist_ok=True)
             with open(self.report_path, "a+", **_TEXT) as file:
@@ -173,13 +173,14 @@ def unreadable(
                 bad[index] = error.reason
         return len(part)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        seen = sum(pool.map(look, [rows[start::_THREADS] for start in range(_THREADS)]))
+    threads = min(_THREADS, source.readers)
+    with ThreadPoolExecutor(threads) as pool:
+        seen = sum(pool.map(look, [rows[start::threads] for start in range(threads)]))
     return bad, seen
 
 
 def _header(source: ImageSource, index: int) -> None:
-    read_header(source.paths[index], source.channels, source.reading)
+    source.header(index)
 
 
 def _spread(count: int) -> list[int]:

@@ -120,7 +120,7 @@ def decode_reduced(
         several = len(reading.low) > 1 or len(reading.high) > 1
         if several and len(values) == 1 and values.dtype != np.uint8:
             values = np.repeat(values, channels, axis=0)  # each channel has a range of its own
-        pixels = _fit_bands(path, to_uint8(values, reading.low, reading.high), channels)
+        pixels = fit_bands(path, to_uint8(values, reading.low, reading.high), channels)
         if image.inverted:
             pixels = 255 - pixels
         # The one copy: writable, and H W C in memory, as decoders deliver and cuts are fastest.
@@ -312,8 +312,12 @@ def _content(file: str | io.BytesIO) -> bytes:
     return Path(file).read_bytes() if isinstance(file, str) else file.getvalue()
 
 
-def _fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Bring C H W uint8 to `channels`: grey is repeated for RGB, RGB weighted for grey."""
+def fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Bring C H W uint8 to `channels`: grey is repeated for RGB, RGB weighted for grey.
+
+    Raises:
+        BadImage: These channels do not become those.
+    """
     if len(pixels) == channels:
         return pixels
     if len(pixels) == 1 and channels == 3:

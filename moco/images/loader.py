@@ -14,12 +14,13 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from moco import distributed
 from moco.algorithm.batch import Batch
@@ -29,8 +30,12 @@ from moco.images.ahead import Ahead
 from moco.images.bad_files import BadFiles
 from moco.images.draws import view_recipes
 from moco.images.growth import Growth
+from moco.images.items import check_pickles
+from moco.images.own import open_own
+from moco.images.own_cuts import OwnCuts
+from moco.images.own_views import OwnViewMaker, OwnViews, check_views
+from moco.images.pairs import Naming, PairedCuts, Partners, find_partners
 from moco.images.resident import make_resident
-from moco.images.sources import ImageSource
 from moco.images.streamed import Cuts
 from moco.images.streams import Order
 from moco.images.workers import as_it_is, end_workers, fetched, worker_loader
@@ -67,7 +72,10 @@ class PretrainData(pl.LightningDataModule):
         seed: Of order and views.
         shuffle: Whether keys change places (shuffle-BN, or split groups on one device).
         symmetric: Whether both views are queries and keys.
-        source: The images; opened from `config` unless given.
+        source: The images, or what `moco.images.own.open_own` takes; opened from `config` unless
+            given.
+        own_views: Callables in the place of a recipe, where `config.views` is own.
+        naming: Says what an image shows, where `config.pairs` is own.
 
     Attributes:
         wait_seconds: Time that training has waited for the loader.
@@ -83,14 +91,25 @@ class PretrainData(pl.LightningDataModule):
         seed: int,
         shuffle: bool,
         symmetric: bool,
-        source: ImageSource | None = None,
+        source: Any = None,
+        own_views: OwnViews | None = None,
+        naming: Naming | None = None,
     ) -> None:
         super().__init__()
         self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
-        self.recipes = view_recipes(config)
+        self.own_views, self.naming = own_views, naming
+        if own_views is None and config.views == "own":
+            raise UserError(
+                "data.views is own, callables of the user's: give them in Python, as in "
+                "moco.pretrain(images, views=views, resume=RUN), or set data.views"
+            )
+        self.recipes = view_recipes(config) if own_views is None else None
         self._shuffle_stream = stream_id(seed, "shuffle")
+        self.partners: Partners | None = None
         self.device = torch.device("cpu")
-        self.source = source or sources.open_source(config, "train")
+        if source is None:
+            source = sources.open_source(config, "train")
+        self.source = open_own(source, config)
         self.resident = "memory"
         self.wait_seconds = 0.0
         self.in_graph = False
@@ -118,8 +137,14 @@ class PretrainData(pl.LightningDataModule):
             report_path: Takes the names of unreadable files.
             backend: Of torch.compile, for the views; empty: not compiled.
         """
-        self.source, self.resident = make_resident(self.source, self.config, device, report_path)
+        own = self.own_views
+        holds = torch.device("cpu") if self.in_workers else device
+        self.source, self.resident = make_resident(self.source, self.config, holds, report_path)
         check_batch(self.config, len(self.source))
+        self.partners = find_partners(self.source, self.config, self.seed, self.naming)
+        if self.streams and self.config.num_workers:
+            check_pickles("images", self.source.items)
+            check_pickles("views", own)
         remedy = "mend them, and go on with --resume if the run has begun"
         self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path, remedy)
         self.device = device
@@ -134,7 +159,29 @@ class PretrainData(pl.LightningDataModule):
                     "shards are read as %d streams: the most up to data.streams %d that divide "
                     "data.batch_size %d", self.order.streams, config.streams, config.batch_size,
                 )  # fmt: skip
-        self._make_view = views.ViewMaker(self.recipes, self.seed, size, mean, std, backend)
+        if own is None:
+            self._make_view = views.ViewMaker(self.recipes, self.seed, size, mean, std, backend)
+        else:
+            check_views(own, self.source, self.config)
+            self._make_view = OwnViewMaker(own, self.seed, size, mean, std)
+
+    @property
+    def in_workers(self) -> bool:
+        """Tell whether workers make the whole views, by callables of single images."""
+        return self.own_views is not None and not self.own_views.batched
+
+    @property
+    def streams(self) -> bool:
+        """Tell whether workers read the images, or make views of those in memory."""
+        return self.source.images is None or self.in_workers
+
+    def cuts(self) -> Dataset:
+        """Build what the workers make batches of."""
+        if self.own_views is None:
+            cuts = Cuts(self.source, self.config, self.seed)
+        else:
+            cuts = OwnCuts(self.source, self.config, self.seed, self.own_views)
+        return cuts if self.partners is None else PairedCuts(cuts, self.partners)
 
     def train_dataloader(self) -> StepLoader:
         """Build the loader; it finds its place from Lightning's batch counter, mid-epoch too."""
@@ -186,6 +233,8 @@ class PretrainData(pl.LightningDataModule):
     ) -> Tensor:
         """Make one view, N x C x S x S, of N images or of their cuts; in this epoch with this S."""
         epoch, size = moment
+        if self.partners is not None and number == 1:
+            index = self.partners(epoch, index)
         if crops is not None:
             return self._make_view(crops[:, number], epoch, index, number, whole=False)
         images = self.source.images
@@ -214,7 +263,7 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[Indices]:
         batches = self._batches(*divmod(self.position(), len(self)))
-        if self.data.source.images is None:
+        if self.data.streams:
             batches = self._streamed(batches)
         while True:
             start = time.perf_counter()
@@ -249,7 +298,7 @@ class StepLoader:
         planned, self._planned.batches = itertools.tee(batches)
         if self._workers is None:
             self._workers = worker_loader(
-                Cuts(data.source, data.config, data.seed),
+                data.cuts(),
                 data.config,
                 persistent=True,
                 batch_sampler=self._planned,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.bad_files import without_bad
-from moco.images.decode import BadImage, read_header
+from moco.images.decode import BadImage
 from moco.images.formats import shown
 from moco.images.sources import ImageSource
 from moco.images.values import sample
@@ -75,6 +75,8 @@ def check_view_size(config: DataConfig, sizes: list[tuple[int, int]]) -> None:
     Raises:
         UserError: Half of them or more would be enlarged beyond data.upscale.
     """
+    if config.views == "own":
+        return
     sides = sorted(min(size) for size in sizes)
     small = [side for side in sides if side * config.upscale < config.image_size]
     if not small:
@@ -116,7 +118,7 @@ def load_all(source: ImageSource) -> tuple[Tensor | None, list[tuple[int, str]]]
         return None, bad
     images, starts = torch.empty(total, *shape, dtype=torch.uint8), range(0, total, FILES_PER_TASK)
     # Pillow decodes outside the GIL; small files are half Python, and more threads only contend.
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(source.readers, os.cpu_count() or 1)) as pool:
         parts = pool.map(partial(_load, source, images), starts)
         return images, [bad for part in parts for bad in part]
 
@@ -132,7 +134,7 @@ def _load(source: ImageSource, images: Tensor, start: int) -> list[tuple[int, st
             continue
         if image.shape != rows.shape[1:]:
             raise MixedSizes(
-                f"{shown(source.paths[index])} has {image.shape[1:]} pixels (H W) where others "
+                f"{shown(source.called(index))} has {image.shape[1:]} pixels (H W) where others "
                 f"have {rows.shape[2:]}"
             )
         rows[index] = image
@@ -150,8 +152,7 @@ def estimate_bytes(source: ImageSource) -> tuple[int, list[tuple[int, int]]]:
     sizes = []
     for index in sample(len(source)):
         with contextlib.suppress(BadImage):
-            path = source.paths[index]
-            header = read_header(path, source.channels, source.reading)
+            header = source.header(index)
             sizes.append((header.height, header.width))
     if not sizes:
         return 0, []

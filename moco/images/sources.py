@@ -7,6 +7,7 @@ Shapes: N images, C channels, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS, read_arrays
-from moco.images.decode import Decoded, decode_reduced
+from moco.images.decode import BadImage, Decoded, Header, decode_reduced, read_header
 from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import shown
+from moco.images.items import Items
 from moco.images.labels import by_folder, read_list, read_table, twins
 from moco.images.scaling import PLAIN, Reading
 from moco.images.shards import ShardSet, lies_elsewhere, open_shards
@@ -30,6 +32,7 @@ from moco.images.values import choose_channels, sample, settle
 
 log = logging.getLogger("moco")
 _FEWEST_HELD_OUT = 64  # fewer tell nothing
+_SUMMED = 16  # items that tell one set from another
 SHARDED = ("shards", "parquet")
 
 
@@ -45,6 +48,7 @@ class ImageSource:
         classes: Class names in the order of the labels; empty when unlabelled.
         channels: C of every image.
         reading: How files become uint8.
+        items: What the images are read from where they are neither held nor files, else None.
     """
 
     name: str
@@ -54,9 +58,29 @@ class ImageSource:
     classes: list[str]
     channels: int
     reading: Reading = PLAIN
+    items: Items | None = None
 
     def __len__(self) -> int:
-        return len(self.paths) if self.images is None else len(self.images)
+        if self.images is not None:
+            return len(self.images)
+        return len(self.paths) if self.items is None else len(self.items)
+
+    def called(self, index: int) -> str:
+        """Return what an image is called: the path of a file, or its place."""
+        if self.paths:
+            return self.paths[index]
+        return self.items.name(index) if self.items is not None else f"image {index}"
+
+    @property
+    def readers(self) -> int:
+        """Return how many threads may read at a time; data of the user's own knows one."""
+        return 32 if self.items is None else 1
+
+    def header(self, index: int) -> Header:
+        """Return what an image that is not held says of itself; raise BadImage as `decode` does."""
+        if self.items is not None:
+            return self.items.header(index, self.channels)
+        return read_header(self.paths[index], self.channels, self.reading)
 
     def read(self, index: int) -> Tensor:
         """Return one image, C H W uint8, in its own size; raise BadImage as `decode` does."""
@@ -66,6 +90,9 @@ class ImageSource:
         """Return one image with no more pixels than are needed, as `decode_reduced` does."""
         if self.images is not None:
             return Decoded(self.images[index], *self.images.shape[2:], 1)
+        if self.items is not None:
+            image = self.items.read(index, self.channels)
+            return Decoded(image, *image.shape[1:], 1)
         return decode_reduced(self.paths[index], self.channels, self.reading, reduction)
 
     @property
@@ -87,6 +114,7 @@ class ImageSource:
             self,
             images=None if self.images is None else self.images[rows.to(self.images.device)],
             paths=paths,
+            items=None if self.items is None else self.items.rows(rows),
             labels=None if self.labels is None else self.labels[rows],
         )
 
@@ -99,6 +127,11 @@ def open_source(data: DataConfig, split: Literal["train", "test"]) -> ImageSourc
     Raises:
         UserError: The set is missing, empty, corrupt or laid out otherwise, or has other channels.
     """
+    if data.dataset == "own":
+        raise UserError(
+            "data.dataset is own, so the images come from Python: give them to moco.pretrain, with "
+            "resume= to go on with a run, or to moco.knn and moco.linear; or set data.dataset"
+        )
     if data.dataset in ARRAYS:
         unlabelled = data.dataset == "stl10" and split == "train"
         return _open_arrays(data, "unlabeled" if unlabelled else split)
@@ -125,6 +158,8 @@ def open_labelled(
     """
     if data.dataset == "stl10":
         return _open_arrays(data, "train"), _open_arrays(data, "test")
+    if data.dataset == "own" and train is not None:
+        return None
     if data.dataset in SHARDED:
         return _label_shards(data, train or open_source(data, "train"))
     if data.dataset not in ("folder", "imagenet"):
@@ -143,6 +178,8 @@ def has_test_split(data: DataConfig) -> bool:
 
     Raises: UserError, as `open_source` does.
     """
+    if data.dataset == "own":
+        return False
     return data.dataset in (*ARRAYS, *SHARDED) or split_folders(data)[1] is not None
 
 
@@ -192,16 +229,29 @@ def shared_classes(bank: ImageSource, queries: ImageSource) -> tuple[ImageSource
 def identify(source: ImageSource, root: str) -> dict[str, int]:
     """Return what tells one set of images from another: their count, and a checksum.
 
-    Of files, the names below `root` in their order; of arrays, about a thousand images.
+    Of files, the names below `root` in their order; of arrays, about a thousand images; of items,
+    those of a few.
     """
     if source.is_sharded:
         return source.paths.identify()
     if source.paths:
-        start = len(expanded(root))
+        folders = {os.path.dirname(path) for path in source.paths} if not root else ()
+        start = len(os.path.commonpath(folders) if folders else expanded(root))
         text = "\n".join(path[start:] for path in source.paths)
         return {"count": len(source), "crc32": crc32(os.fsencode(text))}
+    if source.images is None:
+        return {"count": len(source), "crc32": _checksum(source)}
     some = source.images[:: max(1, len(source) // 1000)]
     return {"count": len(source), "crc32": crc32(some.contiguous().cpu().numpy())}
+
+
+def _checksum(source: ImageSource) -> int:
+    """Return a checksum over some items; which of them cannot be read counts too."""
+    found = 0
+    for index in range(0, len(source), max(1, len(source) // _SUMMED)):
+        with contextlib.suppress(BadImage):
+            found = crc32(source.read(index).numpy().tobytes(), crc32(b"%d" % index, found))
+    return found
 
 
 def _open_arrays(data: DataConfig, split: str) -> ImageSource:

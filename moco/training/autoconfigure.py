@@ -37,6 +37,7 @@ class Facts:
         channels: As the source reads them.
         accelerator: cuda or cpu.
         world: Devices, W.
+        view: Side in pixels that the user's own views have; 0: there are none.
     """
 
     count: int
@@ -44,6 +45,7 @@ class Facts:
     channels: int
     accelerator: str
     world: int
+    view: int = 0
 
 
 class Settings:
@@ -87,6 +89,8 @@ def autoconfigure(config: TrainConfig, facts: Facts) -> Settings:
 
 
 def _choose_views(own: Settings, facts: Facts) -> None:
+    if facts.view:
+        own.take("data.image_size", facts.view, "what the views give")
     most = LARGEST[facts.accelerator]
     room = min(facts.side * own.config.data.upscale, most)
     patches = own.config.model.patches  # which a view divides into

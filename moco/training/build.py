@@ -38,6 +38,7 @@ from moco.training.hardware import own_device
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.monitor import KNNMonitor
 from moco.training.outlook import Outlook
+from moco.training.own import NOTHING, Own
 from moco.training.quality import Quality, check_select, held_out_views
 from moco.training.saving import Checkpoints, Signals
 from moco.training.tracking import loggers
@@ -73,13 +74,18 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
 
 
 def build_module(
-    config: TrainConfig, decided: Decided, init_from: str, allow_partial: bool = False
+    config: TrainConfig,
+    decided: Decided,
+    init_from: str,
+    allow_partial: bool = False,
+    own: Own = NOTHING,
 ) -> MoCo:
     """Build encoders and queue from the run's seed, or with the weights of a checkpoint."""
     pl.seed_everything(config.run.seed, verbose=False)
     data = config.data
     model = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
-    module = MoCo(model, config.optim, data.channels, data.image_size, config.run.seed, data.chunks)
+    size, seed = data.image_size, config.run.seed
+    module = MoCo(model, config.optim, data.channels, size, seed, data.chunks, own.backbone)
     if data.image_size_start:
         for encoder in (module.query_encoder, module.key_encoder):
             take_any_size(encoder.backbone)
@@ -93,7 +99,7 @@ def build_module(
 
 
 def build_data(
-    config: TrainConfig, decided: Decided, source: ImageSource, run_dir: Path
+    config: TrainConfig, decided: Decided, source: ImageSource, run_dir: Path, own: Own = NOTHING
 ) -> PretrainData:
     """Decode what is to be resident, note in `decided` what is, and prepare what makes views."""
     resident = {"": config.data.resident, "streamed": "off"}.get(decided.resident, decided.resident)
@@ -104,6 +110,8 @@ def build_data(
         shuffle=decided.key_bn in ("shuffle", "split"),
         symmetric=config.model.symmetric != "none",
         source=source,
+        own_views=own.views,
+        naming=own.naming,
     )
     report = None if config.run.plan else str(run_dir / "bad_files.txt")  # a plan leaves nothing
     data.prepare(own_device(config), report, decided.compile)
@@ -153,6 +161,8 @@ def why_in_parts(config: TrainConfig, decided: Decided) -> str:
         return "trainer.accumulate_grad_batches is above 1"
     if config.data.chunks > 1:
         return "data.chunks is above 1"
+    if config.data.views == "own" or config.data.pairs:
+        return "the views or the pairs are the user's own"
     if decided.accelerator == "cuda" and decided.resident == "memory":
         return "the images are in main memory"
     return ""
@@ -180,6 +190,7 @@ def assemble(
     run_dir: Path,
     start_step: int,
     callbacks: Sequence[pl.Callback],
+    own: Own = NOTHING,
     held: ImageSource | None = None,
 ) -> Run:
     """Build the callbacks and the Trainer around module and data.
@@ -188,9 +199,10 @@ def assemble(
         images: What tells the images from others; stored in every checkpoint.
         start_step: Of a resumed run, else 0.
         callbacks: Called after the run's own.
+        own: Its loggers get the metrics too.
         held: Images that were set aside.
     """
-    own = compile_parts(config, decided, module, data)
+    usual = compile_parts(config, decided, module, data)
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
@@ -213,11 +225,11 @@ def assemble(
         agreement,
     )
     clock = Clock(config, decided, metrics, saver, agreement)
-    own += [signals, NonFiniteGuard(run_dir), metrics, clock, monitor, quality, saver]
-    own += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
-    found = loggers(config.run, run_dir, start_step)
+    usual += [signals, NonFiniteGuard(run_dir), metrics, clock, monitor, quality, saver]
+    usual += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
+    found = [*loggers(config.run, run_dir, start_step), *own.loggers]
     lasting = config.changed({"trainer.max_epochs": MOST_EPOCHS}) if decided.is_open else config
-    trainer = build_trainer(lasting, decided, logger=found, callbacks=[*own, *callbacks])
+    trainer = build_trainer(lasting, decided, logger=found, callbacks=[*usual, *callbacks])
     return Run(trainer, module, data, metrics, monitor, quality, saver, clock)
 
 

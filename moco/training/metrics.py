@@ -109,8 +109,19 @@ _READINGS = (
 _BAR_COLUMNS = 33  # for `100%|####| 1:00:00, 10:00:00 left`
 
 
+def in_notebook() -> bool:
+    """Tell whether this is a kernel of Jupyter, which shows bars though it is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def _width() -> int:
+    return columns() or 100  # of a notebook, whose cells are about as wide
+
+
 class Progress(pl.Callback):
-    """Show one bar over the whole run on a terminal, and elsewhere a line every ten seconds."""
+    """Show one bar over the whole run on a terminal or in a notebook, and elsewhere a line every
+    ten seconds."""
 
     def __init__(self, metrics: MetricsLogger) -> None:
         self.metrics = metrics
@@ -121,8 +132,8 @@ class Progress(pl.Callback):
         """Open the bar."""
         if not trainer.is_global_zero:
             return
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        if sys.stderr.isatty() or in_notebook():
+            from tqdm.auto import tqdm
 
             self._bar = tqdm(
                 total=module.total_steps,
@@ -137,7 +148,7 @@ class Progress(pl.Callback):
         if not trainer.is_global_zero:
             return
         if self._bar is not None:
-            self._bar.ncols = columns() - 2  # a terminal shows ^C behind it
+            self._bar.ncols = _width() - 2  # a terminal shows ^C behind it
             self._bar.n = trainer.global_step
             self._bar.set_postfix_str(self._text(trainer, module), refresh=False)
             self._bar.update(0)
@@ -154,7 +165,7 @@ class Progress(pl.Callback):
             if name in latest:
                 parts.append(label.format(latest[name]))
         if self._bar is not None:
-            room = columns() - _BAR_COLUMNS
+            room = _width() - _BAR_COLUMNS
             lengths = accumulate(len(part) + 2 for part in parts)
             parts = [part for part, length in zip(parts, lengths, strict=True) if length <= room]
         elif self.metrics.rate():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.algorithm.encoder import Encoder, build_encoder
+from moco.algorithm.names import is_own
 from moco.config import RunConfig
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features, rank_0_statistics
@@ -132,6 +133,8 @@ class KNNMonitor(pl.Callback):
         if self.is_loaded and self.first_hits is not None:
             baselines["the weights it started from"] = [self.first_hits]
         paid = int(SHARE * self.metrics.seconds / max(self._seconds, 1e-9))
+        if is_own(module.model_config.backbone):  # only its author can draw it anew
+            paid = 0
         wanted = distributed.from_first(lambda: min(MOST_DRAWS, len(draws) + paid))
         if wanted > len(draws):
             log.info("reading kNN of more untrained networks: %d", wanted - len(draws))

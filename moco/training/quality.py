@@ -48,9 +48,12 @@ def held_out_views(
         return None
     generator = torch.Generator().manual_seed(config.run.seed)
     rows = torch.randperm(len(held), generator=generator)[: count // batch * batch]
-    settings = replace(data.config, batch_size=batch, num_workers=0, resident="auto")
+    settings = replace(
+        data.config, batch_size=batch, num_workers=0, resident="auto", pairs="", image_size_start=0
+    )
     seed = stream_id(config.run.seed, "held out") % 2**32
-    views = PretrainData(settings, seed, False, False, held.rows(rows.sort().values))
+    own = data.own_views
+    views = PretrainData(settings, seed, False, False, held.rows(rows.sort().values), own)
     try:
         views.prepare(data.device)
     except UserError as error:  # files that cannot be read

@@ -26,6 +26,7 @@ from moco.checks import check
 from moco.config import RunError, TrainConfig, UserError
 from moco.images import sources
 from moco.images.loader import PretrainData
+from moco.images.own_views import view_size
 from moco.images.resident import estimate_bytes
 from moco.images.sources import ImageSource
 from moco.reports.facts import note_result, note_start
@@ -48,6 +49,7 @@ from moco.training.build import (
 from moco.training.decide import Decided, decide
 from moco.training.explain import fit
 from moco.training.hardware import accelerator, choose_devices, name_device, own_device
+from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.shares import check_queue
 from moco.training.stored import Stored, before_decay, extend, read_stored
@@ -68,6 +70,7 @@ def pretrain(
     extend_by: int = 0,
     accept_jump: bool = False,
     command: Sequence[str] = (),
+    own: Own = NOTHING,
 ) -> dict[str, Any]:
     """Train as `config` says and return the results.
 
@@ -81,6 +84,7 @@ def pretrain(
         extend_by: Epochs that a resumed run gets besides those that it has.
         accept_jump: Accept that its rate jumps for that.
         command: Words of the command line, for the page at the end.
+        own: What Python gives in the place of settings.
 
     Returns: Last kNN and loss with the steps that they were read at, the comparison with what needs
         no training, images per second, steps and paths, as plain values; null is what was not read.
@@ -92,8 +96,8 @@ def pretrain(
     set_up_logging()
     distributed.connect(own_device(config))
     more = extend_by, accept_jump
-    started = recipe, command
-    result = _pretrain(config, resume, started, (init_from, allow_partial), more, callbacks)
+    started, weights = (recipe, command), (init_from, allow_partial, own)
+    result = _pretrain(config, resume, started, weights, more, callbacks)
     result = result if distributed.rank() == 0 else {}
     distributed.disconnect()
     is_finished = "loss" in result and "stopped_by" not in result
@@ -104,13 +108,14 @@ def _pretrain(
     config: TrainConfig,
     resume: str,
     started: tuple[str, Sequence[str]],
-    weights: tuple[str, bool],
+    weights: tuple[str, bool, Own],
     more: tuple[int, bool],
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
-    """As `pretrain`, with what belongs together in pairs; the processes are connected."""
+    """As `pretrain`, with what belongs together in tuples; the processes are connected."""
+    own = weights[2]
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
-        source, images, aside = _open(config)
+        source, images, aside = _open(config, own)
         config, run_dir, checkpoint, is_new = distributed.from_first(
             lambda: _begin(config, resume, started[0], held, is_extended=more[0] > 0)
         )
@@ -118,7 +123,7 @@ def _pretrain(
             asked, stored = config, None
             if checkpoint:
                 config, stored = read_stored(checkpoint, config, images, run_dir)
-            settings = settle(config, source, stored)
+            settings = settle(config, source, stored, own)
             if stored and more[0]:
                 extend(settings, stored, len(source), *more)
         start_step = stored.step if stored else 0
@@ -137,9 +142,9 @@ def _pretrain(
             if config.run.plan:
                 return tell_plan(settings.config, decided, module, data, pace, start_step)
             place = images, run_dir, start_step
-            run = assemble(settings.config, decided, module, data, *place, callbacks, aside)
+            run = assemble(settings.config, decided, module, data, *place, callbacks, own, aside)
             say_what_was_decided(settings.config, decided, module, data, run_dir)
-            run.monitor.is_loaded = bool(weights[0])
+            run.monitor.is_loaded = bool(weights[0]) or own.backbone is not None
             if run.trainer.is_global_zero:
                 run.clock.keep = lambda: write_config(asked, asdict(decided), run_dir)
                 run.clock.keep()
@@ -151,13 +156,14 @@ def _pretrain(
         return _fit(run, run_dir, checkpoint)
 
 
-def _open(config: TrainConfig) -> tuple[ImageSource, dict[str, int], ImageSource | None]:
+def _open(config: TrainConfig, own: Own) -> tuple[ImageSource, dict[str, int], ImageSource | None]:
     """Open the images, the same ones on all ranks; return those to train on, what tells all of
     them from others, and those that are set aside to measure on.
     """
-    log.info("opening the images of %s", config.data.root or config.data.dataset)
+    if own.source is None:
+        log.info("opening the images of %s", config.data.root or config.data.dataset)
     with distributed.together():
-        source = sources.open_source(config.data, "train")
+        source = own.source or sources.open_source(config.data, "train")
     images = sources.identify(source, config.data.root)
     distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
     aside = None
@@ -176,7 +182,7 @@ def _build(
     stored: Stored | None,
     source: ImageSource,
     run_dir: Path,
-    weights: tuple[str, bool],
+    weights: tuple[str, bool, Own],
 ) -> tuple[Decided, MoCo, PretrainData, Pace | None]:
     """Decide how to compute, read the images, and build the module; rehearse where it is needed."""
     with distributed.together():
@@ -184,7 +190,7 @@ def _build(
         module = build_module(settings.config, decided, *weights)
         if not stored:
             check_encoder(module.query_encoder, settings.config)
-        data = build_data(settings.config, decided, source, run_dir)
+        data = build_data(settings.config, decided, source, run_dir, weights[2])
     if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
         root = data.config.root
         read = sources.identify(data.source, root)
@@ -229,7 +235,9 @@ def _begin(
     return config, run_dir, checkpoint, True
 
 
-def settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> Settings:
+def settle(
+    config: TrainConfig, source: ImageSource, stored: Stored | None, own: Own = NOTHING
+) -> Settings:
     """Decide what is left to the images and the hardware, but what the speed decides.
 
     Raises:
@@ -243,6 +251,8 @@ def settle(config: TrainConfig, source: ImageSource, stored: Stored | None) -> S
         sides = sorted(min(size) for size in estimate_bytes(source)[1])
         side = sides[len(sides) // 10] if sides else 0
         found = len(source), side, source.channels, accelerator(config), devices * num_nodes
+        if own.views and config.data.image_size == "auto":
+            found = *found, view_size(own.views, source)
         settings = autoconfigure(config, Facts(*found))
     check(settings.config)
     check_queue(settings.config, len(source))

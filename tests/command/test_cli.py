@@ -218,11 +218,31 @@ def test_wrong_recipes_are_named(name, recipe):
 def test_a_recipe_that_does_not_exist_names_the_nearest(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert "configs/quickstart.yaml" in refusal("--config", "configs/quikstart.yaml")
-    assert "configs/quickstart.yaml" in refusal("--config", "quickstart")
+    assert "did you mean configs/quickstart.yaml" in refusal("--config", "quikstart")
     assert "does not exist" not in refusal("--config", "configs")
     assert refusal("--config", "elsewhere/zzz.yaml").endswith("there are " + ", ".join(
         path.stem for path in sorted(Path("configs").glob("*.yaml"))
     ))  # fmt: skip
+
+
+def test_a_recipe_that_comes_along_is_found_by_its_name_from_anywhere(in_tmp):
+    words = ["--config", "quickstart", "--data.batch_size", "32"]
+    config, _ = cli.parse(cli.build_parser("", TrainConfig, {}), TrainConfig, words)
+    assert (config.data.dataset, config.data.batch_size) == ("digits", 32)
+    assert "did you mean quickstart?" in refusal("--config", "quikstart")
+    Path("quickstart").write_text("data:\n  dataset: cifar10\n")  # a file of that name comes first
+    config, _ = cli.parse(cli.build_parser("", TrainConfig, {}), TrainConfig, words)
+    assert config.data.dataset == "cifar10"
+
+
+def test_recipes_are_listed(in_tmp, capsys):
+    from moco.command.recipe_list import main
+
+    assert "quickstart" in main([])["recipes"]
+    line = next(line for line in capsys.readouterr().err.splitlines() if "quickstart" in line)
+    assert line.endswith("Quickstart: handwritten digits, embedded in scikit-learn, on a laptop.")
+    with pytest.raises(UserError, match="recipes takes no words, and was given 'x'"):
+        main(["x"])
 
 
 def test_a_recipe_beside_no_other_does_not_end_in_the_middle(tmp_path):

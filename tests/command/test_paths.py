@@ -32,7 +32,7 @@ COMMANDS = {
 NEEDED = {"export": ["--checkpoint=a", "--output=b", "--format=timm"]}
 NEEDED |= {"embed": ["--checkpoint=a", "--output=b", "--index"], "search": ["--index=a"]}
 NEEDED["select"] = ["--index=a", "--count=1"]
-NO_PATHS = {"model.backbone", "run.wandb_project", "backbone", "license", "config"}
+NO_PATHS = {"model.backbone", "data.pairs", "run.wandb_project", "backbone", "license", "config"}
 
 
 def texts(command: str) -> set[str]:

@@ -1,0 +1,252 @@
+"""Items: images that Python gives one by one, from anything that has a length and can be indexed.
+
+An item is a PIL image, a uint8 array or tensor, a pair of such an image and its label, or a
+dictionary with the image in one of its columns. What does not become an image raises `BadImage`.
+Shapes: C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moco.config import UserError
+from moco.images.decode import MODES, BadImage, Header, fit_bands
+from moco.images.formats import one_line
+
+_LOOKED_AT = 16  # items among which one must be an image
+
+
+@dataclass(frozen=True)
+class Items:
+    """Images of a sequence or a map-style data set.
+
+    Attributes:
+        data: What is indexed by 0, 1, 2 and so on.
+        column: Of the image where items are dictionaries, else empty.
+        turn: Whether PIL images are turned upright as their EXIF orientation says.
+        places: The items that are taken, in their order; None for all.
+    """
+
+    data: Any
+    column: str = ""
+    turn: bool = False
+    places: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.data) if self.places is None else len(self.places)
+
+    def place(self, index: int) -> int:
+        """Return where an image stands in the data."""
+        return index if self.places is None else int(self.places[index])
+
+    def name(self, index: int) -> str:
+        """Name an image for people."""
+        return f"item {self.place(index)}"
+
+    def rows(self, rows: Tensor) -> Items:
+        """Keep only some images, in the order of `rows`."""
+        return replace(self, places=rows if self.places is None else self.places[rows])
+
+    def item(self, index: int) -> Any:
+        """Return an item as the data gives it; whatever it raises becomes BadImage."""
+        try:
+            return self.data[self.place(index)]
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {one_line(str(error))}"
+            raise BadImage(self.name(index), f"cannot be read: {reason}") from error
+
+    def image(self, index: int) -> Any:
+        """Return the image of an item, without its label and other columns."""
+        item = self.item(index)
+        if isinstance(item, dict):
+            if self.column not in item:
+                columns = ", ".join(map(str, item)) or "nothing"
+                raise BadImage(self.name(index), f"has no column {self.column!r}, but {columns}")
+            return item[self.column]
+        return item[0] if isinstance(item, tuple | list) and len(item) else item
+
+    def read(self, index: int, channels: int) -> Tensor:
+        """Return an image, C H W uint8, H W C in memory, brought to its channels as files are.
+
+        Raises:
+            BadImage: No image, values of another type, or other channels.
+        """
+        name, image = self.name(index), self.image(index)
+        pixels = fit_bands(name, to_array(name, image, channels, self.turn), channels)
+        return torch.from_numpy(np.array(pixels.transpose(1, 2, 0), order="C")).permute(2, 0, 1)
+
+    def header(self, index: int, channels: int) -> Header:
+        """Read an item for its height, width and bands: items have no header of their own."""
+        bands, height, width = self.read(index, channels).shape
+        return Header(height, width, np.dtype(np.uint8), False, bands)
+
+    def bands(self) -> int:
+        """Return the channels of the first item that is an image.
+
+        Raises:
+            UserError: None of the first items is.
+        """
+        first: BadImage | None = None
+        for index in range(min(len(self), _LOOKED_AT)):
+            try:
+                return len(to_array(self.name(index), self.image(index), 0, False))
+            except BadImage as error:
+                first = first or error
+        raise UserError(f"images: {first}")
+
+    def labels(self) -> list[Any] | None:
+        """Return the second part of each pair, or the column `label` of dictionaries; None where
+        items are images alone."""
+        for name in ("targets", "labels"):  # as torchvision's sets have them, without their images
+            known = getattr(self.data, name, None)
+            if self.places is None and known is not None and len(known) == len(self):
+                return list(known)
+        found = []
+        for index in range(len(self)):
+            item = self.item(index)
+            if isinstance(item, dict):
+                item = (item.get(self.column), item["label"]) if "label" in item else None
+            if not isinstance(item, tuple | list) or len(item) < 2:
+                return None
+            found.append(item[1])
+        return found
+
+
+def open_items(data: Any, column: str = "", turn: bool = False) -> Items:
+    """Check that data is sized and can be indexed, and find the column of its images.
+
+    Raises:
+        UserError: It lacks something, named with the remedy.
+    """
+    kind = type(data).__name__
+    try:
+        count = len(data)
+    except (TypeError, NotImplementedError):
+        raise UserError(
+            f"images is a {kind}, which has no length: give a list, an array or a map-style "
+            "Dataset, such as list(images)"
+        ) from None
+    if not hasattr(data, "__getitem__"):
+        raise UserError(
+            f"images is a {kind}, which cannot be indexed by number: give a list, an array or a "
+            "map-style Dataset, such as list(images)"
+        )
+    if count == 0:
+        raise UserError(f"images is a {kind} of length 0: give some images")
+    items = Items(data, column, turn)
+    try:
+        first = items.item(0)
+    except BadImage as error:
+        if count == 1:
+            raise UserError(f"images: {error}") from None
+        first = None
+    if isinstance(first, dict) and not column:
+        found = [name for name, value in first.items() if _is_image(value)]
+        if len(found) != 1:
+            names = ", ".join(map(str, first))
+            raise UserError(
+                f"images: items are dictionaries of {names}, {len(found)} of which are images: "
+                "name the column, as in column='image'"
+            )
+        items = replace(items, column=found[0])
+    elif column and first is not None and not isinstance(first, dict):
+        raise UserError(f"column is {column!r}, but items are no dictionaries: leave it out")
+    return items
+
+
+def check_pickles(name: str, part: Any) -> None:
+    """Raise UserError for an argument that worker processes cannot be handed.
+
+    Forked workers have it already. Arrays are not copied for this.
+    """
+    if multiprocessing.get_start_method() == "fork":
+        return
+    try:
+        pickle.Pickler(_Sink(), protocol=5, buffer_callback=lambda _: None).dump(part)
+    except Exception as error:
+        reason = one_line(str(error)) or type(error).__name__
+        raise UserError(
+            f"{name} cannot be pickled for worker processes ({reason}): define it in a module and "
+            "open its files in __getitem__, or set data.num_workers 0"
+        ) from None
+
+
+class _Sink:
+    """A file that keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def to_array(name: str, image: Any, channels: int, turn: bool) -> np.ndarray:
+    """Return an image's values, bands x H x W uint8.
+
+    Args:
+        channels: That a PIL image is converted to, and that tell C H W from H W C in arrays; 0:
+            its own, on the shorter of the two axes.
+
+    Raises:
+        BadImage: No image, or values of another type than uint8.
+    """
+    if isinstance(image, Image.Image):
+        values = _of_picture(image, channels, turn)
+    elif isinstance(image, Tensor):
+        values = image.detach().cpu().numpy()
+    elif isinstance(image, np.ndarray):
+        values = image
+    else:
+        reason = f"is of type {type(image).__name__}: give PIL images, uint8 arrays or tensors"
+        raise BadImage(name, reason)
+    if values.dtype != np.uint8:
+        raise BadImage(name, other_values(values))
+    if values.ndim == 2:
+        return values[None]
+    if values.ndim != 3 or not values.size:
+        raise BadImage(name, f"has the shape {tuple(values.shape)}: give H W, H W C or C H W")
+    return values.transpose(2, 0, 1) if bands_last(values.shape, channels) else values
+
+
+def bands_last(shape: tuple[int, ...], channels: int) -> bool:
+    """Tell H W C from C H W: by the channels, and where neither axis has them by the shorter."""
+    first, last = shape[-3], shape[-1]
+    return last == channels != first or (channels not in (first, last) and last < first)
+
+
+def other_values(values: Any) -> str:
+    """Say of what type values are, and how they become uint8."""
+    kind = str(values.dtype).removeprefix("torch.")
+    if values.dtype.kind == "f" if isinstance(values, np.ndarray) else values.is_floating_point():
+        low, high = float(values.min()), float(values.max())
+        how = "(255 * x).round()" if 0 <= low <= high <= 1 else "x scaled to 0..255"
+        return f"holds {kind} values from {low:.3g} to {high:.3g}: give uint8, as {how} in uint8"
+    return f"holds {kind} values: give uint8, scaled to 0..255"
+
+
+def _of_picture(image: Image.Image, channels: int, turn: bool) -> np.ndarray:
+    """Return the values of a PIL image, H W C or H W, in the wanted channels."""
+    if turn and image.getexif().get(0x0112, 1) != 1:
+        from PIL import ImageOps
+
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return np.asarray(image)
+    if channels == 0:
+        channels = 1 if image.mode in ("1", "L", "LA", "La") else 3
+    if channels in (1, 3, 4) and image.mode != MODES[channels]:
+        image = image.convert(MODES[channels])
+    return np.asarray(image)
+
+
+def _is_image(value: Any) -> bool:
+    array = isinstance(value, np.ndarray | Tensor) and value.ndim in (2, 3) and value.shape[-1] > 1
+    return array or isinstance(value, Image.Image)

@@ -1,0 +1,110 @@
+"""MoCo in a Trainer of the user's own: what a run does besides steps, as callbacks.
+
+`moco.training.run` builds its Trainer itself; here the user has built one, and nothing is decided.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from moco.algorithm.pretrain import MoCo
+from moco.config import RunConfig, TrainConfig
+from moco.images import sources
+from moco.images.loader import PretrainData
+from moco.run_directory import VERSION
+from moco.training.agreement import Agreement
+from moco.training.build import set_length, step_before_decay
+from moco.training.guard import NonFiniteGuard, Watch
+from moco.training.metrics import MetricsLogger, Progress
+from moco.training.quality import Quality
+from moco.training.saving import Checkpoints, Signals
+from moco.training.writing import AtomicCheckpointIO
+
+
+def callbacks(
+    module: MoCo,
+    data: PretrainData,
+    dir: str | os.PathLike[str],
+    log_every: int = 50,
+    checkpoint_every: int = 0,
+    checkpoint_minutes: float = 10.0,
+    keep_checkpoints: int = 2,
+) -> list[pl.Callback]:
+    """Return what a plain Trainer needs to train MoCo, and to save it so that it resumes exactly.
+
+    They prepare the images on the Trainer's device, tell the schedules how long the run is, log to
+    the Trainer's loggers, watch for NaN, and write checkpoints, also after Ctrl-C and SIGTERM.
+    `trainer.fit(..., ckpt_path=f"{dir}/checkpoints/last.ckpt")` goes on, mid-epoch too, and
+    `moco.load_backbone` reads them.
+
+    Args:
+        module: Its `key_bn` must be decided: split on one device, shuffle on several.
+        data: Not yet prepared; with `shuffle` where keys are split or shuffled.
+        dir: Takes checkpoints/.
+        log_every: Optimiser steps between readings.
+        checkpoint_every: Steps between checkpoints; 0: by the clock alone, -1: once an epoch.
+        checkpoint_minutes: Between further checkpoints; 0: there are none.
+        keep_checkpoints: Newest checkpoints that are kept.
+    """
+    run_dir = Path(dir)
+    run = RunConfig(seed=data.seed, dir=str(run_dir), knn_every=0)
+    config = TrainConfig(module.model_config, module.optim_config, data.config, run=run)
+    metrics, signals = MetricsLogger(data, log_every), Signals()
+    extras: dict[str, Any] = {"version": VERSION}
+    keeping = (checkpoint_every, 0, checkpoint_minutes, keep_checkpoints, extras, Agreement())
+    quality = Quality(None, config, metrics)
+    saver = Checkpoints(signals, metrics, quality, run_dir / "checkpoints", *keeping)
+    first = Preparation(config, run_dir, saver)
+    return [first, signals, NonFiniteGuard(run_dir), metrics, saver, Progress(metrics)]
+
+
+class Preparation(pl.Callback):
+    """Prepare images and schedules once the Trainer knows its device and length.
+
+    Args:
+        config: Of module and data.
+        run_dir: Takes the names of unreadable files.
+        saver: Stores the settings with each checkpoint.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, saver: Checkpoints) -> None:
+        self.config, self.run_dir, self.saver = config, run_dir, saver
+        self._watch: Watch | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Decode what is to be resident, and tell the module how long it trains."""
+        if stage != "fit":
+            return
+        data = trainer.datamodule
+        data.prepare(trainer.strategy.root_device, str(self.run_dir / "bad_files.txt"))
+        own = replace(
+            self.config.trainer,
+            max_epochs=trainer.max_epochs if trainer.max_epochs > 0 else 1_000_000,
+            max_steps=trainer.max_steps,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+        )
+        config = replace(self.config, trainer=own)
+        set_length(pl_module, config, data)
+        self.saver.before_decay = step_before_decay(config, pl_module.total_steps)
+        reading = data.source.reading
+        ends = {"min_value": list(reading.low), "max_value": list(reading.high)}
+        images = replace(data.config, **(ends if reading.reason else {}))
+        stored = asdict(replace(config, data=images))
+        found = sources.identify(data.source, data.config.root)
+        self.saver.extras |= {"config": stored, "images": found}
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self._watch = Watch(data.bad)
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """End the run where too many images cannot be read."""
+        if self._watch is not None:
+            self._watch.on_train_batch_end(*arguments)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """End the workers."""
+        trainer.datamodule.close()

@@ -1,0 +1,192 @@
+"""The door for Python: every kind of images trains, and resumes to the same bits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from door import PIXELS, STREAMED, TINY, assert_resumes, pretrain
+from PIL import Image
+from runs import load
+from torch.utils.data import Dataset, IterableDataset
+
+import moco
+from moco.config import DataConfig
+from moco.images.own import open_own
+
+
+class Labelled(Dataset):
+    """Pairs of a PIL image and a label."""
+
+    def __len__(self):
+        return len(PIXELS)
+
+    def __getitem__(self, index):
+        return Image.fromarray(PIXELS[index]), index % 2
+
+
+class Bands(Dataset):
+    """Dictionaries with arrays of 16 bands."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        bands = np.random.default_rng(index).integers(0, 255, (16, 20, 20), dtype=np.uint8)
+        return {"place": index, "bands": bands}
+
+
+class Stream(IterableDataset):
+    """Has no length and no places."""
+
+    def __iter__(self):
+        yield from PIXELS
+
+
+def hugging_face():
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.fromarray(pixels) for pixels in PIXELS]
+    return datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 24}).cast_column(
+        "image", datasets.Image()
+    )
+
+
+KINDS = {
+    "channels last": lambda folder: PIXELS,
+    "channels first": lambda folder: torch.from_numpy(PIXELS).permute(0, 3, 1, 2),
+    "grey": lambda folder: PIXELS[..., 0],
+    "pictures": lambda folder: [Image.fromarray(pixels) for pixels in PIXELS],
+    "pairs": lambda folder: Labelled(),
+    "dictionaries": lambda folder: Bands(),
+    "paths": lambda folder: sorted(folder.glob("*.jpg")),
+    "a directory": lambda folder: folder,
+    "hugging face": lambda folder: hugging_face(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_images_trains_and_resumes_to_the_same_bits(kind, images, in_tmp):
+    given = KINDS[kind](images)
+    run = pretrain(given)
+    assert run.metrics["steps"] == 6 and run.report is None
+    channels = {"grey": 1, "dictionaries": 16}.get(kind, 3)
+    features = run.encoder(torch.zeros(2, channels, 16, 16))
+    assert features.shape[0] == 2 and not run.encoder.training
+    assert run.checkpoint == "run/checkpoints/last.ckpt"
+    assert_resumes(given)
+
+
+@pytest.mark.parametrize("kind", ["channels last", "pairs", "paths"])
+def test_streamed_images_resume_to_the_same_bits(kind, images, in_tmp, said):
+    given = KINDS[kind](images)
+    pretrain(given, **STREAMED)
+    streamed = any("streamed by workers" in line for line in said)
+    assert streamed == (kind != "channels last")  # an array is in memory already
+    assert_resumes(given)
+
+
+def test_items_read_as_the_arrays_that_they_are():
+    pairs, array = open_own(Labelled(), DataConfig()), open_own(PIXELS, DataConfig())
+    assert len(pairs) == len(array) == 48 and pairs.channels == 3
+    assert all(pairs.read(i).equal(array.read(i)) for i in range(48))
+    grey = open_own(Labelled(), DataConfig(channels=1))
+    assert grey.read(0).shape == (1, 20, 20)
+    bands = open_own(Bands(), DataConfig(channels="auto"))
+    assert bands.channels == 16 and bands.items.column == "bands"
+    some = pairs.rows(torch.tensor([5, 7])).rows(torch.tensor([1]))
+    assert some.read(0).equal(array.read(7)) and some.called(0) == "item 7"
+
+
+def test_other_images_do_not_go_on(in_tmp):
+    pretrain(PIXELS, **{"trainer.max_epochs": 1})
+    with pytest.raises(moco.UserError, match="48 images as the run has, but others"):
+        moco.pretrain(255 - PIXELS, resume="run", extend=1)
+    with pytest.raises(moco.UserError, match="images come from Python"):
+        moco.pretrain(resume="run", extend=1)
+
+
+def test_an_item_that_cannot_be_read_is_named_and_skipped_where_that_is_allowed(in_tmp, said):
+    class Broken(Labelled):
+        def __getitem__(self, index):
+            if index == 7:
+                raise OSError("the slide is torn")
+            return super().__getitem__(index)
+
+    for settings in ({}, STREAMED):
+        with pytest.raises(moco.UserError, match="item 7: cannot be read: OSError: the slide is"):
+            pretrain(Broken(), **settings)
+    pretrain(Broken(), **{"data.max_bad_fraction": 0.1, "data.batch_size": 16})
+    assert any("item 7" in line and "left out" in line for line in said)
+    assert "item 7" in Path("run/bad_files.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("images", "line"),
+    [
+        ((pixels for pixels in PIXELS), "is a generator, which has no length: .*list"),
+        (Stream(), "is a Stream, which has no length"),
+        ({1, 2}, "is a set, which cannot be indexed"),
+        ([], "is a list of length 0"),
+        (PIXELS / 255, r"holds float64 values from 0 to .*: give uint8, as \(255 \* x\)"),
+        (PIXELS.astype(np.uint16), "holds uint16 values: give uint8"),
+        ([PIXELS[0] / 255], r"item 0: holds float64 values from 0 to .*give uint8"),
+        (PIXELS[0, 0], "has the shape"),
+        (["no-such.png"], "no-such.png does not exist"),
+        ([{"a": PIXELS[0], "b": PIXELS[1]}], "dictionaries of a, b, 2 of which are images: name"),
+        (["/", "/"], "is a directory: give its path alone"),
+        ([object()] * 20, "item 0: is of type object: give PIL images, uint8 arrays or tensors"),
+    ],
+)
+def test_images_that_are_none_are_refused_in_one_line(images, line, in_tmp):
+    with pytest.raises(moco.UserError, match=line) as error:
+        pretrain(images)
+    assert "\n" not in str(error.value)
+
+
+def test_items_of_other_sizes_or_channels_are_refused_in_one_line(in_tmp):
+    sizes = [Image.fromarray(pixels[: 18 + i % 3]) for i, pixels in enumerate(PIXELS)]
+    with pytest.raises(moco.UserError, match=r"item 1 has .* pixels .* where others have .*: set"):
+        pretrain(sizes, **{"data.resident": "memory"})
+    run = pretrain(sizes, **{"data.num_workers": 0})  # streamed, as photographs of any sizes are
+    assert run.metrics["steps"] == 6
+    bands = [np.zeros((3 + i % 2 * 13, 20, 20), np.uint8) for i in range(48)]
+    with pytest.raises(moco.UserError, match="24 of 48 images .* item 1: has 16 bands: set"):
+        pretrain(bands, "other")
+    with pytest.raises(moco.UserError, match="has 16 channels and data.channels is 3: set"):
+        pretrain(np.zeros((48, 20, 20, 16), np.uint8), "other", **{"data.channels": 3})
+
+
+def test_what_cannot_be_pickled_for_workers_is_refused_before_the_first_step(in_tmp, monkeypatch):
+    class Held(Labelled):
+        """A class of a function, which only forked workers can have."""
+
+    assert pretrain(Held(), "forked", **STREAMED).metrics["steps"] == 6
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
+    with pytest.raises(moco.UserError, match=r"images cannot be pickled .*: define it in a module"):
+        pretrain(Held(), **STREAMED)
+    assert pretrain(Held(), **STREAMED | {"data.num_workers": 0}).metrics["steps"] == 6
+
+
+def test_settings_are_those_of_the_command_line(in_tmp):
+    with pytest.raises(moco.UserError, match=r"unknown option --optim.rl: did you mean --optim.lr"):
+        pretrain(PIXELS, **{"optim.rl": 1})
+    with pytest.raises(moco.UserError, match="optim.lr is -1.0: it must be above 0"):
+        pretrain(PIXELS, **{"optim.lr": -1})
+    with pytest.raises(moco.UserError, match="does not exist: did you mean quickstart"):
+        moco.pretrain(PIXELS, "quickstat")
+    run = moco.pretrain(
+        recipe="quickstart", dir="q", **{"trainer.max_steps": 1, "run.knn_every": 0}
+    )
+    assert load(run.checkpoint)["config"]["data"]["dataset"] == "digits"
+    plan = pretrain(PIXELS, "p", **{"run.plan": True, "optim.milestones": (1, 2)})
+    assert plan.encoder is None and plan.checkpoint is None and "plan" in plan.metrics
+
+
+def test_loggers_get_the_metrics(in_tmp):
+    from pytorch_lightning.loggers import CSVLogger
+
+    settings = TINY | {"trainer.log_every_n_steps": 1}
+    run = moco.pretrain(PIXELS, dir="run", loggers=CSVLogger("own"), **settings)
+    assert run.metrics["steps"] == 6
+    assert "train/loss" in Path("own/lightning_logs/version_0/metrics.csv").read_text()
+    assert "train/loss" in Path("run/metrics.csv").read_text()

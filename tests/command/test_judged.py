@@ -1,0 +1,79 @@
+"""knn, linear and export from Python: plain values, on images of a folder or of Python's own."""
+
+import numpy as np
+import pytest
+import torch
+from door import PIXELS, TINY, pretrain
+from PIL import Image
+from torch import nn
+
+import moco
+
+FEW = {"k": [3], "shots": [1], "gallery": False, "baselines": False}
+LABELS = np.arange(48) % 3
+
+
+class Pixels(nn.Module):
+    """Averages 4 x 4 pixels, and has one weight to train."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, images):
+        return nn.functional.adaptive_avg_pool2d(images * self.scale, 4).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judged")
+    return pretrain(PIXELS, folder / "run", **{"trainer.max_steps": 1})
+
+
+def test_own_images_are_judged(run, tmp_path):
+    test = [(Image.fromarray(p), int(label)) for p, label in zip(PIXELS, LABELS, strict=True)]
+    score = moco.knn(run, ((PIXELS, LABELS), test), output=tmp_path, **FEW | {"k": [1]})
+    assert score["top1"] == 100.0 and score["data"]["classes"] == 3, "each image finds itself"
+    assert (score["data"]["train_images"], score["data"]["dataset"]) == (48, "own")
+    options = {"epochs": 2, "baselines": False, "output": tmp_path}
+    score = moco.linear(run.checkpoint, (test, test), learning_rates=(0.1, 1), **options)
+    assert 0 <= score["top1"] <= 100 and score["protocol"] == "cached"
+
+
+def test_a_module_of_the_users_own_is_judged_beside_the_untrained_one(tmp_path):
+    pair = ((PIXELS, LABELS), (PIXELS, LABELS))
+    names = ("model.backbone", "model.stem", "model.width")
+    settings = {"backbone": Pixels(), "trainer.max_steps": 1}
+    usual = {name: value for name, value in TINY.items() if name not in names}
+    run = moco.pretrain(PIXELS, dir=tmp_path / "run", **{**usual, **settings})
+    score = moco.knn(run, pair, backbone=Pixels(), **FEW | {"baselines": True})
+    assert score["backbone"] == "own:Pixels"
+    assert set(score["baselines"]) == {"untrained", "raw_pixels"}
+    with pytest.raises(moco.UserError, match="a module of the user's own: give it in Python"):
+        moco.knn(run, pair, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("images", "line"),
+    [
+        (([Image.fromarray(p) for p in PIXELS],) * 2, "list of 48 items has no labels: give items"),
+        (((PIXELS, LABELS[:5]), (PIXELS, LABELS)), "has 48 images and 5 labels"),
+        (PIXELS, "images is a ndarray: give training and test images as a pair"),
+        (((PIXELS, LABELS * 0), (PIXELS, LABELS * 0)), "are one class: give images of two"),
+        (None, "data.dataset is own, so the images come from Python: give them"),
+    ],
+)
+def test_images_without_labels_are_refused_in_one_line(images, line, run):
+    with pytest.raises(moco.UserError, match=line) as error:
+        moco.knn(run, images, **FEW)
+    assert "\n" not in str(error.value)
+
+
+def test_an_export_is_told_in_plain_values(run, tmp_path):
+    told = moco.export(run, "safetensors", tmp_path / "a.safetensors")
+    assert told["format"] == "safetensors" and told["max_feature_difference"] < 1e-5
+    with pytest.raises(moco.UserError, match="exists: choose another, or give --overwrite"):
+        moco.export(run, "safetensors", tmp_path / "a.safetensors")
+    moco.export(run, "safetensors", tmp_path / "a.safetensors", overwrite=True, allow_partial=False)
+    with pytest.raises(moco.UserError, match="unknown option --overwrit"):
+        moco.export(run, "safetensors", tmp_path / "b", overwrit=True)

@@ -1,0 +1,58 @@
+"""The examples run, shortened, as they stand."""
+
+import os
+import runpy
+
+import numpy as np
+import pytest
+import torch
+from pictures import write_pictures
+from processes import ROOT
+
+EXAMPLES = ROOT / "examples"
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def run(name, **arguments):
+    return runpy.run_path(str(EXAMPLES / name))["main"](**arguments)
+
+
+def test_bands():
+    trained = run("bands.py", epochs=1)
+    assert trained.encoder(torch.zeros(1, 16, 32, 32)).shape[0] == 1
+
+
+def test_own_backbone():
+    program = torch.export.load(run("own_backbone.py", epochs=1)).module()
+    assert program(torch.zeros(3, 1, 16, 16)).shape == (3, 64)
+
+
+def test_plain_trainer():
+    last = run("plain_trainer.py", epochs=1)
+    assert torch.load(last, weights_only=True)["global_step"] == 19
+    run("plain_trainer.py", epochs=2)
+    assert torch.load(last, weights_only=True)["global_step"] == 38
+
+
+def test_notebook(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for kind in ("a", "b"):
+            write_pictures(
+                tmp_path / "photographs" / split / kind, [f"{i}.png" for i in range(20)], rng
+            )
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("MINUTES", "0.01")
+    monkeypatch.setenv("EPOCHS", "1")
+    notebook = nbformat.read(EXAMPLES / "photographs.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    result = notebook.cells[-1].outputs[-1]["data"]["text/plain"]
+    assert "kNN" in result and "fine-tuned" in result
+
+
+def test_every_example_has_its_test():
+    names = {path.stem for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+    assert names == {"bands", "own_backbone", "plain_trainer", "photographs"}

@@ -1,0 +1,61 @@
+"""MoCo in a Trainer of the user's own: it trains, saves, resumes to the same bits, and loads."""
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from runs import PARTS, load, same
+from steps import MODEL
+
+import moco
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (48, 20, 20, 3), dtype=np.uint8)
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def fit(folder, checkpoint=None, **options):
+    """Train two epochs of three steps as docs/python.md does."""
+    pl.seed_everything(0)
+    config = moco.DataConfig(dataset="own", image_size=16, batch_size=16, views="cifar")
+    module = moco.MoCo(MODEL, moco.OptimConfig(lr=0.01), channels=3, image_size=16)
+    data = moco.PretrainData(config, seed=0, shuffle=True, symmetric=False, source=PIXELS)
+    own = moco.callbacks(module, data, folder, log_every=1, checkpoint_every=1, keep_checkpoints=9)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[*own, *options.pop("callbacks", [])],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        **options,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    return trainer, module
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_plain_trainer_resumes_to_the_same_bits_in_and_between_epochs(step):
+    trainer, module = fit("whole")
+    assert trainer.global_step == 6 and (module.total_steps, module.steps_per_epoch) == (6, 3)
+    fit("again", f"whole/checkpoints/step_{step:09d}.ckpt")
+    whole, again = (load(f"{run}/checkpoints/last.ckpt") for run in ("whole", "again"))
+    assert [part for part in PARTS if not same(whole[part], again[part])] == []
+
+
+def test_its_checkpoints_tell_their_network():
+    _, module = fit("run", max_steps=2)
+    network = moco.load_backbone("run/checkpoints/last.ckpt")
+    images = torch.rand(2, 3, 16, 16)
+    wanted = module.query_encoder.backbone.eval()(images)  # channels last, which rounds otherwise
+    torch.testing.assert_close(network(images), wanted)
+    assert network.transform.image_size == 16
+    assert module.total_steps == 2
+
+
+def test_a_run_whose_numbers_overflow_ends():
+    class Overflow(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            next(module.query_encoder.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(moco.RunError, match="not finite|NaN|nan"):
+        fit("run", callbacks=[Overflow()])
