@@ -11,7 +11,7 @@ from moco.config import TrainConfig, UserError
 from moco.images import sources
 from moco.random import permutation
 from moco.reports.pairs import make_pairs
-from moco.reports.pictures import draw_sheet
+from moco.reports.pictures import draw_rows
 from moco.training.announce import set_up_logging
 from moco.training.run import settle
 
@@ -40,6 +40,6 @@ def preview(config: TrainConfig, output: Path) -> dict[str, Any]:
     if not pairs:
         raise UserError("none of the images that were looked at can be read")
     heads = ["image", *(f"epoch {n + 1}, view {v}" for n in _EPOCHS for v in "12")]
-    draw_sheet(output, [(pair.name, [pair.image, *pair.views]) for pair in pairs], heads)
+    draw_rows(output, [(pair.name, [pair.image, *pair.views]) for pair in pairs], heads)
     log.info("views of %d px by data.views %s: %s", data.image_size, data.views, output)
     return {"views": str(output), "images": len(pairs), "image_size": data.image_size}

@@ -31,7 +31,7 @@ from moco.images.loader import Indices, PretrainData, StepLoader
 from moco.pixels import normalisation
 from moco.reports.facts import Facts, read_facts
 from moco.reports.pairs import name_of
-from moco.reports.pictures import draw_sheet, tiles
+from moco.reports.pictures import draw_rows, tiles
 from moco.run_directory import is_whole
 from moco.training.announce import set_up_logging
 from moco.training.build import build_data, build_module, build_trainer, set_length
@@ -273,7 +273,7 @@ def _draw(
         for row, query, key in zip(indices.index.tolist(), *pair, strict=True):
             views[row] = [query, key]
     rows = [(f"{each['loss']}  {each['file']}", views[each["image"]]) for each in images[:_DRAWN]]
-    draw_sheet(path, rows, ["query", "key"])
+    draw_rows(path, rows, ["query", "key"])
 
 
 def _finite(value: float) -> float | None:
