@@ -30,8 +30,8 @@ import train
 from benchmarks.harness import arguments, print_columns, progress, report
 from moco.checkpoints.load import load_encoder
 from moco.config import DataConfig
-from moco.evaluation.features import view_features
 from moco.evaluation.measures import MEASURES
+from moco.evaluation.quality import view_features
 from moco.images.loader import PretrainData
 from moco.images.sources import open_source
 

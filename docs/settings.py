@@ -17,6 +17,7 @@ from moco.judge_config import (
     JudgeConfig,
     KNNConfig,
     LinearConfig,
+    QualityConfig,
     ReplayConfig,
     ReportConfig,
     SearchConfig,
@@ -54,7 +55,7 @@ def page() -> str:
     others = judging | {"`export.py`": ExportConfig, "`report`": ReportConfig}
     others |= {"`embed`": EmbedConfig, "`search`": SearchConfig, "`select`": SelectConfig}
     others |= {"`views`": ViewsConfig, "`replay`": ReplayConfig}
-    others |= {"`shards`": ShardsConfig}
+    others |= {"`shards`": ShardsConfig, "`quality`": QualityConfig}
     parts = [_section(title, kind) for title, kind in others.items()]
     return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
 

@@ -16,6 +16,7 @@ COMMANDS = {  # name: the module whose main it runs, and what it does
     "train": ("moco.command.train", "pretrain an encoder without labels"),
     "knn": ("moco.command.knn", "judge an encoder by its nearest neighbours"),
     "linear": ("moco.command.linear", "judge an encoder by a classifier on top of it"),
+    "quality": ("moco.command.quality", "measure an encoder on images without labels"),
     "export": ("moco.command.export", "write a backbone in another layout"),
     "embed": ("moco.command.embed", "write the features of any images to a Parquet file"),
     "search": ("moco.command.search", "find images like one, or pairs that are nearly the same"),

@@ -212,6 +212,25 @@ class SelectConfig:
 
 
 @dataclass
+class QualityConfig:
+    """What `moco quality` takes."""
+
+    checkpoint: str = _as_in(ExportConfig, "checkpoint")
+    images: int = setting(
+        2000, "Images that are measured, of the test split if there is one", at_least=2,
+        at_most=MOST_ROWS,
+    )  # fmt: skip
+    views: int = setting(4, "Views of each image, an even number", at_least=2, at_most=1000)
+    seed: int = setting(0, "Seed of images and views", at_least=0, at_most=2**32 - 1)
+    encoder: Literal["query", "key"] = _as_in(JudgeConfig, "encoder")
+    backbone: str = _as_in(JudgeConfig, "backbone")
+    stem_padding: int = _as_in(JudgeConfig, "stem_padding")
+    num_heads: int = _as_in(JudgeConfig, "num_heads")
+    allow_partial: bool = _as_in(JudgeConfig, "allow_partial")
+    accelerator: Literal["auto", "cpu", "gpu"] = _as_in(JudgeConfig, "accelerator")
+
+
+@dataclass
 class ReportConfig:
     """What `python -m moco report` takes besides the directories of runs."""
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.config import DataConfig, UserError
-from moco.distributed import gather_ragged
-from moco.images.loader import PretrainData, StepLoader
 
 
 @torch.no_grad()
@@ -77,28 +75,6 @@ def feature_shape(network: nn.Module, data: DataConfig, device: torch.device) ->
     """Return the shape of what a network in eval mode computes from one image: D, or D h w."""
     size = data.image_size
     return tuple(network(torch.zeros(2, data.channels, size, size, device=device)).shape[1:])
-
-
-@torch.no_grad()
-def view_features(network: nn.Module, data: PretrainData, epochs: int = 1) -> Tensor:
-    """Return features of fresh views, N x V x D float32 with V = 2 * epochs, the same on all ranks.
-
-    Args:
-        network: Images to N x D; in eval mode here, and then as it was.
-        data: Of images in whole batches.
-    """
-    found = []
-    for epoch in range(epochs):
-        features, rows = [], []
-        for indices in StepLoader(data, lambda epoch=epoch: epoch * data.steps_per_epoch):
-            batch = data.on_after_batch_transfer(indices, 0)
-            views = batch.query_views[0], batch.key_views[0]
-            with evaluating(network):
-                features.append(torch.stack([network(view).float() for view in views], 1))
-            rows.append(distributed.local_rows(indices.index, len(views[0])))
-        place = gather_ragged(torch.cat(rows).to(features[0].device)).argsort()
-        found.append(gather_ragged(torch.cat(features))[place])
-    return torch.cat(found, 1)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from moco.idle import idle_in_evaluation
 from moco.images import sources
 from moco.images.folders import expanded
 from moco.images.labelled import LabelledData, open_data
-from moco.judge_config import EmbedConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import EmbedConfig, JudgeConfig, KNNConfig, LinearConfig, QualityConfig
 from moco.log import log_to_stderr, track
 from moco.pixels import normalisation
 
@@ -184,7 +184,9 @@ def _other_images(data: DataConfig, own: DataConfig) -> str:
     return f"-{re.sub('[^A-Za-z0-9_]', '_', label)[:40]}-{crc32(told(data).encode()):08x}"
 
 
-def load(judge: JudgeConfig | EmbedConfig, image_size: int, given: Given = NOTHING) -> Loaded:
+def load(
+    judge: JudgeConfig | EmbedConfig | QualityConfig, image_size: int, given: Given = NOTHING
+) -> Loaded:
     """Load the encoder that the settings name, for images of that side; 0: as in its file."""
     return load_encoder(
         judge.checkpoint,
@@ -197,7 +199,7 @@ def load(judge: JudgeConfig | EmbedConfig, image_size: int, given: Given = NOTHI
     )
 
 
-def start_process(judge: JudgeConfig | EmbedConfig) -> torch.device:
+def start_process(judge: JudgeConfig | EmbedConfig | QualityConfig) -> torch.device:
     """Choose this rank's device, join the other ranks, and set up the log."""
     log_to_stderr()
     gpu = judge.accelerator != "cpu" and torch.cuda.is_available()
@@ -207,7 +209,7 @@ def start_process(judge: JudgeConfig | EmbedConfig) -> torch.device:
         )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     available = torch.cuda.device_count() if gpu else os.cpu_count() or 1
-    count = max(local + 1, judge.devices)
+    count = max(local + 1, getattr(judge, "devices", 1))
     if count > available:
         raise UserError(f"devices is {count} but there are {available} here: lower it")
     device = torch.device("cuda", local) if gpu else torch.device("cpu")

@@ -17,8 +17,9 @@ import torch
 
 from moco import distributed
 from moco.config import TrainConfig, UserError
-from moco.evaluation.features import rank_0_statistics, view_features
+from moco.evaluation.features import rank_0_statistics
 from moco.evaluation.measures import MEASURES
+from moco.evaluation.quality import view_features
 from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
 from moco.random import stream_id

@@ -1,0 +1,39 @@
+"""The command `quality`: measure an encoder on images without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moco.checks import check_ranges
+from moco.command import cli
+from moco.command.early import check_images, check_name
+from moco.command.judge import data_reader, flat_options, take
+from moco.config import UserError
+from moco.judge_config import EvalDataConfig, QualityConfig
+
+_OWN = ("dataset", "root", "files", "labels")  # where images are named here, the run's are not read
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line, measure, and return the measures of each network by name."""
+    about = "Measure an encoder on images without labels, beside the untrained network."
+    parser = cli.build_parser(about, EvalDataConfig, flat_options(QualityConfig))
+    parser.usage = "%(prog)s --checkpoint ANY [--data.root IMAGES] [--OPTION VALUE ...]"
+    groups, options = cli.parse(parser, EvalDataConfig, argv)
+    config, data = take(QualityConfig, options), groups.data
+    for settings in (groups, config):
+        check_ranges(settings)
+    if config.views % 2:
+        raise UserError(f"views is {config.views}: give an even number, since they come in pairs")
+    from moco.checkpoints.places import check_place
+
+    check_place(config.checkpoint)
+    check_name(config.backbone, "backbone")
+    is_named = bool(data.root or data.dataset == "digits")
+    read_data = data_reader(parser, argv, _OWN if is_named else ())
+    if is_named:
+        check_images(data)
+    from moco.evaluation.quality import quality  # imports torch, so it waits for the settings
+
+    return quality(config, read_data)

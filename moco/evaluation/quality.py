@@ -1,0 +1,143 @@
+"""Quality of an encoder without labels: `python -m moco quality`, see `moco.evaluation.measures`.
+
+Shapes: N images, V views, D feature.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco import distributed
+from moco.checkpoints.architecture import Architecture, build
+from moco.checkpoints.load import Loaded
+from moco.config import DataConfig, UserError
+from moco.distributed import gather_ragged
+from moco.evaluation.features import check_finite, evaluating
+from moco.evaluation.measures import MEASURES
+from moco.evaluation.subject import ReadData, data_settings, load, start_process
+from moco.images import sources
+from moco.images.loader import PretrainData, StepLoader
+from moco.images.sources import ImageSource
+from moco.judge_config import QualityConfig
+from moco.random import stream_id
+
+log = logging.getLogger("moco")
+_BATCH = 128
+
+
+def quality(config: QualityConfig, read_data: ReadData) -> dict[str, Any]:
+    """Measure backbone, head and the untrained backbone on fresh views of images.
+
+    Args:
+        config: Settings.
+        read_data: Data settings, given those of the run that made the checkpoint as defaults.
+
+    Returns:
+        Plain values: how many images and views, and of each network its measures by name.
+
+    Raises:
+        UserError: Whatever the user can mend.
+    """
+    device = start_process(config)
+    try:
+        loaded = load(config, 0)
+        data = data_settings(loaded, read_data)
+        if data.image_size != loaded.data["image_size"]:
+            loaded = load(config, data.image_size)
+        log.info("%s", loaded.report)
+        views = open_views(config, data, device)
+        found = {
+            name: measure(network.to(device), views, config.views // 2)
+            for name, network in _networks(config, loaded, data).items()
+        }
+    finally:
+        distributed.disconnect()
+    for line in _table(found, len(views.source)):
+        log.info("%s", line)
+    about = {"checkpoint": config.checkpoint, "images": len(views.source), "views": config.views}
+    return about | {"data": views.source.name} | found
+
+
+def open_views(config: QualityConfig, data: DataConfig, device: torch.device) -> PretrainData:
+    """Prepare fresh views of some images: of the test split, or of the only one there is.
+
+    Raises:
+        UserError: There is no image.
+    """
+    source = sources.open_source(data, "test") if sources.has_test_split(data) else None
+    source = some(source or sources.open_source(data, "train"), config.images, config.seed)
+    batch = min(_BATCH, len(source))
+    source = source.rows(torch.arange(len(source) // batch * batch))
+    settings = replace(data, batch_size=batch, num_workers=0, pairs="", image_size_start=0)
+    seed = stream_id(config.seed, "held out") % 2**32
+    views = PretrainData(settings, seed, shuffle=False, symmetric=False, source=source)
+    views.prepare(device)
+    return views
+
+
+def some(source: ImageSource, count: int, seed: int) -> ImageSource:
+    """Draw `count` images, or as many as there are."""
+    if source.is_sharded:
+        raise UserError("shards are measured while a run trains; give a folder with data.root")
+    generator = torch.Generator().manual_seed(seed)
+    return source.rows(torch.randperm(len(source), generator=generator)[:count].sort().values)
+
+
+@torch.no_grad()
+def view_features(network: nn.Module, data: PretrainData, epochs: int = 1) -> Tensor:
+    """Return features of fresh views, N x V x D float32 with V = 2 * epochs, the same on all ranks.
+
+    Args:
+        network: Images to N x D; in eval mode here, and then as it was.
+        data: Of images in whole batches.
+    """
+    found = []
+    for epoch in range(epochs):
+        features, rows = [], []
+        for indices in StepLoader(data, lambda epoch=epoch: epoch * data.steps_per_epoch):
+            batch = data.on_after_batch_transfer(indices, 0)
+            views = batch.query_views[0], batch.key_views[0]
+            with evaluating(network):
+                features.append(torch.stack([network(view).float() for view in views], 1))
+            rows.append(distributed.local_rows(indices.index, len(views[0])))
+        place = gather_ragged(torch.cat(rows).to(features[0].device)).argsort()
+        found.append(gather_ragged(torch.cat(features))[place])
+    return torch.cat(found, 1)
+
+
+def measure(network: nn.Module, views: PretrainData, epochs: int) -> dict[str, float]:
+    """Return the measures of what a network makes of views, two for each epoch.
+
+    Raises:
+        UserError: A feature is not finite.
+    """
+    features = view_features(network, views, epochs)
+    check_finite(features.flatten(1), "the encoder's features")
+    return {name: round(measure(features), 4) for name, (measure, _) in MEASURES.items()}
+
+
+def _networks(config: QualityConfig, loaded: Loaded, data: DataConfig) -> dict[str, nn.Module]:
+    networks = {"backbone": loaded.backbone}
+    if loaded.head is not None:
+        networks["head"] = nn.Sequential(loaded.backbone, loaded.head)
+    if loaded.own is None:
+        images = {"channels": data.channels, "image_size": data.image_size}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            architecture = Architecture(loaded.model, images, loaded.variant)
+            networks["untrained"] = build(architecture, False)[0]
+    return networks
+
+
+def _table(found: dict[str, dict[str, float]], images: int) -> list[str]:
+    """Return a line for each measure, with what is better."""
+    lines = [f"{images} images".ljust(14) + "".join(name.rjust(12) for name in found)]
+    for name, (_, more) in MEASURES.items():
+        values = "".join(f"{row[name]:.2f}".rjust(12) for row in found.values())
+        lines.append(f"{name.ljust(14)}{values}  {'higher' if more else 'lower'} is better")
+    return lines

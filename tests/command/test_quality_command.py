@@ -1,0 +1,50 @@
+"""The command `quality`: an encoder is measured without labels, beside the untrained network."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pictures import write_pictures
+from runs import TINY
+
+import train
+from moco.command import quality
+from moco.config import UserError
+from moco.evaluation.measures import MEASURES
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+LAST = ["--checkpoint", "run/checkpoints/last.ckpt", "--accelerator", "cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """120 pictures without labels or splits, and a network that has seen them."""
+    root = tmp_path / "images"
+    write_pictures(root, [f"{i:03d}.png" for i in range(120)], np.random.default_rng(0))
+    train.main([*TINY, "--data.root", str(root), "--run.dir", "run", "--trainer.max_steps", "1"])
+    return root
+
+
+def test_backbone_head_and_untrained_network_are_measured_on_the_same_views(folder, said):
+    found = quality.main([*LAST, "--data.root", str(folder), "--images", "100", "--views", "6"])
+    assert (found["images"], found["views"]) == (100, 6)
+    for name in ("backbone", "head", "untrained"):
+        assert found[name].keys() == MEASURES.keys()
+        assert 1 <= found[name]["rankme"] <= 600 and 0 <= found[name]["retrieval"] <= 100
+    assert found["backbone"] != found["untrained"] != found["head"]
+    assert (
+        quality.main([*LAST, "--data.root", str(folder), "--images", "100", "--views", "6"])
+        == found
+    )
+    other = quality.main([*LAST, "--images", "100", "--views", "6", "--seed", "1"])  # the run's
+    assert other["data"] == found["data"] and other["backbone"] != found["backbone"]
+    assert any(line.startswith("rankme") and "higher is better" in line for line in said)
+
+
+def test_wrong_use_is_one_line(folder):
+    with pytest.raises(UserError, match="views is 3: give an even number"):
+        quality.main([*LAST, "--views", "3"])
+    with pytest.raises(UserError, match="does not exist"):
+        quality.main(["--checkpoint", "nothing"])
+    with pytest.raises(UserError, match="'none' does not exist"):
+        quality.main([*LAST, "--data.root", "none"])
