@@ -112,7 +112,11 @@ def parse(
         usual = known[group].get(field) if group in known else parser.get_default(name)
         # What a checkpoint names is not expanded: it could read secrets from the environment.
         if values[name] not in (usual, None):
-            values[name] = expanded(name, values[name])
+            given = values[name]
+            several = isinstance(given, list)
+            values[name] = (
+                [expanded(name, each) for each in given] if several else expanded(name, given)
+            )
     hints = get_type_hints(config)
     groups = {group: kind(**vars(getattr(values, group))) for group, kind in hints.items()}
     extra = {k: v for k, v in vars(values).items() if k not in groups and k != "config"}
