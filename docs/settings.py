@@ -94,6 +94,7 @@ def _values(item: dataclasses.Field, kind: Any) -> str:
     names |= {float | list[float] | Auto: "number, list of numbers or `auto`"}
     names |= {int | Auto: "whole number or `auto`", float | Auto: "number or `auto`"}
     names |= {list[int]: "list of whole numbers", list[float]: "list of numbers"}
+    names[list[str]] = "words"
     names[float | list[float] | None] = "number, a list of two numbers"
     limits = {"above": "above", "at_least": "at least", "at_most": "at most"}
     given = [

@@ -40,6 +40,11 @@ class JudgeConfig:
         at_least=0,
         at_most=1000,
     )
+    reference: list[str] = setting(
+        [],
+        "Further checkpoints, of any layout, to judge beside the encoder under the same protocol; "
+        "also says which test images each of them was trained on",
+    )
     seed: int = setting(
         0, "Seed of splits, order, crops and the untrained network", at_least=0, at_most=2**32 - 1
     )

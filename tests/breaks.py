@@ -31,6 +31,7 @@ EXTEND = "tests/training/test_extend.py"
 CLOCK = "tests/training/test_clock.py"
 GROWTH = "tests/images/test_growth.py"
 FREEZE = "tests/training/test_continue.py"
+REFERENCES = "tests/evaluation/test_references.py"
 VERDICT = "tests/evaluation/test_verdict.py"
 RESUME = "tests/training/test_resume.py"
 
@@ -201,6 +202,8 @@ BREAKS = [
     ("training/stored.py", "kept[name] = value", "pass", AUTO),
     ("evaluation/verdict.py", "drawn_variance * (1 + 1 / len(hits))", "0", VERDICT),
     ("evaluation/verdict.py", "<= FACTOR * self.ahead_error", "<= self.ahead_error", VERDICT),
+    ("evaluation/verdict.py", "(0.025, 0.975)", "(0.05, 0.95)", REFERENCES),
+    ("evaluation/references.py", "repr(tuple(image.shape)).encode()", "bytes()", REFERENCES),
     ("run_directory.py", "archive.testzip() is None", "True", "tests/test_run_directory.py"),
 ]
 

@@ -111,8 +111,11 @@ def parse(
         group, _, field = name.rpartition(".")
         usual = known[group].get(field) if group in known else parser.get_default(name)
         # What a checkpoint names is not expanded: it could read secrets from the environment.
-        if isinstance(values[name], str) and values[name] != usual:  # `embed --index` is no path
-            values[name] = expanded(name, values[name])
+        given = values[name]
+        if isinstance(given, list):
+            values[name] = [expanded(name, each) for each in given]
+        elif isinstance(given, str) and given != usual:  # `embed --index` is no path
+            values[name] = expanded(name, given)
     hints = get_type_hints(config)
     groups = {group: kind(**vars(getattr(values, group))) for group, kind in hints.items()}
     extra = {k: v for k, v in vars(values).items() if k not in groups and k != "config"}

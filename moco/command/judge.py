@@ -49,7 +49,8 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
         )
     from moco.checkpoints.places import check_place
 
-    check_place(judge.checkpoint)
+    for path in (judge.checkpoint, *judge.reference):
+        check_place(path)
     check_name(judge.backbone, "backbone")
     check_output(Path(judge.output or Path(judge.checkpoint).parent))
 
@@ -126,6 +127,8 @@ def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
                 option["default"] = item.default_factory()
             else:
                 option["required"] = True
+            if hints[item.name] == list[str]:  # words that follow
+                option |= {"type": str, "nargs": "+"}
             if hints[item.name] is bool:  # its name alone means true
                 option |= {"nargs": "?", "const": True}
             options[item.name] = option

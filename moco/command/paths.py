@@ -12,8 +12,8 @@ from moco.config import DataConfig, UserError
 
 # The options of all commands that hold a path, besides --config.
 PATHS = {"data.root", "data.files", "data.labels", "run.dir", "run.knn_root"}
-PATHS |= {"resume", "init_from", "checkpoint", "output", "index", "query", "picture", "root"}
-PATHS |= {"folder", "labels"}
+PATHS |= {"resume", "init_from", "checkpoint", "reference", "output", "index", "query", "picture"}
+PATHS |= {"folder", "labels", "root"}
 
 
 def expanded(name: str, path: str) -> str:

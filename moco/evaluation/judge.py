@@ -25,8 +25,9 @@ from moco.evaluation.labels import check_labels, few_labels
 from moco.evaluation.own import NOTHING, Given
 from moco.evaluation.probe import SWEEP
 from moco.evaluation.protocols import PROTOCOLS, knn
+from moco.evaluation.references import add_references, describe
 from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
-from moco.evaluation.verdict import RAW_PIXELS, UNTRAINED, Comparison, compare
+from moco.evaluation.verdict import RAW_PIXELS, REFERENCE, UNTRAINED, Comparison, compare
 from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 from moco.pixels import normalisation
 
@@ -112,6 +113,7 @@ def _judge(
     start = time.perf_counter()
     with open_subject(judge, config, *images, name) as subject:
         check_labels(subject.bank.source.labels)
+        references = add_references(subject)
         before = checksum(subject.networks["encoder"])
         distributed.check_alike(before, f"the weights in {judge.checkpoint}")
         scores = score(subject)
@@ -126,6 +128,7 @@ def _judge(
         result |= {"protocol": protocol, "settings": asdict(config)}
         result |= {"backbone_sha256": before, "backbone_sha256_after": after}
         result |= {"baselines": scores, "comparison": comparison.as_dict()}
+        result |= describe(references, subject)
         result |= {"seconds": round(time.perf_counter() - start, 1)}
         _write(result, judge, subject.name)
         for line in comparison.lines():
@@ -144,6 +147,7 @@ def _compare(subject: Subject, protocol: str, scores: dict[str, Any]) -> Compari
     drawn = [each for name, each in hits.items() if name.startswith(UNTRAINED)]
     baselines = {UNTRAINED: drawn} if drawn else {}
     baselines |= {RAW_PIXELS: [hits["raw_pixels"]]} if "raw_pixels" in hits else {}
+    baselines |= {name: [each] for name, each in hits.items() if name.startswith(REFERENCE)}
     title = {"knn": f"kNN (k {scores['encoder'].get('k')})", "finetune": "fine-tuned"}
     few = [_ten_labels(scores.get(name)) for name in ("encoder", "raw_pixels")]
     void = ""

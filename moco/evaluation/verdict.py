@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ FACTOR = 2.0  # standard errors; a smaller difference may be chance
 WIDTH = 60  # characters of a line
 UNREAD = -1
 UNTRAINED, RAW_PIXELS = "untrained", "raw pixels"
+REFERENCE = "reference"  # begins the name of other weights
+RESAMPLINGS = 10_000  # of the test images
 TRY = (
     "train longer (trainer.max_epochs), and see that the views keep what tells the classes apart "
     "(data.crop_min, data.jitter)"
@@ -38,6 +41,7 @@ class Row:
         draws: Top-1 of each draw of weights; of what is not drawn there is one.
         ahead: By how much the encoder is better than this baseline.
         ahead_error: Standard error of `ahead`.
+        interval: Of a reference: between what 95 % of resamplings of the test images lie.
     """
 
     name: str
@@ -46,10 +50,13 @@ class Row:
     draws: tuple[float, ...]
     ahead: float = 0.0
     ahead_error: float = 0.0
+    interval: tuple[float, float] | None = None
 
     @property
     def side(self) -> int:
         """1 where the encoder is better by more than chance, -1 where it is worse, else 0."""
+        if self.interval:
+            return (self.interval[0] > 0) - (self.interval[1] < 0)
         if abs(self.ahead) <= FACTOR * self.ahead_error:
             return 0
         return 1 if self.ahead > 0 else -1
@@ -108,6 +115,9 @@ class Comparison:
             if row is not self.trained:
                 line += f"{row.ahead:>+8.1f} ± {row.ahead_error:.1f}"
             lines.append(line.rstrip())
+            if row.interval:
+                low, high = row.interval
+                lines.append(f"    95 % of resamplings{'':19}{low:>+8.1f} to {high:+.1f}")
         return [*lines, f"  {'the largest class every time':<30}{self.chance:>5.1f}"]
 
     def sentence(self, findings: Sequence[str] = ()) -> str:
@@ -202,11 +212,30 @@ def compare(
         error = math.sqrt(_variance(hits.mean(0)) + drawn_variance / len(hits))
         draws_top1 = tuple((100 * hits.mean(1)).tolist())
         top1, ahead = 100 * hits.mean().item(), 100 * difference.mean().item()
-        rows.append(Row(name, top1, 100 * error, draws_top1, ahead, 100 * ahead_error))
+        interval = resampled(difference) if name.startswith(REFERENCE) else None
+        rows.append(Row(name, top1, 100 * error, draws_top1, ahead, 100 * ahead_error, interval))
     top1, error = 100 * own.mean().item(), 100 * math.sqrt(_variance(own))
     largest = torch.bincount(labels.to(is_read.device)[is_read]).max().item()
     alone = Row("trained", top1, error, (top1,))
     return Comparison(title, count, 100 * largest / count, alone, tuple(rows), ten_labels, void)
+
+
+def resampled(difference: Tensor) -> tuple[float, float]:
+    """Return the interval of a difference that holds 95 % of resamplings of the test images.
+
+    A resampling of pairs is known by how many of them favour the encoder and how many the other, so
+    these two numbers are drawn (the percentile bootstrap; B. Efron, Ann. Statist. 7, 1979).
+
+    Args:
+        difference: Q; 1, 0 or -1 for each image.
+    """
+    count = len(difference)
+    favour = [(difference == sign).sum().item() / count for sign in (1, -1)]
+    drawn = np.random.default_rng(0).multinomial(
+        count, [*favour, max(1 - sum(favour), 0.0)], RESAMPLINGS
+    )
+    low, high = np.quantile(100 * (drawn[:, 0] - drawn[:, 1]) / count, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def by_image(hits: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -257,4 +286,6 @@ def _plain(row: Row) -> dict[str, Any]:
         values["top1_of_draws"] = [round(each, 2) for each in row.draws]
     if row.name != "trained":
         values |= {"ahead_by": row.ahead, "ahead_by_standard_error": row.ahead_error}
+    if row.interval:
+        values["ahead_by_interval_95"] = [round(each, 2) for each in row.interval]
     return {name: round(v, 2) if isinstance(v, float) else v for name, v in values.items()}

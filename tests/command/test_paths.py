@@ -45,7 +45,10 @@ def value(command: str, name: str, *argv: str) -> str:
     config, extra = cli.parse(cli.build_parser("A test.", *COMMANDS[command]), COMMANDS[command][0],
                               [*NEEDED.get(command, []), *argv])  # fmt: skip
     group, _, field = name.rpartition(".")
-    return getattr(getattr(config, group), field) if group else extra[name]
+    found = getattr(getattr(config, group), field) if group else extra[name]
+    if isinstance(found, list):  # where an option takes several paths, it is given one here
+        (found,) = found
+    return found
 
 
 @pytest.mark.parametrize("command", COMMANDS)

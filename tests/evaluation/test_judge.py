@@ -99,7 +99,9 @@ def test_the_untrained_network_has_the_shape_of_the_judged_one(tmp_path):
     assert len({network.state_dict()["blocks.0.attn.qkv.weight"].sum() for network in drawn}) == 3
 
 
-@pytest.mark.parametrize("changes", [{"solarise": 0.5}, {"chunks": 2}, {"views": "v3"}])
+@pytest.mark.parametrize(
+    "changes", [{"solarise": 0.5}, {"chunks": 2}, {"views": "v3"}, {"image_size_start": 4}]
+)
 @pytest.mark.parametrize("form", ["run", "safetensors"])
 def test_settings_of_pretraining_are_refused_for_every_layout(tmp_path, changes, form):
     save_ours(tmp_path / "a.ckpt", V3_VIT)
@@ -111,3 +113,14 @@ def test_settings_of_pretraining_are_refused_for_every_layout(tmp_path, changes,
 
     with pytest.raises(UserError, match=rf"data\.{next(iter(changes))} is a setting of pretrain"):
         subject.data_settings(loaded, read)
+
+
+def test_a_run_whose_views_grew_is_judged_at_any_size(tmp_path):
+    save_ours(tmp_path / "a.ckpt", V3_VIT)
+    loaded = load_encoder(tmp_path / "a.ckpt")
+    loaded.config["data"]["image_size_start"] = 16
+
+    def read(stored):
+        return replace(DataConfig(**stored), image_size=8)
+
+    assert subject.data_settings(loaded, read).image_size == 8
