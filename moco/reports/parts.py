@@ -133,8 +133,7 @@ def compute(job: Job, device: torch.device) -> None:
     """Compute this rank's share of the parts that are not there."""
     images, world = job.images, distributed.world_size()
     done = distributed.from_first(lambda: [s for s in job.starts if job.part(s).is_file()])
-    for start in done:
-        images.bad.note(_unread(job.part(start)), agreed=True)
+    images.bad.note([bad for start in done for bad in _unread(job.part(start))], agreed=True)
     images.bad.look_ahead()
     if done:
         log.info("going on: %d of %d parts are there", len(done), len(job.starts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import faiss
 import numpy as np
 
 from moco.reports.table import unit
@@ -32,7 +33,8 @@ def project(blocks: Blocks, count: int) -> np.ndarray:
     if count > MANY:
         from openTSNE import TSNE
 
-        found = TSNE(perplexity=perplexity, random_state=_SEED, n_jobs=-1).fit(points)
+        threads = faiss.omp_get_max_threads()  # as OMP_NUM_THREADS says
+        found = TSNE(perplexity=perplexity, random_state=_SEED, n_jobs=threads).fit(points)
         return np.asarray(found, np.float32)
     from sklearn.manifold import TSNE
 

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from moco.config import RunError, UserError
 
 FILE, INDEX = "features.parquet", "features.faiss"
-BLOCK = 8192  # rows that are read at once
 _ESSENTIAL = {"id", "path", "vector"}
 
 
@@ -70,16 +69,17 @@ class Features:
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the vectors in order: the first one's number, and n x D float32."""
         start = 0
-        for batch in self._file.iter_batches(BLOCK, columns=["vector"]):
-            yield start, self._numbers(batch.column(0))
-            start += len(batch)
+        for group in range(self._file.num_row_groups):  # iter_batches keeps what it has read
+            block = self._numbers(self._file.read_row_group(group, ["vector"])["vector"])
+            yield start, block
+            start += len(block)
 
     def groups(self) -> Iterator[tuple[int, pa.Table, np.ndarray]]:
         """Yield the parts of the file in order: the first row's number, the rows, the vectors."""
         start = 0
         for group in range(self._file.num_row_groups):
             table = self._file.read_row_group(group)
-            yield start, table, self._numbers(table["vector"].combine_chunks())
+            yield start, table, self._numbers(table["vector"])
             start += len(table)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
@@ -93,8 +93,8 @@ class Features:
             count = self._file.metadata.row_group(group).num_rows
             first, last = np.searchsorted(ids, (start, start + count))
             if last > first:
-                vectors = self._file.read_row_group(group, ["vector"])["vector"].combine_chunks()
-                found[first:last] = self._numbers(vectors.take(pa.array(ids[first:last] - start)))
+                vectors = self._numbers(self._file.read_row_group(group, ["vector"])["vector"])
+                found[first:last] = vectors[ids[first:last] - start]
             start += count
         return found
 
@@ -104,8 +104,8 @@ class Features:
         names = self._file.read([name])[name].take(pa.array(list(ids))).to_pylist()
         return [os.path.join(self.about["data_root"], os.fsdecode(each)) for each in names]
 
-    def _numbers(self, column: pa.FixedSizeListArray) -> np.ndarray:
-        values = column.flatten().to_numpy(zero_copy_only=False)
+    def _numbers(self, column: pa.ChunkedArray) -> np.ndarray:
+        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return values.reshape(-1, self.dim).astype(np.float32, copy=False)
 
 

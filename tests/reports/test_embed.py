@@ -258,7 +258,6 @@ def test_an_index_of_features_that_were_removed_is_not_kept(ckpt, images, tmp_pa
 
 
 def test_parts_of_other_features_are_refused(ckpt, images, monkeypatch):
-    monkeypatch.setattr(parts, "join", stop)
     monkeypatch.setattr("moco.reports.embed.join", stop)
     with pytest.raises(Stopped):
         embed(ckpt, images, "out")
@@ -280,15 +279,12 @@ def test_bad_files_are_named_and_left_out(ckpt, copied, small_parts, monkeypatch
     with pytest.raises(UserError, match="2 of 48 images .*03.jpg: .*data.max_bad_fraction"):
         embed(ckpt, copied, "out")
     assert not Path("out/features.parquet").exists()
-    monkeypatch.setattr(parts, "join", stop)
-    monkeypatch.setattr("moco.reports.embed.join", stop)
     share = ("--data.max_bad_fraction", "0.1")
-    with pytest.raises(Stopped):
-        embed(ckpt, copied, "out", *share)
+    with monkeypatch.context() as patch:
+        patch.setattr("moco.reports.embed.join", stop)
+        with pytest.raises(Stopped):
+            embed(ckpt, copied, "out", *share)
     said.clear()
-    monkeypatch.undo()
-    in_small_parts(monkeypatch)
-    monkeypatch.chdir(Path("out").absolute().parent)
     result = embed(ckpt, copied, "out", *share)
     assert any("03.jpg" in line and "40.jpg" in line for line in said), "told again when it goes on"
     found = table("out")

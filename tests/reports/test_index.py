@@ -30,11 +30,10 @@ from moco.reports.table import Features, unit, whole
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
-def test_vectors_come_back_in_blocks_and_by_their_numbers(monkeypatch):
+def test_vectors_come_back_in_blocks_and_by_their_numbers():
     vectors = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
     for dtype in (np.float32, np.float16):
-        features = write(vectors.astype(dtype))
-        monkeypatch.setattr("moco.reports.table.BLOCK", 7)
+        features = write(vectors.astype(dtype), group=7)
         starts, blocks = zip(*features.blocks(), strict=True)
         assert starts == tuple(np.cumsum([0, *map(len, blocks[:-1])])) and max(map(len, blocks)) < 8
         assert np.array_equal(np.concatenate(blocks), vectors.astype(dtype).astype(np.float32))
@@ -152,14 +151,13 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before():
     assert path.read_text() == "before" and [*Path().iterdir()] == [path]
 
 
-def test_a_map_keeps_neighbours_together_and_is_the_same_each_time(monkeypatch):
-    vectors = blobs(6, 20)
-    blocks = write(vectors).blocks
-    points = project(blocks, 120)
-    assert points.dtype == np.float32 and np.array_equal(points, project(blocks, 120))
-    middles = points.reshape(6, 20, 2).mean(1)
+def test_a_map_keeps_neighbours_together_and_is_the_same_each_time():
+    blocks = write(blobs(4, 12)).blocks
+    points = project(blocks, 48)
+    assert points.dtype == np.float32 and np.array_equal(points, project(blocks, 48))
+    middles = points.reshape(4, 12, 2).mean(1)
     nearest = np.linalg.norm(points[:, None] - middles, axis=2).argmin(1)
-    assert np.array_equal(nearest, np.arange(6).repeat(20))
+    assert np.array_equal(nearest, np.arange(4).repeat(12))
 
 
 def test_a_large_map_is_made_by_opentsne(monkeypatch):
