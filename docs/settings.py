@@ -11,7 +11,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from moco.config import Auto, TrainConfig
-from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import (
+    EmbedConfig,
+    ExportConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+    SearchConfig,
+    SelectConfig,
+)
 
 INTRODUCTION = """\
 # Settings
@@ -26,11 +34,12 @@ names a recipe (later ones win), `--resume RUN` goes on with a run, and `--init_
 from the weights of a checkpoint.
 """
 EVALUATION = """\
-# Settings of evaluation and export
+# Settings of evaluation, export and features
 
 `eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
 whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
-`grey` and `blur` belong to pretraining and are refused. `export.py` takes its own alone.
+`grey` and `blur` belong to pretraining and are refused. `embed` takes the group `data` in the same
+way. `export.py`, `search` and `select` take their own alone.
 """
 
 
@@ -38,7 +47,8 @@ def page() -> str:
     """Return the whole page: a table for each group."""
     groups = [_section(f"`{name}`", kind) for name, kind in get_type_hints(TrainConfig).items()]
     judging = {"Both": JudgeConfig, "`eval_linear.py`": LinearConfig, "`eval_knn.py`": KNNConfig}
-    others = judging | {"`export.py`": ExportConfig}
+    others = judging | {"`export.py`": ExportConfig, "`embed`": EmbedConfig}
+    others |= {"`search`": SearchConfig, "`select`": SelectConfig}
     parts = [_section(title, kind) for title, kind in others.items()]
     return "\n".join([INTRODUCTION, *groups, EVALUATION, *parts])
 

@@ -17,6 +17,9 @@ COMMANDS = {  # name: the module whose main it runs, and what it does
     "knn": ("moco.command.knn", "judge an encoder by its nearest neighbours"),
     "linear": ("moco.command.linear", "judge an encoder by a classifier on top of it"),
     "export": ("moco.command.export", "write a backbone in another layout"),
+    "embed": ("moco.command.embed", "write the features of any images to a Parquet file"),
+    "search": ("moco.command.search", "find images like one, or pairs that are nearly the same"),
+    "select": ("moco.command.select", "choose the images that are worth a label first"),
 }
 
 

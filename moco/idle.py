@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moco.config import DataConfig, TrainConfig
-from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import EmbedConfig, JudgeConfig, KNNConfig, LinearConfig, SearchConfig
 
 # The name of a setting, what makes it idle in words, and whether given values of all settings do.
 Rules = dict[str, tuple[str, Callable[[dict[str, Any]], bool]]]
@@ -157,6 +157,23 @@ OF_KNN: Rules = OF_JUDGING | {
     "data.flip": ("nothing is mirrored", lambda given: True),
     "temperature": ("one neighbour alone votes", lambda given: set(given["k"]) == {1}),
 }
+OF_EMBED: Rules = OF_DATA | {
+    "data.flip": ("nothing is mirrored", lambda given: True),
+    **dict.fromkeys(
+        ("data.resident", "data.resident_budget"),
+        ("each image is read once", lambda given: True),
+    ),
+    **dict.fromkeys(
+        ("data.num_workers", "data.worker_timeout"),
+        ("this data set is held in memory", _is("data.dataset", *_ARRAYS)),
+    ),
+}
+OF_SEARCH: Rules = {
+    **dict.fromkeys(
+        ("k", "picture", "checkpoint", "accelerator"), ("there is no query", _is("query", ""))
+    ),
+    **dict.fromkeys(("above", "output"), ("duplicates is false", _is("duplicates", False))),
+}
 
 
 def idle_settings(given: dict[str, Any], usual: dict[str, Any], rules: Rules) -> str:
@@ -198,6 +215,20 @@ def idle_in_evaluation(
         vars(JudgeConfig()) | vars(type(own)()) | _flat({"data": vars(DataConfig()) | stored}),
     )
     return idle_settings(given, usual, rules)
+
+
+def idle_in_embedding(config: EmbedConfig, data: DataConfig, stored: dict[str, Any]) -> str:
+    """Name the idle settings of `moco embed`, in one line; arguments as of `idle_in_evaluation`."""
+    given, usual = (
+        vars(config) | _flat({"data": vars(data)}),
+        vars(config) | _flat({"data": vars(DataConfig()) | stored}),
+    )
+    return idle_settings(given, usual, OF_EMBED)
+
+
+def idle_in_search(config: SearchConfig) -> str:
+    """Name the idle settings of `moco search`, in one line."""
+    return idle_settings(vars(config), vars(SearchConfig(index=config.index)), OF_SEARCH)
 
 
 def _flat(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:

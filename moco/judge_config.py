@@ -1,4 +1,4 @@
-"""Settings of the commands besides training: evaluation and export.
+"""Settings of the commands besides training: evaluation, export, features.
 
 They are declared as those of training are, see `moco.config`.
 """
@@ -6,7 +6,7 @@ They are declared as those of training are, see `moco.config`.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from moco.config import MOST_EPOCHS, MOST_ROWS, DataConfig, setting
 
@@ -143,6 +143,72 @@ class ExportConfig:
         at_least=0,
         at_most=1024,
     )
+
+
+def _as_in(kind: type, name: str) -> Any:
+    """Declare a field as another dataclass declares it."""
+    item = kind.__dataclass_fields__[name]
+    return field(default=item.default, metadata=item.metadata)
+
+
+@dataclass
+class EmbedConfig:
+    """What `moco embed` takes."""
+
+    checkpoint: str = _as_in(ExportConfig, "checkpoint")
+    output: str = setting(
+        MISSING, "Directory of features.parquet, and with --index of features.faiss"
+    )
+    features: Literal["backbone", "head", "patch"] = setting(
+        "backbone",
+        "Features of the backbone, embeddings of the projection head, or the backbone's last map, "
+        "D x h x w, before pooling",
+    )
+    dtype: Literal["float32", "float16"] = setting("float32", "Numbers of the column `vector`")
+    index: bool = setting(False, "Also write a faiss index of the features")
+    map: bool = setting(
+        False, "Also write the columns x, y and neighbors, as Embedding Atlas reads them"
+    )
+    overwrite: bool = setting(False, "Replace other features in the directory")
+    encoder: Literal["query", "key"] = _as_in(JudgeConfig, "encoder")
+    backbone: str = _as_in(JudgeConfig, "backbone")
+    stem_padding: int = _as_in(JudgeConfig, "stem_padding")
+    num_heads: int = _as_in(JudgeConfig, "num_heads")
+    allow_partial: bool = _as_in(JudgeConfig, "allow_partial")
+    accelerator: Literal["auto", "cpu", "gpu"] = _as_in(JudgeConfig, "accelerator")
+    devices: int = _as_in(JudgeConfig, "devices")
+    precision: Literal["32-true", "bf16-mixed"] = _as_in(JudgeConfig, "precision")
+
+
+@dataclass
+class SearchConfig:
+    """What `moco search` takes: an image to look for, or --duplicates."""
+
+    index: str = setting(MISSING, "Directory that `moco embed` wrote")
+    query: str = setting("", "Image whose neighbours are wanted")
+    k: int = setting(10, "Neighbours of the image", at_least=1, at_most=10_000)
+    picture: str = setting("", "PNG that shows the image beside its neighbours")
+    checkpoint: str = setting(
+        "", "Checkpoint that made the features; empty: where it lay when they were made"
+    )
+    accelerator: Literal["auto", "cpu", "gpu"] = _as_in(JudgeConfig, "accelerator")
+    duplicates: bool = setting(False, "List the pairs of images that are nearly the same")
+    above: float = setting(
+        0.95, "Cosine from which a pair counts as nearly the same", above=0, at_most=1
+    )
+    output: str = setting(
+        "", "File of the pairs, .csv or .json; empty: duplicates.csv beside the features"
+    )
+
+
+@dataclass
+class SelectConfig:
+    """What `moco select` takes."""
+
+    index: str = _as_in(SearchConfig, "index")
+    count: int = setting(MISSING, "Images to choose", at_least=1, at_most=MOST_ROWS)
+    seed: int = setting(0, "Seed of the clusters", at_least=0, at_most=2**31 - 1)
+    output: str = setting("", "CSV to write; empty: selected.csv beside the features")
 
 
 @dataclass

@@ -29,6 +29,7 @@ WINGS = {
     "images": ("algorithm",),
     "checkpoints": ("algorithm",),
     "evaluation": ("algorithm", "images", "checkpoints"),
+    "reports": ("algorithm", "images", "checkpoints", "evaluation"),
     "training": ("algorithm", "images", "checkpoints", "evaluation"),
 }
 WITHOUT_LIGHTNING = (
@@ -41,6 +42,8 @@ WITHOUT_TORCH = (
     "command",
     *("algorithm.names", "checkpoints.places", "training.resuming"),
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
+    *("reports.table", "reports.index", "reports.mapping", "reports.projection"),
+    *("reports.search", "reports.select"),
 )
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 TORCH = {"torch", "torchvision", "timm", "torchmetrics"} | LIGHTNING

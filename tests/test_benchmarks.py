@@ -5,8 +5,10 @@ from argparse import Namespace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from embedding import write_features
 from processes import ROOT, finish, start
 
 from benchmarks import harness
@@ -271,3 +273,17 @@ def test_both_peers_train_the_same_network_with_the_same_views():
     (own,) = ours.configure_optimizers().param_groups
     for name in ("momentum", "weight_decay", "lr", "nesterov", "dampening"):
         assert group[name] == own[name]
+
+
+def test_selection(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name in ("bank", "test"):
+        labels = np.arange(3).repeat(20)
+        vectors = np.eye(3)[labels] + 0.1 * rng.standard_normal((60, 3))
+        write_features(vectors.astype(np.float32), tmp_path / name, labels=[*map(str, labels)])
+    words = ["--index", str(tmp_path / "bank"), "--test", str(tmp_path / "test")]
+    last, _ = run("selection", tmp_path, *words, "--counts", "3", "--draws", "4")
+    found = last["3"]
+    assert found["classes"]["chosen"] == 3 > found["classes"]["random"]
+    assert found["top1"]["chosen"]["nearest class mean"]["mean"] == 100
+    assert found["top1"]["random"]["logistic regression"]["mean"] < 100

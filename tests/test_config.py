@@ -20,7 +20,15 @@ from moco.config import (
     UserError,
     unknown_settings,
 )
-from moco.judge_config import ExportConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import (
+    EmbedConfig,
+    ExportConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+    SearchConfig,
+    SelectConfig,
+)
 from moco.pixels import normalisation
 
 FIELDS = [
@@ -99,7 +107,11 @@ NUMERIC = (int, float, float | None, list[int], list[float])
 
 
 @pytest.mark.parametrize(
-    "config", [TrainConfig, JudgeConfig, LinearConfig, KNNConfig, ExportConfig]
+    "config",
+    [
+        *(TrainConfig, JudgeConfig, LinearConfig, KNNConfig, ExportConfig),
+        *(EmbedConfig, SearchConfig, SelectConfig),
+    ],
 )
 def test_every_number_has_an_upper_bound(config):
     """An absurd size is refused by name; it must not end in a traceback or run for ever."""

@@ -28,7 +28,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MAINS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export": "export"}
+MAINS |= {name: f"moco.command.{name}" for name in ("embed", "search", "select")}
 WORDS = {"PATH": "path", "IMAGENET": "path", "RUN": "runs/done", "FILE": "file.safetensors"}
+WORDS["IMAGE"] = "path/test/a/000.png"
 TINY = [
     *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
     *("--model.queue_size", "32", "--model.bn_splits", "2", "--data.batch_size", "16"),

@@ -11,7 +11,7 @@ import moco.idle as idle
 from moco.command import cli
 from moco.config import DataConfig, TrainConfig
 from moco.images.datasets import ARRAYS
-from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import EmbedConfig, JudgeConfig, KNNConfig, LinearConfig, SearchConfig
 
 # What always does something, whatever the other settings are.
 NEVER_IDLE = {
@@ -96,6 +96,21 @@ LINEAR = {
     "held_out": (0.2, {"learning_rates": [0.1]}, {"protocol": "paper"}),
     "crop_min": (0.5, {}, {"protocol": "finetune"}),
 }
+EMBED = {
+    "data.flip": (0.0, {}, None),
+    "data.resident": ("memory", {}, None),
+    "data.resident_budget": (1.0, {}, None),
+    "data.num_workers": (3, {"dataset": "cifar10"}, {"resident": "memory"}),
+    "data.worker_timeout": (9.0, {"dataset": "digits"}, {}),
+}
+SEARCH = {
+    "k": (3, {"duplicates": True}, {"query": "x"}),
+    "picture": ("x", {"duplicates": True}, {"query": "x"}),
+    "checkpoint": ("x", {"duplicates": True}, {"query": "x"}),
+    "accelerator": ("cpu", {"duplicates": True}, {"query": "x"}),
+    "above": (0.9, {"query": "x"}, {"duplicates": True}),
+    "output": ("x", {"query": "x"}, {"duplicates": True}),
+}
 
 
 def train_config(**values):
@@ -144,6 +159,27 @@ def test_an_idle_setting_of_evaluation_is_said_and_one_that_works_is_not(name):
             setattr(holder, field, each)
         line = idle.idle_in_evaluation(judge, config, data, {})
         assert (f" {name} (" in line) == said
+
+
+@pytest.mark.parametrize("name", EMBED)
+def test_an_idle_setting_of_embedding_is_said_and_one_that_works_is_not(name):
+    value, idly, working = EMBED[name]
+    for beside, said in ((idly, True), (working, False)):
+        if beside is not None:
+            data = DataConfig(**{name.removeprefix("data."): value}, **beside)
+            line = idle.idle_in_embedding(EmbedConfig("", ""), data, {})
+            assert (f" {name} (" in line) == said
+    assert EMBED.keys() == {k for k, rule in idle.OF_EMBED.items() if idle.OF_DATA.get(k) != rule}
+
+
+@pytest.mark.parametrize("name", SEARCH)
+def test_an_idle_setting_of_a_search_is_said_and_one_that_works_is_not(name):
+    value, idly, working = SEARCH[name]
+    for beside, said in ((idly, True), (working, False)):
+        line = idle.idle_in_search(SearchConfig("set", **{name: value}, **beside))
+        assert (f" {name} (" in line) == said
+    fields = {item.name for item in dataclasses.fields(SearchConfig)}
+    assert SEARCH.keys() == idle.OF_SEARCH.keys() == fields - {"index", "query", "duplicates"}
 
 
 def test_what_the_checkpoint_holds_was_not_set_here():

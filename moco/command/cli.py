@@ -111,7 +111,7 @@ def parse(
         group, _, field = name.rpartition(".")
         usual = known[group].get(field) if group in known else parser.get_default(name)
         # What a checkpoint names is not expanded: it could read secrets from the environment.
-        if values[name] not in (usual, None):
+        if isinstance(values[name], str) and values[name] != usual:  # `embed --index` is no path
             values[name] = expanded(name, values[name])
     hints = get_type_hints(config)
     groups = {group: kind(**vars(getattr(values, group))) for group, kind in hints.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from moco.config import DataConfig, TrainConfig, UserError
@@ -74,6 +75,22 @@ def check_name(backbone: str, setting: str) -> None:
 
     if backbone:
         check_backbone(backbone, setting)
+
+
+def check_package(module: str, purpose: str, package: str = "") -> None:
+    """Raise UserError where an extra package is not installed; it may have another name to pip."""
+    if find_spec(module) is None:
+        raise UserError(f"{purpose} needs {package or module}: pip install {package or module}")
+
+
+def check_new_folder(folder: str) -> None:
+    """Raise UserError when a directory cannot be made there, or takes no file."""
+    path = Path(folder).absolute()
+    try:
+        there = next(each for each in (path, *path.parents) if each.exists())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {folder[:80]!r} is no possible directory: {error}") from None
+    check_output(there)
 
 
 def check_output(folder: Path) -> None:

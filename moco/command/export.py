@@ -18,7 +18,7 @@ from moco.judge_config import ExportConfig
 
 @dataclass
 class Nothing:
-    """An export has no groups of settings, only the options of `ExportConfig`."""
+    """The groups of settings of a command that has only options of its own."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

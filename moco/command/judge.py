@@ -15,7 +15,7 @@ from moco.command.early import check_images, check_name, check_output
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import DataConfig, UserError
-from moco.judge_config import EvalDataConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import EmbedConfig, EvalDataConfig, JudgeConfig, KNNConfig, LinearConfig
 from moco.run_directory import run_of, stored_groups
 
 Settings = tuple[JudgeConfig, Any, Callable[[dict[str, Any]], DataConfig]]
@@ -53,14 +53,7 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
     check_name(judge.backbone, "backbone")
     check_output(Path(judge.output or Path(judge.checkpoint).parent))
 
-    def read_data(stored: dict[str, Any]) -> DataConfig:
-        known = {item.name for item in dataclasses.fields(DataConfig)}
-        defaults = {f"data.{name}": value for name, value in stored.items() if name in known}
-        parser.set_defaults(defaults)
-        data = cli.parse(parser, EvalDataConfig, argv)[0].data
-        check_stored_root(data, stored)
-        return data
-
+    read_data = data_reader(parser, argv)
     run_dir = run_of(Path(judge.checkpoint))
     if stored := stored_groups(run_dir) if run_dir else {}:
         check_images(read_data(stored["data"]))
@@ -69,7 +62,28 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
     return judge, own, read_data
 
 
-def check_devices(config: JudgeConfig) -> None:
+def data_reader(
+    parser: Any, argv: Sequence[str], left_out: Sequence[str] = ()
+) -> Callable[[dict[str, Any]], DataConfig]:
+    """Return a function that reads the data settings, given a checkpoint's as defaults.
+
+    Args:
+        parser, argv: Of the command.
+        left_out: Fields whose defaults the checkpoint does not give.
+    """
+    known = {item.name for item in dataclasses.fields(DataConfig)} - {*left_out}
+
+    def read_data(stored: dict[str, Any]) -> DataConfig:
+        defaults = {f"data.{name}": value for name, value in stored.items() if name in known}
+        parser.set_defaults(defaults)
+        data = cli.parse(parser, EvalDataConfig, argv)[0].data
+        check_stored_root(data, stored)
+        return data
+
+    return read_data
+
+
+def check_devices(config: JudgeConfig | EmbedConfig) -> None:
     """Raise UserError when there are fewer GPUs, or on a CPU fewer cores, than devices."""
     if config.devices == 1:
         return

@@ -12,7 +12,7 @@ from moco.config import DataConfig, UserError
 
 # The options of all commands that hold a path, besides --config.
 PATHS = {"data.root", "data.files", "data.labels", "run.dir", "run.knn_root"}
-PATHS |= {"resume", "init_from", "checkpoint", "output"}
+PATHS |= {"resume", "init_from", "checkpoint", "output", "index", "query", "picture"}
 
 
 def expanded(name: str, path: str) -> str:

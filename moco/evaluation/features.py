@@ -5,7 +5,7 @@ Shapes: N images of a batch, M images of this rank, D feature.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,10 @@ def extract_features(
     Raises:
         UserError: There is no batch, or a feature is not finite, on any rank.
     """
-    training = {module: module.training for module in network.modules()}
-    network.eval()
     features, rows = [], []
-    for images, part in batches:
-        features.append(network(images).float())
+    for found, part in each_batch(network, batches):
+        features.append(found)
         rows.append(part)
-    for module, mode in training.items():
-        module.training = mode
     with distributed.together():
         if not features:
             raise UserError(
@@ -48,11 +44,27 @@ def extract_features(
 
 
 @torch.no_grad()
-def feature_dim(network: nn.Module, data: DataConfig, device: torch.device) -> int:
-    """Return D, the width of what a network in eval mode computes from images."""
-    return network(
-        torch.zeros(2, data.channels, data.image_size, data.image_size, device=device)
-    ).shape[1]
+def each_batch(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what a network computes from each batch, float32, and the batch's rows.
+
+    The network runs in eval mode and gets its training mode back at the end. A batch without images
+    comes back as it is.
+    """
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    for images, rows in batches:
+        yield network(images).float() if len(images) else images, rows
+    for module, mode in training.items():
+        module.training = mode
+
+
+@torch.no_grad()
+def feature_shape(network: nn.Module, data: DataConfig, device: torch.device) -> tuple[int, ...]:
+    """Return the shape of what a network in eval mode computes from one image: D, or D h w."""
+    size = data.image_size
+    return tuple(network(torch.zeros(2, data.channels, size, size, device=device)).shape[1:])
 
 
 def check_finite(features: Tensor, name: str) -> None:

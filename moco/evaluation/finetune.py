@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from moco import distributed
 from moco.config import UserError
 from moco.distributed import broadcast_buffers, gather_ragged
-from moco.evaluation.features import check_finite, feature_dim
+from moco.evaluation.features import check_finite, feature_shape
 from moco.evaluation.labels import hold_out
 from moco.evaluation.probe import RateResult, Stack, cosine, rate_results
 from moco.evaluation.subject import track
@@ -169,7 +169,8 @@ def train_whole(
             "2, too few for BatchNorm: use fewer devices, a larger batch_size or more labels"
         )
     num_classes = len(crops.images.source.classes)
-    classifier = nn.Linear(feature_dim(network.eval(), crops.images.config, device), num_classes)
+    width = feature_shape(network.eval(), crops.images.config, device)[0]
+    classifier = nn.Linear(width, num_classes)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     model = nn.Sequential(copy.deepcopy(network), classifier).to(device)

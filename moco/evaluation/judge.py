@@ -20,7 +20,7 @@ import torch
 from moco import distributed
 from moco.checkpoints.matching import checksum
 from moco.config import UserError
-from moco.evaluation.features import feature_dim
+from moco.evaluation.features import feature_shape
 from moco.evaluation.labels import check_labels, few_labels
 from moco.evaluation.probe import SWEEP
 from moco.evaluation.protocols import PROTOCOLS, knn
@@ -188,7 +188,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "layout": loaded.layout,
         "backbone": loaded.model.backbone,
         "epoch": loaded.epoch,
-        "feature_dim": feature_dim(subject.networks["encoder"], data, subject.device),
+        "feature_dim": feature_shape(subject.networks["encoder"], data, subject.device)[0],
         "precision": subject.judge.precision,
         "seed": subject.judge.seed,
         "devices": distributed.world_size(),

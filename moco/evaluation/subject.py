@@ -33,7 +33,7 @@ from moco.idle import idle_in_evaluation
 from moco.images import sources
 from moco.images.folders import expanded
 from moco.images.labelled import LabelledData, open_data
-from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import EmbedConfig, JudgeConfig, KNNConfig, LinearConfig
 from moco.log import log_to_stderr
 from moco.pixels import normalisation
 
@@ -138,7 +138,7 @@ def open_subject(
     judge: JudgeConfig, own: LinearConfig | KNNConfig, read_data: ReadData, name: str
 ) -> Iterator[Subject]:
     """Open encoder and images on this rank's device, and leave the process group at the end."""
-    device = _start_process(judge)
+    device = start_process(judge)
     try:
         with distributed.together():
             subject = _open(judge, own, read_data, name, device)
@@ -159,13 +159,13 @@ def _open(
     name: str,
     device: torch.device,
 ) -> Subject:
-    loaded = _load(judge, 0)
-    data = _data_settings(loaded, read_data)
+    loaded = load(judge, 0)
+    data = data_settings(loaded, read_data)
     stored = loaded.config.get("data", {}) | loaded.data
     if idle := idle_in_evaluation(judge, own, data, stored):
         log.info("%s", idle)
     if data.image_size != loaded.data["image_size"]:
-        loaded = _load(judge, data.image_size)
+        loaded = load(judge, data.image_size)
     log.info("%s", loaded.report)
     networks = _networks(judge, loaded, data, judge.untrained_draws or _own_draws(own))
     name += _other_images(data, TrainConfig.from_dict({"data": stored}).data)
@@ -194,7 +194,8 @@ def _other_images(data: DataConfig, own: DataConfig) -> str:
     return f"-{re.sub('[^A-Za-z0-9_]', '_', label)[:40]}-{crc32(told(data).encode()):08x}"
 
 
-def _load(judge: JudgeConfig, image_size: int) -> Loaded:
+def load(judge: JudgeConfig | EmbedConfig, image_size: int) -> Loaded:
+    """Load the encoder that the settings name, for images of that side; 0: as in its file."""
     return load_encoder(
         judge.checkpoint,
         judge.encoder,
@@ -206,7 +207,7 @@ def _load(judge: JudgeConfig, image_size: int) -> Loaded:
     )
 
 
-def _start_process(judge: JudgeConfig) -> torch.device:
+def start_process(judge: JudgeConfig | EmbedConfig) -> torch.device:
     """Choose this rank's device, join the other ranks, and set up the log."""
     log_to_stderr()
     gpu = judge.accelerator != "cpu" and torch.cuda.is_available()
@@ -224,7 +225,7 @@ def _start_process(judge: JudgeConfig) -> torch.device:
     return device
 
 
-def _data_settings(loaded: Loaded, read_data: ReadData) -> DataConfig:
+def data_settings(loaded: Loaded, read_data: ReadData) -> DataConfig:
     """Take the checkpoint's data settings with the user's put over them, and check them."""
     stored = dict(loaded.config.get("data", {})) | loaded.data
     data = read_data(stored)

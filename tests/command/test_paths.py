@@ -7,7 +7,16 @@ import pytest
 from moco.command import cli, export, judge, train
 from moco.command.paths import PATHS
 from moco.config import TrainConfig, UserError
-from moco.judge_config import EvalDataConfig, ExportConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import (
+    EmbedConfig,
+    EvalDataConfig,
+    ExportConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+    SearchConfig,
+    SelectConfig,
+)
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -16,8 +25,13 @@ COMMANDS = {
     "knn": (EvalDataConfig, judge.flat_options(JudgeConfig, KNNConfig)),
     "linear": (EvalDataConfig, judge.flat_options(JudgeConfig, LinearConfig)),
     "export": (export.Nothing, judge.flat_options(ExportConfig)),
+    "embed": (EvalDataConfig, judge.flat_options(EmbedConfig)),
+    "search": (export.Nothing, judge.flat_options(SearchConfig)),
+    "select": (export.Nothing, judge.flat_options(SelectConfig)),
 }
 NEEDED = {"export": ["--checkpoint=a", "--output=b", "--format=timm"]}
+NEEDED |= {"embed": ["--checkpoint=a", "--output=b", "--index"], "search": ["--index=a"]}
+NEEDED["select"] = ["--index=a", "--count=1"]
 NO_PATHS = {"model.backbone", "run.wandb_project", "backbone", "license", "config"}
 
 

@@ -110,4 +110,4 @@ def test_settings_of_pretraining_are_refused_for_every_layout(tmp_path, changes,
         return replace(DataConfig(**stored), dataset="digits", **changes)
 
     with pytest.raises(UserError, match=rf"data\.{next(iter(changes))} is a setting of pretrain"):
-        subject._data_settings(loaded, read)
+        subject.data_settings(loaded, read)

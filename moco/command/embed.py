@@ -1,0 +1,53 @@
+"""The command `embed`: write the features of any images to a Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moco.checks import check_ranges
+from moco.command import cli
+from moco.command.early import check_images, check_name, check_new_folder, check_package
+from moco.command.judge import check_devices, data_reader, flat_options, take
+from moco.command.launch import start_ranks
+from moco.config import UserError
+from moco.judge_config import EmbedConfig, EvalDataConfig
+from moco.run_directory import run_of, stored_groups
+
+_OWN = ("dataset", "root", "files", "labels")  # where images are named here, the run's are not read
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line, embed, and return what was written."""
+    about = "Write the features of any images to a Parquet file."
+    parser = cli.build_parser(about, EvalDataConfig, flat_options(EmbedConfig))
+    parser.usage = (
+        "%(prog)s --checkpoint ANY --data.root IMAGES --output DIR [--OPTION VALUE ...] "
+        "[--data.FIELD VALUE ...]"
+    )
+    groups, options = cli.parse(parser, EvalDataConfig, argv)
+    config, data = take(EmbedConfig, options), groups.data
+    for settings in (groups, config):
+        check_ranges(settings)
+    if config.features == "patch" and (config.index or config.map):
+        name = "index" if config.index else "map"
+        raise UserError(f"--{name} takes one vector for each image, and --features patch gives "
+                        "maps: leave one out")  # fmt: skip
+    check_package("pyarrow", "embed")
+    from moco.checkpoints.places import check_place
+
+    check_place(config.checkpoint)
+    check_name(config.backbone, "backbone")
+    check_new_folder(config.output)
+    is_named = bool(data.root or data.dataset == "digits")
+    read_data = data_reader(parser, argv, _OWN if is_named else ())
+    run_dir = run_of(Path(config.checkpoint))
+    stored = (stored_groups(run_dir) if run_dir else {}).get("data", {})
+    if stored or is_named:
+        check_images(read_data(stored))
+    check_devices(config)
+    start_ranks(config.devices, "give the command again, which goes on")
+    from moco.reports.embed import embed  # imports torch, so it waits for the settings
+
+    return embed(config, read_data)

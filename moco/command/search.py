@@ -1,0 +1,39 @@
+"""The command `search`: find images like one, or pairs of images that are nearly the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moco.checks import check_ranges
+from moco.command.cli import build_parser, parse
+from moco.command.early import check_output, check_package
+from moco.command.export import Nothing
+from moco.command.judge import flat_options, take
+from moco.config import UserError
+from moco.judge_config import SearchConfig
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line, search, and return what was found."""
+    about = "Find images like one, or pairs of images that are nearly the same."
+    parser = build_parser(about, Nothing, flat_options(SearchConfig))
+    parser.usage = "%(prog)s --index DIR (--query IMAGE | --duplicates) [--OPTION VALUE ...]"
+    config = take(SearchConfig, parse(parser, Nothing, argv)[1])
+    check_ranges(config)
+    if bool(config.query) == config.duplicates:
+        raise UserError("give one of --query IMAGE, for images like it, and --duplicates")
+    check_package("pyarrow", "search")
+    from moco.images.dicom import split_frame
+
+    if config.query and not os.path.isfile(split_frame(config.query)[0]):
+        raise UserError(f"--query {config.query} is no file: check the path")
+    for target in filter(None, (config.picture, config.output)):
+        check_output(Path(target).absolute().parent)
+    if Path(config.output).suffix not in ("", ".csv", ".json"):
+        raise UserError(f"--output {config.output}: give a name that ends in .csv or .json")
+    from moco.reports.search import search  # imports torch only where an image is encoded
+
+    return search(config)

@@ -1,0 +1,193 @@
+"""Features of any images as one Parquet file: `python -m moco embed`.
+
+The file's metadata says what is needed to embed another image in the same way: the checkpoint, the
+checksum of its backbone, the settings of the images.
+Shapes: M images, N images of a batch, D feature, h w sides of a map.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco import distributed
+from moco.checkpoints.load import Loaded
+from moco.checkpoints.matching import checksum
+from moco.checkpoints.preparation import preparation
+from moco.config import DataConfig, UserError
+from moco.evaluation.features import feature_shape
+from moco.evaluation.subject import Layer, ReadData, data_settings, load, start_process
+from moco.idle import idle_in_embedding
+from moco.images.bad_files import BadFiles
+from moco.images.folders import expanded
+from moco.images.labelled import LabelledData
+from moco.images.resident import check_view_size, estimate_bytes
+from moco.images.sources import identify
+from moco.judge_config import EmbedConfig
+from moco.pixels import normalisation
+from moco.reports.listing import Listing, list_images_of
+from moco.reports.parts import BAD_FILES, Job, compute, is_done, join, remove_parts
+from moco.reports.table import FILE
+
+log = logging.getLogger("moco")
+_OWN = ("dataset", "root", "files", "labels")  # settings that name images
+
+
+class Maps(nn.Module):
+    """Images to the backbone's last map before pooling, N x D x h x w."""
+
+    def __init__(self, backbone: nn.Module, bf16: bool) -> None:
+        super().__init__()
+        self.backbone, self.bf16 = backbone, bf16
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.backbone.forward_intermediates(
+                images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+            )[-1]
+
+
+def embed(config: EmbedConfig, read_data: ReadData) -> dict[str, Any]:
+    """Write the features of images to `features.parquet` in a directory, or go on with it.
+
+    Args:
+        config: Settings.
+        read_data: Data settings, given those of the run that made the checkpoint as defaults.
+
+    Returns:
+        Plain values on rank 0: files, counts, seconds; empty on other ranks.
+
+    Raises:
+        UserError: Whatever the user can mend.
+        RunError: The disk failed.
+    """
+    begin = time.perf_counter()
+    device = start_process(config)
+    rank = distributed.rank()
+    try:
+        with distributed.together():
+            job = _open(config, read_data, device)
+        distributed.check_alike(job.about["backbone_sha256"], f"the weights in {config.checkpoint}")
+        distributed.check_alike(job.about["images"], f"the images of {job.images.source.name}")
+        is_there = distributed.from_first(lambda: is_done(job))
+        if not is_there:
+            compute(job, device)
+    finally:
+        distributed.disconnect()
+    if rank > 0:
+        return {}
+    if not is_there:
+        join(job)
+    return _finish(job) | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def network_of(config: EmbedConfig, loaded: Loaded) -> nn.Module:
+    """Return what maps images to the features that are asked for, in eval mode.
+
+    Raises:
+        UserError: The checkpoint has no head, or the backbone gives no maps.
+    """
+    bf16 = config.precision == "bf16-mixed"
+    if config.features == "head" and loaded.head is None:
+        raise UserError(f"{config.checkpoint} holds no projection head: take --features backbone")
+    if config.features != "patch":
+        head = loaded.head if config.features == "head" else None
+        return Layer(loaded.backbone, head, bf16).eval()
+    if not hasattr(loaded.backbone, "forward_intermediates"):
+        raise UserError(
+            f"{loaded.model.backbone} gives no maps in timm: take --features backbone, or another "
+            "checkpoint"
+        )
+    return Maps(loaded.backbone, bf16).eval()
+
+
+def _open(config: EmbedConfig, read_data: ReadData, device: torch.device) -> Job:
+    """Load the encoder, list the images, and say what the file will be."""
+    loaded = load(config, 0)
+    data = data_settings(loaded, read_data)
+    stored = loaded.config.get("data", {}) | loaded.data
+    if any(getattr(data, name) != stored.get(name) for name in ("dataset", "root")):
+        stored = {name: value for name, value in stored.items() if name not in _OWN}
+    if idle := idle_in_embedding(config, data, stored):
+        log.info("%s", idle)
+    if data.image_size != loaded.data["image_size"]:
+        loaded = load(config, data.image_size)
+    log.info("%s", loaded.report)
+    network = network_of(config, loaded).to(device)
+    shape = feature_shape(network, data, device)
+    listing = list_images_of(data)
+    check_view_size(data, estimate_bytes(listing.source)[1])
+    log.info("%s: %d images", listing.source.name, len(listing.source))
+    if listing.source.reading.reason:
+        log.info("%s", listing.source.reading)
+    report = str(Path(config.output) / BAD_FILES)
+    bad = BadFiles(listing.source, data.max_bad_fraction, report)
+    images = LabelledData(listing.source, data, bad)
+    about = _describe(config, loaded, data, listing, shape)
+    return Job(config, network, listing, images, about)
+
+
+def _describe(
+    config: EmbedConfig, loaded: Loaded, data: DataConfig, listing: Listing, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """State which encoder computes what from which images, so that both can be found again."""
+    mean, std = normalisation(data)
+    reading = listing.source.reading
+    told: dict[str, Any] = {"channels": data.channels, "image_size": data.image_size}
+    told |= {"mean": mean, "std": std, "exif": data.exif}
+    if reading.reason:  # files of more than 8 bits
+        told |= {"min_value": list(reading.low), "max_value": list(reading.high)}
+        data = replace(data, min_value=told["min_value"], max_value=told["max_value"])
+    options = asdict(config)
+    for name in ("checkpoint", "output", "index", "map", "overwrite", "accelerator", "devices"):
+        del options[name]
+    root = expanded(data.root) if data.root else ""
+    return {
+        "checkpoint": os.path.abspath(config.checkpoint),
+        "backbone_sha256": checksum(loaded.backbone),
+        "backbone": loaded.model.backbone,
+        "features": config.features,
+        "shape": list(shape),
+        "preparation": preparation(told).as_note(),
+        "data_root": root,
+        "images": identify(listing.source, data.root),
+        "files": bool(listing.source.paths),
+        "data": asdict(data),
+        "options": options,
+    }
+
+
+def _finish(job: Job) -> dict[str, Any]:
+    """Write the map and the index where they are wanted, and say what is there."""
+    from moco.reports.index import open_features, write_index
+    from moco.reports.mapping import add_map
+    from moco.reports.table import Features
+
+    remove_parts(job)
+    target = job.folder / FILE
+    features = Features(job.folder)
+    unread = len(job.images) - len(features)
+    if unread:
+        log.info("%d of %d images were read", len(features), len(job.images))
+    result = {
+        "command": "embed",
+        "features": str(target),
+        "images": len(features),
+        "unread": unread,
+        "shape": job.about["shape"],
+        "checkpoint": job.config.checkpoint,
+        "backbone_sha256": job.about["backbone_sha256"],
+    }
+    if job.config.index:
+        result["index"] = str(write_index(open_features(str(job.folder))))
+    if job.config.map and "x" not in features.names:
+        add_map(features)
+    log.info("written to %s", target)
+    return result
