@@ -71,7 +71,9 @@ def sprite(images: Tensor, side: int) -> tuple[str, int, int]:
     return as_address(sheet, 72), columns, side
 
 
-def draw_sheet(path: Path, rows: Sequence[tuple[str, Sequence[Tensor]]], heads: Sequence[str]):
+def draw_sheet(
+    path: Path, rows: Sequence[tuple[str, Sequence[Tensor]]], heads: Sequence[str]
+) -> None:
     """Draw rows of tiles, each below its name, as a PNG that is whole or absent.
 
     Args:
