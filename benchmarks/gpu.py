@@ -94,6 +94,7 @@ def demo(options: argparse.Namespace, symmetric: str) -> dict[str, Any]:
         words = ["train.py", "--config", "configs/cifar10.yaml", "--data.dataset", kind]
         words += ["--data.root", options.cifar, "--run.dir", str(Path(folder) / "run")]
         words += ["--model.symmetric", symmetric, "--run.knn_every", "10"]
+        words += ["--run.report", "false"]
         words += ["--trainer.max_epochs", str(2 if options.quick else EPOCHS)]
         return call([*words, *options.train], 1500)
 
