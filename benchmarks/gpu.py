@@ -138,7 +138,7 @@ class Part:
             words = ["train.py", "--config", "configs/cifar10.yaml", "--data.dataset", kind]
             words += ["--data.root", self.options.cifar or "CIFAR10_FOLDER"]
             words += ["--run.dir", str(Path(folder) / "run"), "--run.knn_every", "10"]
-            words += ["--model.symmetric", symmetric]
+            words += ["--model.symmetric", symmetric, "--run.report", "false"]
             words += ["--trainer.max_epochs", str(2 if self.options.quick else epochs)]
             return self.call([*words, *self.options.train])
 

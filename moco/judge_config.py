@@ -237,7 +237,7 @@ class QualityConfig:
 
 @dataclass
 class ReportConfig:
-    """What `python -m moco report` takes besides the directories of runs."""
+    """What the command `report` takes besides the directories of runs."""
 
     images: int = setting(
         5000,
@@ -252,7 +252,7 @@ class ReportConfig:
 
 @dataclass
 class ReplayConfig:
-    """What `python -m moco replay` takes besides the directory of a run."""
+    """What the command `replay` takes besides the directory of a run."""
 
     step: int = setting(
         MISSING, "Which step, as metrics.csv counts them", at_least=1, at_most=MOST_STEPS
@@ -263,7 +263,7 @@ class ReplayConfig:
 
 @dataclass
 class ViewsConfig:
-    """What `python -m moco views` takes besides the settings of training."""
+    """What the command `views` takes besides the settings of training."""
 
     output: str = setting("views.png", "Picture to write")
 

@@ -13,7 +13,7 @@ folder=$(mktemp -d)
 export SLURM_CONF=$folder/slurm.conf OMP_NUM_THREADS=1 PATH=$PATH:/usr/sbin:/sbin
 failed=0
 
-train="$python $root/train.py --config $root/configs/quickstart.yaml --trainer.accelerator cpu
+train="$python $root/train.py --config $root/configs/quickstart.yaml --run.report false --trainer.accelerator cpu
  --trainer.precision 32-true --data.batch_size 16 --model.queue_size 64 --model.width 0.125
  --optim.warmup_epochs 0 --run.knn_every 0 --trainer.log_every_n_steps 10"
 train=${train//$'\n'/}

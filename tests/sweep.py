@@ -36,6 +36,7 @@ SETTINGS = [
     *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--run.knn_every", "0"),
     *("--trainer.max_steps", "2", "--trainer.log_every_n_steps", "1"),
     *("--run.checkpoint_every", "1", "--run.keep_checkpoints", "9"),
+    *("--run.report", "false"),
 ]
 
 

@@ -50,6 +50,7 @@ COMMON = [
     *("--data.image_size", "16", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"),
     *("--trainer.log_every_n_steps", "1", "--run.knn_every", "1", "--run.knn_k", "5"),
     *("--run.checkpoint_every", "4", "--optim.schedule", "plateau"),
+    *("--run.report", "false"),
 ]
 
 
