@@ -216,7 +216,7 @@ class MoCo(pl.LightningModule):
 
         A graph always computes them: one for the steps without would be compiled apart.
         """
-        self.loss_sum += loss
+        self.loss_sum.add_(loss)
         if not (torch.compiler.is_compiling() or self.wants_metrics):
             return
         top1, top5 = contrast_accuracy(logits)
