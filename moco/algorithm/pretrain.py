@@ -133,6 +133,8 @@ class MoCo(pl.LightningModule):
             queue.enqueue(key)  # after all losses: no key may be its own query's negative
         loss = torch.stack(losses).sum() * self.loss_scale
         self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
+        if self.accumulate == 1:  # inductor takes a product with 1 for the loss that is noted, and
+            return loss  # returns that one, which has no gradient (torch 2.14.1)
         return loss * self.batch_weight(batch_idx)
 
     @property

@@ -123,6 +123,13 @@ def test_one_graph_computes_what_the_plain_step_does(case):
     assert COUNTERS["stats"]["unique_graphs"] == 1 and not COUNTERS["graph_break"]
 
 
+def test_the_loss_is_returned_as_it_is_noted():
+    """Inductor removes a product with 1, and would return the noted loss, without a gradient."""
+    module = make_module()
+    loss = module.training_step(make_batches(make_views(16, steps=1), 1, 0, True, False)[0], 0)
+    assert loss.data_ptr() == module.metrics["train/loss"].data_ptr() and loss.requires_grad
+
+
 @pytest.mark.parametrize("words", [[], ["--model.symmetric", "sum"]])
 def test_launches_outside_graphs(words):
     """The shipped recipe on a narrow network, whose launches are as many as those of the wide."""
