@@ -33,6 +33,7 @@ GROWTH = "tests/images/test_growth.py"
 FREEZE = "tests/training/test_continue.py"
 REFERENCES = "tests/evaluation/test_references.py"
 VERDICT = "tests/evaluation/test_verdict.py"
+GRAPH = "tests/training/test_one_graph.py"
 RESUME = "tests/training/test_resume.py"
 
 # (file below moco/, text that stands there once, what it becomes, tests that must notice)
@@ -45,6 +46,9 @@ BREAKS = [
         STEP,
     ),
     ("algorithm/pretrain.py", "1 - momentum", "momentum", STEP),
+    ("algorithm/pretrain.py", "self.share.fill_(self.key_share())", "pass", GRAPH),
+    ("training/captured.py", "rate.fill_(number)", "rate", GRAPH),
+    ("training/captured.py", "module.optimizer_zero_grad = ", "module.nothing = ", GRAPH),
     ("algorithm/pretrain.py", "if batch_idx % self.accumulate == 0:", "if True:", STEP),
     ("algorithm/pretrain.py", "own = local_rows(key, count)", "own = key[:count]", STEP),
     (
@@ -89,8 +93,8 @@ BREAKS = [
     ("algorithm/contrast.py", "return self.keys.clone()", "return self.keys", CONTRAST),
     (
         "algorithm/contrast.py",
-        "self.num_enqueued += count",
-        "self.num_enqueued += count + 1",
+        "self.num_enqueued.add_(count)",
+        "self.num_enqueued.add_(count + 1)",
         CONTRAST,
     ),
     ("algorithm/contrast.py", "if count > size:", "if count > size + 1:", CONTRAST),

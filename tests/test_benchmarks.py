@@ -1,6 +1,7 @@
 """The benchmarks: the harness's arithmetic and records, and every script in its smallest size."""
 
 import json
+import subprocess
 from argparse import Namespace
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from embedding import write_features
 from processes import ROOT, finish, start
 
-from benchmarks import harness
+from benchmarks import gpu, harness, loop, views
 from benchmarks.harness import Row
 
 
@@ -170,6 +171,44 @@ def test_views(tmp_path):
     assert last["v2"].keys() == {"torchvision v2", "PIL", "ours"}
     assert last["v2"]["ours"]["against"]["torchvision v2"]["target"] == 5
     assert rates_are_positive(last["v1"]) and record["threads"] == 1
+
+
+def test_our_views_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["--ours", "--rounds", "1", "--images", "8", "--batch", "4", "--recipes", "v2"]
+    found = views.main([*words, "--json", str(tmp_path / "record.json")])["results"]
+    assert found["v2"].keys() == {"ours"} and rates_are_positive(found["v2"])
+
+
+def test_without_a_gpu_it_is_said_what_would_run(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--cifar", "some/folder"]) == 2
+    out, err = capsys.readouterr()
+    told = [line.split("  would run: ") for line in out.splitlines()]
+    parts = list(dict.fromkeys(name.split(",")[0].strip() for name, _ in told))
+    assert tuple(parts) == gpu.PARTS and "all parts skipped" in err
+    assert (
+        sum(words.startswith("python benchmarks/loop.py --case resnet18") for _, words in told) == 3
+    )
+    assert all((gpu.ROOT / path).is_file() for path in gpu.TESTS)
+
+
+def test_a_part_is_ended_in_time_and_skipped_without_its_images(tmp_path, monkeypatch, capsys):
+    def too_long(words, timeout, **_):
+        assert timeout <= 480
+        raise subprocess.TimeoutExpired(words, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", too_long)
+    words = ["--without-gpu", "--json", str(tmp_path / "record.json"), "--only", "tests,epochs"]
+    assert gpu.main(words) == 0
+    found = json.loads((tmp_path / "record.json").read_text())["results"]
+    assert "not over" in found["tests"]["failed"] and "--cifar" in found["epochs"]["failed"]
+
+
+def test_the_case_of_the_shipped_recipe_is_that_recipe():
+    config = loop.settings(Namespace(case="resnet18", feed=""), [])
+    assert (config.model.head, config.model.query_bn) == ("linear", "split")
+    assert config.data.views == "cifar" and config.optim.weight_decay == 5e-4
 
 
 def test_shared(tmp_path):

@@ -110,7 +110,7 @@ class KeyQueue(nn.Module):
             raise ValueError(f"enqueue of {count} keys into a queue of {size}: raise queue_size")
         rows = (self.num_enqueued + torch.arange(count, device=keys.device)) % size
         self.keys.index_copy_(0, rows, keys.to(self.keys.dtype))
-        self.num_enqueued += count
+        self.num_enqueued.add_(count)
 
     def fill(self) -> Tensor:
         """Return the share of the queue that holds real keys, 0 to 1."""

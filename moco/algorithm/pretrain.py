@@ -135,6 +135,8 @@ class MoCo(pl.LightningModule):
             queue.enqueue(key)  # after all losses: no key may be its own query's negative
         loss = torch.stack(losses).sum() * self.loss_scale
         self.take_note(loss.detach(), logits.detach(), queries[-1].detach())
+        if self.accumulate == 1:  # inductor takes a product with 1 for the loss that is noted, and
+            return loss  # returns that one, which has no gradient (torch 2.14.1)
         return loss * self.batch_weight(batch_idx)
 
     @property
@@ -218,7 +220,7 @@ class MoCo(pl.LightningModule):
 
         A graph always computes them: one for the steps without would be compiled apart.
         """
-        self.loss_sum += loss
+        self.loss_sum.add_(loss)
         if not (torch.compiler.is_compiling() or self.wants_metrics):
             return
         top1, top5 = contrast_accuracy(logits)

@@ -95,6 +95,11 @@ CASES = {
 }
 
 
+def places_of(module: MoCo) -> dict[str, int]:
+    """Where each parameter and buffer lies in memory."""
+    return {n: t.data_ptr() for n, t in [*module.named_parameters(), *module.named_buffers()]}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_one_graph_computes_what_the_plain_step_does(case):
     model, views = CASES[case]
@@ -102,7 +107,7 @@ def test_one_graph_computes_what_the_plain_step_does(case):
     for backend in ("", "aot_eager"):
         data = make_data(model.symmetric != "none", **views)
         module = make_module(model, optim=replace(OPTIM, schedule="cosine", schedule_per="step"))
-        names = list(module.state_dict())
+        places = places_of(module)
         if backend:
             data.in_graph = True
             module.compile_step(backend, in_fp64(data))
@@ -111,11 +116,18 @@ def test_one_graph_computes_what_the_plain_step_does(case):
             batches = [in_fp64(data)(i) for i in indices()]
         found.append(train(module, batches))
         states.append({**module.state_dict(), **module.metrics, "loss_sum": module.loss_sum})
-        assert list(module.state_dict()) == names
+        assert places_of(module) == places, "a captured graph would not see another place"
     assert found[0] == pytest.approx(found[1], abs=1e-9) and len(set(found[0])) == STEPS
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], atol=1e-9, rtol=1e-9, msg=name)
     assert COUNTERS["stats"]["unique_graphs"] == 1 and not COUNTERS["graph_break"]
+
+
+def test_the_loss_is_returned_as_it_is_noted():
+    """Inductor removes a product with 1, and would return the noted loss, without a gradient."""
+    module = make_module()
+    loss = module.training_step(make_batches(make_views(16, steps=1), 1, 0, True, False)[0], 0)
+    assert loss.data_ptr() == module.metrics["train/loss"].data_ptr() and loss.requires_grad
 
 
 @pytest.mark.parametrize("words", [[], ["--model.symmetric", "sum"]])
