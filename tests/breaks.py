@@ -30,6 +30,9 @@ RUN = "tests/training/test_run.py"
 EXTEND = "tests/training/test_extend.py"
 VERDICT = "tests/evaluation/test_verdict.py"
 RESUME = "tests/training/test_resume.py"
+STREAMS = "tests/images/test_streams.py"
+SHARDS = "tests/images/test_shards.py"
+STORES = "tests/images/test_stores.py"
 
 # (file below moco/, text that stands there once, what it becomes, tests that must notice)
 BREAKS = [
@@ -194,6 +197,21 @@ BREAKS = [
     ("evaluation/verdict.py", "drawn_variance * (1 + 1 / len(hits))", "0", VERDICT),
     ("evaluation/verdict.py", "<= FACTOR * self.ahead_error", "<= self.ahead_error", VERDICT),
     ("run_directory.py", "archive.testzip() is None", "True", "tests/test_run_directory.py"),
+    # shards
+    ("images/streams.py", "places - line.begin[piece]", "0 * places", STREAMS),
+    ("images/streams.py", "(begin[drawn] - cuts[0])", "begin[drawn]", STREAMS),
+    ("images/cache.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH", STORES),
+    ("images/cache.py", "uses[path] <= after", "uses[path] < 0", STORES),
+    ("images/stores.py", "if found != facts", "if found.size != facts.size", STORES),
+    ("images/shards.py", "len(content) < size", "not content", SHARDS),
+    (
+        "images/shards.py",
+        "if not shard.is_cached:\n            found",
+        "if 0:\n            found",
+        SHARDS,
+    ),
+    ("images/packing.py", "[images[row] for row in", "images or [images[row] for row in", SHARDS),
+    ("checks.py", 'if rest and "@" in rest', 'if "" and "@" in rest', STORES),
 ]
 
 

@@ -31,6 +31,8 @@ MAINS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export":
 MAINS["shards"] = "moco.command.shards"
 WORDS = {
     "SHARDS": "shards",
+    "FOLDER": "path",
+    "OUTPUT": "packed",
     "PATH": "path",
     "IMAGENET": "path",
     "RUN": "runs/done",
