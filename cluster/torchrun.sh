@@ -9,6 +9,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
+# Without this torchrun (2.14) waits in vain when a machine joins later or leaves.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1    # NCCL's flight recorder
 exec torchrun --nnodes "${NODES:-1:4}" --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:29400" --rdzv-id "${JOB:-moco}" \

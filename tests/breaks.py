@@ -35,6 +35,9 @@ REFERENCES = "tests/evaluation/test_references.py"
 VERDICT = "tests/evaluation/test_verdict.py"
 GRAPH = "tests/training/test_one_graph.py"
 RESUME = "tests/training/test_resume.py"
+STREAMS = "tests/images/test_streams.py"
+SHARDS = "tests/images/test_shards.py"
+STORES = "tests/images/test_stores.py"
 
 # (file below moco/, text that stands there once, what it becomes, tests that must notice)
 BREAKS = [
@@ -209,6 +212,21 @@ BREAKS = [
     ("evaluation/verdict.py", "(0.025, 0.975)", "(0.05, 0.95)", REFERENCES),
     ("evaluation/references.py", "repr(tuple(image.shape)).encode()", "bytes()", REFERENCES),
     ("run_directory.py", "archive.testzip() is None", "True", "tests/test_run_directory.py"),
+    # shards
+    ("images/streams.py", "places - line.begin[piece]", "0 * places", STREAMS),
+    ("images/streams.py", "(begin[drawn] - cuts[0])", "begin[drawn]", STREAMS),
+    ("images/cache.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH", STORES),
+    ("images/cache.py", "uses[path] <= after", "uses[path] < 0", STORES),
+    ("images/stores.py", "if found != facts", "if found.size != facts.size", STORES),
+    ("images/shards.py", "len(content) < size", "not content", SHARDS),
+    (
+        "images/shards.py",
+        "if not shard.is_cached:\n            found",
+        "if 0:\n            found",
+        SHARDS,
+    ),
+    ("images/packing.py", "[images[row] for row in", "images or [images[row] for row in", SHARDS),
+    ("checks.py", 'if rest and "@" in rest', 'if "" and "@" in rest', STORES),
 ]
 
 

@@ -12,7 +12,7 @@ import torch
 from embedding import write_features
 from processes import ROOT, finish, start
 
-from benchmarks import gpu, harness, loop, views
+from benchmarks import gpu, harness, loop, traffic, views
 from benchmarks.harness import Row
 
 
@@ -236,6 +236,21 @@ def test_reference_chains_follow_the_recipe():
             view = chain(given)
             assert view.shape == (3, 32, 32) and view.dtype == torch.float32
             assert view.min() >= -2.001 and view.max() <= 2.001
+
+
+def test_traffic(tmp_path):
+    options = ["--rounds", "1", "--worlds", "2", "--images", "8", "--width", "16"]
+    last, _ = run("traffic", tmp_path, *options)
+    found = last["gloo"]["2"]
+    assert found["measured_ms"] > 0 and found["predicted_ms"] > found["compute_ms"]
+
+
+def test_the_model_of_a_step_counts_what_each_collective_moves():
+    step = traffic.Step(images=32, compute=0.1, parameters=1000, embedding=128, cut=300)
+    moved = step.traffic(8)
+    assert moved == {"gradients": 7000, "keys": 7 * 32 * 128 * 4, "cuts": 7 / 8 * 32 * 300}
+    waits = 4 * 3 * 1e-3  # the ring of gradients has two ways, and 8 ranks are three doublings
+    assert step.seconds(8, 1e6, 1e-3) == pytest.approx(0.1 + waits + sum(moved.values()) / 1e6)
 
 
 def test_streams(tmp_path):

@@ -18,7 +18,7 @@ from moco.config import RunError, UserError
 from moco.images.cache import Cache, Shard
 from moco.images.streams import Order
 
-DOWNLOADS = 8  # at a time
+DOWNLOADS = 16  # at a time
 
 
 class Ahead:

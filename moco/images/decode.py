@@ -280,8 +280,8 @@ class _Array:
     def __init__(self, path: str, file: str | io.BytesIO, channels: int) -> None:
         self.path, self.file, self.channels = path, file, channels
         # A file is mapped, which also fails when it is shorter than its header says.
-        view = np.lib.format.open_memmap(file) if isinstance(file, str) else self._load()
-        view = self._bands_first(view)
+        mapped = isinstance(file, str) and np.lib.format.open_memmap(file, mode="r")
+        view = self._bands_first(self._load() if mapped is False else mapped)
         self.bands, self.height, self.width = view.shape
         self.dtype = view.dtype
 

@@ -262,7 +262,7 @@ class StepLoader:
         return self.data.steps_per_epoch
 
     def __iter__(self) -> Iterator[Indices]:
-        batches = self._batches(*divmod(self.position(), len(self)))
+        batches = self._batches(*self._place())
         if self.data.streams:
             batches = self._streamed(batches)
         while True:
@@ -272,6 +272,10 @@ class StepLoader:
             if batch is None:
                 return
             yield batch
+
+    def _place(self) -> tuple[int, int]:
+        """Return the epoch in which the run stands, and its next batch there."""
+        return divmod(self.position(), len(self))
 
     def _batches(self, epoch: int, start: int) -> Iterator[Indices]:
         """Slice the epoch's order into global batches."""
@@ -333,8 +337,7 @@ class StepLoader:
             self._ahead.close()
         count = data.config.batch_size // distributed.world_size()
         rows = range(machine[0] * count, (machine[-1] + 1) * count)
-        epoch, number = divmod(self.position(), len(self))
-        self._ahead = Ahead(data.order, paths.shards, paths.cache, rows, epoch, number)
+        self._ahead = Ahead(data.order, paths.shards, paths.cache, rows, *self._place())
         self._ahead.start()
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from moco.images.bad_files import without_bad
 from moco.images.decode import BadImage
 from moco.images.formats import shown
 from moco.images.sources import ImageSource
-from moco.images.values import sample
+from moco.images.values import FILES, sample
 
 log = logging.getLogger("moco")
 FILES_PER_TASK = 256
@@ -141,7 +141,7 @@ def _load(source: ImageSource, images: Tensor, start: int) -> list[tuple[int, st
     return bad
 
 
-def estimate_bytes(source: ImageSource) -> tuple[int, list[tuple[int, int]]]:
+def estimate_bytes(source: ImageSource, samples: int = FILES) -> tuple[int, list[tuple[int, int]]]:
     """Estimate the bytes of all images decoded, from the headers of some.
 
     Returns:
@@ -150,7 +150,7 @@ def estimate_bytes(source: ImageSource) -> tuple[int, list[tuple[int, int]]]:
     if source.images is not None:
         return source.images.nbytes, [tuple(source.images.shape[2:])]
     sizes = []
-    for index in sample(len(source)):
+    for index in sample(len(source), samples):
         with contextlib.suppress(BadImage):
             header = source.header(index)
             sizes.append((header.height, header.width))

@@ -80,9 +80,9 @@ def look(paths: Sequence[str], channels: int, reading: Reading, with_values: boo
     return seen
 
 
-def sample(total: int) -> list[int]:
+def sample(total: int, most: int = FILES) -> list[int]:
     """Return which images of a set are looked at: some, evenly spread."""
-    count = min(FILES, total)
+    count = min(most, total)
     return [number * total // count for number in range(count)]
 
 
