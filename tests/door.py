@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 
 import numpy as np
 from runs import assert_same_end
+from steps import as_rank
 
 import moco
 
@@ -31,3 +34,12 @@ def assert_resumes(images, run_dir="run", step=2, **given):
     run = moco.pretrain(images, resume=checkpoint, **given)
     assert run.metrics["steps"] == 6
     assert_same_end(run_dir, "again")
+
+
+def pretrain_on_rank(folder: str, **given: object) -> tuple[dict, bool]:
+    """Train, or go on, as the script of one rank of several; return the results."""
+    as_rank()
+    os.chdir(folder)
+    multiprocessing.current_process()._config["daemon"] = False  # so that it may have workers
+    run = moco.pretrain(PIXELS, **given)
+    return run.metrics, run.encoder is not None

@@ -21,13 +21,14 @@ from pictures import write_pictures
 from PIL import Image
 from test_architecture import WINGS
 
-from moco.command import cli
+from moco.command import cli, train
 from moco.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MAINS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export": "export"}
+<<<<<<< HEAD
 MAINS |= {name: f"moco.command.{name}" for name in ("embed", "search", "select")}
 MAINS |= {name: f"moco.command.{name}" for name in ("report", "views", "replay")}
 MAINS["shards"] = "moco.command.shards"
@@ -46,7 +47,17 @@ TINY = [
     *("--model.queue_size", "32", "--model.bn_splits", "2", "--data.batch_size", "16"),
     *("--data.image_size", "16", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
     *("--trainer.precision", "32-true", "--run.report", "false"),
+=======
+MAINS["recipes"] = "moco.command.recipe_list"
+WORDS = {"PATH": "path", "IMAGENET": "path", "RUN": "runs/done", "FILE": "file.safetensors"}
+SMALL = ["--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"]
+SHORT = [
+    *("--model.queue_size", "32", "--model.bn_splits", "2", "--data.batch_size", "16"),
+    *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
+    *("--trainer.precision", "32-true"),
+>>>>>>> door
 ]
+TINY = [*SMALL, *SHORT, "--data.image_size", "16"]
 # What RUN and FILE hold: a network that every format of export takes.
 NETWORK = [
     *("--model.backbone", "resnet18", "--model.stem", "imagenet", "--model.width", "1"),
@@ -172,18 +183,30 @@ def stop(*_, **__):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_tells_to_run_runs(page, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
+    names = {"images": torch.rand(2, 3, 32, 32), "picture": Image.new("RGB", (40, 50))}
     for language, code in steps(page):
         try:
-            run_python(code) if language == "python" else run_command(code)
+            run_python(code, names) if language == "python" else run_command(code)
         except BaseException as error:
             error.add_note(f"{page.name}: {code}")
             raise
 
 
-def run_python(block):
+def run_python(block, names):
+    """Run a block; later ones of its page see its names."""
     for word, file in WORDS.items():
         block = re.sub(rf'"{word}\b', f'"{file}', block)
-    exec(block, {"images": torch.rand(2, 3, 32, 32), "picture": Image.new("RGB", (40, 50))})
+    settle = train.settle
+
+    def shortened(words, has_module=False):
+        # A resumed run keeps its settings, a module has its own network, and views their own size.
+        network = [] if has_module else SMALL
+        resumed = any(word.startswith("--resume") for word in words)
+        return settle([*words, *([] if resumed else [*network, *SHORT])], has_module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "settle", shortened)
+        exec(block, names)
 
 
 @functools.cache
@@ -234,6 +257,8 @@ def assert_known_to_pip(words):
     listed = set(re.findall(r"^[A-Za-z][\w-]*", "\n".join(map(text, files)), re.M))
     if words[1] == "-r":
         assert (ROOT / words[2]) in files
+        return
+    if words[1:] == ["."]:
         return
     names = words[1 : words.index("--index-url")] if "--index-url" in words else words[1:]
     assert set(names) <= listed

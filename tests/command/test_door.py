@@ -1,14 +1,19 @@
 """The door for Python: every kind of images trains, and resumes to the same bits."""
 
+import signal
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from door import PIXELS, STREAMED, TINY, assert_resumes, pretrain
 from PIL import Image
-from runs import load
+from runs import assert_same_end, load
 from torch.utils.data import Dataset, IterableDataset
+from tqdm import tqdm
 
 import moco
 from moco.config import DataConfig
@@ -190,3 +195,31 @@ def test_loggers_get_the_metrics(in_tmp):
     assert run.metrics["steps"] == 6
     assert "train/loss" in Path("own/lightning_logs/version_0/metrics.csv").read_text()
     assert "train/loss" in Path("run/metrics.csv").read_text()
+
+
+class Interrupts(pl.Callback):
+    """Press Ctrl-C in the second step."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(in_tmp):
+    pretrain(PIXELS, "whole")
+    with pytest.raises(KeyboardInterrupt, match="go on with resume='run'"):
+        pretrain(PIXELS, callbacks=[Interrupts()])
+    assert load("run/checkpoints/last.ckpt")["global_step"] == 2
+    assert moco.pretrain(PIXELS, resume="run").metrics["steps"] == 6
+    assert_same_end("whole", "run")
+
+
+def test_a_notebook_has_a_bar(in_tmp, monkeypatch, capsys):
+    class ZMQInteractiveShell:
+        """What IPython has in a kernel."""
+
+    kernel = types.SimpleNamespace(get_ipython=ZMQInteractiveShell)
+    monkeypatch.setitem(sys.modules, "IPython", kernel)
+    monkeypatch.setattr("tqdm.auto.tqdm", tqdm)
+    pretrain(PIXELS)
+    assert "100%|" in capsys.readouterr().err

@@ -2,14 +2,16 @@
 
 import random
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from door import PIXELS, STREAMED, TINY, assert_resumes, pretrain
+from door import PIXELS, STREAMED, TINY, assert_resumes, pretrain, pretrain_on_rank
 from PIL import Image
-from runs import load, same
+from runs import assert_same_end, load, same
 from torch import nn
 from torchvision.transforms import v2
 
@@ -285,3 +287,63 @@ def test_a_table_pairs_images(images, said):
     pretrain(images, pairs="pairs.csv", **{"trainer.max_steps": 1})
     line = next(line for line in said if line.startswith("pairs: "))
     assert re.match("pairs: 30 of 48 images have a partner, in 10 groups", line)
+
+
+def test_two_ranks_resume_own_parts_to_the_same_bits(two_ranks, tmp_path):
+    parts = {"views": jittered, "backbone": module(Maps), "pairs": half}
+    names = ("model.backbone", "model.stem", "model.width")
+    settings = {name: value for name, value in TINY.items() if name not in names}
+    settings |= {"data.num_workers": 1, "model.key_bn": "shuffle"}
+    run = two_ranks.run(partial(on_rank, settings, parts), str(tmp_path))
+    assert run[0][0]["steps"] == 6 and run[1] == ({}, False)
+    shutil.copytree("run", "again")
+    again = {"resume": "again/checkpoints/step_000000002.ckpt", "data.num_workers": 0}
+    two_ranks.run(partial(on_rank, again, parts), str(tmp_path))
+    assert_same_end("run", "again")
+
+
+def half(place):
+    """Pair neighbours."""
+    return place // 2
+
+
+def on_rank(settings, parts, folder):
+    given = settings if "resume" in settings else {"dir": "run", **settings}
+    return pretrain_on_rank(folder, **given, **parts)
+
+
+def test_partners_are_others_of_the_group_and_change_from_epoch_to_epoch():
+    from moco.images.pairs import Partners
+
+    groups = torch.tensor([2, 0, 1, 0, 2, 2, 2, 3])
+    partners, index = Partners(groups, seed=1), torch.arange(8)
+    found = [partners(epoch, index) for epoch in range(64)]
+    assert all(groups[each].equal(groups) for each in found)
+    alone = torch.tensor([False, False, True, False, False, False, False, True])
+    assert all((each == index).equal(alone) for each in found), "only those alone are their own"
+    assert {int(each[0]) for each in found} == {4, 5, 6}, "each of the group is drawn"
+    assert partners(3, index.flip(0)).flip(0).equal(found[3])
+
+
+@pytest.mark.parametrize("resident", ["memory", "off"])
+def test_the_second_view_is_cut_from_the_partner(resident):
+    from moco.config import DataConfig
+    from moco.images.loader import Indices, PretrainData
+
+    levels = np.arange(0, 240, 5, dtype=np.uint8)[:, None, None].repeat(20, 1).repeat(20, 2)
+    plain = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "mean": [0.0], "std": [1.0]}
+    config = DataConfig(
+        dataset="own", channels=1, image_size=16, batch_size=48, pairs="own", resident=resident,
+        num_workers=0, **plain,
+    )  # fmt: skip
+    images = levels if resident == "memory" else list(levels)
+    data = PretrainData(config, 0, False, False, images, naming=half)
+    data.prepare(torch.device("cpu"))
+    index = torch.arange(48).flip(0)
+    crops = None
+    if resident == "off":
+        crops, _ = data.cuts().__getitems__((0, index.numpy()))
+    batch = data.on_after_batch_transfer(Indices(0, 0, index, crops), 0)
+    query, key = (view[:, 0, 0, 0].mul(51).round().int() for view in
+                  (batch.query_views[0], batch.key_views[0]))  # fmt: skip
+    assert query.equal(index.int()) and key.equal(index.int() ^ 1)
