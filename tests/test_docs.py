@@ -28,10 +28,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MAINS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export": "export"}
-<<<<<<< HEAD
-MAINS |= {name: f"moco.command.{name}" for name in ("embed", "search", "select")}
-MAINS |= {name: f"moco.command.{name}" for name in ("report", "views", "replay")}
-MAINS["shards"] = "moco.command.shards"
+MAINS |= {name: f"moco.command.{name}" for name in ("embed", "search", "select", "quality")}
+MAINS |= {name: f"moco.command.{name}" for name in ("report", "views", "replay", "shards")}
+MAINS["recipes"] = "moco.command.recipe_list"
 WORDS = {
     "SHARDS": "shards",
     "FOLDER": "path",
@@ -42,20 +41,11 @@ WORDS = {
     "FILE": "file.safetensors",
     "IMAGE": "path/test/a/000.png",
 }
-TINY = [
-    *("--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"),
-    *("--model.queue_size", "32", "--model.bn_splits", "2", "--data.batch_size", "16"),
-    *("--data.image_size", "16", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
-    *("--trainer.precision", "32-true", "--run.report", "false"),
-=======
-MAINS["recipes"] = "moco.command.recipe_list"
-WORDS = {"PATH": "path", "IMAGENET": "path", "RUN": "runs/done", "FILE": "file.safetensors"}
 SMALL = ["--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"]
 SHORT = [
     *("--model.queue_size", "32", "--model.bn_splits", "2", "--data.batch_size", "16"),
     *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
-    *("--trainer.precision", "32-true"),
->>>>>>> door
+    *("--trainer.precision", "32-true", "--run.report", "false"),
 ]
 TINY = [*SMALL, *SHORT, "--data.image_size", "16"]
 # What RUN and FILE hold: a network that every format of export takes.
