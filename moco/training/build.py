@@ -313,7 +313,8 @@ def open_labelled(
 
 def _test_images(config: TrainConfig, data: PretrainData) -> ImageSource | None:
     """Open the test split of a set without labels; None where there is none, or nothing is read."""
-    return sources.open_source(data.config, "test") if config.run.knn_every else None
+    is_read = config.run.knn_every and data.config.dataset != "own"
+    return sources.open_source(data.config, "test") if is_read else None
 
 
 def _open_own_labelled(data: DataConfig, root: str) -> tuple[ImageSource, ImageSource]:
