@@ -89,11 +89,16 @@ class KeyQueue(nn.Module):
         super().__init__()
         keys = functional.normalize(torch.randn(size, dim, generator=generator), dim=1)
         self.register_buffer("keys", keys)
+        self.register_buffer("taken", keys.clone(), persistent=False)
         self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.long))
 
     def snapshot(self) -> Tensor:
-        """Return a copy of the keys, K x C, for keys are enqueued before the backward pass runs."""
-        return self.keys.clone()
+        """Return a copy of the keys, K x C, for keys are enqueued before the backward pass runs.
+
+        Inductor's backward pass would copy them again, and see the new ones: a graph is given
+        `taken`, a copy that was made before it.
+        """
+        return self.taken if torch.compiler.is_compiling() else self.keys.clone()
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

@@ -114,7 +114,13 @@ class MoCo(pl.LightningModule):
             dynamic=False,
             backend=backend,
         )
-        self.training_step = lambda images, batch_idx: graph(images)
+
+        def training_step(images: Any, batch_idx: int) -> Tensor:
+            for queue in self.queues:
+                queue.taken.copy_(queue.keys)
+            return graph(images)
+
+        self.training_step = training_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take one step of Algorithm 1 on one pair of views or, if symmetric, on two."""
