@@ -7,7 +7,7 @@ import os
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco import distributed
 from moco.algorithm.batch import Batch
@@ -23,7 +23,11 @@ OPTIM = OptimConfig(lr=0.01, schedule="constant", weight_decay=1e-3)
 
 
 def make_module(
-    model: ModelConfig = MODEL, seed: int = 0, optim: OptimConfig = OPTIM, chunks: int = 1
+    model: ModelConfig = MODEL,
+    seed: int = 0,
+    optim: OptimConfig = OPTIM,
+    chunks: int = 1,
+    backbone: nn.Module | None = None,
 ) -> MoCo:
     """Build a small module in fp64, as the views are.
 
@@ -31,7 +35,8 @@ def make_module(
     the CPU.
     """
     pl.seed_everything(seed, verbose=False)
-    return MoCo(model, optim, channels=3, image_size=SIZE, seed=seed, chunks=chunks).double()
+    size = {"channels": 3, "image_size": SIZE}
+    return MoCo(model, optim, **size, seed=seed, chunks=chunks, backbone=backbone).double()
 
 
 def make_views(count: int, seed: int = 0, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
