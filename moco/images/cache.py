@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import math
 import os
 import re
@@ -29,7 +30,7 @@ from moco.images.stores import Facts, check_unchanged, download, is_remote
 PART = ".part"
 _FILE = re.compile(r"[0-9a-f]{24}-\d+(\.raw)?(\.part)?")
 _SLOTS = 256  # locks; two shards that share one only wait for each other
-_POLL_S = 0.05
+_POLL_S, _POLLS = 0.05, 200  # between looks for room, and looks until parts may be left ones
 
 
 class Shard(NamedTuple):
@@ -85,10 +86,9 @@ class Cache:
             os.utime(path)  # it was used now
         if path.exists():
             return path
-        self._check_writable()
+        self._wait_for_room(shard)  # without the lock, for which those wait who have room
         with self._locked(f"{int(shard.name[:8], 16) % _SLOTS:02x}.lock"):
             if not path.exists():
-                self._wait_for_room(shard)
                 self._fetch(shard)
         return path
 
@@ -116,6 +116,7 @@ class Cache:
             part.unlink(missing_ok=True)
 
     def _wait_for_room(self, shard: Shard) -> None:
+        polls = itertools.count(1)
         while not self.make_room(shard):
             if not any(path.suffix == PART for path in self._files()):
                 raise RunError(
@@ -123,6 +124,8 @@ class Cache:
                     f"{self.limit / 2**30:.3g}: raise it, or make smaller shards",
                     local=True,
                 )
+            if next(polls) % _POLLS == 0:
+                self.tidy()  # one of them may have been killed
             time.sleep(_POLL_S)  # what others are fetching can make room when it has come
 
     def make_room(
