@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import math
 import os
 import re
@@ -20,16 +21,17 @@ from array import array
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moco.config import RunError, UserError
+from moco.images.formats import one_line
 from moco.images.shard_index import image_column, parquet_package
 from moco.images.stores import Facts, check_unchanged, download, is_remote
 
 PART = ".part"
 _FILE = re.compile(r"[0-9a-f]{24}-\d+(\.raw)?(\.part)?")
 _SLOTS = 256  # locks; two shards that share one only wait for each other
-_POLL_S = 0.05
+_POLL_S, _POLLS = 0.05, 200  # between looks for room, and looks until parts may be left ones
 
 
 class Shard(NamedTuple):
@@ -85,10 +87,9 @@ class Cache:
             os.utime(path)  # it was used now
         if path.exists():
             return path
-        self._check_writable()
+        self._wait_for_room(shard)  # without the lock, for which those wait who have room
         with self._locked(f"{int(shard.name[:8], 16) % _SLOTS:02x}.lock"):
             if not path.exists():
-                self._wait_for_room(shard)
                 self._fetch(shard)
         return path
 
@@ -116,6 +117,7 @@ class Cache:
             part.unlink(missing_ok=True)
 
     def _wait_for_room(self, shard: Shard) -> None:
+        polls = itertools.count(1)
         while not self.make_room(shard):
             if not any(path.suffix == PART for path in self._files()):
                 raise RunError(
@@ -123,6 +125,8 @@ class Cache:
                     f"{self.limit / 2**30:.3g}: raise it, or make smaller shards",
                     local=True,
                 )
+            if next(polls) % _POLLS == 0:
+                self.tidy()  # one of them may have been killed
             time.sleep(_POLL_S)  # what others are fetching can make room when it has come
 
     def make_room(
@@ -235,31 +239,38 @@ def _check_room(error: OSError, folder: Path, shard: Shard) -> None:
 
 
 def _copy(shard: Shard, target: Path) -> None:
+    """Bring a shard's file to `target`, Parquet as plain images.
+
+    Raises:
+        RunError: It cannot be fetched or read.
+        OSError: It cannot be written.
+    """
     if not shard.is_parquet:
         download(shard.address, target, shard.facts)
     elif is_remote(shard.address):
         raw = target.with_name(f"{target.stem}.raw{PART}")
         try:
             download(shard.address, raw, shard.facts)
-            _unpack(str(raw), target)
+            _unpack(str(raw), target, shard.address)
         finally:
             raw.unlink(missing_ok=True)
     else:
         check_unchanged(shard.address, shard.facts)
-        _unpack(shard.address, target)
+        _unpack(shard.address, target, shard.address)
 
 
-def _unpack(source: str, target: Path) -> None:
+def _unpack(source: str, target: Path, name: str) -> None:
     """Write the images of a Parquet file one behind the other, after a table of their places.
 
     The table is int64: their number, and where each begins and the last one ends.
     """
     table = parquet_package().ParquetFile(source)
-    column = image_column(table.schema_arrow, source)
+    column = image_column(table.schema_arrow, name)
     places = array("q", [8 * (table.metadata.num_rows + 2)])  # after the number and the table
+    batches = table.iter_batches(64, columns=[column])
     with open(target, "wb") as file:
         file.seek(places[0])
-        for batch in table.iter_batches(64, columns=[column]):
+        while (batch := _next(batches, name)) is not None:
             values = batch.column(0)
             for value in values.field("bytes") if column.endswith(".bytes") else values:
                 content = value.as_py() or b""
@@ -267,3 +278,12 @@ def _unpack(source: str, target: Path) -> None:
                 places.append(places[-1] + len(content))
         file.seek(0)
         file.write(array("q", [len(places) - 1]).tobytes() + places.tobytes())
+
+
+def _next(batches: Iterator[Any], name: str) -> Any:
+    """Return the next rows of a Parquet file, or None; raise RunError where they are damaged."""
+    try:
+        return next(batches, None)
+    except (ValueError, OSError) as error:  # of pyarrow
+        reason = one_line(str(error))
+        raise RunError(f"{name} is damaged: {reason}: put a whole one there", local=True) from None

@@ -25,12 +25,12 @@ from moco.images.dicom import DicomImage, split_frame
 from moco.images.formats import (
     DICOM,
     TIFF,
+    BadImage,
     Member,
     extension,
     needed,
     one_line,
     pillow_formats,
-    shown,
 )
 from moco.images.scaling import PLAIN, Reading, to_uint8
 from moco.images.tiff import TiffImage, pillow_reads_it
@@ -40,17 +40,6 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _ORIENTATION = 0x0112
 _METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where it may stand
-
-
-class BadImage(ValueError):
-    """A file that does not become an image of the wanted channels; has `path` and `reason`."""
-
-    def __init__(self, path: str, reason: str = "") -> None:
-        super().__init__(path, reason)  # both, so that it survives pickling between processes
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{shown(self.path)}: {self.reason}"
 
 
 class Header(NamedTuple):
@@ -174,7 +163,7 @@ def _reader(path: str, file: str | io.BytesIO, channels: int, reading: Reading) 
     """Return what reads a file of this ending and content; `path` is its name."""
     ending = extension(split_frame(path)[0])
     if ending == ".npy":
-        return _Array(path, file, channels)
+        return _Array(path, channels)
     if package := needed(ending):
         raise BadImage(path, f"cannot be read here: pip install {package}")
     if ending in DICOM:
@@ -195,7 +184,7 @@ def _reader(path: str, file: str | io.BytesIO, channels: int, reading: Reading) 
         if file is path:
             image.close()
         return TiffImage(file, channels)
-    return _Picture(path, file, image, channels, reading)
+    return _Picture(path, image, channels, reading)
 
 
 class _Picture:
@@ -203,9 +192,8 @@ class _Picture:
 
     inverted = False
 
-    def __init__(self, path: str, file: Any, image: Any, channels: int, reading: Reading) -> None:
-        self.path, self.file, self.image = path, file, image
-        self.channels, self.reading = channels, reading
+    def __init__(self, path: str, image: Image.Image, channels: int, reading: Reading) -> None:
+        self.path, self.image, self.channels, self.reading = path, image, channels, reading
         self.height, self.width, bands = image.height, image.width, len(image.getbands())
         self.bands = channels if channels in (1, 3, 4) else bands  # Pillow converts
         # Of several bands Pillow cuts 16 bits to 8. A PPM names its own maximum.
@@ -268,7 +256,7 @@ class _Picture:
         except ImportError:
             reason = "has 16 bits a band, which Pillow cuts to 8: pip install imagecodecs"
             raise BadImage(self.path, reason) from None
-        values = png_decode(_content(self.file)).transpose(2, 0, 1)
+        values = png_decode(_content(self.path)).transpose(2, 0, 1)
         return values[:3] if self.channels in (1, 3) else values
 
 
@@ -277,11 +265,12 @@ class _Array:
 
     turned = inverted = False
 
-    def __init__(self, path: str, file: str | io.BytesIO, channels: int) -> None:
-        self.path, self.file, self.channels = path, file, channels
+    def __init__(self, path: str, channels: int) -> None:
+        self.path, self.channels = path, channels
         # A file is mapped, which also fails when it is shorter than its header says.
-        mapped = isinstance(file, str) and np.lib.format.open_memmap(file, mode="r")
-        view = self._bands_first(self._load() if mapped is False else mapped)
+        in_shard = isinstance(path, Member)
+        stored = self._load() if in_shard else np.lib.format.open_memmap(path, mode="r")
+        view = self._bands_first(stored)
         self.bands, self.height, self.width = view.shape
         self.dtype = view.dtype
 
@@ -295,7 +284,7 @@ class _Array:
         return self._bands_first(self._load())
 
     def _load(self) -> np.ndarray:
-        return np.load(io.BytesIO(_content(self.file)), allow_pickle=False)
+        return np.load(io.BytesIO(_content(self.path)), allow_pickle=False)
 
     def _bands_first(self, array: np.ndarray) -> np.ndarray:
         if array.ndim == 2:
@@ -308,8 +297,8 @@ class _Array:
         return array
 
 
-def _content(file: str | io.BytesIO) -> bytes:
-    return Path(file).read_bytes() if isinstance(file, str) else file.getvalue()
+def _content(path: str) -> bytes:
+    return path.content(True) if isinstance(path, Member) else Path(path).read_bytes()
 
 
 def fit_bands(path: str, pixels: np.ndarray, channels: int) -> np.ndarray:

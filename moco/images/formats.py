@@ -93,6 +93,17 @@ class Member(str):
         return member
 
 
+class BadImage(ValueError):
+    """A file that does not become an image of the wanted channels; has `path` and `reason`."""
+
+    def __init__(self, path: str, reason: str = "") -> None:
+        super().__init__(path, reason)  # both, so that it survives pickling between processes
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)}: {self.reason}"
+
+
 def shown(path: str) -> str:
     """Return a path as one printable line, whatever bytes its name holds."""
     return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))

@@ -22,8 +22,7 @@ import numpy as np
 
 from moco.config import DataConfig, RunError, UserError
 from moco.images.cache import Cache, Shard, cache_folder
-from moco.images.decode import BadImage
-from moco.images.formats import Member, one_line
+from moco.images.formats import BadImage, Member, one_line
 from moco.images.patterns import find_shards
 from moco.images.shard_index import Index, Members, read_parquet, read_tar
 from moco.images.stores import Facts, is_remote, look_up, look_up_all, read_file, read_range

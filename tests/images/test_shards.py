@@ -292,6 +292,18 @@ def test_what_is_no_shard_is_one_line(tmp_path, make, said):
         sources.open_source(DataConfig(dataset="shards", root=str(tmp_path / "x.tar")), "train")
 
 
+def test_damaged_parquet_is_one_line(tmp_path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    noise = np.random.default_rng(0).bytes
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [{"bytes": noise(2000)} for _ in range(50)]}), path)
+    content = bytearray(path.read_bytes())
+    content[4:2000] = bytes(1996)  # of the images, which the index does not read
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"x.parquet is damaged: .*: put a whole one there"):
+        sources.open_source(DataConfig(dataset="parquet", root=str(tmp_path)), "train")
+
+
 def test_other_shards_are_another_set(packed, tmp_path):
     def found(root):
         source = sources.open_source(DataConfig(dataset="shards", root=str(root)), "train")
