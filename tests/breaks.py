@@ -93,7 +93,7 @@ BREAKS = [
         CONTRAST,
     ),
     ("algorithm/contrast.py", "(rank < 5)", "(rank < 6)", CONTRAST),
-    ("algorithm/contrast.py", "return self.keys.clone()", "return self.keys", CONTRAST),
+    ("algorithm/contrast.py", "else self.keys.clone()", "else self.keys", CONTRAST),
     (
         "algorithm/contrast.py",
         "self.num_enqueued.add_(count)",
@@ -187,13 +187,13 @@ BREAKS = [
     # resuming and saving
     ("algorithm/pretrain.py", 'self.plateau.load_state_dict(checkpoint["plateau"])', "pass", RUN),
     (
-        "training/saving.py",
+        "training/writing.py",
         "os.replace(temporary, target)",
         "shutil.copyfile(temporary, target)",
         "tests/training/test_disk.py",
     ),
     (
-        "training/saving.py",
+        "training/writing.py",
         "torch.load(path, map_location=map_location, weights_only=True)",
         "torch.load(path, map_location=map_location, weights_only=weights_only)",
         "tests/training tests/test_security.py",
