@@ -12,7 +12,7 @@ from processes import ROOT
 from moco import __main__ as program
 
 SCRIPTS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export": "export"}
-OTHERS = {"embed", "search", "select", "report", "views", "replay", "shards", "quality", "recipes"}
+OTHERS = ("embed", "search", "select", "report", "views", "replay", "shards", "quality", "recipes")
 
 
 def run(monkeypatch, *words: str, program_name: str = "/x/moco/__main__.py") -> int:
