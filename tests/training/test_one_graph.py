@@ -123,6 +123,14 @@ def test_one_graph_computes_what_the_plain_step_does(case):
     assert COUNTERS["stats"]["unique_graphs"] == 1 and not COUNTERS["graph_break"]
 
 
+def test_runs_of_one_process_do_not_use_up_what_torch_compiles():
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(2):
+            module, data = make_module(), make_data(symmetric=False)
+            module.compile_step("eager", in_fp64(data))
+            assert module.training_step(indices()[0], 0).isfinite()
+
+
 def test_the_loss_is_returned_as_it_is_noted():
     """Inductor removes a product with 1, and would return the noted loss, without a gradient."""
     module = make_module()
