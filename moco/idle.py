@@ -165,8 +165,8 @@ OF_TRAINING: Rules = OF_DATA | {
     "run.knn_root": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.select": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.held_out": (
-        "this data set has a test split, or run.knn_every is 0",
-        lambda given: given["data.dataset"] in _ARRAYS or given["run.knn_every"] == 0,
+        "this data set has a test split, or run.knn_root is measured on",
+        lambda given: given["data.dataset"] in (*_ARRAYS, *_SHARDS) or given["run.knn_root"] != "",
     ),
     "run.knn_first": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.knn_bank": ("run.knn_every is 0", _is("run.knn_every", 0)),

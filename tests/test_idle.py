@@ -132,6 +132,13 @@ SEARCH = {
 }
 
 
+def test_images_are_set_aside_whether_or_not_they_are_read():
+    config = train_config(**{"data.dataset": "folder", "run.held_out": 9, "run.knn_every": 0})
+    assert "run.held_out" not in idle.idle_in_training(config)
+    for name, value in (("data.dataset", "shards"), ("run.knn_root", "x")):
+        assert "run.held_out (" in idle.idle_in_training(config.changed({name: value}))
+
+
 def train_config(**values):
     config = TrainConfig()
     for name, value in values.items():

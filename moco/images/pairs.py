@@ -122,9 +122,7 @@ def _names(source: ImageSource, config: DataConfig, own: Naming | None) -> list[
                 "data.pairs is own, a function of the user's: give it in Python, as in "
                 "moco.pretrain(images, pairs=function, resume=RUN)"
             )
-        places = range(len(source))
-        if source.items is not None:
-            places = map(source.items.place, places)
+        places = map(source.place, range(len(source)))
         return [_named(own, each) for each in source.paths or places]
     if not source.paths:
         raise UserError(

@@ -49,6 +49,7 @@ class ImageSource:
         channels: C of every image.
         reading: How files become uint8.
         items: What the images are read from where they are neither held nor files, else None.
+        places: Where these images stand in the array that they are part of; None for all of it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ImageSource:
     channels: int
     reading: Reading = PLAIN
     items: Items | None = None
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         if self.images is not None:
@@ -69,7 +71,13 @@ class ImageSource:
         """Return what an image is called: the path of a file, or its place."""
         if self.paths:
             return self.paths[index]
-        return self.items.name(index) if self.items is not None else f"image {index}"
+        return f"image {self.place(index)}" if self.items is None else self.items.name(index)
+
+    def place(self, index: int) -> int:
+        """Return where an image that is no file stands in what it was given in."""
+        if self.items is not None:
+            return self.items.place(index)
+        return index if self.places is None else int(self.places[index])
 
     @property
     def readers(self) -> int:
@@ -115,6 +123,7 @@ class ImageSource:
             images=None if self.images is None else self.images[rows.to(self.images.device)],
             paths=paths,
             items=None if self.items is None else self.items.rows(rows),
+            places=rows.cpu() if self.places is None else self.places[rows.cpu()],
             labels=None if self.labels is None else self.labels[rows],
         )
 

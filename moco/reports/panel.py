@@ -17,7 +17,7 @@ from torch import nn
 
 from moco.checkpoints.load import load_encoder
 from moco.config import DataConfig, UserError
-from moco.images import sources
+from moco.images import aside, sources
 from moco.images.formats import one_line, shown
 from moco.images.sources import ImageSource
 from moco.reports import charts, sights
@@ -110,6 +110,9 @@ def _open(facts: Facts, data: DataConfig) -> ImageSource:
     if (undecided := facts.config.undecided()) and undecided[0].startswith("data."):
         raise UserError(f"the run has not decided {undecided[0]}")
     source = sources.open_source(data, "train")
+    held_out = facts.decided.get("held_out")
+    held_out = held_out if isinstance(held_out, int) else None
+    source, _ = aside.part(source, data, facts.config.run, held_out)
     bad = facts.path / "bad_files.txt"
     if facts.decided.get("resident") == "streamed" or not source.paths or not bad.is_file():
         return source

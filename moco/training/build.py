@@ -29,7 +29,7 @@ from moco.images.loader import PretrainData
 from moco.images.sources import ImageSource
 from moco.run_directory import VERSION
 from moco.training.agreement import Agreement
-from moco.training.captured import CapturedStep, capturable
+from moco.training.captured import CapturedStep, capturable, comes_between
 from moco.training.clock import Clock
 from moco.training.cores import SharedCores
 from moco.training.decide import Decided
@@ -138,9 +138,18 @@ def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict
 
 
 def compile_parts(
-    config: TrainConfig, decided: Decided, module: MoCo, data: PretrainData
+    config: TrainConfig,
+    decided: Decided,
+    module: MoCo,
+    data: PretrainData,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> list[pl.Callback]:
     """Compile the step to one graph where it can be one, else its encoders, if at all.
+
+    Args:
+        config, decided: Of the run.
+        module, data: Its step and its views.
+        callbacks: Of the user's, one of which may come between backward pass and optimiser.
 
     Returns:
         The callback that captures the step, where that can be done too.
@@ -150,7 +159,8 @@ def compile_parts(
         module.compile_step(decided.compile, data.make_batch)
     elif decided.compile:
         module.compile_encoders(decided.compile)
-    return [CapturedStep()] if data.in_graph and capturable(config, decided) else []
+    captured = data.in_graph and capturable(config, decided)
+    return [CapturedStep()] if captured and not any(map(comes_between, callbacks)) else []
 
 
 def why_in_parts(config: TrainConfig, decided: Decided) -> str:
@@ -202,7 +212,7 @@ def assemble(
         own: Its loggers get the metrics too.
         held: Images that were set aside.
     """
-    usual = compile_parts(config, decided, module, data)
+    usual = compile_parts(config, decided, module, data, callbacks)
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)

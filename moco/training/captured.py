@@ -24,6 +24,13 @@ from moco.training.decide import Decided
 log = logging.getLogger("moco")
 WARM_UP = 3  # steps before the capture: they compile, choose kernels and fill the optimiser's state
 
+_BETWEEN = (
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+)
+
 
 def capturable(config: TrainConfig, decided: Decided) -> bool:
     """Tell whether a step that is one graph can be captured with its optimiser.
@@ -38,11 +45,20 @@ def capturable(config: TrainConfig, decided: Decided) -> bool:
     return decided.accelerator == "cuda" and is_plain and decided.precision != "16-mixed"
 
 
+def comes_between(callback: pl.Callback) -> bool:
+    """Tell whether a callback does something between backward pass and optimiser.
+
+    In a captured step it would come too late: gradients that it clips have moved the weights.
+    """
+    own = (getattr(getattr(callback, name), "__func__", None) for name in _BETWEEN)
+    return any(f is not getattr(pl.Callback, name) for f, name in zip(own, _BETWEEN, strict=True))
+
+
 class CapturedStep(pl.Callback):
     """Take some steps as they are, capture the next one, and replay it from then on.
 
-    What the callbacks see between backward pass and optimiser, they now see after both: gradients
-    and statistics are those of the step, and the weights are updated already.
+    What the run's own callbacks see between backward pass and optimiser, they now see after both:
+    gradients and statistics are those of the step, and the weights are updated already.
     Where the capture fails, nothing of the step was computed, and the run goes on without it.
     """
 

@@ -34,6 +34,7 @@ class Decided:
         min_value, max_value: What becomes black and white in files of more than 8 bits, one value
             or one per channel; empty where the images need none.
         is_open: Whether the clock has still to fix how long the run is (`moco.training.clock`).
+        held_out: Images that were set aside; None where a version has not noted it.
     """
 
     accelerator: str
@@ -49,6 +50,7 @@ class Decided:
     max_value: list[float] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     is_open: bool = False
+    held_out: int | None = None
 
     @property
     def world(self) -> int:
@@ -59,7 +61,7 @@ class Decided:
     def from_dict(cls, stored: Any) -> Decided | None:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
-        needed = known - {"query_bn", "min_value", "max_value", "settings", "is_open"}
+        needed = known - {"query_bn", "min_value", "max_value", "settings", "is_open", "held_out"}
         fits = isinstance(stored, dict) and needed <= stored.keys() <= known
         return cls(**stored) if fits else None
 

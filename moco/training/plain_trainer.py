@@ -80,6 +80,7 @@ class Preparation(pl.Callback):
         """Decode what is to be resident, and tell the module how long it trains."""
         if stage != "fit":
             return
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         data = trainer.datamodule
         data.prepare(trainer.strategy.root_device, str(self.run_dir / "bad_files.txt"))
         own = replace(
@@ -97,7 +98,6 @@ class Preparation(pl.Callback):
         stored = asdict(replace(config, data=images))
         found = sources.identify(data.source, data.config.root)
         self.saver.extras |= {"config": stored, "images": found}
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self._watch = Watch(data.bad)
 
     def on_train_batch_end(self, *arguments: Any) -> None:

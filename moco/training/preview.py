@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import TrainConfig, UserError
-from moco.images import sources
+from moco.images import aside, sources
 from moco.random import permutation
 from moco.reports.pairs import make_pairs
 from moco.reports.pictures import draw_rows
@@ -31,6 +31,7 @@ def preview(config: TrainConfig, output: Path) -> dict[str, Any]:
     """
     set_up_logging()
     source = sources.open_source(config.data, "train")
+    source, _ = aside.part(source, config.data, config.run, None)
     config = settle(config, source, None).config
     reading, data = source.reading, config.data
     if reading.reason:

@@ -25,7 +25,7 @@ from moco.algorithm.contrast import info_nce
 from moco.algorithm.pretrain import MoCo
 from moco.config import TrainConfig, UserError
 from moco.distributed import local_rows, restore
-from moco.images import sources
+from moco.images import aside, sources
 from moco.images.formats import shown
 from moco.images.loader import Indices, PretrainData, StepLoader
 from moco.pixels import normalisation
@@ -195,6 +195,7 @@ def _build(
             f"data.root {config.data.root!r} holds other images than those of the run "
             f"({images['count']}, then {stored['images'].get('count')}): give --root"
         )
+    source, _ = aside.part(source, config.data, config.run, decided.held_out)
     kind = "device" if decided.accelerator == "cuda" else "memory"
     if decided.resident != "streamed":
         decided.resident = kind

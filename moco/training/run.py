@@ -24,7 +24,7 @@ from moco import distributed, slurm
 from moco.algorithm.pretrain import MoCo
 from moco.checks import check
 from moco.config import RunError, TrainConfig, UserError
-from moco.images import sources
+from moco.images import aside, sources
 from moco.images.loader import PretrainData
 from moco.images.own_views import view_size
 from moco.images.resident import estimate_bytes
@@ -115,7 +115,7 @@ def _pretrain(
     """As `pretrain`, with what belongs together in tuples; the processes are connected."""
     own = weights[2]
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
-        source, images, aside = _open(config, own)
+        source, images = _open(config, own)
         config, run_dir, checkpoint, is_new = distributed.from_first(
             lambda: _begin(config, resume, started[0], held, is_extended=more[0] > 0)
         )
@@ -123,6 +123,7 @@ def _pretrain(
             asked, stored = config, None
             if checkpoint:
                 config, stored = read_stored(checkpoint, config, images, run_dir)
+            source, held_out = _set_aside(config, source, stored)
             settings = settle(config, source, stored, own)
             if stored and more[0]:
                 extend(settings, stored, len(source), *more)
@@ -138,43 +139,48 @@ def _pretrain(
             if is_new and not config.run.plan and distributed.rank() == 0:
                 held.enter_context(sole_run(run_dir, is_new))
         decided, module, data, pace = _build(settings, stored, source, run_dir, weights)
+        decided.held_out = len(held_out or ())
         with distributed.together():
             if config.run.plan:
                 return tell_plan(settings.config, decided, module, data, pace, start_step)
             place = images, run_dir, start_step
-            run = assemble(settings.config, decided, module, data, *place, callbacks, own, aside)
+            run = assemble(settings.config, decided, module, data, *place, callbacks, own, held_out)
             say_what_was_decided(settings.config, decided, module, data, run_dir)
             run.monitor.is_loaded = bool(weights[0]) or own.backbone is not None
             if run.trainer.is_global_zero:
                 run.clock.keep = lambda: write_config(asked, asdict(decided), run_dir)
                 run.clock.keep()
-                if aside and aside.paths:
-                    write_names(run_dir, aside.paths)
+                if held_out and held_out.paths:
+                    write_names(run_dir, held_out.paths)
                 note_start(run_dir, start_step, *started, name_device(decided.accelerator))
         for part in run.monitor.data or ():
             part.bad.look_ahead()
         return _fit(run, run_dir, checkpoint)
 
 
-def _open(config: TrainConfig, own: Own) -> tuple[ImageSource, dict[str, int], ImageSource | None]:
-    """Open the images, the same ones on all ranks; return those to train on, what tells all of
-    them from others, and those that are set aside to measure on.
-    """
+def _open(config: TrainConfig, own: Own) -> tuple[ImageSource, dict[str, int]]:
+    """Open the images, the same ones on all ranks; return them and what tells them from others."""
     if own.source is None:
         log.info("opening the images of %s", config.data.root or config.data.dataset)
     with distributed.together():
         source = own.source or sources.open_source(config.data, "train")
     images = sources.identify(source, config.data.root)
     distributed.check_alike(images, f"the files of data.root {config.data.root!r}")
-    aside = None
-    if not config.run.knn_root and not sources.has_test_split(config.data):
-        source, aside = sources.set_aside(source, config.run.held_out, config.run.seed)
-    if aside:
+    return source, images
+
+
+def _set_aside(
+    config: TrainConfig, source: ImageSource, stored: Stored | None
+) -> tuple[ImageSource, ImageSource | None]:
+    """Return the images to train on, and those that are set aside to measure on, or None."""
+    before = stored.decided.held_out if stored and stored.decided else None
+    kept, held_out = aside.part(source, config.data, config.run, before)
+    if held_out:
         log.info(
             "run.held_out: %d of %d images are not trained on, to measure quality on them "
-            "(0 trains on all)", len(aside), len(aside) + len(source),
+            "(0 trains on all)", len(held_out), len(source),
         )  # fmt: skip
-    return source, images, aside
+    return kept, held_out
 
 
 def _build(

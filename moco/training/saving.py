@@ -24,7 +24,7 @@ from moco.training.agreement import Agreement
 from moco.training.decide import Decided
 from moco.training.metrics import MetricsLogger
 from moco.training.quality import Quality
-from moco.training.writing import name_besides, why_not
+from moco.training.writing import AtomicCheckpointIO, name_besides, why_not
 
 log = logging.getLogger("moco")
 # Signals that stop a run; where several come, the last in this list decides the exit code. SLURM
@@ -161,9 +161,13 @@ class Checkpoints(pl.Callback):
             trainer.strategy.checkpoint_io.wait()
             trainer.should_stop = True
 
-    def on_train_end(self, *args: Any) -> None:
-        """Take the last answer of the ranks, so that none is left waiting."""
+    def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Take the last answer of the ranks, so that none is left waiting, and end what is written.
+
+        A Trainer of the user's own may stop between two checkpoints.
+        """
         self.agreement.close()
+        trainer.strategy.checkpoint_io.wait()
 
     def store_length(self, step: int, config: TrainConfig, decided: Decided) -> None:
         """Keep the checkpoint of this step, from which the rate falls, and store other settings."""
@@ -208,6 +212,8 @@ class Checkpoints(pl.Callback):
         Several ranks save only after an error that all of them raise, as they save together.
         """
         writer = trainer.strategy.checkpoint_io
+        if not isinstance(writer, AtomicCheckpointIO):
+            return  # the Trainer is another's, and the error came before the run was prepared
         writer.wait()
         known = isinstance(exception, UserError | RunError) and not getattr(exception, "local", 0)
         between = not self._in_step and trainer.global_step > self.saved_step

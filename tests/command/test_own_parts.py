@@ -263,6 +263,20 @@ def test_pairs_of_a_function_resume_and_must_be_given_again():
     assert_resumes(PIXELS, pairs=lambda place: place // 2)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, list], ids=["array", "items"])
+def test_a_function_is_given_the_places_in_the_images_where_some_are_set_aside(kind):
+    images = np.random.default_rng(0).integers(0, 256, (640, 8, 8, 3), dtype=np.uint8)
+    asked = []
+
+    def naming(place):
+        asked.append(place)
+        return place // 2
+
+    pretrain(kind(images), pairs=naming, **{"data.image_size": 8, "trainer.max_steps": 1})
+    held = torch.randperm(640, generator=torch.Generator().manual_seed(0))[:64].tolist()
+    assert asked == sorted({*range(640)} - {*held})
+
+
 @pytest.mark.parametrize(
     ("pairs", "line"),
     [

@@ -27,7 +27,7 @@ from moco.algorithm.pretrain import MoCo
 from moco.config import DataConfig, TrainConfig
 from moco.images.loader import Indices, PretrainData
 from moco.training import captured, hardware, run
-from moco.training.build import why_in_parts
+from moco.training.build import compile_parts, why_in_parts
 from moco.training.captured import CapturedStep, capturable
 from moco.training.decide import Decided
 
@@ -136,6 +136,14 @@ def test_one_graph_computes_what_the_plain_step_does(case):
     assert COUNTERS["stats"]["unique_graphs"] == 1 and not COUNTERS["graph_break"]
 
 
+def test_runs_of_one_process_do_not_use_up_what_torch_compiles():
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(2):
+            module, data = make_module(), make_data(symmetric=False)
+            module.compile_step("eager", in_fp64(data))
+            assert module.training_step(indices()[0], 0).isfinite()
+
+
 def test_the_loss_is_returned_as_it_is_noted():
     """Inductor removes a product with 1, and would return the noted loss, without a gradient."""
     module = make_module()
@@ -206,6 +214,26 @@ def test_what_is_not_one_graph(config, decided, word):
 )
 def test_what_is_captured(config, decided, can):
     assert capturable(config, decided) == can
+
+
+class Clip(pl.Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("callback", "can"),
+    [
+        (Recorder(), True),
+        (Clip(), False),
+        (pl.callbacks.LambdaCallback(on_train_start=print), True),
+        (pl.callbacks.LambdaCallback(on_after_backward=print), False),
+    ],
+)
+def test_a_callback_between_backward_pass_and_optimiser_is_never_too_late(callback, can):
+    module, data = make_module(), make_data(symmetric=False)
+    found = compile_parts(config_of(), ON_GPU, module, data, [callback])
+    assert [type(each) for each in found] == [CapturedStep] * can and data.in_graph
 
 
 @pytest.mark.parametrize(("accumulated", "how"), [(1, "to one graph"), (2, "not to one graph: tr")])

@@ -1,5 +1,7 @@
 """MoCo in a Trainer of the user's own: it trains, saves, resumes to the same bits, and loads."""
 
+import threading
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -8,6 +10,7 @@ from runs import PARTS, load, same
 from steps import MODEL
 
 import moco
+from moco.training.writing import AtomicCheckpointIO
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (48, 20, 20, 3), dtype=np.uint8)
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -16,14 +19,15 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 def fit(folder, checkpoint=None, **options):
     """Train two epochs of three steps as docs/python.md does."""
     pl.seed_everything(0)
-    config = moco.DataConfig(dataset="own", image_size=16, batch_size=16, views="cifar")
+    size = options.pop("image_size", 16)
+    config = moco.DataConfig(dataset="own", image_size=size, batch_size=16, views="cifar")
     module = moco.MoCo(MODEL, moco.OptimConfig(lr=0.01), channels=3, image_size=16)
     data = moco.PretrainData(config, seed=0, shuffle=True, symmetric=False, source=PIXELS)
     own = moco.callbacks(module, data, folder, log_every=1, checkpoint_every=1, keep_checkpoints=9)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=2,
-        callbacks=[*own, *options.pop("callbacks", [])],
+        callbacks=[*options.pop("first", []), *own, *options.pop("callbacks", [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -59,3 +63,35 @@ def test_a_run_whose_numbers_overflow_ends():
 
     with pytest.raises(moco.RunError, match="not finite|NaN|nan"):
         fit("run", callbacks=[Overflow()])
+
+
+def test_an_error_before_the_first_step_is_told_as_it_is():
+    with pytest.raises(moco.UserError, match="data.image_size 64 is above the images' 20 pixels"):
+        fit("run", image_size=64)
+
+    class Early(pl.Callback):
+        def setup(self, *_, **__):
+            raise moco.UserError("the user's own")
+
+    with pytest.raises(moco.UserError, match="the user's own"):
+        fit("run", first=[Early()])
+
+
+def test_a_trainer_that_stops_early_has_written_what_it_saves(monkeypatch):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 3
+
+    write = AtomicCheckpointIO._write
+
+    def slowly(writer, checkpoint, path):
+        if path.stem.endswith("3"):
+            has_ended.wait(1)  # longer than the end of the run takes
+        write(writer, checkpoint, path)
+
+    has_ended = threading.Event()
+    monkeypatch.setattr(AtomicCheckpointIO, "_write", slowly)
+    fit("run", callbacks=[Stop()])
+    found = load("run/checkpoints/last.ckpt")["global_step"]
+    has_ended.set()
+    assert found == 3

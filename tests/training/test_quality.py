@@ -12,10 +12,14 @@ from pictures import write_pictures
 from runs import TINY, assert_same_end, load, run_tiny
 
 import train
+from moco.command import views
 from moco.config import TrainConfig, UserError
 from moco.evaluation.measures import MEASURES
 from moco.images import sources
+from moco.reports.facts import read_facts
+from moco.reports.panel import make_panel
 from moco.run_directory import BEST, HELD_OUT
+from moco.training.replay import replay
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 READ = ["--run.knn_every", "1"]
@@ -76,6 +80,32 @@ def test_another_number_held_out_is_another_run(many):
     run(many)
     with pytest.raises(UserError, match="run.held_out is 0 but the run has 512"):
         train.main(["--resume", "run", "--run.held_out", "0"])
+
+
+def test_a_run_keeps_its_images_whatever_it_is_measured_on_later(many):
+    run(many)
+    Path("run").rename("whole")
+    run(many)
+    for path in Path("run/checkpoints").iterdir():
+        if path.name != "step_000000003.ckpt":
+            path.unlink()
+    rng = np.random.default_rng(1)
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        write_pictures(Path("labelled", folder), ["0.png", "1.png"], rng)
+    train.main(["--resume", "run", "--run.knn_root", "labelled"])
+    assert_same_end("run", "whole")
+
+
+def test_what_looks_at_a_run_later_numbers_the_images_as_it_did(many):
+    run(many)
+    held = set(Path("run", HELD_OUT).read_text().splitlines())
+    found = replay(Path("run"), 3)
+    assert found["exact"] and found["loss"] == pytest.approx(found["logged_loss"], rel=1e-5)
+    assert not held & {image["file"] for image in found["images"]}
+    facts = read_facts(Path("run"))
+    panel = make_panel(facts, 8, "", 0)
+    assert dict(panel.about)["images"].startswith("576 of")
+    views.main([*TINY, "--data.root", str(many), "--output", "pairs.png"])
 
 
 def test_a_run_of_a_version_that_set_none_aside_goes_on_with_all_images():

@@ -1,0 +1,33 @@
+"""Aside: which images of a set a run is trained on, and which it leaves out to measure on them.
+
+A run keeps the number that it has begun with, whatever else it is given to measure on later: the
+order and the views of an image follow from its row among those that are trained on.
+"""
+
+from __future__ import annotations
+
+from moco.config import DataConfig, RunConfig
+from moco.images import sources
+from moco.images.sources import ImageSource
+
+
+def part(
+    source: ImageSource, data: DataConfig, run: RunConfig, begun_with: int | None
+) -> tuple[ImageSource, ImageSource | None]:
+    """Part all images of a training set into those that are trained on and those set aside.
+
+    Args:
+        source: All of them.
+        data, run: Settings of the run.
+        begun_with: Images that the run has set aside; None for a new run, or where a run of an
+            older version has not noted it.
+
+    Returns:
+        The images that are trained on, and those set aside or None.
+
+    Raises: UserError, as `open_source` does.
+    """
+    if begun_with is None:
+        is_measured = bool(run.knn_root) or sources.has_test_split(data)
+        begun_with = 0 if is_measured else run.held_out
+    return sources.set_aside(source, begun_with, run.seed)
