@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from moco.config import DataConfig
-from moco.images.datasets import ARRAYS
+from moco.images.datasets import ARRAYS, refuse_own
 from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import shown
 from moco.images.labels import by_folder, read_list, read_table
@@ -42,6 +42,7 @@ def list_images_of(data: DataConfig) -> Listing:
     Raises:
         UserError: As of `moco.images.sources.open_source`.
     """
+    refuse_own(data)
     return _list_arrays(data) if data.dataset in ARRAYS else _list_files(data)
 
 
