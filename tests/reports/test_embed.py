@@ -115,6 +115,13 @@ def test_a_run_on_images_from_python_embeds_no_other_images(images, monkeypatch)
         list_images_of(data)
 
 
+@pytest.mark.parametrize("dataset", ["shards", "parquet"])
+def test_shards_are_refused_as_such_and_not_as_a_folder_without_images(dataset, tmp_path):
+    data = DataConfig(dataset=dataset, root=str(tmp_path), channels=3, image_size=32)
+    with pytest.raises(UserError, match=f"dataset is {dataset}, and embed reads files: name a"):
+        list_images_of(data)
+
+
 def test_images_named_on_the_command_line_are_not_the_run_s(ckpt, images):
     """The checkpoint is of digits: the folder is read all the same, and nothing is called idle."""
     embed(ckpt, images, "out")
