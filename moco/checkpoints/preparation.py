@@ -53,8 +53,13 @@ class Preparation:
         """Prepare one image; a tensor may also hold a batch, N x C x H x W.
 
         Raises:
-            UserError: Other channels than C, or values of more than 8 bits.
+            UserError: Neither of these, other channels than C, or values of more than 8 bits.
         """
+        if not isinstance(image, Image.Image | Tensor):
+            raise UserError(
+                f"an image is of type {type(image).__name__}: give a PIL image, or a tensor "
+                f"{self.channels} x H x W of torch.uint8{self._range()}"
+            )
         pixels = image if isinstance(image, Tensor) else self._pixels(image)
         if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != self.channels:
             raise UserError(

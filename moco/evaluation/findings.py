@@ -34,10 +34,17 @@ def findings(latest: dict[str, float], model: ModelConfig, batch: int, count: in
     share, most = queue_share(model, batch, count)
     if share > WORTH_A_WARNING:
         found.append(
-            f"{share:.0%} of the queries meet an older key of their own image, so take "
-            f"model.queue_size {most}"
+            f"{share:.0%} of the queries meet an older key of their own image, so "
+            f"{queue_remedy(model.queue_size, most)}"
         )
     return found
+
+
+def queue_remedy(size: int, most: int) -> str:
+    """Return what to set where a queue is too long, or to do where it can be no shorter."""
+    if most < size:
+        return f"take model.queue_size {most}"
+    return "give more images, or lower data.batch_size and with it model.queue_size"
 
 
 def own_key_share(queue_size: int, keys: int) -> float:

@@ -67,10 +67,16 @@ def open_views(config: QualityConfig, data: DataConfig, device: torch.device) ->
     """Prepare fresh views of some images: of the test split, or of the only one there is.
 
     Raises:
-        UserError: There is no image.
+        UserError: There are fewer than two images, which tell nothing about each other.
     """
     source = sources.open_source(data, "test") if sources.has_test_split(data) else None
-    source = some(source or sources.open_source(data, "train"), config.images, config.seed)
+    if source is None:
+        source = sources.open_source(data, "train")
+        log.info("%s has no test split: the network may have been trained on these images",
+                 source.name)  # fmt: skip
+    source = some(source, config.images, config.seed)
+    if len(source) < 2:
+        raise UserError(f"{source.name} holds {len(source)} image to measure: give two or more")
     batch = min(_BATCH, len(source))
     source = source.rows(torch.arange(len(source) // batch * batch))
     settings = replace(data, batch_size=batch, num_workers=0, pairs="", image_size_start=0)

@@ -29,6 +29,15 @@ class Arrays(NamedTuple):
     classes: list[str]
 
 
+def refuse_own(data: DataConfig) -> None:
+    """Raise UserError where the images come from Python, so that no setting says where they lie."""
+    if data.dataset == "own":
+        raise UserError(
+            "data.dataset is own, so the images come from Python: give them to moco.pretrain, with "
+            "resume= to go on with a run, or to moco.knn and moco.linear; or set data.dataset"
+        )
+
+
 def read_arrays(data: DataConfig, split: str) -> Arrays:
     """Read one split of a set in ARRAYS; stl10 has train, test and unlabeled, the others no third.
 

@@ -154,9 +154,19 @@ def list_images(data: DataConfig, top: str) -> list[str]:
         skipped += f"; there are {foreign}" if foreign else ""
         raise UserError(
             f"data.root {where} holds no images (looked for {listed(readable())} in all "
-            f"subfolders{skipped}): give the folder that holds them"
+            f"subfolders{skipped}): {_remedy(top)}"
         )
     return paths
+
+
+def _remedy(top: str) -> str:
+    """Say what to do about a folder without images, in which shards may lie."""
+    with contextlib.suppress(OSError):
+        names = os.listdir(top)
+        for dataset, ending in (("shards", ".tar"), ("parquet", ".parquet")):
+            if any(name.endswith(ending) for name in names):
+                return f"it holds {ending} files, which are read with --data.dataset {dataset}"
+    return "give the folder that holds them"
 
 
 def walk(top: str) -> Tree:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
-from moco.images.datasets import ARRAYS, read_arrays
+from moco.images.datasets import ARRAYS, read_arrays, refuse_own
 from moco.images.decode import BadImage, Decoded, Header, decode_reduced, read_header
 from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import shown
@@ -136,11 +136,7 @@ def open_source(data: DataConfig, split: Literal["train", "test"]) -> ImageSourc
     Raises:
         UserError: The set is missing, empty, corrupt or laid out otherwise, or has other channels.
     """
-    if data.dataset == "own":
-        raise UserError(
-            "data.dataset is own, so the images come from Python: give them to moco.pretrain, with "
-            "resume= to go on with a run, or to moco.knn and moco.linear; or set data.dataset"
-        )
+    refuse_own(data)
     if data.dataset in ARRAYS:
         unlabelled = data.dataset == "stl10" and split == "train"
         return _open_arrays(data, "unlabeled" if unlabelled else split)

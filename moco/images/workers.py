@@ -5,6 +5,7 @@ Workers ignore the signals that stop a run. No images and no tensors in this roo
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -141,6 +142,7 @@ def _set_up(worker: int) -> None:
     """Leave stopping to the main process: a signal to the whole group must not cost its step."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # what is garbage in the main process, as an earlier run's loaders, is its own
     sys.excepthook = _tell_unless_left
 
 

@@ -28,6 +28,11 @@ OTHERS = "others"
 _TITLES = {
     "train/loss": "loss",
     "val/knn_top1": "kNN, % right",
+    "val/retrieval": "images whose other view is the nearest, % (higher is better)",
+    "val/rankme": "RankMe, directions in use (higher is better)",
+    "val/lidar": "LiDAR, directions that tell images apart (higher is better)",
+    "val/alignment": "alignment, distance of an image's views (lower is better)",
+    "val/uniformity": "uniformity, 0 is a collapse (lower is better)",
     "train/contrast_top1": "own key found among the negatives, share",
     "train/spread": "spread of the embeddings (1: even, 0: one point)",
     "train/lr": "learning rate",

@@ -28,11 +28,15 @@ _SLACK = 1e-5  # rounding of a cosine
 
 
 class Pairs(NamedTuple):
-    """Near-duplicates, the most alike first: P numbers of each side, first < second; P cosines."""
+    """Near-duplicates, the most alike first: P numbers of each side, first < second; P cosines.
+
+    `crowded` counts the images with `PARTNERS` partners, which may have more that are not listed.
+    """
 
     first: np.ndarray
     second: np.ndarray
     similarity: np.ndarray
+    crowded: int
 
 
 def build_index(features: Features) -> Any:
@@ -128,17 +132,18 @@ def near_duplicates(features: Features, index: Any, above: float) -> Pairs:
     Of each image its `PARTNERS` most alike are looked at: where more images are equal, each of them
     is in the list, but not each of their pairs.
     """
-    keys, cosines, count = [], [], len(features)
+    keys, cosines, count, crowded = [], [], len(features), 0
     for start, block in features.blocks():
         similarity, found = others(index, start, block, PARTNERS)
         row, place = np.nonzero((similarity >= above - _SLACK) & (found >= 0))
+        crowded += int((np.bincount(row) == PARTNERS).sum()) * (count > PARTNERS + 1)
         one, other = row + start, found[row, place]
         keys.append(np.minimum(one, other) * count + np.maximum(one, other))
         cosines.append(np.minimum(similarity[row, place], 1))
     key, places = np.unique(np.concatenate(keys), return_index=True)
     similarity = np.concatenate(cosines)[places]
     order = np.argsort(-similarity, kind="stable")
-    return Pairs(key[order] // count, key[order] % count, similarity[order])
+    return Pairs(key[order] // count, key[order] % count, similarity[order], crowded)
 
 
 def open_features(folder: str) -> Features:

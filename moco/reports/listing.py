@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from moco.config import DataConfig
-from moco.images.datasets import ARRAYS
+from moco.config import DataConfig, UserError
+from moco.images.datasets import ARRAYS, refuse_own
 from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import shown
 from moco.images.labels import by_folder, read_list, read_table
-from moco.images.sources import ImageSource, open_labelled, open_source
+from moco.images.sources import SHARDED, ImageSource, open_labelled, open_source
 from moco.images.values import settle
 
 
@@ -42,6 +42,12 @@ def list_images_of(data: DataConfig) -> Listing:
     Raises:
         UserError: As of `moco.images.sources.open_source`.
     """
+    refuse_own(data)
+    if data.dataset in SHARDED:
+        raise UserError(
+            f"data.dataset is {data.dataset}, and embed reads files: name a folder with "
+            "--data.dataset folder --data.root PATH"
+        )
     return _list_arrays(data) if data.dataset in ARRAYS else _list_files(data)
 
 

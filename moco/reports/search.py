@@ -20,7 +20,14 @@ from moco.idle import idle_in_search
 from moco.images.formats import shown
 from moco.judge_config import EmbedConfig, SearchConfig
 from moco.log import log_to_stderr
-from moco.reports.index import Pairs, near_duplicates, neighbours, open_features, open_index
+from moco.reports.index import (
+    PARTNERS,
+    Pairs,
+    near_duplicates,
+    neighbours,
+    open_features,
+    open_index,
+)
 from moco.reports.table import Features, whole
 
 log = logging.getLogger("moco")
@@ -150,13 +157,21 @@ def _duplicates(features: Features, config: SearchConfig) -> dict[str, Any]:
     target = Path(config.output or features.folder / "duplicates.csv")
     with whole(target) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         (_write_json if target.suffix == ".json" else _write_csv)(file, pairs, paths)
-    for one, other, cosine in zip(*(each[:_SAID].tolist() for each in pairs), strict=True):
+    for one, other, cosine in zip(*(each[:_SAID].tolist() for each in pairs[:3]), strict=True):
         log.info("%8.4f  %s  %s", cosine, shown(paths[one]), shown(paths[other]))
     images = len(np.unique(np.concatenate([pairs.first, pairs.second])))
     log.info("%d pairs of %d images have a cosine of %g or more: %s", len(pairs.first), images,
              config.above, target)  # fmt: skip
+    if pairs.crowded:
+        log.info("%d of them have %d such partners, which is as many as are looked at: there may "
+                 "be more pairs", pairs.crowded, PARTNERS)  # fmt: skip
     result = {"command": "search", "duplicates": str(target), "above": config.above}
-    return result | {"pairs": len(pairs.first), "images": images, "of": len(features)}
+    return result | {
+        "pairs": len(pairs.first),
+        "images": images,
+        "crowded": pairs.crowded,
+        "of": len(features),
+    }
 
 
 def _rows(pairs: Pairs, paths: list[str]) -> Any:

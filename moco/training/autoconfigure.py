@@ -144,7 +144,10 @@ def _choose_batch(own: Settings, facts: Facts) -> None:
     keys = batch * model.keys_per_image  # of a step
     room = min(max(count // batch, 1) * keys // 8, QUEUE[facts.accelerator])
     size = keys * 2 ** int(math.log2(max(room // keys, 1)))
-    own.take("model.queue_size", size, f"at most an eighth of the keys of {count} images")
+    why = f"at most an eighth of the keys of {count} images"
+    if size > room:
+        why = f"the keys of a step, though more than an eighth of those of {count} images"
+    own.take("model.queue_size", size, why)
     rate = RATES[own.config.optim.name] * batch / 256
     own.take("optim.lr", float(f"{rate:.4g}"), f"{RATES[own.config.optim.name]:g} x batch / 256")
 

@@ -52,7 +52,7 @@ from moco.training.hardware import accelerator, choose_devices, name_device, own
 from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.shares import check_queue
-from moco.training.stored import Stored, before_decay, extend, read_stored
+from moco.training.stored import Stored, before_decay, extend, read_stored, say_finished
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
 
@@ -131,8 +131,7 @@ def _pretrain(
         is_open = bool(stored and stored.decided and stored.decided.is_open)
         expected = _expected_steps(settings.config, len(source))
         if stored and start_step >= expected and not is_open:
-            said = "%s is finished after %d steps: nothing to do; to train longer, add --extend N"
-            log.info(said, checkpoint, start_step)
+            say_finished(settings, str(checkpoint), start_step)
             place = None if is_new else str(run_dir)
             return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
         with distributed.together():

@@ -9,7 +9,7 @@ import logging
 import math
 
 from moco.config import TrainConfig, UserError
-from moco.evaluation.findings import WORTH_A_WARNING, queue_share
+from moco.evaluation.findings import WORTH_A_WARNING, queue_remedy, queue_share
 
 log = logging.getLogger("moco")
 
@@ -81,17 +81,21 @@ def check_queue(config: TrainConfig, count: int) -> None:
     meet = f"{share:.0%} of the queries would meet an older key of their own image as a negative"
     if above:
         better = [f"{name} {best}" for name, (value, best) in both.items() if value != best]
+        remedy = f"take {' and '.join(better)}"
+        if max(best for _, best in both.values()) > count:  # no batch is as small as this set
+            remedy = f"give more images, {2 * model.bn_splits} at least, or lower model.bn_splits"
         raise UserError(
-            f"{' and '.join(above)} {'is' if len(above) == 1 else 'are'} above the {count} images "
-            f"of {config.data.dataset} {config.data.root}{f', and {meet}' if size > count else ''}"
-            f": take {' and '.join(better)}"
+            f"{' and '.join(above)} {'is' if len(above) == 1 else 'are'} above the {count} "
+            f"{'image' if count == 1 else 'images'} of {config.data.dataset} {config.data.root}"
+            f"{f', and {meet}' if size > count else ''}: {remedy}"
         )
     if share > WORTH_A_WARNING:
         log.warning(
-            "model.queue_size %d is long for %d images, since %s: %d would be better, at most an "
-            "eighth of the keys that an epoch makes",
+            "model.queue_size %d is long for %d images, since %s: %s",
             size,
             count,
             meet,
-            most,
+            f"{most} would be better, at most an eighth of the keys that an epoch makes"
+            if most < size
+            else queue_remedy(size, most),
         )

@@ -97,6 +97,20 @@ def read_stored(
     return config, Stored(stored["global_step"], decided, TrainConfig.from_dict(stored["config"]))
 
 
+def say_finished(settings: Settings, checkpoint: str, step: int) -> None:
+    """Say that a run has nothing left to do, and how to train for longer."""
+    road = "add --extend N"
+    if _is_counted_in_steps(settings):
+        road = f"start a new run with --init_from {checkpoint}"
+    log.info("%s is finished after %d steps: nothing to do; to train longer, %s",
+             checkpoint, step, road)  # fmt: skip
+
+
+def _is_counted_in_steps(settings: Settings) -> bool:
+    """Tell whether the run was given a number of steps, so that epochs do not lengthen it."""
+    return settings.config.trainer.max_steps > 0 and "trainer.max_steps" not in settings.chosen
+
+
 def extend(settings: Settings, stored: Stored, count: int, epochs: int, accept_jump: bool) -> None:
     """Give a run that goes on more epochs.
 
@@ -116,7 +130,7 @@ def extend(settings: Settings, stored: Stored, count: int, epochs: int, accept_j
             f"--extend {epochs}: the clock has not fixed yet how long the run is: give it more "
             f"time with --run.minutes, of which it has {config.run.minutes:g}"
         )
-    if config.trainer.max_steps > 0 and "trainer.max_steps" not in settings.chosen:
+    if _is_counted_in_steps(settings):
         raise UserError(
             f"--extend {epochs}: the run ends after trainer.max_steps {config.trainer.max_steps}, "
             "so epochs do not matter: start a new run with --init_from"

@@ -58,7 +58,12 @@ def test_pictures_become_the_networks_channels():
 
 @pytest.mark.parametrize(
     "image",
-    [torch.zeros(3, 20, 20), torch.zeros(20, 20, 3, dtype=torch.uint8), Image.new("I;16", (9, 9))],
+    [
+        torch.zeros(3, 20, 20),
+        torch.zeros(20, 20, 3, dtype=torch.uint8),
+        Image.new("I;16", (9, 9)),
+        np.zeros((20, 20, 3), np.uint8),
+    ],
 )
 def test_what_would_be_prepared_wrongly_is_refused_with_what_to_give(image):
     prepare = Preparation(3, 16, **RGB, min_value=[-5.0], max_value=[4095.0])

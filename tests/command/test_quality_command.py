@@ -41,6 +41,14 @@ def test_backbone_head_and_untrained_network_are_measured_on_the_same_views(fold
     assert any(line.startswith("rankme") and "higher is better" in line for line in said)
 
 
+def test_images_that_may_have_been_trained_on_are_said_and_one_alone_is_refused(folder, said):
+    quality.main([*LAST, "--data.root", str(folder)])
+    assert any("the network may have been trained on these images" in line for line in said)
+    write_pictures(folder.parent / "one", ["a.png"], np.random.default_rng(0))
+    with pytest.raises(UserError, match="one holds 1 image to measure: give two or more"):
+        quality.main([*LAST, "--data.root", str(folder.parent / "one")])
+
+
 def test_wrong_use_is_one_line(folder):
     with pytest.raises(UserError, match="views is 3: give an even number"):
         quality.main([*LAST, "--views", "3"])

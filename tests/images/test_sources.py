@@ -278,3 +278,11 @@ def test_imagenet_wants_its_layout(tmp_path):
     save(tmp_path / "val/n02/1.JPEG")
     bank, queries = sources.open_labelled(data)
     assert bank.labels.tolist() == [0, 1] and queries.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("a.tar", "shards"), ("b.parquet", "parquet")])
+def test_a_folder_of_shards_that_is_read_as_images_names_the_setting(tmp_path, name, dataset):
+    (tmp_path / name).write_bytes(b"")
+    data = DataConfig(dataset="folder", root=str(tmp_path))
+    with pytest.raises(UserError, match=f"no images .* are read with --data.dataset {dataset}$"):
+        sources.open_source(data, "train")

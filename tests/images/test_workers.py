@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -10,18 +11,21 @@ import sys
 import time
 from functools import partial
 from multiprocessing import resource_sharer
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from processes import finish, start
 from runs import STREAMED, TINY, assert_same_end, error_line, load, run_tiny
+from torch.utils.data import Dataset
 from torch.utils.data._utils import signal_handling
 
 import train
 from moco.checks import check_ranges
 from moco.config import DataConfig, RunError, UserError
 from moco.images import workers
+from moco.images.workers import as_it_is, worker_loader
 from moco.training import run
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -44,6 +48,7 @@ def test_a_worker_that_is_left_in_the_middle_tells_no_traceback(monkeypatch, cap
     """Python's thread that hands tensors over meets a main process that is gone."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
     workers._set_up(0)
     handed = []
     ident = resource_sharer._resource_sharer.register(lambda *to: handed.append(to), handed.clear)
@@ -54,6 +59,41 @@ def test_a_worker_that_is_left_in_the_middle_tells_no_traceback(monkeypatch, cap
     assert capsys.readouterr().err == ""
     sys.excepthook(ZeroDivisionError, ZeroDivisionError("a bug of ours"), None)
     assert "a bug of ours" in capsys.readouterr().err
+
+
+class LeftOver:
+    """Part of a cycle, as a finished run's loader is; notes the process that removes it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        Path(f"removed-{os.getpid()}").touch()
+
+
+class Collecting(Dataset):
+    """Looks for garbage as it reads."""
+
+    def __getitems__(self, batch):
+        gc.collect()
+        return batch
+
+
+def test_workers_leave_the_main_process_s_garbage_alone():
+    """Or a second run of one process prints torch's assertion for each old loader and worker."""
+    gc.disable()
+    try:
+        LeftOver()
+        loader = worker_loader(
+            Collecting(), DataConfig(num_workers=1), sampler=range(4), batch_size=2,
+            collate_fn=as_it_is,
+        )  # fmt: skip
+        assert list(loader) == [[0, 1], [2, 3]]
+        assert list(Path().glob("removed-*")) == []
+    finally:
+        gc.enable()
+        gc.collect()
+    assert Path(f"removed-{os.getpid()}").exists()
 
 
 def test_a_killed_worker_ends_the_run_with_its_state_saved(images, with_callback):

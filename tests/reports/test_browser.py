@@ -70,6 +70,16 @@ def test_the_page_opens_without_errors_and_asks_for_nothing(page, browser, width
     assert (max(map(int, re.findall(r"\d+", paper))) < 60) == dark
 
 
+@pytest.mark.parametrize("width", [1100, 400])
+def test_the_cosine_of_a_neighbour_with_a_long_name_is_seen_whole(page, browser, width):
+    browser.open(page, width)
+    outside = """[...document.querySelectorAll("#neighbours figcaption b")].map(number =>
+      number.getBoundingClientRect().right - number.closest("figure").getBoundingClientRect().right
+    )"""
+    found = browser.run(outside)
+    assert len(found) > 8 and max(found) < 1
+
+
 def test_the_map_answers_to_hover_and_to_its_choice(page, browser):
     browser.open(page)
     points = browser.run(CENTRE)

@@ -27,6 +27,7 @@ from moco.config import DataConfig, RunError, UserError
 from moco.images.labelled import LabelledData
 from moco.images.sources import open_source
 from moco.reports import parts
+from moco.reports.listing import list_images_of
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -104,6 +105,21 @@ def test_a_data_set_that_has_no_files(ckpt):
     found = table("out")
     assert len(found["id"]) == 1797 and found["split"].count("test") == 540
     assert found["path"][0] == "digits/train/000000" and {*found["label"]} == {*"0123456789"}
+
+
+def test_a_run_on_images_from_python_embeds_no_other_images(images, monkeypatch):
+    """Its data root is empty, which would mean the working directory."""
+    monkeypatch.chdir(images)
+    data = DataConfig(dataset="own", root="", channels=3, image_size=32)
+    with pytest.raises(UserError, match="the images come from Python"):
+        list_images_of(data)
+
+
+@pytest.mark.parametrize("dataset", ["shards", "parquet"])
+def test_shards_are_refused_as_such_and_not_as_a_folder_without_images(dataset, tmp_path):
+    data = DataConfig(dataset=dataset, root=str(tmp_path), channels=3, image_size=32)
+    with pytest.raises(UserError, match=f"dataset is {dataset}, and embed reads files: name a"):
+        list_images_of(data)
 
 
 def test_images_named_on_the_command_line_are_not_the_run_s(ckpt, images):

@@ -118,6 +118,9 @@ def test_names_of_files_classes_and_runs_stay_text(tmp_path):
     said = [each["alt"] for tag, each in found.found if tag == "img"]
     assert any("<img src=x onerror=1>" in text for text in said)
     assert "<b>run</b>" in found.said and "{{ 7*7 }}" in found.said
+    share = told["comparison"]["chance"]
+    assert f"the largest class every time{share:.1f}" in found.said, "as in the table of the log"
+    assert "lower is better" in found.said and "val/" not in found.said
 
 
 def test_a_run_ends_with_its_page_and_says_where(images, in_tmp, said):

@@ -53,8 +53,20 @@ def test_the_neighbours_are_those_of_the_file(features):
 
     vectors = table(features / "out")["vector"]
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    wanted = np.argsort(-units @ units[20])[:10]
-    assert [each["id"] for each in query(features, "20.jpg")["neighbours"]] == wanted.tolist()
+    product = units @ units[20]
+    found = [each["id"] for each in query(features, "20.jpg")["neighbours"]]
+    assert len({*found}) == 10, "and 07.jpg and its copy in either order"
+    np.testing.assert_allclose(product[found], np.sort(product)[::-1][:10], atol=1e-6)
+
+
+def test_pairs_that_are_not_listed_are_said(features, said):
+    """Each of 49 images is above 0.01 with 48 others, of which 20 are looked at."""
+    result = search(features, "--duplicates", "--above", "0.01", "--output", "all.csv")
+    assert result["pairs"] < 49 * 48 // 2 and result["crowded"] == 49
+    assert any("49 of them have 20 such partners" in line for line in said)
+    said.clear()
+    result = search(features, "--duplicates", "--above", "0.9999", "--output", "few.csv")
+    assert result["crowded"] == 0 and not any("partners" in line for line in said)
 
 
 def test_a_copy_is_found_and_drawn(features, said):

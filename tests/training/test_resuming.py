@@ -49,6 +49,12 @@ def test_the_road_to_more_epochs_works(images, said):
     assert train.main(["--resume", "run", "--extend", "2"])["steps"] == 9
 
 
+def test_a_finished_run_of_so_many_steps_names_a_road_that_is_open(images, said):
+    run_tiny(images, "--trainer.max_steps", "2")
+    train.main(["--resume", "run"])
+    assert any("to train longer, start a new run with --init_from run/" in line for line in said)
+
+
 def test_the_road_to_other_images_works(copied):
     run_tiny(copied, "--trainer.max_epochs", "1")
     (copied / "47.jpg").unlink()

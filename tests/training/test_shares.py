@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
-from moco.evaluation.findings import own_key_share
+from moco.evaluation.findings import findings, own_key_share
 from moco.training.shares import check_queue, check_shares
 
 
@@ -63,6 +63,22 @@ def test_a_queue_above_the_set_is_refused_with_the_share_and_a_length_that_is_ac
         check_queue(settings(1281), 1280)
     check_queue(settings(160), 1280)
     assert said == []
+
+
+def test_a_queue_that_can_be_no_shorter_asks_for_more_images_and_not_for_its_own_length(said):
+    check_queue(settings(64), 150)
+    assert len(said) == 1 and "give more images, or lower data.batch_size" in said[0]
+    assert "64 would be" not in said[0]
+    config = settings(64)
+    found = findings({}, config.model, config.data.batch_size, 150)
+    assert len(found) == 1 and found[0].endswith("with it model.queue_size")
+
+
+@pytest.mark.parametrize(("batch", "count"), [(8, 1), (16, 9)])
+def test_a_set_below_the_smallest_batch_is_refused_with_what_can_be_done(batch, count):
+    config = TrainConfig(model=ModelConfig(queue_size=batch), data=DataConfig(batch_size=batch))
+    with pytest.raises(UserError, match=f"above the {count} images?.*: give more images, 16 at"):
+        check_queue(config, count)
 
 
 @pytest.mark.parametrize(("queue", "better"), [(65536, 30), (0, 0)])
