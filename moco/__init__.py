@@ -13,11 +13,16 @@ if TYPE_CHECKING:  # type checkers read these, and Python the table below
     from moco.algorithm.contrast import info_nce as info_nce
     from moco.algorithm.pretrain import MoCo as MoCo
     from moco.checkpoints.load import load_backbone as load_backbone
+    from moco.command.asked import report as report
+    from moco.command.asked import search as search
+    from moco.command.asked import select as select
     from moco.command.door import Pretrained as Pretrained
     from moco.command.door import pretrain as pretrain
+    from moco.command.judged import embed as embed
     from moco.command.judged import export as export
     from moco.command.judged import knn as knn
     from moco.command.judged import linear as linear
+    from moco.command.judged import quality as quality
     from moco.config import DataConfig as DataConfig
     from moco.config import ModelConfig as ModelConfig
     from moco.config import OptimConfig as OptimConfig
@@ -37,7 +42,12 @@ _HOME = {
     "Pretrained": "moco.command.door",
     "knn": "moco.command.judged",
     "linear": "moco.command.judged",
+    "quality": "moco.command.judged",
+    "embed": "moco.command.judged",
     "export": "moco.command.judged",
+    "search": "moco.command.asked",
+    "select": "moco.command.asked",
+    "report": "moco.command.asked",
     "BatchedView": "moco.images.own_views",
     "MoCo": "moco.algorithm.pretrain",
     "KeyQueue": "moco.algorithm.contrast",

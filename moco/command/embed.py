@@ -20,6 +20,16 @@ _OWN = ("dataset", "root", "files", "labels")  # where images are named here, th
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, embed, and return what was written."""
+    return write(argv)
+
+
+def write(argv: Sequence[str], *given: Any) -> dict[str, Any]:
+    """Parse a command line and embed.
+
+    Args:
+        argv: Words.
+        given: What Python gives beside them, as `moco.evaluation.own.Given` takes it.
+    """
     about = "Write the features of any images to a Parquet file."
     parser = cli.build_parser(about, EvalDataConfig, flat_options(EmbedConfig))
     parser.usage = (
@@ -40,7 +50,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_place(config.checkpoint)
     check_name(config.backbone, "backbone")
     check_new_folder(config.output)
-    is_named = bool(data.root or data.dataset == "digits")
+    is_named = bool(data.root or data.dataset in ("digits", "own"))
     read_data = data_reader(parser, argv, _OWN if is_named else ())
     run_dir = run_of(Path(config.checkpoint))
     stored = (stored_groups(run_dir) if run_dir else {}).get("data", {})
@@ -48,6 +58,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         check_images(read_data(stored))
     check_devices(config)
     start_ranks(config.devices, "give the command again, which goes on")
+    from moco.evaluation.own import Given
     from moco.reports.embed import embed  # imports torch, so it waits for the settings
 
-    return embed(config, read_data)
+    return embed(config, read_data, Given(*given))

@@ -1,6 +1,7 @@
-"""The door for Python, after a run: the commands `knn`, `linear` and `export` as functions.
+"""The door for Python, after a run: the commands that take a checkpoint as functions.
 
-`moco.command.door` has `pretrain`, and says how settings are handed over.
+`moco.command.door` has `pretrain`, and says how settings are handed over; `moco.command.asked` has
+the commands that take what these have written.
 """
 
 from __future__ import annotations
@@ -97,18 +98,78 @@ def export(
     return write(words_of({**given, "backbone": name, **settings}), module)
 
 
+def quality(
+    checkpoint: str | os.PathLike[str] | Pretrained,
+    images: Any = None,
+    *,
+    backbone: str | nn.Module = "",
+    column: str = "",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure an encoder without labels, as `moco quality` does.
+
+    Args:
+        checkpoint: In any layout, or what `pretrain` has returned.
+        images: As of `pretrain`. None: those of the checkpoint's run.
+        backbone, column: As of `knn`.
+        settings: Others of `moco quality`, such as views=8.
+
+    Returns:
+        How many images and views, and of each network its measures by name.
+
+    Raises:
+        UserError: Anything that the caller can mend.
+    """
+    from moco.command import quality
+
+    name, module = _name_or_module(backbone)
+    where, own = _named(images)
+    given = {"checkpoint": _place(checkpoint), "backbone": name, **where}
+    return quality.read(words_of({**given, **settings}), own, module, column)
+
+
+def embed(
+    checkpoint: str | os.PathLike[str] | Pretrained,
+    images: Any,
+    output: str | os.PathLike[str],
+    *,
+    backbone: str | nn.Module = "",
+    column: str = "",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write the features of images to a Parquet file, as `moco embed` does.
+
+    Args:
+        checkpoint: In any layout, or what `pretrain` has returned.
+        images: As of `pretrain`. None: those of the checkpoint's run.
+        output: Directory of features.parquet; a call that was stopped goes on in it.
+        backbone, column: As of `knn`.
+        settings: Others of `moco embed`, such as index=True.
+
+    Returns:
+        What was written, its count and shape; empty on ranks above 0.
+
+    Raises:
+        UserError: Anything that the caller can mend.
+    """
+    from moco.command import embed
+
+    name, module = _name_or_module(backbone)
+    where, own = _named(images)
+    given = {"checkpoint": _place(checkpoint), "backbone": name, **where}
+    launch.end_with_launcher()
+    slurm.join()
+    words = words_of({**given, "output": os.fspath(output), **settings})
+    return embed.write(words, own, module, column)
+
+
 def _judged(
     checkpoint: Any, images: Any, backbone: Any, column: str, settings: dict[str, Any], kind: type
 ) -> tuple[Any, ...]:
     """Return the arguments of a command that judges."""
     name, module = _name_or_module(backbone)
-    given: dict[str, Any] = {"checkpoint": _place(checkpoint), "backbone": name}
-    pair = None
-    if isinstance(images, str | os.PathLike):
-        given |= {"data.dataset": "folder", "data.root": os.fspath(images)}
-    elif images is not None:
-        given |= {"data.dataset": "own"}
-        pair = images
+    where, pair = _named(images)
+    given = {"checkpoint": _place(checkpoint), "backbone": name, **where}
     launch.end_with_launcher()
     slurm.join()
     parts = judge.read_settings(words_of({**given, **settings}), kind, "")
@@ -128,3 +189,10 @@ def _place(checkpoint: Any) -> str:
 
 def _name_or_module(backbone: Any) -> tuple[str, Any]:
     return (backbone, None) if isinstance(backbone, str) else ("", backbone)
+
+
+def _named(images: Any) -> tuple[dict[str, Any], Any]:
+    """Return the settings that name the images, and those that no setting holds."""
+    if isinstance(images, str | os.PathLike):
+        return {"data.dataset": "folder", "data.root": os.fspath(images)}, None
+    return ({} if images is None else {"data.dataset": "own"}), images

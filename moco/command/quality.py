@@ -17,6 +17,16 @@ _OWN = ("dataset", "root", "files", "labels")  # where images are named here, th
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, measure, and return the measures of each network by name."""
+    return read(argv)
+
+
+def read(argv: Sequence[str], *given: Any) -> dict[str, Any]:
+    """Parse a command line and measure.
+
+    Args:
+        argv: Words.
+        given: What Python gives beside them, as `moco.evaluation.own.Given` takes it.
+    """
     about = "Measure an encoder on images without labels, beside the untrained network."
     parser = cli.build_parser(about, EvalDataConfig, flat_options(QualityConfig))
     parser.usage = "%(prog)s --checkpoint ANY [--data.root IMAGES] [--OPTION VALUE ...]"
@@ -30,10 +40,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     check_place(config.checkpoint)
     check_name(config.backbone, "backbone")
-    is_named = bool(data.root or data.dataset == "digits")
+    is_named = bool(data.root or data.dataset in ("digits", "own"))
     read_data = data_reader(parser, argv, _OWN if is_named else ())
     if is_named:
         check_images(data)
+    from moco.evaluation.own import Given
     from moco.evaluation.quality import quality  # imports torch, so it waits for the settings
 
-    return quality(config, read_data)
+    return quality(config, read_data, Given(*given))

@@ -9,7 +9,7 @@ from torch import nn
 
 from moco.config import DataConfig
 from moco.images import sources
-from moco.images.own import open_pair
+from moco.images.own import open_own, open_pair
 from moco.images.sources import ImageSource
 
 
@@ -18,7 +18,8 @@ class Given:
     """Images and a network of the user's own; None: as the settings say.
 
     Attributes:
-        images: Training and test images with their labels, as `moco.images.own.open_pair` takes.
+        images: Training and test images with their labels, as `moco.images.own.open_pair` takes;
+            where no labels are read, images as `moco.images.own.open_own` takes.
         backbone: The module whose weights the checkpoint holds.
         column: Of the images where items are dictionaries.
     """
@@ -32,6 +33,10 @@ class Given:
         if self.images is None:
             return sources.open_labelled(data)
         return open_pair(self.images, data, self.column)
+
+    def open_plain(self, data: DataConfig) -> ImageSource | None:
+        """Open images that need no labels; None where Python gives none."""
+        return None if self.images is None else open_own(self.images, data, self.column)
 
 
 NOTHING = Given()

@@ -19,6 +19,7 @@ from moco.config import DataConfig, UserError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import check_finite, evaluating
 from moco.evaluation.measures import MEASURES
+from moco.evaluation.own import NOTHING, Given
 from moco.evaluation.subject import ReadData, data_settings, load, start_process
 from moco.images import sources
 from moco.images.loader import PretrainData, StepLoader
@@ -30,12 +31,13 @@ log = logging.getLogger("moco")
 _BATCH = 128
 
 
-def quality(config: QualityConfig, read_data: ReadData) -> dict[str, Any]:
+def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) -> dict[str, Any]:
     """Measure backbone, head and the untrained backbone on fresh views of images.
 
     Args:
         config: Settings.
         read_data: Data settings, given those of the run that made the checkpoint as defaults.
+        given: What Python gives.
 
     Returns:
         Plain values: how many images and views, and of each network its measures by name.
@@ -45,12 +47,12 @@ def quality(config: QualityConfig, read_data: ReadData) -> dict[str, Any]:
     """
     device = start_process(config)
     try:
-        loaded = load(config, 0)
+        loaded = load(config, 0, given)
         data = data_settings(loaded, read_data)
         if data.image_size != loaded.data["image_size"]:
-            loaded = load(config, data.image_size)
+            loaded = load(config, data.image_size, given)
         log.info("%s", loaded.report)
-        views = open_views(config, data, device)
+        views = open_views(config, data, device, given.open_plain(data))
         found = {
             name: measure(network.to(device), views, config.views // 2)
             for name, network in _networks(config, loaded, data).items()
@@ -63,13 +65,24 @@ def quality(config: QualityConfig, read_data: ReadData) -> dict[str, Any]:
     return about | {"data": views.source.name} | found
 
 
-def open_views(config: QualityConfig, data: DataConfig, device: torch.device) -> PretrainData:
+def open_views(
+    config: QualityConfig,
+    data: DataConfig,
+    device: torch.device,
+    source: ImageSource | None = None,
+) -> PretrainData:
     """Prepare fresh views of some images: of the test split, or of the only one there is.
+
+    Args:
+        config, data: Settings.
+        device: On which the views are made.
+        source: Images that are taken in the place of those.
 
     Raises:
         UserError: There are fewer than two images, which tell nothing about each other.
     """
-    source = sources.open_source(data, "test") if sources.has_test_split(data) else None
+    if source is None and sources.has_test_split(data):
+        source = sources.open_source(data, "test")
     if source is None:
         source = sources.open_source(data, "train")
         log.info("%s has no test split: the network may have been trained on these images",

@@ -23,6 +23,7 @@ from moco.checkpoints.matching import checksum
 from moco.checkpoints.preparation import preparation
 from moco.config import DataConfig, UserError
 from moco.evaluation.features import feature_shape
+from moco.evaluation.own import NOTHING, Given
 from moco.evaluation.subject import Layer, ReadData, data_settings, load, start_process
 from moco.idle import idle_in_embedding
 from moco.images.bad_files import BadFiles
@@ -32,7 +33,7 @@ from moco.images.resident import check_view_size, estimate_bytes
 from moco.images.sources import identify
 from moco.judge_config import EmbedConfig
 from moco.pixels import normalisation
-from moco.reports.listing import Listing, list_images_of
+from moco.reports.listing import Listing, list_images_of, list_own
 from moco.reports.parts import BAD_FILES, Job, compute, is_done, join, remove_parts
 from moco.reports.table import FILE
 
@@ -54,12 +55,13 @@ class Maps(nn.Module):
             )[-1]
 
 
-def embed(config: EmbedConfig, read_data: ReadData) -> dict[str, Any]:
+def embed(config: EmbedConfig, read_data: ReadData, given: Given = NOTHING) -> dict[str, Any]:
     """Write the features of images to `features.parquet` in a directory, or go on with it.
 
     Args:
         config: Settings.
         read_data: Data settings, given those of the run that made the checkpoint as defaults.
+        given: What Python gives.
 
     Returns:
         Plain values on rank 0: files, counts, seconds; empty on other ranks.
@@ -73,7 +75,7 @@ def embed(config: EmbedConfig, read_data: ReadData) -> dict[str, Any]:
     rank = distributed.rank()
     try:
         with distributed.together():
-            job = _open(config, read_data, device)
+            job = _open(config, read_data, given, device)
         distributed.check_alike(job.about["backbone_sha256"], f"the weights in {config.checkpoint}")
         distributed.check_alike(job.about["images"], f"the images of {job.images.source.name}")
         is_there = distributed.from_first(lambda: is_done(job))
@@ -108,9 +110,9 @@ def network_of(config: EmbedConfig, loaded: Loaded) -> nn.Module:
     return Maps(loaded.backbone, bf16).eval()
 
 
-def _open(config: EmbedConfig, read_data: ReadData, device: torch.device) -> Job:
+def _open(config: EmbedConfig, read_data: ReadData, given: Given, device: torch.device) -> Job:
     """Load the encoder, list the images, and say what the file will be."""
-    loaded = load(config, 0)
+    loaded = load(config, 0, given)
     data = data_settings(loaded, read_data)
     stored = loaded.config.get("data", {}) | loaded.data
     if any(getattr(data, name) != stored.get(name) for name in ("dataset", "root")):
@@ -118,11 +120,12 @@ def _open(config: EmbedConfig, read_data: ReadData, device: torch.device) -> Job
     if idle := idle_in_embedding(config, data, stored):
         log.info("%s", idle)
     if data.image_size != loaded.data["image_size"]:
-        loaded = load(config, data.image_size)
+        loaded = load(config, data.image_size, given)
     log.info("%s", loaded.report)
     network = network_of(config, loaded).to(device)
     shape = feature_shape(network, data, device)
-    listing = list_images_of(data)
+    source = given.open_plain(data)
+    listing = list_images_of(data) if source is None else list_own(source)
     check_view_size(data, estimate_bytes(listing.source)[1])
     log.info("%s: %d images", listing.source.name, len(listing.source))
     if listing.source.reading.reason:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from moco.config import DataConfig, UserError
-from moco.images.datasets import ARRAYS, refuse_own
+from moco.images.datasets import ARRAYS
 from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import shown
 from moco.images.labels import by_folder, read_list, read_table
@@ -42,13 +42,24 @@ def list_images_of(data: DataConfig) -> Listing:
     Raises:
         UserError: As of `moco.images.sources.open_source`.
     """
-    refuse_own(data)
+    if data.dataset == "own":
+        raise UserError(
+            "these images came from Python: give them again, as moco.embed does, or a folder of "
+            "images with data.root"
+        )
     if data.dataset in SHARDED:
         raise UserError(
             f"data.dataset is {data.dataset}, and embed reads files: name a folder with "
             "--data.dataset folder --data.root PATH"
         )
     return _list_arrays(data) if data.dataset in ARRAYS else _list_files(data)
+
+
+def list_own(source: ImageSource) -> Listing:
+    """List images that Python gives; without a path they are called by their number."""
+    names = [os.path.abspath(path) for path in source.paths]
+    names = names or [f"own/{row:06d}" for row in range(len(source))]
+    return Listing(source, names, [None] * len(names), [None] * len(names))
 
 
 def _list_files(data: DataConfig) -> Listing:
