@@ -49,17 +49,22 @@ def held_out_views(
         return None
     generator = torch.Generator().manual_seed(config.run.seed)
     rows = torch.randperm(len(held), generator=generator)[: count // batch * batch]
+    # As many files may be bad as in the whole set, of which this is a small part.
+    most = data.config.max_bad_fraction * (len(data.source) + len(held)) / len(rows)
     settings = replace(
-        data.config, batch_size=batch, num_workers=0, resident="auto", pairs="", image_size_start=0
-    )
+        data.config, batch_size=unit, num_workers=0, resident="auto", pairs="", image_size_start=0,
+        max_bad_fraction=min(most, 1.0),
+    )  # fmt: skip
     seed = stream_id(config.run.seed, "held out") % 2**32
-    own = data.own_views
-    views = PretrainData(settings, seed, False, False, held.rows(rows.sort().values), own)
+    images = held.rows(rows.sort().values)
+    views = PretrainData(settings, seed, False, False, images, data.own_views)
     try:
         views.prepare(data.device)
     except UserError as error:  # files that cannot be read
         log.info("quality without labels is not read: %s", error)
         return None
+    batch = min(batch, len(views.source)) // unit * unit  # bad files are left out by now
+    views.config = replace(settings, batch_size=batch)
     return views
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,19 @@ def test_another_number_held_out_is_another_run(many):
     run(many)
     with pytest.raises(UserError, match="run.held_out is 0 but the run has 512"):
         train.main(["--resume", "run", "--run.held_out", "0"])
+
+
+@pytest.mark.parametrize("budget", ["4", "0"], ids=["held", "streamed"])
+def test_a_bad_file_among_the_held_out_counts_in_the_whole_set(many, budget, tmp_path, said):
+    run(many)
+    held = Path("run", HELD_OUT).read_text().splitlines()
+    shutil.copytree(many, tmp_path / "copy")
+    (tmp_path / "copy" / Path(held[9]).name).write_bytes(b"no image")
+    words = ["--data.max_bad_fraction", "0.01", "--data.resident_budget", budget]
+    words += ["--data.num_workers", "0", "--trainer.max_steps", "1"]
+    result = run(tmp_path / "copy", *words, run_dir="other")  # 1 of 64, and of 640
+    assert result["quality"]["rankme"] > 1
+    assert any("1 of 64 images" in line and "cannot be read" in line for line in said)
 
 
 def test_a_run_keeps_its_images_whatever_it_is_measured_on_later(many):
