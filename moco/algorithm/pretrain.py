@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import cycle
-from types import FunctionType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from moco.algorithm import optim
 from moco.algorithm.batch import Batch
 from moco.algorithm.batch_norm import frozen_statistics, set_batch_norm
+from moco.algorithm.compiled import one_graph
 from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
 from moco.algorithm.encoder import build_encoder, build_predictor
 from moco.config import ModelConfig, OptimConfig
@@ -99,30 +99,8 @@ class MoCo(pl.LightningModule):
             encoder.compile(backend=backend, dynamic=False)
 
     def compile_step(self, backend: str, make_batch: Callable[[Any], Batch]) -> None:
-        """Compile the whole step, its views included, to one graph, which replaces `training_step`.
-
-        All that differs between two steps is in tensors, and the state is changed in place, so that
-        one graph serves the run. It is for one device and one batch to an optimiser step.
-
-        Args:
-            backend: Of torch.compile.
-            make_batch: Makes the views of what the loader yields, whose values are all tensors.
-        """
-        algorithm = self.training_step
-
-        def step(images: Any) -> Tensor:
-            return algorithm(make_batch(images), 0)
-
-        # torch counts the graphs of a code object and refuses the ninth: each run has its own.
-        own = FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)
-        graph = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
-
-        def training_step(images: Any, batch_idx: int) -> Tensor:
-            for queue in self.queues:
-                queue.taken.copy_(queue.keys)
-            return graph(images)
-
-        self.training_step = training_step
+        """Compile the whole step to one graph, which replaces `training_step`: see `one_graph`."""
+        self.training_step = one_graph(self.training_step, self.queues, make_batch, backend)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take one step of Algorithm 1 on one pair of views or, if symmetric, on two."""
