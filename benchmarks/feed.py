@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Row, arguments, interleave, progress, report, table
 from benchmarks.views import reference_chain
 from moco.config import DataConfig
-from moco.images.loader import Indices, PretrainData
+from moco.images.loader import PretrainData
+from moco.images.steps import Indices
 from moco.images.streamed import Cuts
 from moco.pixels import normalisation
 

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Row, arguments, interleave, progress, report, table
 from moco.config import DataConfig
 from moco.images.draws import RECIPES, ViewRecipe
-from moco.images.loader import Indices, PretrainData
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
+from moco.images.loader import PretrainData
+from moco.images.steps import Indices
 from moco.pixels import normalisation
 
 TARGET = 5.0

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from moco.evaluation.subject import Subject
+from moco.images.crops import cut
 from moco.images.draws import centre_crops
 from moco.images.labelled import LabelledData
-from moco.images.views import cut
 
 _ROWS, _NEIGHBOURS = 10, 8
 SIDE, _GAP, _TEXT = 72, 6, 12  # pixels

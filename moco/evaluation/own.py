@@ -9,8 +9,8 @@ from torch import nn
 
 from moco.config import DataConfig
 from moco.images import sources
+from moco.images.image_source import ImageSource
 from moco.images.own import open_own, open_pair
-from moco.images.sources import ImageSource
 
 
 @dataclass(frozen=True)

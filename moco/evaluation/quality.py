@@ -22,8 +22,9 @@ from moco.evaluation.measures import MEASURES
 from moco.evaluation.own import NOTHING, Given
 from moco.evaluation.subject import ReadData, data_settings, load, start_process
 from moco.images import sources
-from moco.images.loader import PretrainData, StepLoader
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
+from moco.images.loader import PretrainData
+from moco.images.steps import StepLoader
 from moco.judge_config import QualityConfig
 from moco.random import stream_id
 

@@ -27,7 +27,7 @@ from moco.evaluation.subject import Layer, Subject
 from moco.evaluation.verdict import REFERENCE
 from moco.images import sources
 from moco.images.decode import BadImage
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
 from moco.pixels import normalisation
 from moco.run_directory import run_of
 

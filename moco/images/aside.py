@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moco.config import DataConfig, RunConfig
 from moco.images import sources
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
 
 
 def part(

@@ -19,7 +19,7 @@ from moco import distributed
 from moco.config import UserError
 from moco.images.decode import BadImage
 from moco.images.formats import one_line, shown
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
 
 log = logging.getLogger("moco")
 HEADERS_S, FILES_S = 3.0, 10.0  # seconds to look at headers, and for further files to name

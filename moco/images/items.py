@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from moco.config import UserError
-from moco.images.decode import MODES, BadImage, Header, fit_bands
+from moco.images.decode import BadImage, Header, fit_bands
 from moco.images.formats import one_line
+from moco.images.readers import MODES
 
 _LOOKED_AT = 16  # items among which one must be an image
 

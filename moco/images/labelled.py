@@ -17,10 +17,11 @@ from moco import distributed
 from moco.config import DataConfig, per_view
 from moco.images import views
 from moco.images.bad_files import BadFiles
+from moco.images.crops import crop_and_resize, cut
 from moco.images.decode import BadImage
 from moco.images.draws import Crops, ViewRecipe, centre_crops, draw_crops, view_streams
+from moco.images.image_source import ImageSource
 from moco.images.resident import make_resident
-from moco.images.sources import ImageSource
 from moco.images.workers import as_it_is, fetched, worker_loader
 from moco.pixels import normalisation
 from moco.random import permutation
@@ -123,7 +124,7 @@ class LabelledData:
                 images = images.float() / 255
             else:
                 boxes = choose(rows.to(device), *images.shape[2:])
-                images = views.crop_and_resize(images, boxes, size)
+                images = crop_and_resize(images, boxes, size)
             yield views.normalise(images, mean, std), rows
 
     def _streamed(
@@ -202,7 +203,7 @@ class _Cuts(Dataset):
                 continue
             read.append(row)
             box = self.draw(torch.tensor([row]), *image.shape[1:])
-            cuts.append(views.cut(image, box, self.size))
+            cuts.append(cut(image, box, self.size))
         empty = torch.empty(0, self.source.channels, self.size, self.size, dtype=torch.uint8)
         return torch.tensor(read, dtype=torch.long), default_collate(cuts) if cuts else empty, bad
 

@@ -18,8 +18,8 @@ from moco.config import DataConfig, UserError
 from moco.images.decode import BadImage
 from moco.images.folders import expanded
 from moco.images.formats import shown
+from moco.images.image_source import ImageSource
 from moco.images.items import bands_last, open_items, other_values
-from moco.images.sources import ImageSource
 from moco.images.values import choose_channels, settle
 
 

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from moco.config import DataConfig
 from moco.images.decode import BadImage
+from moco.images.image_source import ImageSource
 from moco.images.own_views import OwnViews, first_image, made_view, said
-from moco.images.sources import ImageSource
 from moco.random import combine, stream_id, uniform
 
 _ATTEMPTS = 64  # other images that are tried in the place of one that gives no views

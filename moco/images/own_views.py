@@ -23,8 +23,8 @@ from torch import Tensor
 from moco.config import DataConfig, UserError
 from moco.images.decode import BadImage, fit_bands
 from moco.images.formats import one_line
+from moco.images.image_source import ImageSource
 from moco.images.items import bands_last
-from moco.images.sources import ImageSource
 from moco.images.views import normalise
 from moco.random import combine, stream_id, uniform
 

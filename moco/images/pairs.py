@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from moco.config import DataConfig, UserError
 from moco.images.folders import expanded
 from moco.images.formats import one_line, shown
+from moco.images.image_source import ImageSource
 from moco.images.labels import read_table
-from moco.images.sources import ImageSource
 from moco.random import combine, stream_id, uniform
 
 log = logging.getLogger("moco")

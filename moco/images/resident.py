@@ -19,7 +19,7 @@ from moco.config import DataConfig, UserError
 from moco.images.bad_files import without_bad
 from moco.images.decode import BadImage
 from moco.images.formats import shown
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
 from moco.images.values import FILES, sample
 
 log = logging.getLogger("moco")

@@ -10,122 +10,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 from zlib import crc32
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS, read_arrays, refuse_own
-from moco.images.decode import BadImage, Decoded, Header, decode_reduced, read_header
+from moco.images.decode import BadImage
 from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import shown
-from moco.images.items import Items
+from moco.images.image_source import ImageSource
 from moco.images.labels import by_folder, read_list, read_table, twins
-from moco.images.scaling import PLAIN, Reading
-from moco.images.shards import ShardSet, lies_elsewhere, open_shards
+from moco.images.shards import lies_elsewhere, open_shards
 from moco.images.values import choose_channels, sample, settle
 
 log = logging.getLogger("moco")
 _FEWEST_HELD_OUT = 64  # fewer tell nothing
 _SUMMED = 16  # items that tell one set from another
 SHARDED = ("shards", "parquet")
-
-
-@dataclass
-class ImageSource:
-    """Images under a name.
-
-    Attributes:
-        name: For people, e.g. "cifar10 train".
-        images: N C H W uint8 where they are held decoded, in memory or on a device, else None.
-        paths: One per image where images are files or lie in shards, else empty.
-        labels: N int64, or None when unlabelled.
-        classes: Class names in the order of the labels; empty when unlabelled.
-        channels: C of every image.
-        reading: How files become uint8.
-        items: What the images are read from where they are neither held nor files, else None.
-        places: Where these images stand in the array that they are part of; None for all of it.
-    """
-
-    name: str
-    images: Tensor | None
-    paths: Sequence[str]
-    labels: Tensor | None
-    classes: list[str]
-    channels: int
-    reading: Reading = PLAIN
-    items: Items | None = None
-    places: Tensor | None = None
-
-    def __len__(self) -> int:
-        if self.images is not None:
-            return len(self.images)
-        return len(self.paths) if self.items is None else len(self.items)
-
-    def called(self, index: int) -> str:
-        """Return what an image is called: the path of a file, or its place."""
-        if self.paths:
-            return self.paths[index]
-        return f"image {self.place(index)}" if self.items is None else self.items.name(index)
-
-    def place(self, index: int) -> int:
-        """Return where an image that is no file stands in what it was given in."""
-        if self.items is not None:
-            return self.items.place(index)
-        return index if self.places is None else int(self.places[index])
-
-    @property
-    def readers(self) -> int:
-        """Return how many threads may read at a time; data of the user's own knows one."""
-        return 32 if self.items is None else 1
-
-    def header(self, index: int) -> Header:
-        """Return what an image that is not held says of itself; raise BadImage as `decode` does."""
-        if self.items is not None:
-            return self.items.header(index, self.channels)
-        return read_header(self.paths[index], self.channels, self.reading)
-
-    def read(self, index: int) -> Tensor:
-        """Return one image, C H W uint8, in its own size; raise BadImage as `decode` does."""
-        return self.read_reduced(index, None).pixels
-
-    def read_reduced(self, index: int, reduction: Callable[[int, int], int] | None) -> Decoded:
-        """Return one image with no more pixels than are needed, as `decode_reduced` does."""
-        if self.images is not None:
-            return Decoded(self.images[index], *self.images.shape[2:], 1)
-        if self.items is not None:
-            image = self.items.read(index, self.channels)
-            return Decoded(image, *image.shape[1:], 1)
-        return decode_reduced(self.paths[index], self.channels, self.reading, reduction)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Tell whether the images lie in shards, and are streamed in an order of their own."""
-        return isinstance(self.paths, ShardSet)
-
-    def around(self, index: int) -> range:
-        """Return the images of which one may stand for another: its shard's, or all."""
-        return self.paths.around(index) if self.is_sharded else range(len(self))
-
-    def rows(self, rows: Tensor) -> ImageSource:
-        """Keep only some images: those at `rows`, in that order."""
-        paths = self.paths
-        if paths:
-            chosen = rows.tolist()
-            paths = paths.rows(chosen) if self.is_sharded else [paths[row] for row in chosen]
-        return replace(
-            self,
-            images=None if self.images is None else self.images[rows.to(self.images.device)],
-            paths=paths,
-            items=None if self.items is None else self.items.rows(rows),
-            places=rows.cpu() if self.places is None else self.places[rows.cpu()],
-            labels=None if self.labels is None else self.labels[rows],
-        )
 
 
 def open_source(data: DataConfig, split: Literal["train", "test"]) -> ImageSource | None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from moco.config import DataConfig
-from moco.images import views
+from moco.images.crops import cut
 from moco.images.decode import BadImage, Decoded
 from moco.images.draws import Crops, draw_crops, view_recipes, view_streams
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
 from moco.random import combine, stream_id, uniform
 
 _AT_A_TIME = 16  # images that a worker holds decoded
@@ -61,7 +61,7 @@ class Cuts(Dataset):
         return [
             torch.stack(
                 [
-                    views.cut(image.pixels, b, size, row, how, image.reduction).permute(1, 2, 0)
+                    cut(image.pixels, b, size, row, how, image.reduction).permute(1, 2, 0)
                     for b in boxes
                 ]
             )

@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate, normalize
 from torchvision.transforms.v2 import functional
 
 from moco.config import DataConfig
+from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
-from moco.images.sources import ImageSource
 from moco.images.views import normalise
 from moco.pixels import normalisation
 from moco.random import permutation

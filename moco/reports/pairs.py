@@ -15,10 +15,11 @@ from torch import Tensor
 
 from moco.config import DataConfig
 from moco.images import views
+from moco.images.crops import cut
 from moco.images.decode import BadImage
 from moco.images.draws import centre_crops, view_recipes
 from moco.images.formats import shown
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
 from moco.images.streamed import Cuts
 from moco.pixels import normalisation
 from moco.reports.pictures import tiles
@@ -67,7 +68,7 @@ def make_pairs(
         except BadImage:
             continue
         box = centre_crops(1, *image.shape[1:], data.image_size, image.device)
-        centre = views.cut(image, box, data.image_size)[None] / 255
+        centre = cut(image, box, data.image_size)[None] / 255
         made = []
         for epoch in epochs:
             crops, _ = cuts.__getitems__((epoch, np.array([row]), cuts.size))

@@ -19,7 +19,7 @@ from moco.checkpoints.load import load_encoder
 from moco.config import DataConfig, UserError
 from moco.images import aside, sources
 from moco.images.formats import one_line, shown
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
 from moco.reports import charts, sights
 from moco.reports.advice import advise
 from moco.reports.blindness import measure, sentence

@@ -109,7 +109,7 @@ def stored_data(features: Features) -> DataConfig:
 
 def open_files(features: Features, paths: list[str]) -> Any:
     """Open some files as a source, read as those of the features were."""
-    from moco.images.sources import ImageSource
+    from moco.images.image_source import ImageSource
     from moco.images.values import settle
 
     data = stored_data(features)

@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 from moco.config import DataConfig, UserError
 from moco.evaluation.features import check_finite
 from moco.evaluation.search import nearest
+from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
-from moco.images.sources import ImageSource
 from moco.pixels import normalisation
 from moco.random import permutation
 from moco.reports.pictures import tiles

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -21,12 +20,10 @@ from moco.algorithm.optim import decay_start
 from moco.algorithm.pretrain import MoCo
 from moco.algorithm.vit import side_of_patches, take_any_size
 from moco.checkpoints.load import restore_pretraining
-from moco.config import MOST_EPOCHS, DataConfig, TrainConfig, UserError
-from moco.images import sources
+from moco.config import MOST_EPOCHS, TrainConfig
 from moco.images.growth import growth
-from moco.images.labelled import LabelledData, open_data
+from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
-from moco.images.sources import ImageSource
 from moco.run_directory import VERSION
 from moco.training.agreement import Agreement
 from moco.training.captured import CapturedStep, capturable, comes_between
@@ -40,6 +37,7 @@ from moco.training.monitor import KNNMonitor
 from moco.training.outlook import Outlook
 from moco.training.own import NOTHING, Own
 from moco.training.quality import Quality, check_select, held_out_views
+from moco.training.readings import open_labelled, open_test_images
 from moco.training.saving import Checkpoints, Signals
 from moco.training.showing import Showing
 from moco.training.tracking import loggers
@@ -219,7 +217,7 @@ def assemble(
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
     signals, agreement = Signals(), Agreement()
     monitor = KNNMonitor(open_labelled(config, data), config.run, metrics, signals)
-    held = held or (monitor.data and monitor.data[1].source) or _test_images(config, data)
+    held = held or (monitor.data and monitor.data[1].source) or open_test_images(config, data)
     views = held_out_views(config, data, held)
     check_select(config, monitor.data is not None, views is not None)
     quality = Quality(views, config, metrics)
@@ -281,68 +279,3 @@ def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.T
     # device to answer (docs/faults.md, "How numbers are watched"). `Checkpoints` asks instead.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
-
-
-def open_labelled(
-    config: TrainConfig, data: PretrainData
-) -> tuple[LabelledData, LabelledData] | None:
-    """Open the bank and the queries of kNN, sharing the training images; None without labels.
-
-    Raises:
-        UserError: The rate is to follow kNN, and there are no labels.
-    """
-    if config.run.knn_every == 0:
-        return None
-    if config.run.knn_root:
-        pair = _open_own_labelled(data.config, config.run.knn_root)
-    else:
-        pair = sources.open_labelled(data.config, data.source)
-    if pair is None:
-        if (config.optim.schedule, config.optim.plateau_metric) == ("plateau", "val/knn_top1"):
-            raise UserError(
-                "optim.plateau_metric is val/knn_top1 but the images have no labelled train and "
-                "test splits, so kNN is never read: set it to train/loss, or run.knn_root to "
-                "a folder that has them"
-            )
-        log.info(
-            "no labelled train and test splits: kNN is not read; run.knn_root may name a folder "
-            "that has them"
-        )
-        return None
-    bank, queries = (
-        LabelledData(source, data.config, data.bad)
-        if source is data.source
-        else open_data(source, data.config, data.device, data.bad.report_path)
-        for source in pair
-    )
-    if 0 < config.run.knn_bank < len(bank):
-        log.info("run.knn_bank: %d of %d training images vote", config.run.knn_bank, len(bank))
-        generator = torch.Generator().manual_seed(config.run.seed)
-        rows = torch.randperm(len(bank), generator=generator)[: config.run.knn_bank]
-        bank = bank.rows(rows.sort().values)
-    return bank, queries
-
-
-def _test_images(config: TrainConfig, data: PretrainData) -> ImageSource | None:
-    """Open the test split of a set without labels; None where there is none, or nothing is read."""
-    is_read = config.run.knn_every and data.config.dataset != "own"
-    return sources.open_source(data.config, "test") if is_read else None
-
-
-def _open_own_labelled(data: DataConfig, root: str) -> tuple[ImageSource, ImageSource]:
-    """Open `run.knn_root`, whose images are read as those of the run.
-
-    Raises:
-        UserError: It has no labelled train and test images.
-    """
-    own = replace(data, dataset="folder", root=root, files="", labels="")
-    try:
-        pair = sources.open_labelled(own)
-    except UserError as error:
-        raise UserError(str(error).replace("data.root", "run.knn_root")) from None
-    if pair is None:
-        raise UserError(
-            f"run.knn_root {root!r} has no labelled train and test images: give a folder with "
-            "train/CLASS/ and test/CLASS/ of two classes or more"
-        )
-    return sources.shared_classes(*pair)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moco.config import TrainConfig
-from moco.images.loader import Indices
+from moco.images.steps import Indices
 from moco.training.decide import Decided
 
 log = logging.getLogger("moco")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
+from moco.images.image_source import ImageSource
 from moco.images.own_views import OwnViews
 from moco.images.pairs import Naming
-from moco.images.sources import ImageSource
 
 
 @dataclass(frozen=True)

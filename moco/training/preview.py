@@ -13,7 +13,7 @@ from moco.random import permutation
 from moco.reports.pairs import make_pairs
 from moco.reports.pictures import draw_rows
 from moco.training.announce import set_up_logging
-from moco.training.run import settle
+from moco.training.settling import settle
 
 log = logging.getLogger("moco")
 _IMAGES, _EPOCHS = 12, (0, 1, 2)

@@ -20,8 +20,8 @@ from moco.config import TrainConfig, UserError
 from moco.evaluation.features import rank_0_statistics
 from moco.evaluation.measures import MEASURES
 from moco.evaluation.quality import view_features
+from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
-from moco.images.sources import ImageSource
 from moco.random import stream_id
 from moco.training.metrics import MetricsLogger
 

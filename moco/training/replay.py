@@ -27,7 +27,8 @@ from moco.config import TrainConfig, UserError
 from moco.distributed import local_rows, restore
 from moco.images import aside, sources
 from moco.images.formats import shown
-from moco.images.loader import Indices, PretrainData, StepLoader
+from moco.images.loader import PretrainData
+from moco.images.steps import Indices, StepLoader
 from moco.pixels import normalisation
 from moco.reports.facts import Facts, read_facts
 from moco.reports.pairs import name_of

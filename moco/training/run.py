@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -18,17 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from moco import distributed, slurm
 from moco.algorithm.pretrain import MoCo
 from moco.checks import check
-from moco.config import RunError, TrainConfig, UserError
+from moco.config import RunError, TrainConfig
 from moco.images import aside, sources
+from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
-from moco.images.own_views import view_size
-from moco.images.resident import estimate_bytes
-from moco.images.sources import ImageSource
 from moco.reports.facts import note_result, note_start
 from moco.run_directory import find_run, new_run, sole_run, write_config, write_names
 from moco.training.announce import (
@@ -38,26 +34,24 @@ from moco.training.announce import (
     set_up_logging,
     write_page,
 )
-from moco.training.autoconfigure import Facts, Settings, autoconfigure, choose_length
+from moco.training.autoconfigure import Settings, choose_length
 from moco.training.build import (
     Run,
     assemble,
     build_data,
     build_module,
-    total_steps,
 )
-from moco.training.decide import Decided, decide
+from moco.training.decide import Decided
 from moco.training.explain import fit
-from moco.training.hardware import accelerator, choose_devices, name_device, own_device
+from moco.training.hardware import name_device, own_device
 from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
-from moco.training.shares import check_queue
+from moco.training.settling import decide_how, expected_steps, settle
 from moco.training.stored import Stored, before_decay, extend, read_stored, say_finished
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
 
 log = logging.getLogger("moco")
-STEPS_PER_SECOND = 20  # a guess, before a run has taken any
 
 
 def pretrain(
@@ -129,7 +123,7 @@ def _pretrain(
                 extend(settings, stored, len(source), *more)
         start_step = stored.step if stored else 0
         is_open = bool(stored and stored.decided and stored.decided.is_open)
-        expected = _expected_steps(settings.config, len(source))
+        expected = expected_steps(settings.config, len(source))
         if stored and start_step >= expected and not is_open:
             say_finished(settings, str(checkpoint), start_step)
             place = None if is_new else str(run_dir)
@@ -191,7 +185,7 @@ def _build(
 ) -> tuple[Decided, MoCo, PretrainData, Pace | None]:
     """Decide how to compute, read the images, and build the module; rehearse where it is needed."""
     with distributed.together():
-        decided = _decide(settings, _expected_steps(settings.config, len(source)), stored)
+        decided = decide_how(settings, expected_steps(settings.config, len(source)), stored)
         module = build_module(settings.config, decided, *weights)
         if not stored:
             check_encoder(module.query_encoder, settings.config)
@@ -240,56 +234,6 @@ def _begin(
     return config, run_dir, checkpoint, True
 
 
-def settle(
-    config: TrainConfig, source: ImageSource, stored: Stored | None, own: Own = NOTHING
-) -> Settings:
-    """Decide what is left to the images and the hardware, but what the speed decides.
-
-    Raises:
-        UserError: The settings contradict each other, or do not fit the images.
-    """
-    if stored:
-        before = stored.decided
-        settings = Settings(config, *((before.settings, before.reasons) if before else ()))
-    else:
-        devices, num_nodes = choose_devices(config)
-        sides = sorted(min(size) for size in estimate_bytes(source)[1])
-        side = sides[len(sides) // 10] if sides else 0
-        found = len(source), side, source.channels, accelerator(config), devices * num_nodes
-        if own.views and config.data.image_size == "auto":
-            found = *found, view_size(own.views, source)
-        settings = autoconfigure(config, Facts(*found))
-    check(settings.config)
-    check_queue(settings.config, len(source))
-    if not stored and not settings.config.undecided():
-        choose_length(settings, len(source) // settings.config.data.batch_size)
-    return settings
-
-
-def _expected_steps(config: TrainConfig, count: int) -> int:
-    """Return the steps of a run; a guess where its time is to decide them."""
-    if config.undecided():
-        return int(config.run.minutes * 60 * STEPS_PER_SECOND)
-    return total_steps(config, count // config.data.batch_size)
-
-
-def _decide(settings: Settings, steps: int, stored: Stored | None) -> Decided:
-    """Decide how the processes that run compute.
-
-    Raises:
-        UserError: The settings ask for others, or cannot work here.
-    """
-    before = (stored.decided, stored.asked) if stored else ()
-    decided = decide(settings.config, steps, *before)
-    if decided.world != distributed.world_size():
-        raise UserError(
-            f"the settings ask for {decided.world} devices and {distributed.world_size()} process "
-            "runs: start train.py, which starts one per device, or take trainer.devices 1"
-        )
-    _share_cores(decided)
-    return decided
-
-
 def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     """Train to the end, or to a signal."""
     trainer, saver = run.trainer, run.saver
@@ -323,10 +267,3 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     if trainer.is_global_zero:
         note_result(run_dir, result)
     return result
-
-
-def _share_cores(decided: Decided) -> None:
-    """Share the cores between the processes; two processes with all cores each would crawl."""
-    shared = decided.accelerator == "cpu" and decided.devices > 1
-    if shared and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // decided.devices))

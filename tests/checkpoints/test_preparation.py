@@ -16,8 +16,8 @@ from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.preparation import Preparation
 from moco.config import DataConfig, UserError
+from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
-from moco.images.sources import ImageSource
 
 RGB = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
 SIZES = [(61, 90), (90, 61), (32, 32), (20, 31), (33, 32), (500, 375)]

@@ -342,7 +342,8 @@ def test_partners_are_others_of_the_group_and_change_from_epoch_to_epoch():
 @pytest.mark.parametrize("resident", ["memory", "off"])
 def test_the_second_view_is_cut_from_the_partner(resident):
     from moco.config import DataConfig
-    from moco.images.loader import Indices, PretrainData
+    from moco.images.loader import PretrainData
+    from moco.images.steps import Indices
 
     levels = np.arange(0, 240, 5, dtype=np.uint8)[:, None, None].repeat(20, 1).repeat(20, 2)
     plain = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "mean": [0.0], "std": [1.0]}

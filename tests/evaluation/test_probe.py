@@ -14,8 +14,8 @@ from moco.evaluation import finetune
 from moco.evaluation.finetune import train_linear, train_whole
 from moco.evaluation.labels import few_labels, hold_out
 from moco.evaluation.probe import SWEEP, LinearProbe, RateResult, Stack, choose, rate_results
+from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData, RandomCrops
-from moco.images.sources import ImageSource
 from moco.judge_config import LinearConfig
 
 DATA = DataConfig(dataset="digits", channels=3, image_size=8, flip=0.5)

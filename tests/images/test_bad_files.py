@@ -14,8 +14,9 @@ from runs import load, run_tiny
 import train
 from moco.config import DataConfig, UserError
 from moco.images.bad_files import BadFiles, _spread
-from moco.images.loader import PretrainData, StepLoader
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
+from moco.images.loader import PretrainData
+from moco.images.steps import StepLoader
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 

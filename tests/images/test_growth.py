@@ -7,7 +7,8 @@ import torch
 
 from moco.config import DataConfig
 from moco.images.growth import growth
-from moco.images.loader import PretrainData, StepLoader
+from moco.images.loader import PretrainData
+from moco.images.steps import StepLoader
 
 
 @pytest.mark.parametrize(

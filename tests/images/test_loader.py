@@ -17,7 +17,8 @@ from moco.config import DataConfig, UserError
 from moco.images import sources
 from moco.images.decode import decode
 from moco.images.labelled import LabelledData, RandomCrops, open_data
-from moco.images.loader import PretrainData, StepLoader
+from moco.images.loader import PretrainData
+from moco.images.steps import StepLoader
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from moco.images import resident, sources
 from moco.images.bad_files import without_bad
 from moco.images.decode import read_header
 from moco.images.formats import shown
+from moco.images.image_source import ImageSource
 from moco.images.resident import MixedSizes, estimate_bytes, load_all, make_resident
-from moco.images.sources import ImageSource
 
 RNG = np.random.default_rng(0)
 

@@ -18,9 +18,10 @@ from moco.config import DataConfig, RunError, UserError
 from moco.images import sources
 from moco.images.decode import decode
 from moco.images.labelled import open_data
-from moco.images.loader import PretrainData, StepLoader
+from moco.images.loader import PretrainData
 from moco.images.packing import pack
 from moco.images.patterns import expand_braces, find_shards
+from moco.images.steps import StepLoader
 
 CPU = torch.device("cpu")
 

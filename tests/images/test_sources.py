@@ -13,8 +13,8 @@ from torchvision import datasets
 
 from moco.config import DataConfig, UserError
 from moco.images import sources
+from moco.images.image_source import ImageSource
 from moco.images.resident import load_all
-from moco.images.sources import ImageSource
 
 RNG = np.random.default_rng(0)
 

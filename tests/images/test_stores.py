@@ -19,8 +19,9 @@ from moco.config import DataConfig, RunError, UserError
 from moco.images import cache as cache_room
 from moco.images import sources, stores
 from moco.images.cache import Cache, Shard
-from moco.images.loader import PretrainData, StepLoader
+from moco.images.loader import PretrainData
 from moco.images.packing import pack
+from moco.images.steps import StepLoader
 from moco.images.stores import Facts
 
 pytestmark = pytest.mark.skipif(not find_spec("aiohttp"), reason="needs aiohttp")

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from moco.images.crops import crop_and_resize, cut
 from moco.images.draws import (
     RECIPES,
     Colours,
@@ -32,7 +33,7 @@ from moco.images.draws import (
     draw_crops,
     view_streams,
 )
-from moco.images.views import adjust_colours, crop_and_resize, cut, normalise
+from moco.images.views import adjust_colours, normalise
 
 LEAST = 1e-4  # seeds are fixed: a p-value below this is a fault, not bad luck
 ALL = ViewRecipe(0.2, 0.5, 1.0, (0.4, 0.4, 0.4, 0.4), 1.0, 1.0)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moco.config import DataConfig, TrainConfig, UserError
-from moco.images.sources import ImageSource
+from moco.images.image_source import ImageSource
 from moco.reports import blindness, charts, sights
 from moco.reports.advice import advise
 from moco.reports.facts import Facts

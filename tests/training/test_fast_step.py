@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.algorithm.pretrain import MoCo
 from moco.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError
-from moco.images.loader import Indices, PretrainData
+from moco.images.loader import PretrainData
+from moco.images.steps import Indices
 from moco.training import hardware, run
 from moco.training.guard import NonFiniteGuard
 

@@ -16,7 +16,7 @@ import train
 from moco.algorithm import pretrain
 from moco.config import RunError, UserError
 from moco.images.bad_files import BadFiles
-from moco.images.loader import StepLoader
+from moco.images.steps import StepLoader
 from moco.training import guard
 from moco.training.guard import NonFiniteGuard
 

@@ -25,7 +25,8 @@ from steps import (
 from benchmarks import launches
 from moco.algorithm.pretrain import MoCo
 from moco.config import DataConfig, TrainConfig
-from moco.images.loader import Indices, PretrainData
+from moco.images.loader import PretrainData
+from moco.images.steps import Indices
 from moco.training import captured, hardware, run
 from moco.training.build import compile_parts, why_in_parts
 from moco.training.captured import CapturedStep, capturable

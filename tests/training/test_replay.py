@@ -14,7 +14,8 @@ from runs import STREAMED, TINY, at, run_tiny
 from moco.command import replay as command
 from moco.command import views
 from moco.config import DataConfig, UserError
-from moco.images.loader import Indices, PretrainData
+from moco.images.loader import PretrainData
+from moco.images.steps import Indices
 from moco.reports.pairs import make_pairs
 from moco.training.replay import replay
 
