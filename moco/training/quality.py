@@ -58,12 +58,16 @@ def held_out_views(
     seed = stream_id(config.run.seed, "held out") % 2**32
     images = held.rows(rows.sort().values)
     views = PretrainData(settings, seed, False, False, images, data.own_views)
+    read = 0
     try:
         views.prepare(data.device)
+        read = len(views.source)
     except UserError as error:  # files that cannot be read
         log.info("quality without labels is not read: %s", error)
+    counts = distributed.all_gather(torch.tensor([read], device=data.device)).tolist()
+    if read == 0 or len({*counts}) > 1:  # a file that one machine alone cannot read
         return None
-    batch = min(batch, len(views.source)) // unit * unit  # bad files are left out by now
+    batch = min(batch, read) // unit * unit  # bad files are left out by now
     views.config = replace(settings, batch_size=batch)
     return views
 
