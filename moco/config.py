@@ -584,6 +584,9 @@ class RunConfig:
     tensorboard: bool = setting(False, "Also write TensorBoard events to the run directory")
     wandb: bool = setting(False, "Also log to Weights & Biases; without a key it stays offline")
     wandb_project: str = setting("moco", "Weights & Biases project")
+    mlflow: bool = setting(
+        False, "Also log to MLflow: to $MLFLOW_TRACKING_URI, else to mlflow.db in the run directory"
+    )
 
 
 @dataclass

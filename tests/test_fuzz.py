@@ -36,7 +36,8 @@ V3_BASE = BASE | {
 }  # fmt: skip
 FIXED = {
     # These say where and for how long a run trains, which chance must not decide.
-    "run.dir", "run.wandb", "run.wandb_project", "run.tensorboard", "data.root", "data.download",
+    "run.dir", "run.wandb", "run.wandb_project", "run.tensorboard", "run.mlflow", "data.root",
+    "data.download",
     "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
     "data.worker_timeout", "data.num_workers", "model.width",
 }  # fmt: skip

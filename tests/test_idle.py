@@ -32,7 +32,8 @@ NEVER_IDLE = {
     *("trainer.num_nodes", "trainer.precision", "trainer.accumulate_grad_batches"),
     *("trainer.log_every_n_steps", "trainer.deterministic"),
     *("run.dir", "run.seed", "run.checkpoint_every", "run.checkpoint_minutes"),
-    *("run.keep_checkpoints", "run.knn_every", "run.tensorboard", "run.wandb", "run.report"),
+    *("run.keep_checkpoints", "run.knn_every", "run.tensorboard", "run.wandb", "run.mlflow"),
+    "run.report",
 }
 # Those of evaluation, besides its settings of images.
 NEVER_IDLE_IN_EVALUATION = {

@@ -63,29 +63,36 @@ def sprite(images: Tensor, side: int) -> tuple[str, int, int]:
     """
     side = min(side, images.shape[2])
     columns = math.ceil(math.sqrt(len(images)))
-    sheet = Image.new("RGB", (columns * side, math.ceil(len(images) / columns) * side))
+    drawn = Image.new("RGB", (columns * side, math.ceil(len(images) / columns) * side))
     for place, tile in enumerate(images):
         row, column = divmod(place, columns)
         small = picture(tile).resize((side, side), Image.Resampling.BOX)
-        sheet.paste(small, (column * side, row * side))
-    return as_address(sheet, 72), columns, side
+        drawn.paste(small, (column * side, row * side))
+    return as_address(drawn, 72), columns, side
 
 
 def draw_rows(
     path: Path, rows: Sequence[tuple[str, Sequence[Tensor]]], heads: Sequence[str]
 ) -> None:
-    """Draw rows of tiles, each below its name, as a PNG that is whole or absent.
+    """Draw a `sheet` as a PNG that is whole or absent."""
+    drawn = sheet(rows, heads)
+    temporary = path.with_name(f".{path.name}.tmp")
+    drawn.save(temporary, format="PNG", optimize=True)
+    temporary.replace(path)
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[Tensor]]], heads: Sequence[str]) -> Image.Image:
+    """Draw rows of tiles, each below its name.
 
     Args:
-        path: The file.
         rows: Name of each row, and its tiles, 3 x T x T uint8.
         heads: What stands above each column; every second gap after the first is wider.
     """
     cell, line = TILE + _GAP, TILE + _TEXT + 2 * _GAP
     widths = [cell + (2 * _GAP if column % 2 == 0 else 0) for column in range(len(heads))]
     size = (sum(widths) + _GAP, _TEXT + 2 * _GAP + line * len(rows))
-    sheet = Image.new("RGB", size, _PAPER)
-    pen = ImageDraw.Draw(sheet)
+    drawn = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(drawn)
     lefts = [_GAP + sum(widths[:column]) for column in range(len(heads))]
     for left, head in zip(lefts, heads, strict=True):
         pen.text((left, _GAP), head, fill=_INK)
@@ -94,7 +101,5 @@ def draw_rows(
         pen.text((_GAP, top), name[-(size[0] // 7) :], fill=_INK)
         for left, tile in zip(lefts, images, strict=True):
             kind = Image.Resampling.NEAREST if tile.shape[2] <= TILE // 2 else None
-            sheet.paste(picture(tile).resize((TILE, TILE), kind), (left, top + _TEXT))
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+            drawn.paste(picture(tile).resize((TILE, TILE), kind), (left, top + _TEXT))
+    return drawn

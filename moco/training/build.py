@@ -41,6 +41,7 @@ from moco.training.outlook import Outlook
 from moco.training.own import NOTHING, Own
 from moco.training.quality import Quality, check_select, held_out_views
 from moco.training.saving import Checkpoints, Signals
+from moco.training.showing import Showing
 from moco.training.tracking import loggers
 from moco.training.writing import AtomicCheckpointIO
 
@@ -227,6 +228,7 @@ def assemble(
     clock = Clock(config, decided, metrics, saver, agreement)
     usual += [signals, NonFiniteGuard(run_dir), metrics, clock, monitor, quality, saver]
     usual += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
+    usual += [Showing(config, data, metrics, start_step)]
     found = [*loggers(config.run, run_dir, start_step), *own.loggers]
     lasting = config.changed({"trainer.max_epochs": MOST_EPOCHS}) if decided.is_open else config
     trainer = build_trainer(lasting, decided, logger=found, callbacks=[*usual, *callbacks])

@@ -1,23 +1,27 @@
-"""Loggers of metrics: metrics.csv always, TensorBoard and Weights & Biases when asked for."""
+"""Loggers of metrics: metrics.csv always, TensorBoard, Weights & Biases and MLflow on demand."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import logging
 import netrc
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from moco import distributed
 from moco.config import RunConfig, UserError
 from moco.evaluation.measures import MEASURES
 
 log = logging.getLogger("moco")
+IDS = "loggers.json"
 COLUMNS = (
     "step",
     "epoch",
@@ -116,7 +120,7 @@ def loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
     """Make the loggers that the settings ask for.
 
     Raises:
-        UserError: TensorBoard asked for but not installed.
+        UserError: One is asked for but not installed, or cannot be reached.
     """
     found: list[Logger] = [MetricsFile(run_dir / "metrics.csv", resume_step)]
     if config.tensorboard:
@@ -128,16 +132,74 @@ def loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
             raise UserError(
                 "run.tensorboard is true but it is not installed: pip install tensorboard"
             ) from None
+    kept = _read_ids(run_dir) if resume_step else {}
     if config.wandb:
         from pytorch_lightning.loggers import WandbLogger
 
         # Without a key, wandb would open a login prompt or fail, so it must not be asked.
         mode = os.environ.get("WANDB_MODE")
         offline = mode == "offline" or (not mode and not _has_wandb_key())
+        kept["wandb"] = kept.get("wandb") or uuid.uuid4().hex[:8]
         found.append(
-            WandbLogger(run_dir.name, run_dir, project=config.wandb_project, offline=offline)
+            WandbLogger(
+                run_dir.name,
+                run_dir,
+                project=config.wandb_project,
+                offline=offline,
+                id=kept["wandb"],
+            )
         )
+        _write_ids(run_dir, kept)
+    if config.mlflow and distributed.rank() == 0:
+        found.append(_mlflow(run_dir, kept))
     return found
+
+
+def _mlflow(run_dir: Path, kept: dict[str, str]) -> Logger:
+    """Make the logger of MLflow, whose run is begun on rank 0 or goes on.
+
+    Raises:
+        UserError: It is not installed, or the store of its runs does not answer.
+    """
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.absolute()}/mlflow.db"
+    pictures = None
+    if place.startswith("sqlite:"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        pictures = (run_dir.absolute() / "mlflow").as_uri()
+    try:
+        logger = MLFlowLogger(
+            "moco", run_dir.name, place, artifact_location=pictures, run_id=kept.get("mlflow")
+        )
+        kept["mlflow"] = str(logger.run_id)
+        _write_ids(run_dir, kept)
+    except ModuleNotFoundError:
+        raise UserError("run.mlflow is true but it is not installed: pip install mlflow") from None
+    except Exception as error:  # MLflow's own errors, which cannot be named before it is imported
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"run.mlflow: {place} does not take the run ({reason}): set MLFLOW_TRACKING_URI to a "
+            "store that does, or leave run.mlflow out"
+        ) from None
+    return logger
+
+
+def _read_ids(run_dir: Path) -> dict[str, str]:
+    """Return under which names loggers know the run, so that it goes on there."""
+    try:
+        found = json.loads((run_dir / IDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+@rank_zero_only
+def _write_ids(run_dir: Path, kept: dict[str, str]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f".{IDS}.tmp"
+    temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    os.replace(temporary, run_dir / IDS)
 
 
 def finish() -> None:
