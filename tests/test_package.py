@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import tomllib
 
 import yaml
@@ -9,6 +10,7 @@ from processes import ROOT
 
 import moco
 from moco.command import paths
+from moco.reports import facts
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUP = PROJECT["tool"]["setuptools"]
@@ -62,3 +64,27 @@ def test_the_lock_has_all_that_is_required_within_the_bounds():
         for pin in pins:
             assert wanted.specifier.contains(str(pin.specifier).removeprefix("==")), str(pin)
     assert "://" not in "".join(lines)
+
+
+def test_an_installed_package_does_not_tell_the_commit_of_the_project_around_it(
+    tmp_path, monkeypatch
+):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    room = tmp_path / "facts.py"
+    room.touch()
+    git("init")
+    git("commit", "--allow-empty", "-m", "theirs")
+    monkeypatch.setattr(facts, "__file__", str(room))
+    assert facts._commit() == ""
+    git("add", "facts.py")
+    git("commit", "-m", "ours")
+    assert len(facts._commit()) >= 7
+
+
+def test_what_is_no_code_is_installed_too():
+    inside = {p.parent.name for p in (ROOT / "moco").rglob("*.html")}
+    assert inside == {"reports"}
+    assert SETUP["package-data"]["moco.reports"] == ["*.html"]

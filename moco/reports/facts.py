@@ -170,14 +170,23 @@ def _write_note(run_dir: Path, note: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    """Return the commit of this code, with a mark where files differ from it; may be empty."""
+    """Return the commit of this code, with a mark where files differ from it; may be empty.
+
+    An installed package may lie inside another project's checkout, whose commit says nothing.
+    """
+    room = Path(__file__)
+    is_tracked = ["git", "ls-files", "--error-unmatch", room.name]
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        place = Path(__file__).parent
-        found = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=5)
+        for words in (is_tracked, command):
+            found = subprocess.run(
+                words, cwd=room.parent, capture_output=True, text=True, timeout=5
+            )
+            if found.returncode:
+                return ""
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    return found.stdout.strip()
 
 
 def _version(package: str) -> str:
