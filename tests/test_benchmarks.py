@@ -309,6 +309,18 @@ def test_peers(tmp_path):
     assert small["ours, fp32"]["against"]["lightly, fp32"]["target"] == 5
 
 
+@pytest.mark.skipif(not find_spec("lightly"), reason="lightly is not installed")
+def test_python_door(tmp_path):
+    last, _ = run(
+        *("python_door", tmp_path, "--rounds", "1", "--images", "160", "--workers", "0"),
+        *("--limit", "300"),
+    )
+    door = last["door"]
+    assert door.keys() == {"lightly", "ours"} and rates_are_positive(door)
+    assert 0 < door["ours"]["lines"] < door["lightly"]["lines"] / 3
+    assert door["ours"]["against"]["lightly"]["target"] == 2
+
+
 def test_peers_claims():
     from benchmarks.peers import claims
 
