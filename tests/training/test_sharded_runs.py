@@ -14,7 +14,9 @@ from runs import TINY, assert_same_end, at, main_on_rank, run_tiny
 from webserver import WebServer
 
 import eval_knn
+import moco
 import train
+from moco.command import replay
 from moco.config import UserError
 from moco.images.packing import pack
 
@@ -104,3 +106,16 @@ def test_wrong_settings_of_shards_are_one_line(packed, words, said):
     with pytest.raises(UserError, match=said) as caught:
         run_tiny(packed, *SHARDS, *words)
     assert "c0ffee" not in str(caught.value) and not Path("run").exists()
+
+
+def test_a_run_on_shards_from_python_has_its_page_and_its_batches_and_lists_no_features(packed):
+    words = zip(TINY[::2], TINY[1::2], strict=True)
+    settings = {name.removeprefix("--"): value for name, value in words}
+    own = {"data.dataset": "shards", "data.streams": 8, "data.window": 4, "run.report": True}
+    run = moco.pretrain(str(packed), dir="run", **{**settings, **own})
+    page = Path(run.report).read_text(encoding="utf-8")
+    assert "The page lacks" not in page and "neighbours" in page
+    told = replay.main(["run", "--step", "2"])
+    assert told["exact"] and told["loss"] == pytest.approx(told["logged_loss"], abs=1e-4)
+    with pytest.raises(UserError, match="streamed and not listed: give a folder of images"):
+        moco.embed(run, None, "features", accelerator="cpu")
