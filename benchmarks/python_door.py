@@ -57,7 +57,7 @@ def with_lightly(root: str, epochs: int, workers: int, backbone: Any) -> None:
             self.projection_head_momentum = copy.deepcopy(self.projection_head)
             deactivate_requires_grad(self.backbone_momentum)
             deactivate_requires_grad(self.projection_head_momentum)
-            self.criterion = NTXentLoss(temperature=0.1, memory_bank_size=(1024, 128))
+            self.criterion = NTXentLoss(temperature=0.1, memory_bank_size=(256, 128))
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             update_momentum(self.backbone, self.backbone_momentum, m=0.99)
@@ -74,7 +74,7 @@ def with_lightly(root: str, epochs: int, workers: int, backbone: Any) -> None:
     transform = MoCoV2Transform(input_size=32, min_scale=0.08, gaussian_blur=0.0)
     loader = DataLoader(
         LightlyDataset(root, transform=transform),
-        batch_size=128,
+        batch_size=64,
         shuffle=True,
         drop_last=True,
         num_workers=workers,
@@ -93,8 +93,8 @@ def with_ours(root: str, epochs: int, workers: int, backbone: Any) -> None:
         root,
         backbone=backbone,
         views="cifar",
-        **{"model.queue_size": 1024, "model.key_momentum": 0.99, "optim.lr": 0.06},
-        **{"optim.weight_decay": 5e-4, "data.batch_size": 128, "data.image_size": 32},
+        **{"model.queue_size": 256, "model.key_momentum": 0.99, "optim.lr": 0.06},
+        **{"optim.weight_decay": 5e-4, "data.batch_size": 64, "data.image_size": 32},
         **{"trainer.max_epochs": epochs, "trainer.precision": "32-true"},
         **{"trainer.accelerator": "cpu", "run.knn_every": 0, "run.held_out": 0},
         **{"run.report": False},

@@ -312,7 +312,7 @@ def test_peers(tmp_path):
 @pytest.mark.skipif(not find_spec("lightly"), reason="lightly is not installed")
 def test_python_door(tmp_path):
     last, _ = run(
-        *("python_door", tmp_path, "--rounds", "1", "--images", "160", "--workers", "0"),
+        *("python_door", tmp_path, "--rounds", "1", "--images", "320", "--workers", "0"),
         *("--limit", "300"),
     )
     door = last["door"]
