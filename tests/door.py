@@ -17,7 +17,7 @@ TINY = {
     **{"model.embedding_dim": 16, "model.queue_size": 32, "model.bn_splits": 2},
     **{"data.image_size": 16, "data.batch_size": 16, "optim.lr": 0.01, "run.knn_every": 0},
     **{"trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.max_epochs": 2},
-    **{"run.checkpoint_every": 1, "run.keep_checkpoints": 99},
+    **{"run.checkpoint_every": 1, "run.keep_checkpoints": 99, "run.report": False},
 }
 STREAMED = {"data.resident": "off", "data.num_workers": 2}
 PIXELS = np.random.default_rng(0).integers(0, 255, (48, 20, 20, 3), dtype=np.uint8)

@@ -13,7 +13,7 @@ from moco.config import UserError
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Print each recipe's name and the first sentence of its header; return name to path."""
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: moco recipes\n\nList the recipes that --config takes by name.")
+        print(f"usage: {sys.argv[0]}\n\nList the recipes that --config takes by name.")
         sys.exit(0)
     if argv:
         raise UserError(f"recipes takes no words, and was given {argv[0]!r}: leave it out")

@@ -82,6 +82,7 @@ class PretrainData(pl.LightningDataModule):
         self.recipes = view_recipes(config) if own_views is None else None
         self._shuffle_stream = stream_id(seed, "shuffle")
         self.partners: Partners | None = None
+        self.order: Order | None = None
         self.device = torch.device("cpu")
         if source is None:
             source = sources.open_source(config, "train")

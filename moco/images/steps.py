@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from moco import distributed
 from moco.images.ahead import Ahead
 from moco.images.workers import as_it_is, end_workers, fetched, worker_loader
 from moco.random import permutations, stream_id
-
-if TYPE_CHECKING:
-    from moco.images.loader import PretrainData
 
 
 @dataclass
@@ -53,7 +50,7 @@ class StepLoader:
             starts, so that a resumed epoch begins where it was left.
     """
 
-    def __init__(self, data: PretrainData, position: Callable[[], int]) -> None:
+    def __init__(self, data: Any, position: Callable[[], int]) -> None:
         self.data, self.position = data, position
         self._workers: DataLoader | None = None
         self._planned = _Shares()

@@ -34,7 +34,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self) -> None:
         super().__init__()
         self.after: Callable[[Path], None] = lambda path: None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def save_checkpoint(
@@ -43,7 +42,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Copy the state to the CPU and begin to write it; wait for the file before it."""
         self.wait()
         copy = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().to("cpu", copy=True))
-        self._writing = self._thread.submit(self._write, copy, Path(path))
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing = thread.submit(self._write, copy, Path(path))
+        thread.shutdown(wait=False)  # it ends with the file
 
     def wait(self) -> None:
         """Wait until the newest file is written, or is known to have failed."""

@@ -44,7 +44,7 @@ def test_help_lists_the_commands(monkeypatch, capsys):
 )
 def test_the_help_of_a_command_bears_its_name(monkeypatch, capsys, name, called, shown):
     assert run(monkeypatch, name, "--help", program_name=called) == 0
-    assert capsys.readouterr().out.startswith(f"usage: {shown} {name} --")
+    assert capsys.readouterr().out.startswith(f"usage: {shown} {name}")
 
 
 @pytest.mark.parametrize(

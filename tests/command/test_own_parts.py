@@ -199,13 +199,13 @@ def test_own_views_see_their_own_draws_and_leave_the_generators_alone():
     source = open_own(np.full((4, 20, 20, 3), 255, np.uint8), config)
     cuts = OwnCuts(source, config, 0, open_views(jittered))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    crops, bad = cuts.__getitems__((1, np.arange(4)))
+    crops, bad = cuts.__getitems__((1, np.arange(4), 0))
     now = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert all(map(same, states, now)) and bad == []
     assert crops.shape == (4, 2, 3, 16, 16)
     assert len(crops.flatten(2)[:, :, 0].unique()) > 4, "each image and view draws for itself"
-    assert crops[2:3].equal(cuts.__getitems__((1, np.array([2])))[0])
-    assert not crops.equal(cuts.__getitems__((2, np.arange(4)))[0])
+    assert crops[2:3].equal(cuts.__getitems__((1, np.array([2]), 0))[0])
+    assert not crops.equal(cuts.__getitems__((2, np.arange(4), 0))[0])
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_the_second_view_is_cut_from_the_partner(resident):
     index = torch.arange(48).flip(0)
     crops = None
     if resident == "off":
-        crops, _ = data.cuts().__getitems__((0, index.numpy()))
+        crops, _ = data.cuts().__getitems__((0, index.numpy(), data.config.image_size))
     batch = data.on_after_batch_transfer(Indices(0, 0, index, crops), 0)
     query, key = (view[:, 0, 0, 0].mul(51).round().int() for view in
                   (batch.query_views[0], batch.key_views[0]))  # fmt: skip

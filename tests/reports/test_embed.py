@@ -111,7 +111,7 @@ def test_a_run_on_images_from_python_embeds_no_other_images(images, monkeypatch)
     """Its data root is empty, which would mean the working directory."""
     monkeypatch.chdir(images)
     data = DataConfig(dataset="own", root="", channels=3, image_size=32)
-    with pytest.raises(UserError, match="the images come from Python"):
+    with pytest.raises(UserError, match="these images came from Python: give them again"):
         list_images_of(data)
 
 

@@ -23,7 +23,7 @@ from steps import SIZE, make_module
 import train
 from moco import distributed
 from moco.config import DataConfig, ModelConfig, RunConfig, UserError
-from moco.training import announce, metrics, monitor, saving
+from moco.training import announce, metrics, monitor, saving, showing
 from moco.training.metrics import Progress
 from moco.training.monitor import KNNMonitor
 from moco.training.saving import Signals
@@ -250,7 +250,7 @@ class Clock(pl.Callback):
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0
         clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
-        for room in (metrics, saving):
+        for room in (metrics, saving, showing):
             monkeypatch.setattr(room, "time", clock)
 
     def on_train_batch_start(self, *args) -> None:

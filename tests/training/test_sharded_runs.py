@@ -117,5 +117,5 @@ def test_a_run_on_shards_from_python_has_its_page_and_its_batches_and_lists_no_f
     assert "The page lacks" not in page and "neighbours" in page
     told = replay.main(["run", "--step", "2"])
     assert told["exact"] and told["loss"] == pytest.approx(told["logged_loss"], abs=1e-4)
-    with pytest.raises(UserError, match="streamed and not listed: give a folder of images"):
+    with pytest.raises(UserError, match="embed reads files: name a folder"):
         moco.embed(run, None, "features", accelerator="cpu")
