@@ -4,9 +4,7 @@
     python benchmarks/python_door.py [--root CIFAR10/train] [--epochs N] [--rounds N]
 
 Target: ours takes at most half the seconds, at the same encoder, batch, queue, views and precision.
-The small default misses it: starting and saving a run cost ours some seconds, which a longer
-training spreads; give `--root` and more `--epochs` for a figure that says something. Counted is
-from the call to trained weights, reading the files included. The task: pretrain a small ResNet on a
+The small default misses it and says little; give `--root` and more `--epochs`. Counted is from the call to trained weights, reading the files included. The task: pretrain a small ResNet on a
 folder of images. A user writes what stands in the functions `with_lightly` and `with_ours`, whose
 lines are counted. lightly's is its documentation's MoCo example around the network that ours
 trains, with the workers with which it is fastest here (`--workers`, tried one by one). Ours keeps

@@ -24,7 +24,7 @@ _ADDED = [pa.field("x", pa.float32()), pa.field("y", pa.float32()),
 
 def add_map(features: Features) -> None:
     """Write a file of features anew, with the columns of a map."""
-    log.info("map: %d images, which takes about a minute for each 10,000", len(features))
+    log.info("map: %d images, which may take minutes", len(features))
     index = open_index(features)
     points = project(features.blocks, len(features))
     schema = features.schema
