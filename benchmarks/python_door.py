@@ -4,12 +4,13 @@
     python benchmarks/python_door.py [--root CIFAR10/train] [--epochs N] [--rounds N]
 
 Target: ours takes at most half the seconds, at the same encoder, batch, queue, views and precision.
-The small default misses it and says little; give `--root` and more `--epochs`. Counted is from the call to trained weights, reading the files included. The task: pretrain a small ResNet on a
-folder of images. A user writes what stands in the functions `with_lightly` and `with_ours`, whose
-lines are counted. lightly's is its documentation's MoCo example around the network that ours
-trains, with the workers with which it is fastest here (`--workers`, tried one by one). Ours keeps
-its checkpoints, metrics and guards; the page at the end, which lightly does not make, is left out.
-Each turn is a process of its own, whose imports are not counted.
+The small default misses it and says little; give `--root` and more `--epochs`. Counted is from the
+call to trained weights, reading the files included. The task: pretrain a small ResNet on a folder
+of images. A user writes what stands in the functions `with_lightly` and `with_ours`, whose lines
+are counted. lightly's is its documentation's MoCo example around the network that ours trains, with
+the workers with which it is fastest here (`--workers`, tried one by one). Ours keeps its
+checkpoints, metrics and guards; the page at the end, which lightly does not make, is left out. Each
+turn is a process of its own, whose imports are not counted.
 
 Without `--root`, small JPEGs are written to a temporary folder. Where lightly is not installed ours
 runs alone. The last line is one JSON object.
