@@ -105,7 +105,8 @@ def test_every_recipe_runs_on_generated_data(recipe, images):
     assert np.isfinite(result["loss"])
     assert Path(result["checkpoint"]).is_file()
     reads_first = "knn_first: false" not in text
-    assert (rows("run")[0]["val/knn_top1"] != "") == reads_first and rows("run")[-1]["val/knn_top1"]
+    first, *others = (row["val/knn_top1"] for row in rows("run"))
+    assert (first != "") == reads_first and any(others)
 
 
 @RECIPES
