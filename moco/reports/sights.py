@@ -21,13 +21,14 @@ from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
 from moco.pixels import normalisation
 from moco.random import permutation
+from moco.reports import projection
 from moco.reports.pictures import tiles
 
 log = logging.getLogger("moco")
 SECONDS, LEAST = 25.0, 256  # features are taken for so long, and of so many images in any case
 NEIGHBOURS = 20
 TWIN_COSINE, TWIN_PIXELS = 0.95, 12.0  # of near-duplicates; mean difference of their tiles, of 255
-_MANY, _PCA = 10_000, 50  # points that scikit-learn maps in good time; dimensions that are mapped
+_PCA = 50  # dimensions that are mapped
 
 
 @dataclass
@@ -195,19 +196,7 @@ def make_map(sample: Sample, seed: int) -> np.ndarray | None:
     features = sample.features.numpy()
     width = min(_PCA, *features.shape)
     features = PCA(width, random_state=0).fit_transform(features)
-    options = {"perplexity": min(30.0, (count - 1) / 3), "random_state": seed % 2**31, "n_jobs": -1}
-    if count > _MANY:
-        try:
-            from openTSNE import TSNE
-        except ModuleNotFoundError:
-            raise UserError(
-                f"a map of {count} images needs openTSNE: pip install openTSNE, or take --images "
-                f"{_MANY}"
-            ) from None
-        places = np.asarray(TSNE(**options).fit(features))
-    else:
-        from sklearn.manifold import TSNE
-
-        places = TSNE(init="pca", max_iter=500, **options).fit_transform(features)
+    remedy = f"take --images {projection.MANY}"
+    places = projection.tsne(features, seed % 2**31, remedy, steps=500)
     low, high = places.min(0), places.max(0)
     return (places - low) / np.maximum(high - low, 1e-12)

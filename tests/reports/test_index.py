@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import faiss
@@ -174,3 +175,11 @@ def test_a_map_of_a_few_images(count):
     points = project(write(blobs(count, 1)).blocks, count)
     assert points.shape == (count, 2) and np.isfinite(points).all()
     assert len(np.unique(points, axis=0)) == count
+
+
+def test_a_map_of_many_images_asks_for_its_package(monkeypatch):
+    monkeypatch.setattr("moco.reports.projection.MANY", 10)
+    monkeypatch.setitem(sys.modules, "openTSNE", None)
+    rows = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    with pytest.raises(UserError, match="20 images needs openTSNE: .*, or leave out --map"):
+        project(lambda: [(0, rows)], 20)
