@@ -24,12 +24,13 @@ from moco.evaluation.subject import ReadData, data_settings, load, start_process
 from moco.images import sources
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
+from moco.images.own_views import OwnViews
 from moco.images.steps import StepLoader
 from moco.judge_config import QualityConfig
 from moco.random import stream_id
 
 log = logging.getLogger("moco")
-_BATCH = 128
+BATCH = 128  # images at a time, at most
 
 
 def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) -> dict[str, Any]:
@@ -91,13 +92,20 @@ def open_views(
     source = some(source, config.images, config.seed)
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image to measure: give two or more")
-    batch = min(_BATCH, len(source))
+    batch = min(BATCH, len(source))
     source = source.rows(torch.arange(len(source) // batch * batch))
-    settings = replace(data, batch_size=batch, num_workers=0, pairs="", image_size_start=0)
-    seed = stream_id(config.seed, "held out") % 2**32
-    views = PretrainData(settings, seed, shuffle=False, symmetric=False, source=source)
+    views = fresh_views(source, replace(data, batch_size=batch), config.seed)
     views.prepare(device)
     return views
+
+
+def fresh_views(
+    source: ImageSource, data: DataConfig, seed: int, own_views: OwnViews | None = None
+) -> PretrainData:
+    """Build what makes views of images that are measured; they are no views of training."""
+    settings = replace(data, num_workers=0, pairs="", image_size_start=0)
+    seed = stream_id(seed, "held out") % 2**32
+    return PretrainData(settings, seed, False, False, source, own_views)
 
 
 def some(source: ImageSource, count: int, seed: int) -> ImageSource:
@@ -116,18 +124,20 @@ def view_features(network: nn.Module, data: PretrainData, epochs: int = 1) -> Te
         network: Images to N x D; in eval mode here, and then as it was.
         data: Of images in whole batches.
     """
-    found = []
-    for epoch in range(epochs):
-        features, rows = [], []
-        for indices in StepLoader(data, lambda epoch=epoch: epoch * data.steps_per_epoch):
-            batch = data.on_after_batch_transfer(indices, 0)
-            views = batch.query_views[0], batch.key_views[0]
-            with evaluating(network):
-                features.append(torch.stack([network(view).float() for view in views], 1))
-            rows.append(distributed.local_rows(indices.index, len(views[0])))
-        place = gather_ragged(torch.cat(rows).to(features[0].device)).argsort()
-        found.append(gather_ragged(torch.cat(features))[place])
-    return torch.cat(found, 1)
+    with evaluating(network):
+        return torch.cat([_of_epoch(network, data, epoch) for epoch in range(epochs)], 1)
+
+
+def _of_epoch(network: nn.Module, data: PretrainData, epoch: int) -> Tensor:
+    """Return features of an epoch's two views, N x 2 x D, in the order of the images."""
+    features, rows = [], []
+    for indices in StepLoader(data, lambda: epoch * data.steps_per_epoch):
+        batch = data.on_after_batch_transfer(indices, 0)
+        views = batch.query_views[0], batch.key_views[0]
+        features.append(torch.stack([network(view).float() for view in views], 1))
+        rows.append(distributed.local_rows(indices.index, len(views[0])))
+    place = gather_ragged(torch.cat(rows).to(features[0].device)).argsort()
+    return gather_ragged(torch.cat(features))[place]
 
 
 def measure(network: nn.Module, views: PretrainData, epochs: int) -> dict[str, float]:

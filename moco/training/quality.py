@@ -19,15 +19,13 @@ from moco import distributed
 from moco.config import TrainConfig, UserError
 from moco.evaluation.features import rank_0_statistics
 from moco.evaluation.measures import MEASURES
-from moco.evaluation.quality import view_features
+from moco.evaluation.quality import BATCH, fresh_views, view_features
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
-from moco.random import stream_id
 from moco.training.metrics import MetricsLogger
 
 log = logging.getLogger("moco")
 MOST_IMAGES = 512  # of a reading: it shall take less than a fiftieth of the training time
-_BATCH = 128
 
 
 def held_out_views(
@@ -44,20 +42,16 @@ def held_out_views(
         return None
     count = min(len(held), MOST_IMAGES)
     unit = distributed.world_size() * 2
-    batch = min(_BATCH, count) // unit * unit
+    batch = min(BATCH, count) // unit * unit
     if batch == 0:
         return None
     generator = torch.Generator().manual_seed(config.run.seed)
     rows = torch.randperm(len(held), generator=generator)[: count // batch * batch]
     # As many files may be bad as in the whole set, of which this is a small part.
     most = data.config.max_bad_fraction * (len(data.source) + len(held)) / len(rows)
-    settings = replace(
-        data.config, batch_size=unit, num_workers=0, resident="auto", pairs="", image_size_start=0,
-        max_bad_fraction=min(most, 1.0),
-    )  # fmt: skip
-    seed = stream_id(config.run.seed, "held out") % 2**32
-    images = held.rows(rows.sort().values)
-    views = PretrainData(settings, seed, False, False, images, data.own_views)
+    changes = {"batch_size": unit, "resident": "auto", "max_bad_fraction": min(most, 1.0)}
+    images, settings = held.rows(rows.sort().values), replace(data.config, **changes)
+    views = fresh_views(images, settings, config.run.seed, data.own_views)
     read = 0
     try:
         views.prepare(data.device)
@@ -68,7 +62,7 @@ def held_out_views(
     if read == 0 or len({*counts}) > 1:  # a file that one machine alone cannot read
         return None
     batch = min(batch, read) // unit * unit  # bad files are left out by now
-    views.config = replace(settings, batch_size=batch)
+    views.config = replace(views.config, batch_size=batch)
     return views
 
 
