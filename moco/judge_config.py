@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from moco.config import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, DataConfig, setting
 
+NAMING = ("dataset", "root", "files", "labels")  # settings of `data` that name images
+
 
 @dataclass
 class JudgeConfig:

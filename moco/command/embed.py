@@ -9,13 +9,11 @@ from typing import Any
 from moco.checks import check_ranges
 from moco.command import cli
 from moco.command.early import check_images, check_name, check_new_folder, check_package
-from moco.command.judge import check_devices, data_reader, flat_options, take
+from moco.command.judge import check_devices, flat_options, image_reader, take
 from moco.command.launch import start_ranks
 from moco.config import UserError
 from moco.judge_config import EmbedConfig, EvalDataConfig
 from moco.run_directory import run_of, stored_groups
-
-_OWN = ("dataset", "root", "files", "labels")  # where images are named here, the run's are not read
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -50,8 +48,7 @@ def write(argv: Sequence[str], *given: Any) -> dict[str, Any]:
     check_place(config.checkpoint)
     check_name(config.backbone, "backbone")
     check_new_folder(config.output)
-    is_named = bool(data.root or data.dataset in ("digits", "own"))
-    read_data = data_reader(parser, argv, _OWN if is_named else ())
+    read_data, is_named = image_reader(parser, argv, data)
     run_dir = run_of(Path(config.checkpoint))
     stored = (stored_groups(run_dir) if run_dir else {}).get("data", {})
     if stored or is_named:

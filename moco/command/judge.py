@@ -15,7 +15,14 @@ from moco.command.early import check_images, check_name, check_output
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import DataConfig, UserError
-from moco.judge_config import EmbedConfig, EvalDataConfig, JudgeConfig, KNNConfig, LinearConfig
+from moco.judge_config import (
+    NAMING,
+    EmbedConfig,
+    EvalDataConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+)
 from moco.run_directory import run_of, stored_groups
 
 Settings = tuple[JudgeConfig, Any, Callable[[dict[str, Any]], DataConfig]]
@@ -61,6 +68,18 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
     check_devices(judge)
     start_ranks(judge.devices, "run the command again")
     return judge, own, read_data
+
+
+def image_reader(
+    parser: Any, argv: Sequence[str], data: DataConfig
+) -> tuple[Callable[[dict[str, Any]], DataConfig], bool]:
+    """As `data_reader`; where images are named here, the settings that name the run's do not count.
+
+    Returns:
+        The function, and whether images are named.
+    """
+    is_named = bool(data.root or data.dataset in ("digits", "own"))
+    return data_reader(parser, argv, NAMING if is_named else ()), is_named
 
 
 def data_reader(

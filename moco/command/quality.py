@@ -8,11 +8,9 @@ from typing import Any
 from moco.checks import check_ranges
 from moco.command import cli
 from moco.command.early import check_images, check_name
-from moco.command.judge import data_reader, flat_options, take
+from moco.command.judge import flat_options, image_reader, take
 from moco.config import UserError
 from moco.judge_config import EvalDataConfig, QualityConfig
-
-_OWN = ("dataset", "root", "files", "labels")  # where images are named here, the run's are not read
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -40,8 +38,7 @@ def read(argv: Sequence[str], *given: Any) -> dict[str, Any]:
 
     check_place(config.checkpoint)
     check_name(config.backbone, "backbone")
-    is_named = bool(data.root or data.dataset in ("digits", "own"))
-    read_data = data_reader(parser, argv, _OWN if is_named else ())
+    read_data, is_named = image_reader(parser, argv, data)
     if is_named:
         check_images(data)
     from moco.evaluation.own import Given

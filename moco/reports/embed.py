@@ -31,14 +31,13 @@ from moco.images.folders import expanded
 from moco.images.labelled import LabelledData
 from moco.images.resident import check_view_size, estimate_bytes
 from moco.images.sources import identify
-from moco.judge_config import EmbedConfig
+from moco.judge_config import NAMING, EmbedConfig
 from moco.pixels import normalisation
 from moco.reports.listing import Listing, list_images_of, list_own
 from moco.reports.parts import BAD_FILES, Job, compute, is_done, join, remove_parts
 from moco.reports.table import FILE
 
 log = logging.getLogger("moco")
-_OWN = ("dataset", "root", "files", "labels")  # settings that name images
 
 
 class Maps(nn.Module):
@@ -116,7 +115,7 @@ def _open(config: EmbedConfig, read_data: ReadData, given: Given, device: torch.
     data = data_settings(loaded, read_data)
     stored = loaded.config.get("data", {}) | loaded.data
     if any(getattr(data, name) != stored.get(name) for name in ("dataset", "root")):
-        stored = {name: value for name, value in stored.items() if name not in _OWN}
+        stored = {name: value for name, value in stored.items() if name not in NAMING}
     if idle := idle_in_embedding(config, data, stored):
         log.info("%s", idle)
     if data.image_size != loaded.data["image_size"]:
