@@ -1,6 +1,7 @@
 """The shape of the code: who may import whom, what starts without torch, what every room owes."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ WITHOUT_TORCH = (
     *("algorithm.names", "checkpoints.places", "training.resuming", "reports.facts"),
     *("images.folders", "images.formats", "images.labels", "images.dicom"),
     *("reports.table", "reports.index", "reports.mapping", "reports.projection"),
+    "reports.layout",
     *("reports.search", "reports.select"),
     *("images.patterns", "images.stores", "images.shard_index", "images.cache", "images.packing"),
 )
@@ -155,6 +157,22 @@ def test_settings_and_command_line_start_without_torch(path):
         assert not packages(path, top_level_only=True) & TORCH
         heavy = rooms(path, top_level_only=True)
         assert not {room for room in heavy if not room.startswith(WITHOUT_TORCH)}
+
+
+def test_a_run_needs_no_extra_package():
+    """requirements.txt alone is what `make train` installs."""
+    lines = (ROOT / "requirements-extra.txt").read_text().splitlines()
+    names = {re.split(r"[>=\[ ]", line)[0] for line in lines if line and line[0] != "#"}
+    extras = {name.lower().replace("-", "_") for name in names}
+    files, seen = {module(path): path for path in FILES}, set()
+    waiting = ["command.train", "training.run", "reports.page", "reports.sights"]
+    while waiting:
+        if (room := waiting.pop()) not in seen:
+            seen.add(room)
+            found = {name.lower() for name in packages(files[room], top_level_only=True)}
+            assert not found & extras, room
+            waiting += rooms(files[room], top_level_only=True)
+    assert "images.loader" in seen and "pyarrow" in extras
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=by_name)

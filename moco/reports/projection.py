@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import faiss
 import numpy as np
 
-from moco.config import UserError
+from moco.reports.layout import tsne
 from moco.reports.table import unit
 
-MANY = 10_000  # points from which openTSNE is the faster one
-_DIRECTIONS, _PERPLEXITY, _SEED = 50, 30, 0
+_DIRECTIONS, _SEED = 50, 0
 Blocks = Callable[[], Iterable[tuple[int, np.ndarray]]]
 
 
@@ -31,33 +29,6 @@ def project(blocks: Blocks, count: int) -> np.ndarray:
     if len(points) < 4 or not points[:, 0].std() > 0:
         return points[:, :2].copy()
     return tsne(points, _SEED, "leave out --map")
-
-
-def tsne(points: np.ndarray, seed: int, remedy: str, steps: int = 1000) -> np.ndarray:
-    """Lay M points of a few directions out in a plane, M x 2 float32.
-
-    Args:
-        points: M x P, M above 3.
-        seed: Of the layout.
-        remedy: What else to do where openTSNE is needed and is not installed.
-        steps: That scikit-learn takes.
-
-    Raises:
-        UserError: More than `MANY` points, and openTSNE is not installed.
-    """
-    options = {"perplexity": min(_PERPLEXITY, (len(points) - 1) / 3), "random_state": seed}
-    if len(points) > MANY:
-        try:
-            from openTSNE import TSNE
-        except ModuleNotFoundError:
-            raise UserError(
-                f"a map of {len(points)} images needs openTSNE: pip install openTSNE, or {remedy}"
-            ) from None
-        threads = faiss.omp_get_max_threads()  # as OMP_NUM_THREADS says
-        return np.asarray(TSNE(n_jobs=threads, **options).fit(points), np.float32)
-    from sklearn.manifold import TSNE
-
-    return TSNE(max_iter=steps, **options).fit_transform(points).astype(np.float32)
 
 
 def _main_directions(blocks: Blocks, count: int) -> np.ndarray:

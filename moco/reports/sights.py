@@ -21,7 +21,7 @@ from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
 from moco.pixels import normalisation
 from moco.random import permutation
-from moco.reports import projection
+from moco.reports import layout
 from moco.reports.pictures import tiles
 
 log = logging.getLogger("moco")
@@ -196,7 +196,7 @@ def make_map(sample: Sample, seed: int) -> np.ndarray | None:
     features = sample.features.numpy()
     width = min(_PCA, *features.shape)
     features = PCA(width, random_state=0).fit_transform(features)
-    remedy = f"take --images {projection.MANY}"
-    places = projection.tsne(features, seed % 2**31, remedy, steps=500)
+    remedy = f"take --images {layout.MANY}"
+    places = layout.tsne(features, seed % 2**31, remedy, steps=500)
     low, high = places.min(0), places.max(0)
     return (places - low) / np.maximum(high - low, 1e-12)

@@ -163,7 +163,7 @@ def test_a_map_keeps_neighbours_together_and_is_the_same_each_time():
 
 def test_a_large_map_is_made_by_opentsne(monkeypatch):
     pytest.importorskip("openTSNE")
-    monkeypatch.setattr("moco.reports.projection.MANY", 100)
+    monkeypatch.setattr("moco.reports.layout.MANY", 100)
     points = project(write(blobs(6, 20)).blocks, 120)
     middles = points.reshape(6, 20, 2).mean(1)
     nearest = np.linalg.norm(points[:, None] - middles, axis=2).argmin(1)
@@ -178,7 +178,7 @@ def test_a_map_of_a_few_images(count):
 
 
 def test_a_map_of_many_images_asks_for_its_package(monkeypatch):
-    monkeypatch.setattr("moco.reports.projection.MANY", 10)
+    monkeypatch.setattr("moco.reports.layout.MANY", 10)
     monkeypatch.setitem(sys.modules, "openTSNE", None)
     rows = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
     with pytest.raises(UserError, match="20 images needs openTSNE: .*, or leave out --map"):

@@ -122,7 +122,7 @@ def test_the_map_keeps_colours_together(sample):
 
 
 def test_a_large_map_asks_for_its_package(sample, monkeypatch):
-    monkeypatch.setattr("moco.reports.projection.MANY", 10)
+    monkeypatch.setattr("moco.reports.layout.MANY", 10)
     monkeypatch.setitem(__import__("sys").modules, "openTSNE", None)
     with pytest.raises(UserError, match=r"pip install openTSNE, or take --images 10"):
         sights.make_map(sample, seed=0)
