@@ -108,6 +108,11 @@ def _of_array(images: Tensor | np.ndarray, data: DataConfig) -> ImageSource:
     array = torch.from_numpy(images) if isinstance(images, np.ndarray) else images.detach()
     if array.dtype != torch.uint8:
         raise UserError(f"images {other_values(images)}")
+    if array.ndim == 3 and array.shape[-1] in (3, 4):
+        raise UserError(
+            f"images has the shape {tuple(images.shape)}, which is one image H x W x C: give many, "
+            "N x H x W x C"
+        )
     if array.ndim == 3:
         array = array[:, None]
     if array.ndim != 4 or not array.numel():

@@ -136,6 +136,7 @@ def test_an_item_that_cannot_be_read_is_named_and_skipped_where_that_is_allowed(
         (PIXELS.astype(np.uint16), "holds uint16 values: give uint8"),
         ([PIXELS[0] / 255], r"item 0: holds float64 values from 0 to .*give uint8"),
         (PIXELS[0, 0], "has the shape"),
+        (np.zeros((20, 20, 3), np.uint8), "is one image H x W x C: give many, N x H x W x C"),
         (["no-such.png"], "no-such.png does not exist"),
         ([{"a": PIXELS[0], "b": PIXELS[1]}], "dictionaries of a, b, 2 of which are images: name"),
         (["/", "/"], "is a directory: give its path alone"),
