@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from moco.config import Auto, TrainConfig
+from moco.config import TrainConfig
+from moco.config.setting import Auto
 from moco.judge_config import (
     EmbedConfig,
     ExportConfig,

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from moco.config import DataConfig, TrainConfig, UserError, per_view
+from moco.config import TrainConfig, UserError
+from moco.config.data import DataConfig, per_view
 
 MOST_COMBINATIONS = 1024  # of a view's patches; Fast-MoCo has 6
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
-from moco.config import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, DataConfig, setting
+from moco.config import DataConfig
+from moco.config.setting import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, setting
 
 NAMING = ("dataset", "root", "files", "labels")  # settings of `data` that name images
 

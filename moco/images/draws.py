@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco.config import DataConfig, UserError, per_view
+from moco.config import UserError
+from moco.config.data import DataConfig, per_view
 from moco.pixels import centre_box
 from moco.random import combine, stream_id, uniform
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from moco import distributed
-from moco.config import DataConfig, per_view
+from moco.config.data import DataConfig, per_view
 from moco.images import views
 from moco.images.bad_files import BadFiles
 from moco.images.crops import crop_and_resize, cut

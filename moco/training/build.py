@@ -20,7 +20,8 @@ from moco.algorithm.optim import decay_start
 from moco.algorithm.pretrain import MoCo
 from moco.algorithm.vit import side_of_patches, take_any_size
 from moco.checkpoints.load import restore_pretraining
-from moco.config import MOST_EPOCHS, TrainConfig
+from moco.config import TrainConfig
+from moco.config.setting import MOST_EPOCHS
 from moco.images.growth import growth
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData

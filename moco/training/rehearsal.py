@@ -19,7 +19,8 @@ import torch
 
 from moco import distributed
 from moco.algorithm.pretrain import MoCo
-from moco.config import MOST_EPOCHS, TrainConfig
+from moco.config import TrainConfig
+from moco.config.setting import MOST_EPOCHS
 from moco.images.growth import growth
 from moco.images.loader import PretrainData
 from moco.training.build import build_trainer, compile_parts, set_length, size_unit
