@@ -30,7 +30,7 @@ from moco.judge_config import (
 INTRODUCTION = """\
 # Settings
 
-This page is made from `moco/config.py` and `moco/judge_config.py` by `python docs/settings.py`;
+This page is made from `moco/config/` and `moco/judge_config.py` by `python docs/settings.py`;
 `--help` of each command says the same. A recipe (YAML) writes `FIELD: VALUE` below `GROUP:`, the
 command line `--GROUP.FIELD VALUE`. A list is written `[1, 2]`. What is asked for stands in a run's
 `config.yaml`, and what `auto` came to in its section `decided`.
