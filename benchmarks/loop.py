@@ -21,6 +21,7 @@ import contextlib
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,12 @@ from benchmarks.harness import (
 )
 from moco.checks import check
 from moco.command import cli
-from moco.config import TrainConfig, UserError
+from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources
+from moco.images.image_source import ImageSource
 from moco.training import build, run
 from moco.training.hardware import choose_compile, choose_precision
+from moco.training.own import Own
 
 TARGET = 0.95
 BARE, LOOP = "bare encoders", "whole loop"
@@ -155,18 +158,18 @@ class TakeTurns(pl.Callback):
             self.seconds[name].append(time.perf_counter() - self._start)
 
 
-def random_source(data: Any, split: str) -> sources.ImageSource:
-    """Stand in for `sources.open_source`: random images, 50,000 of 32 px, 4,096 of 256 px."""
+def random_source(data: DataConfig) -> ImageSource:
+    """Make random images, 50,000 of 32 px or 4,096 of 256 px."""
     small = data.image_size <= 32
     count, side = (50_000, 32) if small else (max(4_096, data.batch_size), 256)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
-    return sources.ImageSource("random", images, [], None, [], 3)
+    return ImageSource("random", images, [], None, [], 3)
 
 
-def repeated(source: sources.ImageSource, least: int) -> sources.ImageSource:
+def repeated(source: ImageSource, least: int) -> ImageSource:
     """List files several times, so that an epoch lasts longer than the benchmark."""
     paths = source.paths * -(-least // len(source.paths))
-    return sources.ImageSource(source.name, None, paths, None, [], source.channels)
+    return ImageSource(source.name, None, paths, None, [], source.channels)
 
 
 def settings(options: Any, rest: list[str]) -> TrainConfig:
@@ -183,10 +186,10 @@ def settings(options: Any, rest: list[str]) -> TrainConfig:
             "100000",
         ),
         *("--run.checkpoint_every", "1000000", "--run.checkpoint_minutes", "0"),
+        *("--run.report", "false", "--run.held_out", "0"),
         *("--optim.schedule", "constant"),
     ]
-    root = ["--data.root", options.feed or "nothing is read here"]
-    always += [*root, "--data.resident", "off"] if options.feed else root
+    always += ["--data.resident", "off"] if options.feed else []
     parser = cli.build_parser("train.py's options", TrainConfig, {})
     config, _ = cli.parse(parser, TrainConfig, [*arguments, *always, *rest])
     if torch.cuda.is_available() and config.model.compile == "auto":
@@ -209,17 +212,17 @@ def main(argv: list[str]) -> dict[str, Any]:
     turns = TakeTurns(options.rounds, steps, options.profile, bool(options.feed))
     config.trainer.max_steps = turns.total
     if options.feed:
-        opened = sources.open_source(config.data, "train")
-        long = repeated(opened, turns.total * config.data.batch_size)
-        run.sources.open_source = lambda data, split: long
+        files = sources.open_source(replace(config.data, root=options.feed), "train")
+        source = repeated(files, turns.total * config.data.batch_size)
     else:
-        run.sources.open_source = random_source
+        source = random_source(config.data)
+    config.data.dataset = "own"
     if options.uncaptured:
         build.capturable = lambda *_: False
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
         check(config)
-        run.pretrain(config, callbacks=[turns])
+        run.pretrain(config, own=Own(source=source), callbacks=[turns])
     results = show(options, config, turns)
     report(f"loop-{options.case}{'-fed' if options.feed else ''}", results, options)
     return results

@@ -14,6 +14,7 @@ from processes import ROOT, finish, start
 
 from benchmarks import gpu, harness, loop, traffic, views
 from benchmarks.harness import Row
+from moco.images.image_source import ImageSource
 
 
 def run(name, path, *options):
@@ -209,6 +210,16 @@ def test_the_case_of_the_shipped_recipe_is_that_recipe():
     config = loop.settings(Namespace(case="resnet18", feed=""), [])
     assert (config.model.head, config.model.query_bn) == ("linear", "split")
     assert config.data.views == "cifar" and config.optim.weight_decay == 5e-4
+
+
+def test_loop_and_bare_work_take_turns(tmp_path, monkeypatch):
+    images = ImageSource("few", torch.zeros(64, 3, 32, 32, dtype=torch.uint8), [], None, [], 3)
+    monkeypatch.setattr(loop, "random_source", lambda data: images)
+    words = ["--case", "small", "--rounds", "2", "--block-steps", "1", "--data.batch_size", "16"]
+    words += ["--model.queue_size", "32", "--trainer.accelerator", "cpu"]
+    found = loop.main([*words, "--json", str(tmp_path / "record.json")])
+    assert rates_are_positive(found["loop"])
+    assert {row["rounds"] for row in found["loop"].values()} == {2}
 
 
 def test_shared(tmp_path):
