@@ -1,4 +1,4 @@
-"""Load an encoder from any checkpoint: the one loader behind `--checkpoint` and `--init_from`.
+"""Load an encoder from any checkpoint, to judge it, export it or compute features.
 
 It reads the file (`read`), translates its names (`layouts`), finds the network (`architecture`)
 and fills it (`matching`). Shapes: N images, D feature, C embedding, K queue.
@@ -12,27 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.models import adapt_input_conv
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
-from moco.algorithm.names import is_own
 from moco.checkpoints.architecture import (
     Architecture,
-    attention_heads,
     build,
     identify,
-    look,
-    named_heads,
 )
 from moco.checkpoints.layouts import Contents, read_contents
-from moco.checkpoints.matching import Match, State, groups, match_state, shape_text, take
+from moco.checkpoints.matching import Match, State, groups, match_state
 from moco.checkpoints.preparation import Preparation, preparation, pretrained_cfg
 from moco.checkpoints.shapes import head_shape
 from moco.config import ModelConfig, UserError
-
-# Layouts whose checkpoints hold heads and a queue as ours do.
-_WITH_HEADS = ("moco", "official", "official-v3", "openselfsup", "mmpretrain")
 
 
 @dataclass
@@ -172,120 +164,6 @@ def _fill(
         if head is not None:
             head.load_state_dict(found_head.matched)
     return network, head, feature_dim, found
-
-
-def restore_pretraining(
-    path: str | Path,
-    module_state: State,
-    backbone: nn.Module | None = None,
-    allow_partial: bool = False,
-) -> tuple[State, str]:
-    """Fill a fresh MoCo module's state dict with everything in a file that fits.
-
-    A checkpoint of ours, of the official code or of OpenSelfSup gives both encoders and, where
-    their shapes agree, the heads and the queue. Another layout gives its backbone to both. The rest
-    stays fresh.
-
-    Args:
-        path: As for `load_encoder`.
-        module_state: State dict of a module just built; it is not changed.
-        backbone: Its backbone. A ViT's positions and the RGB weights of a first convolution are
-            fitted to it.
-        allow_partial: Accept a file that fits only in part, or whose network a run cannot build.
-
-    Returns:
-        The filled state dict, and one line that says what came from the file and what did not.
-
-    Raises:
-        UserError: As for `load_encoder`.
-    """
-    contents = read_contents(path)
-    notes = [_refuse_variant(contents, backbone, allow_partial)]
-    both = contents.layout in _WITH_HEADS
-    both = both and bool(contents.take("key_encoder.backbone."))
-    state = dict(module_state)
-    for side in ("query", "key"):
-        prefix = f"{side}_encoder.backbone."
-        part, adapted = _to_channels(contents.backbone(side if both else "query"), backbone)
-        found = match_state(take(state, prefix), part, backbone)
-        remedy = "set model.backbone, stem and width as in the file, or give --allow_partial"
-        found.check(path, "model.backbone", remedy, allow_partial)
-        state |= {prefix + name: tensor.clone() for name, tensor in found.matched.items()}
-    origin = "both encoders" if both else "query encoder, key encoder = its copy"
-    notes += [f"{contents.layout} layout, backbone: {origin}, each {found.text()}", adapted]
-    notes.append(_restore_heads_and_queue(contents, state))
-    return state, "; ".join(filter(None, notes))
-
-
-def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool) -> str:
-    """Refuse a file of another network than the run's, or return a note about it."""
-    model, _, known, questions = look(contents, contents.backbone("query"))
-    heads = attention_heads(network)
-    if is_own(model.backbone):  # names and shapes of its tensors are compared, and nothing else
-        return ""
-    if heads and not {"num_heads"} & {*known, *questions} and (own := named_heads(model)):
-        known["num_heads"] = own
-    if heads and known.get("num_heads", heads) != heads:
-        wanted = known["num_heads"]
-        if not allowed:
-            raise UserError(
-                f"{contents.path} is of a ViT with {wanted} attention heads, and the run's has "
-                f"{heads}: set model.num_heads {wanted}, or give --allow_partial to start from its "
-                "weights all the same"
-            )
-    elif heads:
-        known.pop("num_heads", None)
-    reasons = {"num_heads": "{} attention heads", "stem_relu": "no ReLU after its first BatchNorm"}
-    reasons["stem_padding"] = "a stem that pads by {}"
-    if known.get("stem_padding") == 1:
-        del known["stem_padding"]  # as in a run
-    found = [text.format(known[name]) for name, text in reasons.items() if name in known]
-    if found and not allowed:
-        raise UserError(
-            f"{contents.path} is of a network with {' and '.join(found)}, which no run here "
-            "builds: take another, or give --allow_partial to start from its weights all the same"
-        )
-    unclear = [f"the file does not tell its {name}" for name in questions]
-    return "; ".join([*(f"not kept: {text}" for text in found), *unclear])
-
-
-def _to_channels(part: State, network: nn.Module | None) -> tuple[State, str]:
-    """Fit the RGB weights of a first convolution to other channels, as timm does."""
-    first = getattr(network, "pretrained_cfg", {}).get("first_conv")
-    name = f"{first[0] if isinstance(first, list | tuple) else first}.weight"
-    goal = {} if network is None else network.state_dict()
-    if name not in part or name not in goal or part[name].shape[1:2] != (3,):
-        return part, ""
-    channels, weight = goal[name].shape[1], part[name]
-    if channels == 3 or weight.ndim != 4 or not weight.is_floating_point():
-        return part, ""
-    fitted = adapt_input_conv(channels, weight)
-    return part | {name: fitted}, f"first convolution fitted from 3 channels to {channels}"
-
-
-def _restore_heads_and_queue(contents: Contents, state: State) -> str:
-    """Fill heads, predictor and queues in place; all mean something only to their own heads."""
-    prefixes = ("query_encoder.head.", "key_encoder.head.", "predictor.", "queue.", "second_queue.")
-    found = {p: match_state(take(state, p), contents.take(p)) for p in prefixes}
-    for side in ("query", "key"):
-        head = found[f"{side}_encoder.head."]
-        if not contents.take(f"{side}_encoder.head."):
-            return f"heads and queue stay fresh, the file has no {side} head"
-        if contents.layout not in _WITH_HEADS or not head.whole:
-            return f"heads and queue stay fresh, the file's {side} head: {head.text()}"
-    for prefix in [prefix for prefix in prefixes if found[prefix].whole]:
-        state |= {prefix + name: t.clone() for name, t in found[prefix].matched.items()}
-    said = ["heads"]
-    for prefix in prefixes[2:]:
-        name = prefix[:-1].replace("_", " ")
-        if not take(state, prefix):
-            said += [f"left out: the file's {name}"] if contents.take(prefix) else []
-            continue
-        keys = state.get(f"{prefix}keys")
-        shape = "" if keys is None else f" of {shape_text(keys)}"
-        fresh = f"the {name} stays fresh, the file's: {found[prefix].text()}"
-        said.append(f"{name}{shape}" if found[prefix].whole else fresh)
-    return "; ".join(said)
 
 
 def _report(loaded: Loaded, contents: Contents, found: Match) -> str:

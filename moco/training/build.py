@@ -19,7 +19,7 @@ from moco.algorithm.encoder import Encoder
 from moco.algorithm.optim import decay_start
 from moco.algorithm.pretrain import MoCo
 from moco.algorithm.vit import side_of_patches, take_any_size
-from moco.checkpoints.load import restore_pretraining
+from moco.checkpoints.start import restore_pretraining
 from moco.config import TrainConfig
 from moco.config.setting import MOST_EPOCHS
 from moco.images.growth import growth

@@ -14,8 +14,9 @@ from test_load import official
 from torch import nn
 
 from moco.checkpoints.layouts import read_contents
-from moco.checkpoints.load import load_encoder, restore_pretraining
+from moco.checkpoints.load import load_encoder
 from moco.checkpoints.read import read_state, tensors_of
+from moco.checkpoints.start import restore_pretraining
 from moco.config import DataConfig, TrainConfig, UserError
 
 

@@ -31,8 +31,9 @@ from torchvision import models
 
 import moco
 from moco.checkpoints import export as room
-from moco.checkpoints.load import load_encoder, restore_pretraining
+from moco.checkpoints.load import load_encoder
 from moco.checkpoints.matching import checksum
+from moco.checkpoints.start import restore_pretraining
 from moco.config import ModelConfig, UserError
 
 CIFAR = dataclasses.replace(PLAIN, stem="cifar")

@@ -23,8 +23,9 @@ from torch import nn
 
 from moco.algorithm.encoder import build_encoder
 from moco.checkpoints.export import export
-from moco.checkpoints.load import load_encoder, restore_pretraining
+from moco.checkpoints.load import load_encoder
 from moco.checkpoints.matching import take
+from moco.checkpoints.start import restore_pretraining
 from moco.config import ModelConfig, UserError
 
 IMAGENET = dataclasses.replace(SMALL, stem="imagenet")

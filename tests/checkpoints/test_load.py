@@ -24,9 +24,10 @@ from torchvision import models
 import moco
 from moco.algorithm.encoder import TORCHVISION_RESNETS, build_encoder
 from moco.checkpoints.architecture import resnet_shape
-from moco.checkpoints.load import load_encoder, restore_pretraining
+from moco.checkpoints.load import load_encoder
 from moco.checkpoints.matching import take
 from moco.checkpoints.read import read_state
+from moco.checkpoints.start import restore_pretraining
 from moco.config import ModelConfig, UserError
 
 # Our own

@@ -10,7 +10,8 @@ from test_load import STAGES, numbered
 from torch import nn
 
 from moco.algorithm.encoder import build_encoder
-from moco.checkpoints.load import load_encoder, restore_pretraining
+from moco.checkpoints.load import load_encoder
+from moco.checkpoints.start import restore_pretraining
 from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
 
 # Names with `.shortcut.` in them, fixed sizes that no position shows, and sizes of other multiples.
