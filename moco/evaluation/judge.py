@@ -90,15 +90,25 @@ def judge_knn(
     name = f"eval_knn-{judge.layer}"
 
     def score(subject: Subject) -> dict[str, Any]:
-        if max(config.k) > len(subject.bank):
-            raise UserError(
-                f"k {max(config.k)} is above the {len(subject.bank)} training images: "
-                f"give smaller ones, as in --k [{min(10, len(subject.bank))}]"
-            )
+        chosen = replace(config, k=_neighbours(config.k, len(subject.bank)))
         gallery = output_path(judge, f"{subject.name}.png")
-        return {each: knn(subject, config, each, gallery) for each in subject.networks}
+        return {each: knn(subject, chosen, each, gallery) for each in subject.networks}
 
     return _judge(name, "knn", judge, config, (read_data, given), score)
+
+
+def _neighbours(asked: list[int], bank: int) -> list[int]:
+    """Return the numbers of neighbours to vote: of the usual ones those that the bank has."""
+    if max(asked) <= bank:
+        return asked
+    if asked != KNNConfig().k:
+        raise UserError(
+            f"k {max(asked)} is above the {bank} training images: "
+            f"give smaller ones, as in --k [{min(10, bank)}]"
+        )
+    fitting = [k for k in asked if k <= bank] or [bank]
+    log.info("k: %s (there are %d training images)", fitting, bank)
+    return fitting
 
 
 def _judge(
