@@ -20,7 +20,7 @@ PYTEST := -m pytest -n 2 --dist worksteal
 
 # $(call install,ENVIRONMENT,PACKAGES) installs with uv, which pip brings where it is not there.
 define install
-	$(if $(UV),uv venv --quiet --allow-existing --python $(PYTHON) $(1),$(PYTHON) -m venv $(1))
+	$(if $(UV),$(UV) venv --quiet --allow-existing --python $(PYTHON) $(1),$(PYTHON) -m venv $(1))
 	$(if $(UV),,$(1)/bin/python -m pip install --quiet --disable-pip-version-check uv)
 	$(or $(UV),$(1)/bin/uv) pip install --quiet --python $(1)/bin/python $(2)
 endef
