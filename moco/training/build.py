@@ -220,7 +220,7 @@ def assemble(
     held = held or (monitor.data and monitor.data[1].source) or open_test_images(config, data)
     views = held_out_views(config, data, held)
     check_select(config, monitor.data is not None, views is not None)
-    quality = Quality(views, config, metrics)
+    quality = Quality(views, config, metrics, monitor.about)
     saver = Checkpoints(
         signals,
         metrics,
