@@ -72,6 +72,13 @@ def test_splits_by_other_names_and_below_single_folders(
     assert said[0].endswith(f"not used: {unused}" if unused else held_out)
 
 
+def test_what_lies_beside_the_splits_is_not_used_and_said(tmp_path, lines):
+    tree(tmp_path, "train/1.png", "Train/2.png", "test/3.png", "4.png", "5.jpg", ".6.png")
+    source = sources.open_source(folder(tmp_path), "train")
+    assert relative(source, tmp_path) == ["train/1.png"]
+    assert any(x.endswith("held out is test; not used: Train, 2 pictures") for x in lines.messages)
+
+
 def test_classes_below_a_single_folder_are_labels(tmp_path):
     tree(tmp_path / "root", "animals/ant/1.png", "animals/bee/2.png")
     assert sources.open_source(folder(tmp_path / "root"), "train").classes == ["ant", "bee"]
