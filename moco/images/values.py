@@ -213,7 +213,7 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
             f"with {names} every value of the {files} becomes {scaled[0].flat[0]}: {cure}"
         )
     if levels < _FEW_LEVELS:
-        cure = _cure(deep) if is_best else remedy
+        cure = _cure(deep, high[0] - low[0]) if is_best else remedy
         log.info("warning: with %s %s use %d of 256 levels: %s", names, files, levels, cure)
     bounds = [np.array(ends)[:, None, None] for ends in (low, high)]
     outside = [((v < bounds[0]) | (v > bounds[1])).mean() for v in deep]
@@ -223,19 +223,25 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
         )
 
 
-def _cure(deep: list[np.ndarray]) -> str:
+def _cure(deep: list[np.ndarray], width: float) -> str:
     """Say which range shows more where the usual one for these values shows few levels.
 
     That is where values lie far from 0, or where a mark of no data lies far from all others.
+
+    Args:
+        deep: Values, C H W each.
+        width: Of the usual range.
     """
     some = [v[np.isfinite(v)][:: max(1, v.size // _PIXELS_PER_FILE)] for v in deep]
     found = np.unique(np.concatenate(some).astype(np.float64))
     if len(found) < _FEW_LEVELS:
         return "the files hold no more"
-    rare = max(1, len(found) // 100)
+    rare = max(1, len(found) // 1000)
     low, high = found[rare], found[-1 - rare]
     step = 10.0 ** math.floor(math.log10(high - low))
     low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    if high - low > width / 2:
+        return "set data.min_value and data.max_value to those between which differences matter"
     return f"set data.min_value {low:.6g} and data.max_value {high:.6g}"
 
 

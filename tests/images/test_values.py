@@ -191,6 +191,14 @@ def test_values_far_from_zero_are_warned_of_with_a_range_that_shows_them(
     assert len(sources.open_source(data, "train").read(0).unique()) > 100
 
 
+def test_values_at_both_ends_of_a_range_have_no_better_one(tmp_path, said, caplog):
+    caplog.set_level("INFO", logger="moco")
+    array = np.concatenate([smooth(0, 3000), smooth(62_000, 65_535)]).astype(np.uint16)
+    np.save(tmp_path / "a.npy", array)
+    sources.open_source(folder(tmp_path, channels=1), "train")
+    assert any("levels: set data.min_value and data.max_value to those between" in x for x in said)
+
+
 def test_files_of_few_values_are_said_to_hold_no_more(tmp_path, said, caplog):
     caplog.set_level("INFO", logger="moco")
     np.save(tmp_path / "a.npy", np.arange(16, dtype=np.uint16).reshape(4, 4))
