@@ -204,7 +204,9 @@ def _said(
         decided = contents.raw.get("decided")
         known = decided if isinstance(decided, dict) else {}
         ends = {name: known[name] for name in RANGE if known.get(name)}
-        data = _data(vars(stored.data) | ends, stored.data.channels, stored.data.image_size)
+        # Evaluation resizes bilinearly; the setting is that of the views in training.
+        told = vars(stored.data) | ends | {"interpolation": "bilinear"}
+        data = _data(told, stored.data.channels, stored.data.image_size)
         return stored.model, data, {}
     if isinstance(contents.raw.get("moco"), dict):
         note = contents.raw["moco"]

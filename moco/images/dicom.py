@@ -75,16 +75,19 @@ class DicomImage:
         self._file, self._frame = (path, 0) if isinstance(path, BytesIO) else split_frame(path)
         self._header = header = pydicom.dcmread(self._file, stop_before_pixels=True)
         self.height, self.width = int(header.Rows), int(header.Columns)
-        self.bands = int(header.get("SamplesPerPixel", 1))
-        self.inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
+        kind = header.get("PhotometricInterpretation")
+        self.inverted, self._has_palette = kind == "MONOCHROME1", kind == "PALETTE COLOR"
+        self.bands = 3 if self._has_palette else int(header.get("SamplesPerPixel", 1))
         is_grey = self.bands == 1
-        has_window = "WindowCenter" in header or "VOILUTSequence" in header
-        self._windowed = windowed and has_window and is_grey
-        slope, intercept = (float(header.get(f"Rescale{n}", d)) for n, d in _RESCALE)
-        self._is_scaled = is_grey and (slope, intercept) != (1, 0)
+        self._windowed = windowed and is_grey and (_has_lut(header) or _has_window(header))
+        slope, intercept = _rescale(header)
+        has_lut = bool(header.get("ModalityLUTSequence"))
+        self._is_scaled = is_grey and (has_lut or (slope, intercept) != (1, 0))
         self._is_whole = slope.is_integer() and intercept.is_integer()
-        eight = header.BitsAllocated <= 8 and not self._is_scaled
-        self.dtype = np.dtype(np.uint8 if eight or self._windowed else np.int32)
+        signed = bool(header.get("PixelRepresentation", 0))
+        eight = header.BitsAllocated <= 8 and not self._is_scaled and not signed
+        is_ready = eight or self._windowed or self._has_palette
+        self.dtype = np.dtype(np.uint8 if is_ready else np.int32)
 
     def __enter__(self) -> DicomImage:
         return self
@@ -101,8 +104,14 @@ class DicomImage:
             self._file.seek(0)
         data = pydicom.dcmread(self._file)
         values = pixels.pixel_array(data, index=self._frame)  # colours come as RGB
+        if self._has_palette:
+            depth = int(data.RedPaletteColorLookupTableDescriptor[2])
+            colours = pixels.apply_color_lut(values, data)[..., :3] >> (depth - 8)
+            return colours.astype(np.uint8).transpose(2, 0, 1)
         if self.bands > 1:
             return values.transpose(2, 0, 1)
+        if data.BitsAllocated == 1:  # a mask
+            return values.astype(bool)[None]
         rescaled = pixels.apply_modality_lut(values, data) if self._is_scaled else values
         if self._windowed:
             low, high = self._window_ends(data)
@@ -114,13 +123,29 @@ class DicomImage:
 
     def _window_ends(self, data: Any) -> tuple[float, float]:
         """Return what pydicom makes of the window's two ends."""
-        if "VOILUTSequence" in data:
+        if _has_lut(data):
             return 0.0, 2.0 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1
-        signed = int(data.PixelRepresentation)
-        low = -(2.0 ** (data.BitsStored - 1)) if signed else 0.0
-        high = low + 2.0**data.BitsStored - 1
-        slope, intercept = (float(data.get(f"Rescale{n}", d)) for n, d in _RESCALE)
+        slope, intercept = _rescale(data)
+        bits, signed = data.BitsStored, int(data.PixelRepresentation)
+        if data.get("ModalityLUTSequence"):
+            bits, signed = data.ModalityLUTSequence[0].LUTDescriptor[2], 0
+        low = -(2.0 ** (bits - 1)) if signed else 0.0
+        high = low + 2.0**bits - 1
         return low * slope + intercept, high * slope + intercept
 
 
-_RESCALE = (("Slope", 1.0), ("Intercept", 0.0))
+def _has_window(header: Any) -> bool:
+    """Tell whether a file has a window: many have its elements and no value in them."""
+    return None not in (header.get("WindowCenter"), header.get("WindowWidth"))
+
+
+def _has_lut(header: Any) -> bool:
+    """Tell whether a table of a file's own says which values are black and white."""
+    tables = header.get("VOILUTSequence") or [{}]
+    return None not in (tables[0].get("LUTDescriptor"), tables[0].get("LUTData"))
+
+
+def _rescale(header: Any) -> tuple[float, float]:
+    """Return the slope and the intercept of a file's units."""
+    slope, intercept = (header.get(f"Rescale{name}") for name in ("Slope", "Intercept"))
+    return float(1 if slope is None else slope), float(intercept or 0)

@@ -91,11 +91,20 @@ def split_folders(data: DataConfig, say: bool = False) -> tuple[str, str | None]
         in_table = bool(data.labels) and read_table(data.labels).has_splits
         return top, top if in_table else None
     if say:
-        rest = [name for name in names if by_name[name.lower()] not in (train, test)]
+        rest = [name for name in names if os.path.join(top, name) not in (train, test)]
+        rest += _pictures_beside(top)
         unused = f"; not used: {', '.join(map(shown, rest[:5]))}" if rest else ""
         base, held_out = (shown(os.path.basename(path or "none")) for path in (train, test))
         log.info("%s: trained on is %s, held out is %s%s", shown(top), base, held_out, unused)
     return train, test
+
+
+def _pictures_beside(top: str) -> list[str]:
+    """Say in words how many pictures lie in a folder itself; empty where none does."""
+    with os.scandir(top) as entries:
+        found = [e.name for e in entries if looks_like_image(extension(e.name)) and not is_dir(e)]
+    count = sum(map(visible, found))
+    return [f"{count} picture{'s'[: count != 1]}"][:count]
 
 
 def _find_splits(top: str) -> tuple[str, list[str], str | None, str | None]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moco.config import UserError
+from moco.images.dicom import split_frame, with_frames
 from moco.images.formats import shown
 
 TRAIN = ("train", "training")
@@ -56,9 +57,20 @@ class Table:
     def name(self, path: str, root: str) -> str | None:
         """Return what the table calls an image: its path below the root, its file name, or that
         without an ending; None if it does not name it."""
-        base = os.path.basename(path)
-        words = (os.path.relpath(path, root).replace(os.sep, "/"), path, base)
+        file, root = (unicodedata.normalize("NFC", each) for each in (split_frame(path)[0], root))
+        base = os.path.basename(file)
+        words = (os.path.relpath(file, root).replace(os.sep, "/"), file, base)
         return next((w for w in (*words, os.path.splitext(base)[0]) if w in self.rows), None)
+
+    def check_names(self, where: str, paths: Sequence[str], root: str) -> None:
+        """Raise UserError where the table names none of the images; `where` names the table."""
+        if paths and not any(self.name(path, root) for path in paths):
+            first = next(iter(self.rows))
+            raise UserError(
+                f"{where}: none of its {len(self.rows)} rows names one of the {len(paths)} images, "
+                f"first {shown(first)}, where the first image is {shown(paths[0])}: give paths "
+                "below data.root, or the files' names"
+            )
 
     def labels(self, paths: Sequence[str], root: str) -> list[str | None]:
         """Return the label of each image; None where the table does not name it."""
@@ -95,21 +107,25 @@ def read_table(path: str) -> Table:
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
     if not rows or min(map(len, rows)) < 2:
         raise UserError(f"{where} has rows of one column: write PATH,LABEL in each")
-    (image, label, split), is_headed = _columns(rows[0])
+    (image, label, split), is_headed = _columns(rows[0], where)
     widest = max(image, label, split)
     body = [row for row in rows[is_headed:] if len(row) > widest and row[label]]
     if not body:
         raise UserError(f"{where} labels no image: write PATH,LABEL in each row")
-    named = {row[image].removeprefix("./").replace("\\", "/"): row for row in body}
+    named = {_one_form(row[image].removeprefix("./").replace("\\", "/")): row for row in body}
     labels = {name: _one_form(row[label]) for name, row in named.items()}
     held_out = {n for n, row in named.items() if split >= 0 and row[split].lower() in HELD_OUT}
     return Table(labels, held_out, bool(held_out))
 
 
-def _columns(first: list[str]) -> tuple[tuple[int, int, int], bool]:
+def _columns(first: list[str], where: str) -> tuple[tuple[int, int, int], bool]:
     """Return the columns of paths, labels and splits, -1 for none, and whether a row is a header.
 
-    Where a header names only one of the first two, the other is the first column that is left.
+    Where a header names only one of the first two, the other is the only column that is left, or
+    for paths the first one.
+
+    Raises:
+        UserError: Several columns may be that of the labels.
     """
     words = [cell.lower() for cell in first]
     image, label, split = (
@@ -120,7 +136,14 @@ def _columns(first: list[str]) -> tuple[tuple[int, int, int], bool]:
         return (0, 1, -1), False
     image = image if image >= 0 else next(n for n in range(len(words)) if n not in (label, split))
     if label < 0:
-        label = next((n for n in range(len(words)) if n not in (image, split)), 1)
+        left = [n for n in range(len(words)) if n not in (image, split)]
+        if len(left) != 1:
+            names = ", ".join(shown(first[n]) for n in left[:5]) or "no other"
+            raise UserError(
+                f"{where} has no column of a usual name for labels, but {names}: call the one that "
+                "holds each image's label `label`"
+            )
+        label = left[0]
     return (image, label, split), True
 
 
@@ -138,13 +161,13 @@ def read_list(path: str, root: str) -> list[str]:
         text = f"data.files {path!r} cannot be read ({reason}): give one path a line"
         raise UserError(text) from None
     paths = [os.path.join(root, os.path.normpath(line)) for line in lines if line]
-    if not any(os.path.lexists(name) for name in paths):
+    if not any(os.path.lexists(split_frame(name)[0]) for name in paths):
         first = f", first {shown(paths[0])}" if paths else ""
         raise UserError(
             f"data.files {path!r}: none of its {len(paths)} files is there{first}: give paths "
             f"below data.root {root!r}, or whole ones"
         )
-    return list(dict.fromkeys(paths))
+    return with_frames(list(dict.fromkeys(paths)))
 
 
 def twins(paths: Sequence[str], labels: Sequence[str | None]) -> list[tuple[str, str]]:

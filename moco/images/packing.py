@@ -89,6 +89,12 @@ def _pack_split(data: DataConfig, split: str, top: str, part: Path, size: float)
     if not table and len({*names} - {None}) < 2:
         names = [None] * len(paths)  # one folder is no class
     images = list(dict(zip((split_frame(path)[0] for path in paths), names, strict=True)).items())
+    if len(images) < len(paths):
+        first = next(path for path in paths if split_frame(path)[0] != path)
+        raise UserError(
+            f"{shown(split_frame(first)[0])} has several frames, and a shard has one image a "
+            "file: write the frames as files of their own"
+        )
     images = [images[row] for row in np.random.default_rng(0).permutation(len(images))]
     parts: list[list[tuple[str, str | None]]] = []
     held = size

@@ -17,7 +17,7 @@ from moco.images.formats import (
     BadImage,
     Member,
 )
-from moco.images.scaling import Reading, to_uint8
+from moco.images.scaling import Reading, to_uint8, upright
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -98,7 +98,15 @@ class Picture:
             reason = "has 16 bits a band, which Pillow cuts to 8: pip install imagecodecs"
             raise BadImage(self.path, reason) from None
         values = png_decode(_content(self.path)).transpose(2, 0, 1)
-        return values[:3] if self.channels in (1, 3) else values
+        colours, alpha = (values, None) if len(values) in (1, 3) else (values[:-1], values[-1:])
+        if self.channels == 4:
+            opaque = np.full_like(values[:1], 65535) if alpha is None else alpha
+            values = np.concatenate([*[colours] * (3 // len(colours)), opaque])
+        elif self.channels != 2:
+            values = colours
+        if self.turned and self.reading.turn:
+            values = upright(values, self._orientation())
+        return values
 
 
 class ArrayFile:

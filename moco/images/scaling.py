@@ -1,4 +1,4 @@
-"""Scaling: how the values of a file become 0 to 255. Shapes: C bands, H W pixels."""
+"""Scaling: how the values of a file become 0 to 255, upright. Shapes: C bands, H W pixels."""
 
 from __future__ import annotations
 
@@ -64,3 +64,14 @@ def to_uint8(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]
     if values.dtype.kind == "f":
         wide = np.where(np.isnan(wide), bottom, wide)
     return np.rint((np.clip(wide, bottom, top) - bottom) * (255 / (top - bottom))).astype(np.uint8)
+
+
+def upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn C H W as a tag of TIFF or EXIF says, 1 to 8."""
+    if orientation > 4:
+        values = values.transpose(0, 2, 1)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, :, ::-1]
+    if orientation in (3, 4, 7, 8):
+        values = values[:, ::-1]
+    return values

@@ -185,7 +185,13 @@ def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -
     paths = read_list(data.files, root) if listed else list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:
+        if train is None:
+            table.check_names(f"data.labels {data.labels!r}", paths, root)
         paths = table.part(paths, root, held_out=train is not None)
+        if train is None and not paths:
+            raise UserError(
+                f"data.labels {data.labels!r} holds all images out: none is left to train on"
+            )
     names = table.labels(paths, root) if table else by_folder(paths, top)
     if data.dataset == "imagenet" and None in names:
         raise UserError(

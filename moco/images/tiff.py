@@ -15,10 +15,13 @@ from PIL import Image
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     COMPRESSION,
+    EXTRASAMPLES,
     IMAGEDESCRIPTION,
     PHOTOMETRIC_INTERPRETATION,
     SAMPLESPERPIXEL,
 )
+
+from moco.images.scaling import upright
 
 for _name in ("PIL.TiffImagePlugin", "tifffile"):  # they log what they raise, and what is mended
     logging.getLogger(_name).setLevel(logging.CRITICAL)
@@ -27,6 +30,8 @@ warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
 _ORIENTATION, _ALPHA = 274, (1, 2)  # a tag, and values of ExtraSamples
 _STACKS = ("ImageJ=", "<?xml", "<OME", '{"shape"')  # how descriptions of stacks begin
+_JPEG = (6, 7, 34892)  # values of Compression
+_PALETTE, _MIXED = 3, {5: "CMYK", 6: "YCbCr", 8: "CIELAB"}  # values of PhotometricInterpretation
 
 
 def pillow_reads_it(image: Image.Image, channels: int) -> bool:
@@ -40,6 +45,8 @@ def pillow_reads_it(image: Image.Image, channels: int) -> bool:
         return False
     if bands == channels != len(image.getbands()):  # Pillow would call the fourth band alpha
         return False
+    if channels == 0 and bands == 4 and tags.get(PHOTOMETRIC_INTERPRETATION) == 2:
+        return tags.get(EXTRASAMPLES, (0,))[0] in _ALPHA  # or it would leave the fourth band out
     if tags.get(_ORIENTATION, 1) > 4 and tags.get(COMPRESSION, 1) == 1:
         return False  # Pillow (13 and before) reads rows of a wrong length where it turns them
     description = str(tags.get(IMAGEDESCRIPTION, "")).lstrip()
@@ -79,7 +86,9 @@ class TiffImage:
         self.height, self.width = size[::-1] if self._orientation > 4 else size
         axis = self._bands_axis(channels)
         count = page.samplesperpixel if axis is None else self._series.shape[axis]
-        self._kept = self._without_alpha(count, channels)
+        is_plain = not str(page.description).lstrip().startswith(_STACKS)
+        self._has_palette = page.photometric == _PALETTE and is_plain and page.dtype == np.uint8
+        self._kept = 3 if self._has_palette else self._without_alpha(count, channels)
         self.bands, self.dtype = self._kept, np.dtype(page.dtype)
 
     def __enter__(self) -> TiffImage:
@@ -104,9 +113,10 @@ class TiffImage:
     def _without_alpha(self, count: int, channels: int) -> int:
         """Return how many bands stay where RGB or grey is asked for and an alpha is there."""
         colours = 3 if self._page.photometric == 2 else 1
-        alpha = count == colours + 1 and not self._is_stack and channels in (1, 3)
-        known = colours == 3 or set(self._page.extrasamples) <= set(_ALPHA)
-        return colours if alpha and known else count
+        alpha = count == colours + 1 and not self._is_stack and channels in (0, 1, 3)
+        known = {*map(int, self._page.extrasamples)}
+        is_named = known <= {*_ALPHA} if channels else known and known <= {*_ALPHA}
+        return colours if alpha and (is_named or (channels and colours == 3)) else count
 
     def read(self) -> np.ndarray:
         """Return the values, C H W."""
@@ -116,10 +126,14 @@ class TiffImage:
             if "imagecodecs" in str(error):
                 raise ValueError(f"{error}: pip install imagecodecs") from None
             raise
-        return _upright(values[: self._kept], self._orientation)
+        return upright(values[: self._kept], self._orientation)
 
     def _first_page(self) -> np.ndarray:
-        values, axes = self._page.asarray(), self._page.axes
+        values, axes, kind = self._page.asarray(), self._page.axes, int(self._page.photometric)
+        if self._has_palette:
+            return (self._page.colormap[:, values] >> 8).astype(np.uint8)
+        if kind in _MIXED and int(self._page.compression) not in _JPEG:  # whose decoder makes RGB
+            raise ValueError(f"it holds {_MIXED[kind]} colours that are not read here: save as RGB")
         if "S" not in axes:
             return values[None]
         return np.moveaxis(values, axes.index("S"), 0)
@@ -137,14 +151,3 @@ class TiffImage:
         outer = [size for axis, size in zip(axes, shape, strict=True) if axis not in "YX"]
         pages = np.arange(np.prod(outer)).reshape(outer)[place[: len(outer)]]
         return self._file.asarray(series=0, key=pages.tolist())
-
-
-def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn C H W as the TIFF tag says, 1 to 8."""
-    if orientation > 4:
-        values = values.transpose(0, 2, 1)
-    if orientation in (2, 3, 6, 7):
-        values = values[:, :, ::-1]
-    if orientation in (3, 4, 7, 8):
-        values = values[:, ::-1]
-    return values

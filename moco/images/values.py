@@ -76,7 +76,10 @@ def look(paths: Sequence[str], channels: int, reading: Reading, with_values: boo
             continue
         budget -= size
         with contextlib.suppress(BadImage):
-            seen.values.append(_thinned(read_values(path, channels, reading)))
+            values = read_values(path, channels, reading)
+            if values.dtype.kind in "uif":  # others are no images, and are named where all are read
+                native = values.dtype.newbyteorder("=")
+                seen.values.append(_thinned(values).astype(native, copy=False))
     return seen
 
 
@@ -116,12 +119,12 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     auto = "auto" in (data.min_value, data.max_value)
     low, high = _as_set(data.min_value, (0.0,)), _as_set(data.max_value, (65535.0,))
     reading = Reading(low, high, data.exif == "apply", data.max_pixels, data.dicom_window)
-    # Without a range of their own, 16-bit colours come whole.
-    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(65535.0,)))
+    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(1.0,)))  # all bits
     _say_turned(seen, reading)
-    if reading.windowed and extension(split_frame(paths[0])[0]) in DICOM:
+    if reading.windowed and paths and extension(split_frame(paths[0])[0]) in DICOM:
         log.info("DICOM files are shown through their own window (data.dicom_window)")
     if not seen.kinds:
+        _check_cut(paths, data.channels, reading, seen)
         return reading
     (bottom, top), kinds = seen.ends, seen.kinds
     if auto:
@@ -209,8 +212,8 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
         raise UserError(
             f"with {names} every value of the {files} becomes {scaled[0].flat[0]}: {cure}"
         )
-    cure = "the files hold no more" if is_best else remedy
     if levels < _FEW_LEVELS:
+        cure = _cure(deep, high[0] - low[0]) if is_best else remedy
         log.info("warning: with %s %s use %d of 256 levels: %s", names, files, levels, cure)
     bounds = [np.array(ends)[:, None, None] for ends in (low, high)]
     outside = [((v < bounds[0]) | (v > bounds[1])).mean() for v in deep]
@@ -218,6 +221,45 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
         log.info(
             "warning: with %s %.0f %% of the values are clipped: %s", names, 100 * share, remedy
         )
+
+
+def _cure(deep: list[np.ndarray], width: float) -> str:
+    """Say which range shows more where the usual one for these values shows few levels.
+
+    That is where values lie far from 0, or where a mark of no data lies far from all others.
+
+    Args:
+        deep: Values, C H W each.
+        width: Of the usual range.
+    """
+    some = [v[np.isfinite(v)][:: max(1, v.size // _PIXELS_PER_FILE)] for v in deep]
+    found = np.unique(np.concatenate(some).astype(np.float64))
+    if len(found) < _FEW_LEVELS:
+        return "the files hold no more"
+    rare = max(1, len(found) // 1000)
+    low, high = found[rare], found[-1 - rare]
+    step = 10.0 ** math.floor(math.log10(high - low))
+    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    if high - low > width / 2:
+        return "set data.min_value and data.max_value to those between which differences matter"
+    return f"set data.min_value {low:.6g} and data.max_value {high:.6g}"
+
+
+def _check_cut(paths: Sequence[str], channels: int, reading: Reading, seen: Seen) -> None:
+    """Warn where colours of 16 bits lose most of their levels, since nothing here reads them whole.
+
+    Args:
+        seen: What was read of all bits: here no file of more than 8.
+    """
+    if all(header.dtype == np.uint8 for header in seen.headers):
+        return
+    cut = [v for v in look(paths, channels, reading).values if v.dtype == np.uint8]
+    levels = len(np.unique(np.concatenate([v.ravel() for v in cut]))) if cut else 256
+    if levels < _FEW_LEVELS:
+        log.info(
+            "warning: colours of 16 bits, cut to 8 by Pillow, use %d of 256 levels in %d files "
+            "looked at: pip install imagecodecs, which reads them whole", levels, len(cut),
+        )  # fmt: skip
 
 
 def _scaled(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:

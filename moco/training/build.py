@@ -25,6 +25,7 @@ from moco.config.setting import MOST_EPOCHS
 from moco.images.growth import growth
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
+from moco.images.scaling import PLAIN
 from moco.run_directory import VERSION
 from moco.training.agreement import Agreement
 from moco.training.captured import CapturedStep, capturable, comes_between
@@ -99,11 +100,24 @@ def build_module(
 
 
 def build_data(
-    config: TrainConfig, decided: Decided, source: ImageSource, run_dir: Path, own: Own = NOTHING
+    config: TrainConfig,
+    decided: Decided,
+    source: ImageSource,
+    run_dir: Path,
+    own: Own = NOTHING,
+    has_begun: bool = False,
 ) -> PretrainData:
-    """Decode what is to be resident, note in `decided` what is, and prepare what makes views."""
+    """Decode what is to be resident, note in `decided` what is, and prepare what makes views.
+
+    Args:
+        config, own: Of the run.
+        decided: What it came to so far.
+        source: The images.
+        run_dir: Takes the names of files that cannot be read.
+        has_begun: Whether the run goes on, and has decided before how its files are read.
+    """
     resident = {"": config.data.resident, "streamed": "off"}.get(decided.resident, decided.resident)
-    source, ends = pin_values(source, decided)
+    source, ends = pin_values(source, decided, has_begun)
     data = PretrainData(
         replace(config.data, resident=resident, **ends),
         config.run.seed,
@@ -119,8 +133,12 @@ def build_data(
     return data
 
 
-def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict[str, Any]]:
+def pin_values(
+    source: ImageSource, decided: Decided, has_begun: bool
+) -> tuple[ImageSource, dict[str, Any]]:
     """Read the images by the range that a resumed run has decided; note the range of a new run.
+
+    A run that began without a range, as an older version did with colours of 16 bits, needs none.
 
     Returns:
         The source, and the settings with which other images are read alike.
@@ -129,8 +147,10 @@ def pin_values(source: ImageSource, decided: Decided) -> tuple[ImageSource, dict
     if decided.max_value:
         low, high = tuple(decided.min_value), tuple(decided.max_value)
         reading = replace(reading, low=low, high=high, reason="as the run began")
+    elif has_begun and reading.reason.startswith("auto"):
+        reading = replace(reading, low=PLAIN.low, high=PLAIN.high, reason="")
     if not reading.reason:
-        return source, {}
+        return replace(source, reading=reading), {}
     ends = {"min_value": list(reading.low), "max_value": list(reading.high)}
     decided.min_value, decided.max_value = ends["min_value"], ends["max_value"]
     decided.reasons["max_value"] = reading.reason
@@ -221,7 +241,7 @@ def assemble(
     held = held or (monitor.data and monitor.data[1].source) or open_test_images(config, data)
     views = held_out_views(config, data, held)
     check_select(config, monitor.data is not None, views is not None)
-    quality = Quality(views, config, metrics)
+    quality = Quality(views, config, metrics, monitor.about)
     saver = Checkpoints(
         signals,
         metrics,

@@ -9,6 +9,7 @@ Shapes: M images of the bank, D feature.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import Any
@@ -27,12 +28,13 @@ from moco.evaluation.knn import few_shot_accuracy, knn_predict
 from moco.evaluation.subject import PIXEL_SIDE, Pixels
 from moco.evaluation.verdict import RAW_PIXELS, UNREAD, UNTRAINED, Comparison, by_image, compare
 from moco.images.labelled import LabelledData
+from moco.images.sources import identify
 from moco.training.metrics import MetricsLogger
 from moco.training.saving import Signals
 
 log = logging.getLogger("moco")
 _SHOTS = 10
-_READINGS = {"first", "first_hits", "last", "read_at", "is_loaded"}
+_READINGS = {"first", "first_hits", "last", "read_at", "is_loaded", "about"}
 _RAW_LIMIT = 2**29  # values of raw pixels that the baseline may hold
 MOST_DRAWS, SHARE = 10, 0.03  # of untrained networks, and of the training time that they may take
 
@@ -93,6 +95,15 @@ class KNNMonitor(pl.Callback):
     @property
     def _enabled(self) -> bool:
         return self.data is not None and self.config.knn_every > 0
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What is read and how; empty where nothing is."""
+        if not self._enabled:
+            return {}
+        bank, queries = (identify(part.source, "") for part in self.data)
+        how = {name: getattr(self.config, f"knn_{name}") for name in ("k", "temperature", "layer")}
+        return {"bank": bank, "queries": queries, **how}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -216,9 +227,16 @@ class KNNMonitor(pl.Callback):
         return {name: getattr(self, name) for name in _READINGS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the readings from a checkpoint."""
+        """Restore the readings from a checkpoint, if they are of what this run reads."""
+        before = state.get("about") or self.about  # an older version did not store it
+        if self._enabled and before != self.about:
+            log.info("kNN reads other images than before, or in another way: it is not compared "
+                     "with what was read before the resume")  # fmt: skip
+            self.is_loaded = state.get("is_loaded", False)
+            return
         for name in _READINGS & state.keys():  # an older version stored two of them
             setattr(self, name, state[name])
+        self.about = before
 
 
 def _top1(hits: Tensor) -> float:

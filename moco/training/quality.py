@@ -22,6 +22,7 @@ from moco.evaluation.measures import MEASURES
 from moco.evaluation.quality import BATCH, fresh_views, view_features
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
+from moco.images.sources import identify
 from moco.training.metrics import MetricsLogger
 
 log = logging.getLogger("moco")
@@ -85,6 +86,7 @@ class Quality(pl.Callback):
         views: Of held-out images, or None: then nothing is read.
         config: Settings of the run.
         metrics: Logs the readings.
+        knn: What kNN reads, where that chooses `best.ckpt`, as of `KNNMonitor`.
 
     Attributes:
         first, last: Name to value, before the first step and at the newest reading.
@@ -93,9 +95,16 @@ class Quality(pl.Callback):
     """
 
     def __init__(
-        self, views: PretrainData | None, config: TrainConfig, metrics: MetricsLogger
+        self,
+        views: PretrainData | None,
+        config: TrainConfig,
+        metrics: MetricsLogger,
+        knn: dict[str, Any] | None = None,
     ) -> None:
         self.views, self.config, self.metrics = views, config.run, metrics
+        self.images = identify(views.source, "") if views else {}
+        by_knn = self.config.select == "knn_top1"
+        self.chosen_by = {"select": self.config.select} | (knn or {} if by_knn else self.images)
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.best: float | None = None
@@ -152,8 +161,13 @@ class Quality(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the readings for the checkpoint."""
-        return {"first": self.first, "last": self.last, "best": self.best}
+        about = {"images": self.images, "chosen_by": self.chosen_by}
+        return {"first": self.first, "last": self.last, "best": self.best, **about}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the readings from a checkpoint."""
-        self.first, self.last, self.best = state["first"], state["last"], state["best"]
+        """Restore the readings from a checkpoint, those that are of what this run reads."""
+        self.images = self.images or state.get("images", {})  # nothing is read for a while
+        if state.get("images", self.images) == self.images:
+            self.first, self.last = state["first"], state["last"]
+        if state.get("chosen_by", self.chosen_by) == self.chosen_by:
+            self.best = state["best"]

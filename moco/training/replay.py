@@ -201,7 +201,7 @@ def _build(
     if decided.resident != "streamed":
         decided.resident = kind
     config = config.changed({"run.plan": True})  # nothing is left beside the run's own files
-    built = build_data(config, decided, source, Path())
+    built = build_data(config, decided, source, Path(), has_begun=True)
     data = _Remembering(
         built.config, built.seed, built.shuffle, built.symmetric, source=built.source
     )

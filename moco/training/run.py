@@ -189,7 +189,8 @@ def _build(
         module = build_module(settings.config, decided, *weights)
         if not stored:
             check_encoder(module.query_encoder, settings.config)
-        data = build_data(settings.config, decided, source, run_dir, weights[2])
+        has_begun = bool(stored and stored.decided)
+        data = build_data(settings.config, decided, source, run_dir, weights[2], has_begun)
     if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
         root = data.config.root
         read = sources.identify(data.source, root)

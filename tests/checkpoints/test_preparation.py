@@ -90,6 +90,23 @@ def test_pictures_are_turned_as_the_run_turned_them(tmp_path, exif):
         assert ("EXIF" in transform.in_words()) == (exif == "apply")
 
 
+def test_how_the_views_of_training_are_resized_is_not_how_evaluation_does_it(tmp_path):
+    save_ours(tmp_path / "a.ckpt", SMALL)
+    raw = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    raw["config"]["data"]["interpolation"] = "bicubic"
+    torch.save(raw, tmp_path / "a.ckpt")
+    room.export(tmp_path / "a.ckpt", "safetensors", tmp_path / "b")
+    image = picture(61, 90)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    for name in ("a.ckpt", "b"):
+        loaded = load_encoder(tmp_path / name)
+        config = DataConfig(image_size=loaded.data["image_size"], interpolation="bicubic")
+        source = ImageSource("held", pixels, [], None, [], 3)
+        judged = next(LabelledData(source, config).batches(torch.device("cpu")))[0][0]
+        torch.testing.assert_close(loaded.preparation(image), judged, rtol=0, atol=1e-5)
+        assert loaded.backbone.pretrained_cfg["interpolation"] == "bilinear"
+
+
 def test_the_transform_goes_to_workers_with_its_network(tmp_path):
     save_ours(tmp_path / "a.ckpt", SMALL)
     backbone = moco.load_backbone(tmp_path / "a.ckpt")

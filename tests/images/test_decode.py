@@ -189,6 +189,29 @@ def test_16_bit_colour_png_needs_imagecodecs_for_a_range_that_pillow_would_lose(
     assert torch.equal(decode(path, 3, upto(4095)), expect(to_uint8(deep, (0.0,), (4095.0,))))
 
 
+def test_16_bit_png_with_an_alpha_and_an_orientation_is_read_as_its_8_bits_are(tmp_path):
+    """By a range of its own, and by Pillow without one."""
+    pytest.importorskip("imagecodecs")
+    from imagecodecs import png_encode
+
+    for bands in (2, 3, 4):
+        deep = RNG.integers(0, 65536, (5, 7, bands), dtype=np.uint16)
+        raw = png_encode(deep)
+        about = Image.Exif()
+        about[0x0112] = 6
+        body = b"eXIf" + about.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        path = tmp_path / "a.png"
+        path.write_bytes(raw[:33] + chunk + raw[33:])
+        for channels in (1, 3, 4):
+            for turn in (False, True):
+                near = Reading((0.0,), (65534.0,), turn=turn)
+                by_range = decode(str(path), channels, near).int()
+                by_pillow = decode(str(path), channels, Reading(turn=turn)).int()
+                assert by_range.shape == by_pillow.shape
+                assert (by_range - by_pillow).abs().max() <= 1 + (bands > 2 and channels == 1)
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 def test_exif_orientation_is_applied_where_asked_for(tmp_path, ending):
     options = {"lossless": True} if ending == "webp" else {}
@@ -257,15 +280,16 @@ def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path, monkeypatch):
     assert decode(path, 1, Reading(max_pixels=300)).shape == (1, 20, 15)
 
 
+@pytest.mark.parametrize("height", [20, 5])
 @pytest.mark.parametrize("layout", ["HWC", "CHW", "fortran"])
-def test_npy_of_many_bands_in_either_layout(tmp_path, layout):
-    array = RNG.integers(0, 256, (20, 16, 13), dtype=np.uint8)
+def test_npy_of_many_bands_in_either_layout(tmp_path, layout, height):
+    array = RNG.integers(0, 256, (height, 16, 13), dtype=np.uint8)
     stored = {"HWC": array, "CHW": array.transpose(2, 0, 1), "fortran": np.asfortranarray(array)}
     np.save(tmp_path / "a.npy", stored[layout])
     path = str(tmp_path / "a.npy")
     assert torch.equal(decode(path, 13), expect(array))
-    assert image_size(path, 13) == (20, 16)
-    for read in (decode, read_header):
+    assert image_size(path, 13) == (height, 16)
+    for read in (decode, read_header) if height > 13 else ():
         with pytest.raises(BadImage, match=r"has 13 bands: set --data.channels 13"):
             read(path, 3)
 
@@ -288,6 +312,9 @@ def test_npy_values(tmp_path):
     np.save(path, np.array([[[0, 10]], [[0, 100]]], np.int64).transpose(1, 2, 0))
     own = Reading((0.0, -100.0), (10.0, 155.0))
     assert decode(path, 2, own).tolist() == [[[0, 255]], [[100, 200]]]
+    np.save(path, np.array([[0, 10, 150]], np.int64))  # grey, brought to channels of three ranges
+    own = Reading((0.0,), (10.0, 100.0, 200.0))
+    assert decode(path, 3, own).flatten(1).tolist() == [[0, 255, 255], [0, 26, 255], [0, 13, 191]]
     np.save(path, np.array([{}, None]), allow_pickle=True)
     with pytest.raises(BadImage):
         decode(path, 1)

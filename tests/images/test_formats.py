@@ -157,6 +157,62 @@ def test_dicom_whose_lowest_value_is_white_is_inverted(tmp_path):
     assert decode(path, 1).flatten().tolist() == [255, 155, 0, 254]
 
 
+def test_a_window_without_values_is_none(tmp_path):
+    """Elements that are there and empty, as many writers leave them."""
+    stored = RNG.integers(0, 4096, (32, 30), dtype=np.uint16)
+    empty = {"WindowCenter": None, "WindowWidth": None, "VOILUTSequence": []}
+    write_dicom(tmp_path / "a.dcm", stored, **empty, RescaleSlope=None, RescaleIntercept=None)
+    source = sources.open_source(folder(tmp_path, channels=1), "train")
+    assert source.reading.high == (4095,)
+    assert torch.equal(source.read(0), torch.from_numpy(to_uint8(stored[None], (0,), (4095,))))
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_table_of_units_in_dicom_is_applied(tmp_path, windowed):
+    pydicom = pytest.importorskip("pydicom")
+    stored = RNG.integers(0, 4096, (12, 10), dtype=np.uint16)
+    table = pydicom.Dataset()
+    table.add_new("LUTDescriptor", "US", [4096, 0, 16])
+    table.add_new("ModalityLUTType", "LO", "US")
+    units = (np.arange(4096)[::-1] * 16).astype(np.uint16)
+    table.add_new("LUTData", "US", units.tolist())
+    tags = {"ModalityLUTSequence": [table], "BitsStored": 12, "HighBit": 11}
+    tags |= {"WindowCenter": 32_768, "WindowWidth": 65_536} if windowed else {}
+    path = str(write_dicom(tmp_path / "a.dcm", stored, **tags))
+    found = decode(path, 1, Reading(windowed=windowed))[0].numpy()
+    assert np.abs(found - units[stored] * (255 / 65_535)).max() < 1
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_palette_in_dicom_gives_its_colours(tmp_path, depth):
+    stored = RNG.integers(0, 256, (12, 10), dtype=np.uint8)
+    tables = RNG.integers(0, 2**depth, (3, 256)).astype(f"<u{depth // 8}")
+    path = write_dicom(tmp_path / "a.dcm", stored)
+    data = pytest.importorskip("pydicom").dcmread(path)
+    data.PhotometricInterpretation = "PALETTE COLOR"
+    for colour, table in zip(("Red", "Green", "Blue"), tables, strict=True):
+        name = f"{colour}PaletteColorLookupTable"
+        data.add_new(f"{name}Descriptor", "US", [256, 0, depth])
+        data.add_new(f"{name}Data", "OW", table.tobytes())
+    data.save_as(path, enforce_file_format=True)
+    wanted = torch.from_numpy((tables[:, stored] >> (depth - 8)).astype(np.uint8))
+    assert torch.equal(decode(str(path), 3), wanted)
+    assert sources.open_source(folder(tmp_path, channels="auto"), "train").channels == 3
+
+
+def test_masks_and_signed_bytes_in_dicom(tmp_path):
+    pixels = pytest.importorskip("pydicom.pixels")
+    stored = RNG.integers(0, 2, (16, 16), dtype=np.uint8)
+    bits = {"PixelData": pixels.pack_bits(stored.ravel()), "BitsAllocated": 1, "BitsStored": 1}
+    mask = str(write_dicom(tmp_path / "a.dcm", stored, HighBit=0, **bits))
+    assert torch.equal(decode(mask, 1)[0], torch.from_numpy(stored * 255))
+    stored = RNG.integers(-128, 128, (16, 16)).astype(np.int8)
+    signed = str(write_dicom(tmp_path / "b.dcm", stored))
+    assert read_header(signed, 1).dtype != np.uint8
+    found = decode(signed, 1, Reading((-128.0,), (127.0,)))
+    assert torch.equal(found[0].int(), torch.from_numpy(stored.astype(np.int32) + 128))
+
+
 def test_colours_in_dicom(tmp_path):
     path = str(write_dicom(tmp_path / "a.dcm", RGB))
     assert torch.equal(decode(path, 3).permute(1, 2, 0), torch.from_numpy(RGB))

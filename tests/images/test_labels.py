@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pictures import save, write_pictures
 from runs import run_tiny
+from test_formats import write_dicom
 
 import eval_knn
 import train
@@ -69,6 +70,13 @@ def test_splits_by_other_names_and_below_single_folders(
     said = [line for line in lines.messages if "trained on is" in line]
     assert len(said) == 1 and f"trained on is {names[0]}, held out is {held_out}" in said[0]
     assert said[0].endswith(f"not used: {unused}" if unused else held_out)
+
+
+def test_what_lies_beside_the_splits_is_not_used_and_said(tmp_path, lines):
+    tree(tmp_path, "train/1.png", "Train/2.png", "test/3.png", "4.png", "5.jpg", ".6.png")
+    source = sources.open_source(folder(tmp_path), "train")
+    assert relative(source, tmp_path) == ["train/1.png"]
+    assert any(x.endswith("held out is test; not used: Train, 2 pictures") for x in lines.messages)
 
 
 def test_classes_below_a_single_folder_are_labels(tmp_path):
@@ -193,7 +201,54 @@ TABLES = {
     "file names": "image,target\n1.png,ant\n2.png,bee\n",
     "Windows": "filename,class\r\nx\\1.png,ant\r\nx\\2.png,bee\r\n",
     "a byte order mark": "\ufefflabel,path\nant,x/1.png\nbee,x/2.png\n",
+    "a byte order mark, no header": "\ufeffx/1.png,ant\nx/2.png,bee\n",
 }
+
+
+def test_names_of_files_in_another_unicode_form_are_those_of_the_table(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+    tree(tmp_path / "root", f"{decomposed}.png", f"b/{composed}.png")
+    (tmp_path / "t.csv").write_text(f"{composed}.png,ant\nb/{decomposed}.png,bee\n", "utf-8")
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    source = sources.open_source(data, "train")
+    assert sorted(source.labels.tolist()) == [0, 1] and source.classes == ["ant", "bee"]
+
+
+def test_a_table_that_names_none_of_the_images_is_refused(tmp_path):
+    tree(tmp_path / "root", "1.png", "2.png")
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    (tmp_path / "t.csv").write_text("path,label\nx/7.png,ant\nx/8.png,bee\n")
+    with pytest.raises(
+        UserError, match=r"none of its 2 rows names .*first x/7.png, .*/1.png: give"
+    ):
+        sources.open_source(data, "train")
+    (tmp_path / "t.csv").write_text("path,label,split\n1.png,ant,test\n2.png,bee,test\n")
+    with pytest.raises(UserError, match="holds all images out: none is left to train on"):
+        sources.open_source(data, "train")
+
+
+def test_a_table_with_a_column_for_each_class_is_not_guessed(tmp_path):
+    tree(tmp_path / "root", "1.png", "2.png")
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    (tmp_path / "t.csv").write_text("image,MEL,NV,split\n1,0,1,train\n2,1,0,train\n")
+    with pytest.raises(UserError, match="no column of a usual name for labels, but MEL, NV: call"):
+        sources.open_source(data, "train")
+
+
+def test_frames_of_dicom_are_found_by_tables_and_lists(tmp_path):
+    pytest.importorskip("pydicom")
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("a", "b"):
+        write_dicom(root / f"{name}.dcm", np.zeros((2, 12, 10), np.uint8))
+    (tmp_path / "t.csv").write_text("a.dcm,ant\nb.dcm,bee\n")
+    data = folder(root, channels=1, labels=str(tmp_path / "t.csv"))
+    names = [f"{name}.dcm#frame={number}" for name in "ab" for number in range(2)]
+    source = sources.open_source(data, "train")
+    assert relative(source, root) == names and source.labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / "f.txt").write_text("b.dcm\na.dcm#frame=1\n")
+    source = sources.open_source(folder(root, channels=1, files=str(tmp_path / "f.txt")), "train")
+    assert relative(source, root) == [names[2], names[3], names[1]]
 
 
 @pytest.mark.parametrize("name", TABLES)

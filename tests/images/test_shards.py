@@ -13,6 +13,7 @@ import pytest
 import torch
 from pictures import write_pictures
 from PIL import Image
+from test_formats import write_dicom
 
 from moco.config import DataConfig, RunError, UserError
 from moco.images import sources
@@ -111,6 +112,15 @@ def test_a_folder_becomes_shards_with_its_splits_labels_and_bytes(folder, packed
         assert all(source.classes[found[content]] == files[content] for content in files)
     mixed = bank.labels[: bank.paths.counts[0]].tolist()
     assert {*mixed} == {0, 1}, "a shard holds all classes"
+
+
+def test_files_of_several_frames_are_refused_and_none_is_lost(tmp_path):
+    pytest.importorskip("pydicom")
+    (tmp_path / "in").mkdir()
+    write_dicom(tmp_path / "in/a.dcm", np.zeros((3, 12, 10), np.uint8))
+    with pytest.raises(UserError, match=r"a.dcm has several frames, .*files of their own"):
+        pack(str(tmp_path / "in"), str(tmp_path / "out"), 1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_equal_folders_make_equal_shards(folder, packed, tmp_path):

@@ -167,6 +167,9 @@ def test_subfolders_are_labels_unless_mixed_or_single(tmp_path):
     assert source.classes == ["ant", "cat"] and source.labels.tolist() == [0, 1]
     save(tmp_path / "stray.png")
     assert sources.open_source(folder(tmp_path), "train").labels is None
+    for split in ("train", "test"):
+        save(tmp_path / "one" / split / "cat/1.png")
+    assert sources.open_source(folder(tmp_path / "one"), "train").labels is None
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image, ImageOps
 
+from moco.config import DataConfig
 from moco.images.decode import BadImage, decode, read_header, read_values
 from moco.images.scaling import Reading, to_uint8
+from moco.images.values import choose_channels
 
 BANDS, TYPES, SIZE = (1, 2, 3, 4, 5), ("u1", "u2", "i2", "f4"), (18, 35)
 COMPRESSIONS = ("none", "lzw", "deflate")
@@ -79,13 +82,14 @@ def test_stacks_of_imagej_and_ome_are_bands(tmp_path, bands, kind):
         assert_read(name, values)
 
 
-@pytest.mark.parametrize("bands", (2, 4, 5))
+@pytest.mark.parametrize("bands", (2, 3, 4, 5))
 def test_plain_pages_are_bands_where_there_are_as_many_as_channels(tmp_path, bands):
     values, path = image(bands, "u2"), tmp_path / "a.tif"
     with tifffile.TiffWriter(path) as file:
         for band in values:
             file.write(band, photometric="minisblack", metadata=None)
-    assert_read(path, values)
+    if bands != 3:
+        assert_read(path, values)
     first = scaled(values[:1], Reading())
     assert torch.equal(decode(str(path), 1), first)
     assert torch.equal(decode(str(path), 3), first.repeat(3, 1, 1))  # three pages may be a document
@@ -130,9 +134,47 @@ def test_the_orientation_of_a_tiff_is_applied_alike_by_both_readers(tmp_path, or
     for name, array in (("a.tif", grey), ("b.tif", grey.astype(np.float32))):
         tifffile.imwrite(tmp_path / name, array, metadata=None, extratags=tag)
     by_pillow, by_tifffile = (read_values(str(tmp_path / n), 1) for n in ("a.tif", "b.tif"))
-    assert np.array_equal(by_pillow, by_tifffile)
+    about = Image.Exif()
+    about[274] = orientation
+    Image.fromarray(grey).save(tmp_path / "c.png", exif=about)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "c.png")))[None]
+    assert np.array_equal(by_pillow, upright) and np.array_equal(by_tifffile, upright)
     header = read_header(str(tmp_path / "b.tif"), 1)
     assert header[:2] == by_tifffile.shape[1:] == read_header(str(tmp_path / "a.tif"), 1)[:2]
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "LAB", "1", "L", "LA", "RGB", "RGBA"])
+def test_turned_pictures_have_their_colours_or_are_refused(tmp_path, mode):
+    """Uncompressed ones, which Pillow cannot turn."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    picture = Image.frombytes(mode, (24, 16), pixels) if mode == "LAB" else picture.convert(mode)
+    picture.save(tmp_path / "upright.tif")
+    picture.save(tmp_path / "turned.tif", tiffinfo={274: 6})
+    if mode in ("CMYK", "LAB"):
+        with pytest.raises(
+            BadImage, match="turned.tif: .* colours that are not read here: save as RGB"
+        ):
+            decode(str(tmp_path / "turned.tif"), 3)
+        return
+    upright = np.asarray(Image.open(tmp_path / "upright.tif").convert("RGB"))
+    found = decode(str(tmp_path / "turned.tif"), 3).permute(1, 2, 0)
+    assert np.array_equal(found, np.rot90(upright, -1))
+
+
+@pytest.mark.parametrize(
+    "kind, extra, wanted",
+    [("u1", "unassalpha", 3), ("u2", "unassalpha", 3), ("u1", "unspecified", 4),
+     ("u2", "unspecified", 4), ("f4", "assocalpha", 3)],
+)  # fmt: skip
+def test_a_fourth_band_counts_unless_the_file_calls_it_alpha(tmp_path, kind, extra, wanted):
+    path = str(tmp_path / "a.tif")
+    tifffile.imwrite(
+        path, image(4, kind).transpose(1, 2, 0), photometric="rgb", extrasamples=[extra]
+    )
+    data = DataConfig(root=str(tmp_path), channels="auto")
+    assert choose_channels([path], data) == wanted
+    assert len(decode(path, wanted)) == wanted
 
 
 def test_a_compression_that_needs_imagecodecs_names_it(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Values: which of a set's values become black and white, said, pinned, and stored with exports."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import yaml
 from pictures import write_pictures
 from PIL import Image
 from runs import at, load, run_tiny
+from test_decode import deep_colour_png
 
 import eval_knn
 import export
@@ -18,6 +20,7 @@ from moco.checkpoints.load import load_encoder
 from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources, values
+from moco.images.decode import BadImage
 from moco.images.scaling import Reading
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -162,6 +165,109 @@ def test_few_levels_and_clipping_are_warned_of(tmp_path, said, caplog):
     data.max_value = 2000.0
     sources.open_source(data, "train")
     assert any("% of the values are clipped: set data" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "low, high, kind, mark, wanted",
+    [
+        (270, 320, "f4", None, "data.min_value 270 and data.max_value 320"),  # kelvin
+        (29_000, 31_000, "u2", None, "data.min_value 29000 and data.max_value 31000"),  # thermal
+        (0, 1, "f4", -9999, "data.min_value 0 and data.max_value 1"),  # with a mark of no data
+        (0, 1, "f4", np.finfo("f4").min, "data.min_value 0 and data.max_value 1"),
+    ],
+)
+def test_values_far_from_zero_are_warned_of_with_a_range_that_shows_them(
+    tmp_path, low, high, kind, mark, wanted, said, caplog
+):
+    caplog.set_level("INFO", logger="moco")
+    for number in range(4):
+        array = smooth(low, high).astype(kind)
+        array[:2] = array[:2] if mark is None else mark
+        tifffile.imwrite(tmp_path / f"{number}.tif", array)
+    sources.open_source(folder(tmp_path, channels=1), "train")
+    assert sum(f"of 256 levels: set {wanted}" in line for line in said) == 1
+    words = wanted.split()
+    data = folder(tmp_path, channels=1, min_value=float(words[1]), max_value=float(words[4]))
+    assert len(sources.open_source(data, "train").read(0).unique()) > 100
+
+
+def test_values_at_both_ends_of_a_range_have_no_better_one(tmp_path, said, caplog):
+    caplog.set_level("INFO", logger="moco")
+    array = np.concatenate([smooth(0, 3000), smooth(62_000, 65_535)]).astype(np.uint16)
+    np.save(tmp_path / "a.npy", array)
+    sources.open_source(folder(tmp_path, channels=1), "train")
+    assert any("levels: set data.min_value and data.max_value to those between" in x for x in said)
+
+
+def test_files_of_few_values_are_said_to_hold_no_more(tmp_path, said, caplog):
+    caplog.set_level("INFO", logger="moco")
+    np.save(tmp_path / "a.npy", np.arange(16, dtype=np.uint16).reshape(4, 4))
+    sources.open_source(folder(tmp_path, channels=1, max_value=255), "train")
+    data = folder(tmp_path, channels=1)
+    sources.open_source(data, "train")
+    assert any("set data.min_value 0 and data.max_value 15" in line for line in said)
+    assert any("use 16 of 256 levels: the files hold no more" in line for line in said)
+
+
+def test_colours_of_16_bits_are_looked_at_whole(tmp_path, said, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="moco")
+    deep = RNG.integers(0, 4096, (3, 24, 24, 3), dtype=np.uint16)
+    for number, pixels in enumerate(deep):
+        deep_colour_png(tmp_path / f"{number}.png", pixels)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "imagecodecs", None)
+        source = sources.open_source(folder(tmp_path), "train")
+        assert source.reading.reason == "" and len(source.read(0).unique()) == 16
+        assert any("16 of 256 levels in 3 files looked at: pip install imagecodecs" in line
+                   for line in said)  # fmt: skip
+    pytest.importorskip("imagecodecs")
+    source = sources.open_source(folder(tmp_path), "train")
+    assert source.reading.high == (4095,)
+    wanted = values.to_uint8(deep[1].transpose(2, 0, 1), (0.0,), (4095.0,))
+    assert torch.equal(source.read(1), torch.from_numpy(wanted))
+
+
+def test_a_run_that_began_without_a_range_goes_on_without_one(tmp_path, monkeypatch):
+    """As one of an older version, which cut colours of 16 bits to 8."""
+    for number in range(48):
+        pixels = RNG.integers(0, 4096, (20, 20, 3), dtype=np.uint16)
+        deep_colour_png(tmp_path / f"{number:02}.png", pixels)
+    words = ["--trainer.max_epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "imagecodecs", None)
+        run_tiny(tmp_path, *words)
+    whole = load("run/checkpoints/last.ckpt")
+    for name in ("step_000000003.ckpt", "last.ckpt"):
+        Path("run/checkpoints", name).unlink()
+    run_tiny(tmp_path, *words, "--resume", "run")
+    again = load("run/checkpoints/last.ckpt")
+    assert again["decided"]["max_value"] == []
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, again["state_dict"][name]), name
+
+
+def test_what_is_no_number_is_a_bad_file_and_no_traceback(tmp_path):
+    for number, array in enumerate([np.full((4, 4), 1j), np.full((4, 4), "a"), smooth(0, 1)]):
+        np.save(tmp_path / f"{number}.npy", array)
+    source = sources.open_source(folder(tmp_path, channels=1), "train")
+    assert source.reading.high == (1,)
+    for row, kind in enumerate(("complex128", "<U1")):
+        with pytest.raises(BadImage, match=f"holds values of type {kind}"):
+            source.read(row)
+
+
+def test_the_largest_values_of_32_bits_are_settings_too():
+    check(TrainConfig(data=DataConfig(root="x", min_value=[-4e38], max_value=[5e9])))
+
+
+def test_the_order_of_bytes_is_no_type_of_its_own(tmp_path):
+    write_set(tmp_path, 0, 1, ">f4", "npy", count=3)
+    assert "(auto: float32 files" in str(
+        sources.open_source(folder(tmp_path, channels=1), "train").reading
+    )
+    write_set(tmp_path / "b", 0, 4095, ">u2", "npy", count=3)
+    with pytest.raises(UserError, match=r"hold float32 and uint16: convert them to one type"):
+        sources.open_source(folder(tmp_path, channels=1), "train")
 
 
 def test_integers_and_floats_in_one_set_have_no_common_range(tmp_path):

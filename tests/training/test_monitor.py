@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from pictures import write_pictures
 from pytorch_lightning.plugins import Precision
 from runs import TINY, load
 from steps import SIZE, make_module
@@ -92,3 +96,27 @@ def test_several_ranks_read_what_one_does(two_ranks):
     alone = _hits()
     assert set(alone) == {0, 1}
     assert two_ranks.run(_hits) == [alone, alone]
+
+
+def test_readings_of_another_set_or_kind_are_not_compared_with_those_before(images, said):
+    rng = np.random.default_rng(0)
+    for root, count in (("one", 12), ("two", 9)):
+        for folder in ("train/a", "train/b", "test/a", "test/b"):
+            write_pictures(Path(root, folder), [f"{n}.png" for n in range(count)], rng)
+    words = [*TINY, "--data.root", str(images), "--run.knn_every", "1", "--run.knn_k", "5"]
+    train.main([*words, "--run.knn_root", "one", "--run.select", "knn_top1", "--run.dir", "run"])
+    changes = (["--run.knn_root", "two"], ["--run.knn_k", "3"], ["--run.knn_layer", "head"])
+    for number, change in enumerate([[], *changes]):
+        shutil.copytree("run", f"run{number}")
+        for path in Path(f"run{number}/checkpoints").iterdir():
+            if path.name != "step_000000003.ckpt":
+                path.unlink()
+        result = train.main(["--resume", f"run{number}", *change])
+        compared = ["untrained" in result["comparison"], "rankme_at_start" in result["quality"]]
+        assert compared == [not change, number != 1], change
+        assert any("reads other images than before" in x for x in said) == bool(number), change
+        best = load(f"run{number}/checkpoints/step_000000003.ckpt")["callbacks"]["Quality"]["best"]
+        state = load(f"run{number}/checkpoints/last.ckpt")["callbacks"]["Quality"]
+        read = result["knn_top1"]
+        wanted = read if change else max(best, read)
+        assert state["best"] == pytest.approx(wanted, abs=0.01), change
