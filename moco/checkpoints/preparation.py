@@ -21,7 +21,7 @@ from moco.pixels import CENTRE_SHARE, centre_box
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names of one, three and four channels
 # What a file may say of its preparation that is not as usual here.
-UNUSUAL = ("exif", "crop_pct", "interpolation")
+UNUSUAL = ("exif", "crop_pct", "interpolation", "dicom_window")
 # Entries of timm's `pretrained_cfg` that the network tells; the others are of timm's own weights.
 _OF_THE_NETWORK = ("architecture", "first_conv", "classifier")
 
@@ -37,6 +37,8 @@ class Preparation:
         exif: Whether a PIL image is turned upright as its EXIF orientation says: apply or ignore.
         crop_pct: Share of the short side that the centre square keeps.
         interpolation: bilinear, bicubic or nearest, antialiased.
+        dicom_window: Whether DICOM files are shown through their own window, or by min_value and
+            max_value.
     """
 
     channels: int
@@ -48,6 +50,7 @@ class Preparation:
     exif: str = "apply"
     crop_pct: float = CENTRE_SHARE
     interpolation: str = "bilinear"
+    dicom_window: bool = True
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """Prepare one image; a tensor may also hold a batch, N x C x H x W.
@@ -101,9 +104,10 @@ class Preparation:
         side = self.image_size
         mode = f" ({MODES[self.channels]})" if self.channels in MODES else ""
         turned = ", turned upright as its EXIF says" if self.exif == "apply" else ""
+        units = "" if self.dicom_window else " (DICOM in its units, not through its own window)"
         steps = [
             f"{self.channels} channel{'s'[: self.channels != 1]}{mode} of 8 bits{turned}"
-            f"{self._range()}",
+            f"{self._range()}{units}",
             "times 1/255, as float",
             f"the centre square of {self.crop_pct:g} of the short side, its side rounded and its "
             f"corner rounded down (all of an image whose sides are {side} at most)",
@@ -127,6 +131,7 @@ def unusual(source: dict[str, Any]) -> dict[str, Any]:
         "exif": source.get("exif") == "ignore",
         "crop_pct": isinstance(share, int | float) and 0 < share <= 1,
         "interpolation": source.get("interpolation") in ("bicubic", "nearest"),
+        "dicom_window": source.get("dicom_window") is False,
     }
     if "whole_up_to" in source:  # a note of ours; of others' files even the usual share is a fact
         fits["crop_pct"] &= share != CENTRE_SHARE

@@ -143,7 +143,7 @@ def _describe(
     mean, std = normalisation(data)
     reading = listing.source.reading
     told: dict[str, Any] = {"channels": data.channels, "image_size": data.image_size}
-    told |= {"mean": mean, "std": std, "exif": data.exif}
+    told |= {"mean": mean, "std": std, "exif": data.exif, "dicom_window": data.dicom_window}
     if reading.reason:  # files of more than 8 bits
         told |= {"min_value": list(reading.low), "max_value": list(reading.high)}
         data = replace(data, min_value=told["min_value"], max_value=told["max_value"])

@@ -16,6 +16,7 @@ from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.preparation import Preparation
 from moco.config import DataConfig, UserError
+from moco.evaluation.subject import data_settings
 from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
 
@@ -88,6 +89,21 @@ def test_pictures_are_turned_as_the_run_turned_them(tmp_path, exif):
         plain = Image.fromarray(np.asarray(upright))
         assert torch.equal(transform(Image.open(file)), transform(plain)), name
         assert ("EXIF" in transform.in_words()) == (exif == "apply")
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("form", ["safetensors", "timm"])
+def test_an_export_keeps_whether_dicom_is_shown_through_its_window(tmp_path, form, windowed):
+    save_ours(tmp_path / "a.ckpt", VIT)
+    raw = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    raw["config"]["data"] |= {"dicom_window": windowed, "max_value": 3071.0, "min_value": -1024.0}
+    torch.save(raw, tmp_path / "a.ckpt")
+    room.export(tmp_path / "a.ckpt", form, tmp_path / "b")
+    for name in ("a.ckpt", "b"):
+        loaded = load_encoder(tmp_path / name)
+        data = data_settings(loaded, lambda stored: DataConfig(**{**stored, "root": "x"}))
+        assert data.dicom_window == windowed
+        assert ("not through its own window" in loaded.preparation.in_words()) != windowed
 
 
 def test_how_the_views_of_training_are_resized_is_not_how_evaluation_does_it(tmp_path):
