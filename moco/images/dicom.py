@@ -65,6 +65,7 @@ class DicomImage:
     Attributes:
         height, width, bands, dtype: Of what `read` returns.
         inverted: Whether its lowest value is white.
+        windowed: Whether its window is applied.
     """
 
     turned = False
@@ -75,16 +76,17 @@ class DicomImage:
         self._file, self._frame = (path, 0) if isinstance(path, BytesIO) else split_frame(path)
         self._header = header = pydicom.dcmread(self._file, stop_before_pixels=True)
         self.height, self.width = int(header.Rows), int(header.Columns)
-        self.bands = int(header.get("SamplesPerPixel", 1))
-        self.inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
+        kind = header.get("PhotometricInterpretation")
+        self.inverted, self._is_palette = kind == "MONOCHROME1", kind == "PALETTE COLOR"
+        self.bands = 3 if self._is_palette else int(header.get("SamplesPerPixel", 1))
         is_grey = self.bands == 1
-        has_window = "WindowCenter" in header or "VOILUTSequence" in header
-        self._windowed = windowed and has_window and is_grey
-        slope, intercept = (float(header.get(f"Rescale{n}", d)) for n, d in _RESCALE)
+        self.windowed = windowed and _has_window(header) and is_grey
+        slope, intercept = _rescale(header)
         self._is_scaled = is_grey and (slope, intercept) != (1, 0)
         self._is_whole = slope.is_integer() and intercept.is_integer()
         eight = header.BitsAllocated <= 8 and not self._is_scaled
-        self.dtype = np.dtype(np.uint8 if eight or self._windowed else np.int32)
+        is_shown = eight or self.windowed or self._is_palette
+        self.dtype = np.dtype(np.uint8 if is_shown else np.int32)
 
     def __enter__(self) -> DicomImage:
         return self
@@ -101,10 +103,13 @@ class DicomImage:
             self._file.seek(0)
         data = pydicom.dcmread(self._file)
         values = pixels.pixel_array(data, index=self._frame)  # colours come as RGB
+        if self._is_palette:
+            colours = pixels.apply_color_lut(values, data)[..., :3].transpose(2, 0, 1)
+            return (colours >> 8 * (colours.itemsize - 1)).astype(np.uint8)
         if self.bands > 1:
             return values.transpose(2, 0, 1)
         rescaled = pixels.apply_modality_lut(values, data) if self._is_scaled else values
-        if self._windowed:
+        if self.windowed:
             low, high = self._window_ends(data)
             shown = pixels.apply_voi_lut(rescaled, data)
             return np.rint((shown - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)[None]
@@ -114,13 +119,22 @@ class DicomImage:
 
     def _window_ends(self, data: Any) -> tuple[float, float]:
         """Return what pydicom makes of the window's two ends."""
-        if "VOILUTSequence" in data:
+        if data.get("VOILUTSequence"):
             return 0.0, 2.0 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1
         signed = int(data.PixelRepresentation)
         low = -(2.0 ** (data.BitsStored - 1)) if signed else 0.0
         high = low + 2.0**data.BitsStored - 1
-        slope, intercept = (float(data.get(f"Rescale{n}", d)) for n, d in _RESCALE)
+        slope, intercept = _rescale(data)
         return low * slope + intercept, high * slope + intercept
 
 
-_RESCALE = (("Slope", 1.0), ("Intercept", 0.0))
+def _has_window(header: Any) -> bool:
+    """Tell whether a file has a window; files without names often keep its tags, emptied."""
+    ends = (header.get("WindowCenter"), header.get("WindowWidth"))
+    return None not in ends or bool(header.get("VOILUTSequence"))
+
+
+def _rescale(header: Any) -> tuple[float, float]:
+    """Return slope and intercept, 1 and 0 where a file has none or leaves them empty."""
+    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+    return 1.0 if slope is None else float(slope), float(intercept or 0)

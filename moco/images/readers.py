@@ -31,7 +31,7 @@ _METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # whe
 class Picture:
     """An image that Pillow reads; of an animation, the first frame."""
 
-    inverted = False
+    inverted = windowed = False
 
     def __init__(self, path: str, image: Image.Image, channels: int, reading: Reading) -> None:
         self.path, self.image, self.channels, self.reading = path, image, channels, reading
@@ -104,7 +104,7 @@ class Picture:
 class ArrayFile:
     """An array in .npy: H W, H W C or C H W; C is the axis of `channels`, else the shorter one."""
 
-    turned = inverted = False
+    turned = inverted = windowed = False
 
     def __init__(self, path: str, channels: int) -> None:
         self.path, self.channels = path, channels

@@ -62,7 +62,7 @@ class TiffImage:
     """
 
     turned = False  # as Pillow, it turns by the tag whether or not that is asked for
-    inverted = False
+    inverted = windowed = False
 
     def __init__(self, path: str | BytesIO, channels: int) -> None:
         import tifffile  # slow to import, and most sets hold no such files

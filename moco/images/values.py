@@ -17,8 +17,6 @@ import numpy as np
 
 from moco.config import DataConfig, UserError
 from moco.images.decode import BadImage, Header, read_header, read_values
-from moco.images.dicom import split_frame
-from moco.images.formats import DICOM, extension
 from moco.images.scaling import Reading, numbers, to_uint8
 
 log = logging.getLogger("moco")
@@ -119,8 +117,11 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     # Without a range of their own, 16-bit colours come whole.
     seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(65535.0,)))
     _say_turned(seen, reading)
-    if reading.windowed and extension(split_frame(paths[0])[0]) in DICOM:
-        log.info("DICOM files are shown through their own window (data.dicom_window)")
+    if windowed := sum(header.windowed for header in seen.headers):
+        log.info(
+            "%d of %d files looked at are DICOM, shown through their own window "
+            "(data.dicom_window)", windowed, len(seen.headers),
+        )  # fmt: skip
     if not seen.kinds:
         return reading
     (bottom, top), kinds = seen.ends, seen.kinds

@@ -94,6 +94,7 @@ def test_packages_that_are_named_are_those_of_the_requirements():
 def write_dicom(path: Path, pixels: np.ndarray, **tags) -> Path:
     """Write H W, or frames H W, or H W 3, as an uncompressed DICOM file."""
     pydicom = pytest.importorskip("pydicom")
+    path.parent.mkdir(exist_ok=True)
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
@@ -209,3 +210,51 @@ def test_files_that_cannot_be_read_leave_the_sample(tmp_path):
     assert (
         len(values.look([str(tmp_path / "a.png"), str(tmp_path / "b.png")], 3, PLAIN).headers) == 1
     )
+
+
+def test_emptied_tags_of_dicom_are_none(tmp_path, caplog):
+    stored = RNG.integers(0, 4000, (12, 10), dtype=np.uint16)
+    whole = str(write_dicom(tmp_path / "set/a.dcm", stored, **CT))
+    emptied = {"WindowCenter": None, "WindowWidth": None}
+    path = str(write_dicom(tmp_path / "set/b.dcm", stored, **emptied, **CT))
+    reading = Reading((-1024.0,), (3071.0,), windowed=True)
+    assert torch.equal(decode(path, 1, reading), decode(whole, 1, reading))
+    assert read_header(path, 1, reading).dtype == np.int32
+    caplog.set_level("INFO", logger="moco")
+    assert sources.open_source(folder(tmp_path / "set", channels=1), "train").reading.low == (
+        -1024,
+    )
+    assert not any("window" in text for text in caplog.messages)
+    unscaled = {"RescaleSlope": None, "RescaleIntercept": None}
+    path = str(write_dicom(tmp_path / "c.dcm", stored, **unscaled))
+    wanted = to_uint8(stored[None], (0.0,), (4095.0,))
+    found = decode(path, 1, Reading((0.0,), (4095.0,)))
+    assert torch.equal(found, torch.from_numpy(wanted))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_palette_in_dicom_gives_its_colours(tmp_path, bits):
+    stored = RNG.integers(0, 256, (12, 10), dtype=np.uint8)
+    palette = RNG.integers(0, 256, (3, 256), dtype=np.uint8)
+    entries = palette if bits == 8 else palette.astype(np.uint16) << 8
+    tags = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, values in zip(("Red", "Green", "Blue"), entries, strict=True):
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+        tags[f"{name}PaletteColorLookupTableData"] = values.tobytes()
+    path = str(write_dicom(tmp_path / "a.dcm", stored, **tags))
+    assert torch.equal(decode(path, 3), torch.from_numpy(palette[:, stored]))
+    assert sources.open_source(folder(tmp_path, channels="auto"), "train").channels == 3
+
+
+def test_frames_of_a_listed_or_labelled_dicom_are_images(tmp_path):
+    frames = RNG.integers(0, 256, (3, 12, 10), dtype=np.uint8)
+    paths = [write_dicom(tmp_path / f"set/{name}.dcm", frames) for name in "ab"]
+    names = [f"{path}#frame={number}" for path in paths for number in range(3)]
+    (tmp_path / "t.csv").write_text("a.dcm,ant\nb.dcm,bee\n")
+    (tmp_path / "f.txt").write_text("a.dcm\nb.dcm#frame=2\n")
+    data = folder(tmp_path / "set", channels=1, labels=str(tmp_path / "t.csv"))
+    source = sources.open_source(data, "train")
+    assert source.paths == names and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    data = folder(tmp_path / "set", channels=1, files=str(tmp_path / "f.txt"))
+    assert sources.open_source(data, "train").paths == [*names[:3], names[5]]
+    assert open_own([str(path) for path in paths], DataConfig(channels=1)).paths == names
