@@ -143,6 +143,10 @@ def _opened(path: str, channels: int, reading: Reading, whole: bool = False) -> 
         file = io.BytesIO(path.content(whole)) if isinstance(path, Member) else path
         with _reader(path, file, channels, reading) as image:
             _check_pixels(path, image.height, image.width, reading.max_pixels)
+            if image.dtype.kind not in "buif":
+                raise BadImage(
+                    path, f"holds values of type {image.dtype}, which are no grey values"
+                )
             yield image
     except (BadImage, MemoryError, RunError):
         raise

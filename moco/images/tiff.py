@@ -25,16 +25,17 @@ for _name in ("PIL.TiffImagePlugin", "tifffile"):  # they log what they raise, a
 # Pillow says so of every BigTIFF, whose pixels it reads right.
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
-_ORIENTATION, _ALPHA = 274, (1, 2)  # a tag, and values of ExtraSamples
+_ORIENTATION, _NO_DATA, _ALPHA = 274, 42113, (1, 2)  # tags, and values of ExtraSamples
 _STACKS = ("ImageJ=", "<?xml", "<OME", '{"shape"')  # how descriptions of stacks begin
 
 
 def pillow_reads_it(image: Image.Image, channels: int) -> bool:
     """Tell whether Pillow reads a TIFF whole and right: ordinary 8-bit ones, and 16-bit grey."""
     tags = image.tag_v2
-    bands = tags.get(SAMPLESPERPIXEL, 1)
+    bands, bits = tags.get(SAMPLESPERPIXEL, 1), tags.get(BITSPERSAMPLE, (1,))[0]
     is_grey = tags.get(PHOTOMETRIC_INTERPRETATION) in (0, 1)
-    if tags.get(BITSPERSAMPLE, (1,))[0] > 8 and not (bands == 1 and image.mode.startswith("I;16")):
+    is_deep_grey = bands == 1 and image.mode.startswith("I;16") and _NO_DATA not in tags
+    if bits > 8 and not is_deep_grey:
         return False
     if bands > 4 or (bands > 1 and is_grey and image.mode != "LA"):
         return False
@@ -116,7 +117,22 @@ class TiffImage:
             if "imagecodecs" in str(error):
                 raise ValueError(f"{error}: pip install imagecodecs") from None
             raise
-        return _upright(values[: self._kept], self._orientation)
+        return _upright(self._without_marks(values[: self._kept]), self._orientation)
+
+    def _without_marks(self, values: np.ndarray) -> np.ndarray:
+        """Put NaN, or 0 among integers, in the place of what a GeoTIFF names as no data.
+
+        Bytes stay as they are.
+        """
+        if values.dtype == np.uint8:
+            return values
+        try:
+            mark = float(self._page.tags.valueof(_NO_DATA) or "nan")
+        except (TypeError, ValueError):
+            return values
+        if values.dtype.kind == "f":
+            return np.where(values == values.dtype.type(mark), values.dtype.type(np.nan), values)
+        return np.where(values == mark, values.dtype.type(0), values)
 
     def _first_page(self) -> np.ndarray:
         values, axes = self._page.asarray(), self._page.axes

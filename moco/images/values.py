@@ -44,7 +44,7 @@ class Seen:
     @property
     def kinds(self) -> list[str]:
         """Name the types of more than 8 bits, sorted."""
-        return sorted({str(v.dtype) for v in self.values if v.dtype != np.uint8})
+        return sorted({v.dtype.name for v in self.values if v.dtype != np.uint8})
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -210,6 +210,10 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
         raise UserError(
             f"with {names} every value of the {files} becomes {scaled[0].flat[0]}: {cure}"
         )
+    marks = _of_marks(deep, high[0] - low[0]) if is_best else ""
+    if marks:
+        log.info("warning: %s", marks)
+        return
     cure = "the files hold no more" if is_best else remedy
     if levels < _FEW_LEVELS:
         log.info("warning: with %s %s use %d of 256 levels: %s", names, files, levels, cure)
@@ -219,6 +223,24 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
         log.info(
             "warning: with %s %.0f %% of the values are clipped: %s", names, 100 * share, remedy
         )
+
+
+def _of_marks(values: list[np.ndarray], span: float) -> str:
+    """Say how to read values of which many are one far from the others, as marks of no data are."""
+    some = [v[:, ::4, ::4] for v in values]
+    every = np.concatenate([v[np.isfinite(v)] for v in some])
+    for mark in (every.min(), every.max()) if every.size else ():
+        rest = every[every != mark]
+        if 0.01 * every.size > every.size - rest.size or not rest.size:
+            continue
+        low, high = choose_range(*map(float, np.percentile(rest, (_OUTLIERS, 100 - _OUTLIERS))))
+        if high - low < span / 4:
+            share = 100 * (1 - rest.size / every.size)
+            return (
+                f"{share:.2g} % of the values are {mark:.10g}, and if that marks no data set "
+                f"data.min_value {low:.10g} and data.max_value {high:.10g}"
+            )
+    return ""
 
 
 def _scaled(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:

@@ -18,6 +18,7 @@ from moco.checkpoints.load import load_encoder
 from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources, values
+from moco.images.decode import BadImage
 from moco.images.scaling import Reading
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -245,3 +246,41 @@ def test_a_run_of_a_version_without_these_settings_ignores_exif_as_it_did():
     stored = {"data": {"root": "x", "max_value": 65_535}}
     data = TrainConfig.from_dict(stored).data
     assert (data.exif, data.max_value) == ("ignore", 65_535)
+
+
+NO_DATA = [("f4", -9999, (0, 1)), ("f4", -3.4028234663852886e38, (0, 1)), ("i2", -32768, (0, 4095))]
+
+
+@pytest.mark.parametrize("kind, mark, wanted", NO_DATA)
+@pytest.mark.parametrize("is_named", [True, False])
+def test_marks_of_no_data_do_not_widen_the_range(tmp_path, caplog, kind, mark, wanted, is_named):
+    for number in range(8):
+        array = smooth(0, 0.9 if kind == "f4" else 3000, (32, 32)).astype(kind)
+        array[:8] = mark
+        tag = [(42113, "s", 0, repr(mark), True)] if is_named else None
+        tifffile.imwrite(tmp_path / f"{number}.tif", array, extratags=tag)
+    caplog.set_level("INFO", logger="moco")
+    source = sources.open_source(folder(tmp_path, channels=1), "train")
+    said = [line for line in caplog.messages if line.startswith("warning")]
+    if is_named:
+        assert (source.reading.low, source.reading.high) == tuple((float(end),) for end in wanted)
+        pixels = source.read(0)
+        assert not pixels[:, :8].any() and len(pixels[:, 8:].unique()) > 64 and not said
+    else:
+        words = f"25 % of the values are {mark:.10g}, and if that marks no data set data.min_value"
+        assert len(said) == 1 and f"{words} 0 and data.max_value {wanted[1]}" in said[0]
+
+
+def test_files_of_either_byte_order_are_of_one_type(tmp_path):
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", smooth(0, 1).astype("<>"[number % 2] + "f4"))
+    reading = sources.open_source(folder(tmp_path, channels=1), "train").reading
+    assert reading.high == (1,) and "float32 files" in reading.reason
+
+
+def test_values_that_are_no_numbers_are_bad_files(tmp_path):
+    write_set(tmp_path, 0, 1, "f4", "npy", count=4)
+    np.save(tmp_path / "complex.npy", smooth(0, 1).astype("c8"))
+    source = sources.open_source(folder(tmp_path, channels=1), "train")
+    with pytest.raises(BadImage, match="complex.npy: holds values of type complex64"):
+        source.read(4)
