@@ -22,6 +22,7 @@ from moco.images.dicom import split_frame
 from moco.images.folders import expanded, list_images, split_folders
 from moco.images.formats import extension, shown
 from moco.images.labels import by_folder, read_table
+from moco.images.splits import split_folders
 from moco.log import track
 
 log = logging.getLogger("moco")
@@ -84,8 +85,8 @@ def _pack_split(data: DataConfig, split: str, top: str, part: Path, size: float)
     paths = list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:
-        paths = table.part(paths, root, held_out=split != "train")
-    names = table.labels(paths, root) if table else by_folder(paths, top)
+        paths = table.part(paths, held_out=split != "train")
+    names = table.labels(paths) if table else by_folder(paths, top)
     if not table and len({*names} - {None}) < 2:
         names = [None] * len(paths)  # one folder is no class
     images = list(dict(zip((split_frame(path)[0] for path in paths), names, strict=True)).items())

@@ -185,8 +185,12 @@ def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -
     paths = read_list(data.files, root) if listed else list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:
-        paths = table.part(paths, root, held_out=train is not None)
-    names = table.labels(paths, root) if table else by_folder(paths, top)
+        paths = table.part(paths, held_out=train is not None)
+        names = table.labels(paths, train.paths if train else ())
+        if train is None:
+            table.say(paths, names)
+    else:
+        names = by_folder(paths, top)
     if data.dataset == "imagenet" and None in names:
         raise UserError(
             f"data.root {data.root!r}: images lie directly in {shown(top)}, imagenet has them in "
@@ -272,7 +276,7 @@ def _labelled_part(data: DataConfig, source: ImageSource) -> ImageSource | None:
     """Return those images of an open train split that have a class; None if too few have one."""
     root, top = expanded(data.root), split_folders(data)[0]
     table = read_table(data.labels) if data.labels else None
-    names = table.labels(source.paths, root) if table else by_folder(source.paths, top)
+    names = table.labels(source.paths) if table else by_folder(source.paths, top)
     return _named_part(source, names, few=bool(table))
 
 

@@ -77,9 +77,9 @@ def _list_files(data: DataConfig) -> Listing:
         splits = [_split_of(path, tops) for path in paths]
     if data.labels:
         table = read_table(data.labels)
-        labels = table.labels(paths, root)
+        labels = table.labels(paths)
         if table.has_splits:
-            held_out = {*table.part(paths, root, held_out=True)}
+            held_out = {*table.part(paths, held_out=True)}
             splits = ["test" if path in held_out else "train" for path in paths]
     source = ImageSource(
         f"folder {shown(root)}", None, paths, None, [], data.channels, settle(paths, data)

@@ -11,6 +11,7 @@ from PIL import Image, features
 from moco.config import DataConfig, UserError
 from moco.images import formats, sources, values
 from moco.images.decode import BadImage, decode, read_header
+from moco.images.own import open_own
 from moco.images.scaling import PLAIN, Reading, to_uint8
 
 RNG = np.random.default_rng(0)
@@ -93,8 +94,8 @@ def test_packages_that_are_named_are_those_of_the_requirements():
 
 def write_dicom(path: Path, pixels: np.ndarray, **tags) -> Path:
     """Write H W, or frames H W, or H W 3, as an uncompressed DICOM file."""
-    pydicom = pytest.importorskip("pydicom")
     path.parent.mkdir(exist_ok=True)
+    pydicom = pytest.importorskip("pydicom")
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
@@ -238,9 +239,9 @@ def test_a_palette_in_dicom_gives_its_colours(tmp_path, bits):
     palette = RNG.integers(0, 256, (3, 256), dtype=np.uint8)
     entries = palette if bits == 8 else palette.astype(np.uint16) << 8
     tags = {"PhotometricInterpretation": "PALETTE COLOR"}
-    for name, values in zip(("Red", "Green", "Blue"), entries, strict=True):
+    for name, own in zip(("Red", "Green", "Blue"), entries, strict=True):
         tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
-        tags[f"{name}PaletteColorLookupTableData"] = values.tobytes()
+        tags[f"{name}PaletteColorLookupTableData"] = own.tobytes()
     path = str(write_dicom(tmp_path / "a.dcm", stored, **tags))
     assert torch.equal(decode(path, 3), torch.from_numpy(palette[:, stored]))
     assert sources.open_source(folder(tmp_path, channels="auto"), "train").channels == 3
