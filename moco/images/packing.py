@@ -19,7 +19,7 @@ import numpy as np
 
 from moco.config import DataConfig, UserError
 from moco.images.dicom import split_frame
-from moco.images.folders import expanded, list_images, split_folders
+from moco.images.folders import expanded, list_images
 from moco.images.formats import extension, shown
 from moco.images.labels import by_folder, read_table
 from moco.images.splits import split_folders
@@ -81,7 +81,6 @@ def pack(folder: str, output: str, shard_mib: float, labels: str = "") -> dict[s
 
 def _pack_split(data: DataConfig, split: str, top: str, part: Path, size: float) -> int:
     """Write the shards of one split; return the number of its images."""
-    root = expanded(data.root)
     paths = list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:

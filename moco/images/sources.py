@@ -20,11 +20,12 @@ import torch
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS, read_arrays, refuse_own
 from moco.images.decode import BadImage
-from moco.images.folders import expanded, list_images, split_folders
+from moco.images.folders import expanded, list_images
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
 from moco.images.labels import by_folder, read_list, read_table, twins
 from moco.images.shards import lies_elsewhere, open_shards
+from moco.images.splits import split_folders
 from moco.images.values import choose_channels, sample, settle
 
 log = logging.getLogger("moco")
@@ -274,7 +275,7 @@ def _numbered(source: ImageSource, names: list[str | None]) -> ImageSource:
 
 def _labelled_part(data: DataConfig, source: ImageSource) -> ImageSource | None:
     """Return those images of an open train split that have a class; None if too few have one."""
-    root, top = expanded(data.root), split_folders(data)[0]
+    top = split_folders(data)[0]
     table = read_table(data.labels) if data.labels else None
     names = table.labels(source.paths) if table else by_folder(source.paths, top)
     return _named_part(source, names, few=bool(table))

@@ -13,11 +13,12 @@ import torch
 
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS
-from moco.images.folders import expanded, list_images, split_folders
+from moco.images.folders import expanded, list_images
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
 from moco.images.labels import by_folder, read_list, read_table
 from moco.images.sources import SHARDED, open_labelled, open_source
+from moco.images.splits import split_folders
 from moco.images.values import settle
 
 

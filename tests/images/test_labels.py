@@ -387,3 +387,20 @@ def test_what_is_held_out_has_labels_where_the_train_split_has(tmp_path):
     shutil.rmtree(tmp_path / "val")
     save(tmp_path / "test/3.png")
     assert opened(tmp_path) == ("train", "test")
+
+
+def test_a_held_out_folder_without_images_is_none(tmp_path, lines):
+    tree(tmp_path, "train/ant/1.png", "train/bee/2.png")
+    (tmp_path / "test").mkdir()
+    data = folder(tmp_path)
+    assert len(sources.open_source(data, "train")) == 2 and not sources.has_test_split(data)
+    assert any("held out is none; not used: test" in line for line in lines.messages)
+
+
+def test_a_table_holds_images_of_the_train_folder_out(tmp_path):
+    tree(tmp_path / "root", *(f"train/{n}.png" for n in range(4)))
+    rows = [f"{n}.png,{'ab'[n % 2]},{'test' if n > 1 else 'train'}" for n in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    bank, queries = sources.open_labelled(data)
+    assert (len(bank), len(queries)) == (2, 2) and queries.labels.tolist() == [0, 1]
