@@ -51,7 +51,9 @@ def split_folders(data: DataConfig, say: bool = False) -> tuple[str, str | None]
     if data.dataset == "imagenet":
         return train, test
     test = test or (train if in_table else None)
-    return _sole_inside(train), test and _sole_inside(test)
+    below = _sole_inside(train)
+    deeper = below[len(train) :].count(os.sep)  # what is held out may be of one class
+    return below, test and _sole_inside(test, deeper)
 
 
 def _find_splits(top: str) -> tuple[str, list[str], str | None, str | None]:
@@ -107,10 +109,10 @@ def _named_splits(names: list[str]) -> tuple[str | None, list[str]]:
     return train, []
 
 
-def _sole_inside(folder: str) -> str:
-    """Go down into a folder as long as it holds one folder of images and no image."""
-    seen = set()
-    while (real := os.path.realpath(folder)) not in seen:
+def _sole_inside(folder: str, most: int | None = None) -> str:
+    """Go down into a folder, so often at most, while it holds one folder of images and no image."""
+    seen: set[str] = set()
+    while (real := os.path.realpath(folder)) not in seen and len(seen) != most:
         seen.add(real)
         try:
             with os.scandir(folder) as entries:
