@@ -42,7 +42,8 @@ class Picture:
         grey = image.mode == "F" or image.mode.startswith("I")
         self._is_deep = grey and not (image.tile and image.tile[0][0] == "ppm")
         if channels == 0:
-            self.bands = 1 if grey or image.mode in ("1", "L", "LA", "La") else 3
+            is_grey = grey or image.mode in ("1", "L", "LA", "La") or "LA;16" in str(image.tile)
+            self.bands = 1 if is_grey else 3
         deep = self._is_cut or self._is_deep
         self.dtype = np.dtype(
             (np.float32 if image.mode == "F" else np.uint16) if deep else np.uint8
@@ -91,14 +92,16 @@ class Picture:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _uncut(self) -> np.ndarray:
-        """Return the 16 bits of each band of a PNG."""
+        """Return the 16 bits of each band of a PNG; grey and RGB without alpha."""
         try:
             from imagecodecs import png_decode
         except ImportError:
             reason = "has 16 bits a band, which Pillow cuts to 8: pip install imagecodecs"
             raise BadImage(self.path, reason) from None
         values = png_decode(_content(self.path)).transpose(2, 0, 1)
-        return values[:3] if self.channels in (1, 3) else values
+        if self.channels in (1, 3):
+            return values[: len(values) - 1 + len(values) % 2]
+        return np.concatenate([values[:1], values[:1], values]) if len(values) == 2 else values
 
 
 class ArrayFile:

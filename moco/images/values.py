@@ -7,7 +7,6 @@ Shapes: C channels, H W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ _USUAL = (1, 255, 1023, 4095, 10_000, 65_535)  # tops that people use
 _USUAL_BOTTOMS = (1, 128, 1024, 2048, 4096, 10_000, 32_768)
 _STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 _FEW_LEVELS, _CLIPPED = 32, 0.01
+_UNCUT = 65_536.0  # a top with which Pillow's cut of 16-bit colours to 8 bits is not enough
 
 
 @dataclass
@@ -36,10 +36,12 @@ class Seen:
     Attributes:
         headers: Of the files that could be read.
         values: C H W each, as they are stored, of some files of more than 8 bits.
+        bad: Why the others could not be read.
     """
 
     headers: list[Header]
     values: list[np.ndarray]
+    bad: list[BadImage]
 
     @property
     def kinds(self) -> list[str]:
@@ -60,21 +62,26 @@ class Seen:
 def look(paths: Sequence[str], channels: int, reading: Reading, with_values: bool = True) -> Seen:
     """Read the headers of some files, evenly spread, and values of those of more than 8 bits."""
     some = [paths[row] for row in sample(len(paths))]
-    seen, deep = Seen([], []), []
+    seen, deep = Seen([], [], []), []
     for path in some:
-        with contextlib.suppress(BadImage):
+        try:
             header = read_header(path, channels, reading)
-            seen.headers.append(header)
-            if with_values and header.dtype not in (np.uint8, np.bool_):
-                deep.append((path, header.height * header.width * channels))
+        except BadImage as error:
+            seen.bad.append(error)
+            continue
+        seen.headers.append(header)
+        if with_values and header.dtype not in (np.uint8, np.bool_):
+            deep.append((path, header.height * header.width * channels))
     # A spread order, so that a budget which ends early has still met all parts of the set.
     budget = VALUES
     for path, size in deep[::4] + deep[1::4] + deep[2::4] + deep[3::4]:
         if seen.values and size > budget:
             continue
         budget -= size
-        with contextlib.suppress(BadImage):
+        try:
             seen.values.append(_thinned(read_values(path, channels, reading)))
+        except BadImage as error:
+            seen.bad.append(error)
     return seen
 
 
@@ -96,11 +103,12 @@ def choose_channels(paths: Sequence[str], data: DataConfig) -> int:
         UserError: No file of the sample can be read.
     """
     reading = Reading(max_pixels=data.max_pixels)
-    bands = {header.bands for header in look(paths, 0, reading, with_values=False).headers}
+    seen = look(paths, 0, reading, with_values=False)
+    bands = {header.bands for header in seen.headers}
     if not bands:
         raise UserError(
-            f"data.channels is auto and none of {min(FILES, len(paths))} files looked at can be "
-            "read: give the channels, and see what is wrong with the files"
+            f"data.channels is auto and none of {len(seen.bad)} files looked at can be read: "
+            f"mend them, first {seen.bad[0]}"
         )
     return max(bands) if len(bands) == 1 or max(bands) > 3 else 3
 
@@ -114,8 +122,7 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     auto = "auto" in (data.min_value, data.max_value)
     low, high = _as_set(data.min_value, (0.0,)), _as_set(data.max_value, (65535.0,))
     reading = Reading(low, high, data.exif == "apply", data.max_pixels, data.dicom_window)
-    # Without a range of their own, 16-bit colours come whole.
-    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(65535.0,)))
+    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(_UNCUT,)))
     _say_turned(seen, reading)
     if windowed := sum(header.windowed for header in seen.headers):
         log.info(
@@ -123,6 +130,8 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
             "(data.dicom_window)", windowed, len(seen.headers),
         )  # fmt: skip
     if not seen.kinds:
+        if seen.bad and any(header.dtype != np.uint8 for header in seen.headers):
+            log.info("warning: no range was chosen, and 65535 becomes 255: %s", seen.bad[-1])
         return reading
     (bottom, top), kinds = seen.ends, seen.kinds
     if auto:

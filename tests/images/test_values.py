@@ -1,6 +1,7 @@
 """Values: which of a set's values become black and white, said, pinned, and stored with exports."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources, values
 from moco.images.decode import BadImage
-from moco.images.scaling import Reading
+from moco.images.scaling import Reading, to_uint8
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 RNG = np.random.default_rng(0)
@@ -284,3 +285,40 @@ def test_values_that_are_no_numbers_are_bad_files(tmp_path):
     source = sources.open_source(folder(tmp_path, channels=1), "train")
     with pytest.raises(BadImage, match="complex.npy: holds values of type complex64"):
         source.read(4)
+
+
+def test_16_bit_colour_png_is_read_by_what_it_holds(tmp_path, caplog, monkeypatch):
+    codecs = pytest.importorskip("imagecodecs")
+    caplog.set_level("INFO", logger="moco")
+    deep = [np.stack([np.rint(smooth(0, 4095)) for _ in range(3)], -1).astype("u2") for _ in "123"]
+    for number, pixels in enumerate(deep):
+        (tmp_path / f"{number}.png").write_bytes(codecs.png_encode(pixels))
+    data = folder(tmp_path, channels="auto")
+    source = sources.open_source(data, "train")
+    assert (source.channels, source.reading.high) == (3, (4095,))
+    wanted = to_uint8(deep[1].transpose(2, 0, 1), (0.0,), (4095.0,))
+    assert torch.equal(source.read(1), torch.from_numpy(wanted))
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    assert sources.open_source(data, "train").reading.reason == ""
+    assert any(
+        "no range was chosen" in x and "pip install imagecodecs" in x for x in caplog.messages
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bit_grey_png_with_alpha_is_grey(tmp_path, channels):
+    codecs = pytest.importorskip("imagecodecs")
+    deep = np.stack([smooth(0, 4095), smooth(0, 4095)], -1).astype("u2")
+    (tmp_path / "a.png").write_bytes(codecs.png_encode(deep))
+    assert sources.open_source(folder(tmp_path, channels="auto"), "train").channels == 1
+    source = sources.open_source(folder(tmp_path, channels=channels), "train")
+    grey, alpha = to_uint8(deep.transpose(2, 0, 1), (0.0,), (4095.0,))
+    wanted = {1: [grey], 3: [grey] * 3, 4: [grey] * 3 + [alpha]}[channels]
+    assert source.reading.high == (4095,)
+    assert torch.equal(source.read(0), torch.from_numpy(np.stack(wanted)))
+
+
+def test_a_set_of_which_nothing_can_be_read_names_the_first_reason(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((5, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"none of 1 files .* first .*a.npy: has the shape \(5, 8"):
+        sources.open_source(folder(tmp_path, channels="auto"), "train")
