@@ -34,6 +34,7 @@ Auto = Literal["auto"]  # left to `moco.training.autoconfigure`
 # Bounds of what is counted: no run or evaluation comes near them, and none of them overflows.
 MOST_EPOCHS, MOST_STEPS, MOST_ROWS = 1_000_000, 1_000_000_000, 1_000_000
 MOST_VALUE = 1e9  # of a pixel
+LEAST_VIEW = 4  # pixels a side
 
 
 def setting(
@@ -353,7 +354,7 @@ class DataConfig:
     image_size: int | Auto = setting(
         224,
         "Side of a view in pixels; auto: by the images and the hardware",
-        at_least=4,
+        at_least=LEAST_VIEW,
         at_most=8192,
     )
     image_size_start: int = setting(

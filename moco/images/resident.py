@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moco.config import DataConfig, UserError
+from moco.config import LEAST_VIEW, DataConfig, UserError
 from moco.images.bad_files import without_bad
 from moco.images.decode import BadImage
 from moco.images.formats import shown
@@ -84,9 +84,10 @@ def check_view_size(config: DataConfig, sizes: list[tuple[int, int]]) -> None:
     middle = sides[len(sides) // 2]
     whose = "the images'" if len(set(sides)) == 1 else f"{len(small)} of {len(sides)} images',"
     if 2 * len(small) > len(sides):
+        lower = f"set it to {middle}, or " if middle >= LEAST_VIEW else ""
         raise UserError(
-            f"data.image_size {config.image_size} is above {whose} {middle} pixels: set it to "
-            f"{middle}, or allow enlarging with data.upscale {config.image_size / middle:.3g}"
+            f"data.image_size {config.image_size} is above {whose} {middle} pixels: {lower}allow "
+            f"enlarging with data.upscale {config.image_size / middle:.3g}"
         )
     log.info(
         "%d of %d images looked at are smaller than the views of %d pixels and are enlarged, the "
