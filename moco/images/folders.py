@@ -14,9 +14,20 @@ from typing import NamedTuple
 
 from moco.config import DataConfig, UserError
 from moco.images.dicom import with_frames
-from moco.images.formats import extension, listed, looks_like_image, passed_over, readable, shown
+from moco.images.formats import (
+    ARCHIVES,
+    UNNAMED,
+    extension,
+    has_signature,
+    listed,
+    looks_like_image,
+    passed_over,
+    readable,
+    shown,
+)
 
 log = logging.getLogger("moco")
+_SNIFFED = 16  # files without an ending that are looked into
 
 # Folders that systems and archives keep beside the images, in lower case; so are hidden ones.
 _HOUSEKEEPING = {
@@ -112,7 +123,7 @@ def _remedy(top: str) -> str:
 def walk(top: str) -> Tree:
     """List the images below `top`, each once, even where links go in circles."""
     paths, links, endings = [], [], readable()
-    unread, foreign, left_out = [], Counter(), Counter()
+    unread, unnamed, foreign, left_out = [], [], Counter(), Counter()
     listed, waiting = set(), [top]
     while waiting:
         folder = waiting.pop()
@@ -131,10 +142,13 @@ def walk(top: str) -> Tree:
         waiting += [entry.path for entry in reversed(found) if is_dir(entry)]
         kinds = [(entry, extension(entry.name)) for entry in found]
         files = [entry for entry, ending in kinds if ending in endings]
-        others = [(e, x) for e, x in kinds if x not in endings and looks_like_image(x)]
-        foreign.update(ending for entry, ending in others if entry.is_file())
+        others = [(entry, x) for entry, x in kinds if x not in endings and _is_file(entry)]
+        foreign.update(x for _, x in others if looks_like_image(x) or x in ARCHIVES)
+        unnamed += [entry.path for entry, x in others if not x or x[1:].isdigit()]
         paths += [entry.path for entry in files if entry.is_file(follow_symlinks=False)]
         links += [entry.path for entry in files if entry.is_symlink() and _maybe_file(entry.path)]
+    if any(map(has_signature, unnamed[:: max(1, len(unnamed) // _SNIFFED)])):
+        foreign[UNNAMED] = len(unnamed)
     return Tree(sorted(paths + _new_links(links, listed, endings)), unread, foreign, left_out)
 
 
@@ -157,6 +171,10 @@ def _maybe_file(link: str) -> bool:
 def visible(name: str) -> bool:
     """Tell whether a name is neither hidden nor that of a system's own folder."""
     return not name.startswith(".") and name.lower() not in _HOUSEKEEPING
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
 def is_dir(entry: os.DirEntry) -> bool:

@@ -259,3 +259,19 @@ def test_frames_of_a_listed_or_labelled_dicom_are_images(tmp_path):
     data = folder(tmp_path / "set", channels=1, files=str(tmp_path / "f.txt"))
     assert sources.open_source(data, "train").paths == [*names[:3], names[5]]
     assert open_own([str(path) for path in paths], DataConfig(channels=1)).paths == names
+
+
+def test_archives_and_images_without_an_ending_are_counted_too(tmp_path, caplog):
+    caplog.set_level("INFO", logger="moco")
+    for number in range(3):
+        save(tmp_path / f"{number}.png").rename(tmp_path / f"1.2.840.{number}")
+    for name in ("README", "LICENSE", "more.zip", "more.tar.gz", "list.txt"):
+        (tmp_path / name).write_bytes(b"PK and so on")
+    with pytest.raises(UserError, match="there are 5 without an image's ending, 1 .gz"):
+        sources.open_source(folder(tmp_path), "train")
+    for number in range(3):
+        (tmp_path / f"1.2.840.{number}").rename(tmp_path / f"{number}")
+    save(tmp_path / "a.png")
+    assert len(sources.open_source(folder(tmp_path), "train")) == 1
+    words = "not read here: 5 without an image's ending, 1 .gz (an archive), 1 .zip (an archive)"
+    assert sum(words in line for line in caplog.messages) == 1
