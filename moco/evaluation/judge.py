@@ -90,15 +90,31 @@ def judge_knn(
     name = f"eval_knn-{judge.layer}"
 
     def score(subject: Subject) -> dict[str, Any]:
-        if max(config.k) > len(subject.bank):
-            raise UserError(
-                f"k {max(config.k)} is above the {len(subject.bank)} training images: "
-                f"give smaller ones, as in --k [{min(10, len(subject.bank))}]"
-            )
+        fitting = replace(config, k=_fitting(config.k, len(subject.bank)))
         gallery = output_path(judge, f"{subject.name}.png")
-        return {each: knn(subject, config, each, gallery) for each in subject.networks}
+        return {each: knn(subject, fitting, each, gallery) for each in subject.networks}
 
     return _judge(name, "knn", judge, config, (read_data, given), score)
+
+
+def _fitting(numbers: list[int], images: int) -> list[int]:
+    """Leave out those of the usual numbers of neighbours that are more than the training images.
+
+    Raises:
+        UserError: Other numbers were asked for, and are more.
+    """
+    if max(numbers) <= images:
+        return numbers
+    least = min(10, images)
+    if numbers != KNNConfig().k:
+        raise UserError(
+            f"k {max(numbers)} is above the {images} training images: give smaller ones, as in "
+            f"--k [{least}]"
+        )
+    kept = [number for number in numbers if number <= images] or [least]
+    log.info("k above the %d training images is left out: it is %s", images,
+             " and ".join(map(str, kept)))  # fmt: skip
+    return kept
 
 
 def _judge(
