@@ -7,6 +7,7 @@ The content decides what a file is, not its ending; the ending decides which dec
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
@@ -122,6 +123,12 @@ class BadImage(ValueError):
 def shown(path: str) -> str:
     """Return a path as one printable line, whatever bytes its name holds."""
     return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def lettered(name: str) -> str:
+    """Return a name as one line in letters that Pillow's own font has: without their accents."""
+    parts = unicodedata.normalize("NFKD", shown(name))
+    return "".join(c for c in parts if not unicodedata.combining(c))
 
 
 def one_line(text: str) -> str:

@@ -275,3 +275,9 @@ def test_archives_and_images_without_an_ending_are_counted_too(tmp_path, caplog)
     assert len(sources.open_source(folder(tmp_path), "train")) == 1
     words = "not read here: 5 without an image's ending, 1 .gz (an archive), 1 .zip (an archive)"
     assert sum(words in line for line in caplog.messages) == 1
+
+
+def test_names_are_drawn_on_one_line_in_letters_that_the_font_has():
+    names = {"K\u00e4fer": "Kafer", "Ka\u0308fer": "Kafer", "a\nb\t": "a\\nb\\t", "\ufb01n": "fin"}
+    assert {name: formats.lettered(name) for name in names} == names
+    assert formats.lettered("\udcff") == "\\xff"
