@@ -96,6 +96,25 @@ def check_view_size(config: DataConfig, sizes: list[tuple[int, int]]) -> None:
     )  # fmt: skip
 
 
+def warn_of_one_value(source: ImageSource) -> None:
+    """Warn where all images looked at are of one and the same value: no loss tells of it later.
+
+    In almost every set the first one ends the search.
+    """
+    if source.items is not None or source.is_sharded:
+        return
+    seen: set[int] = set()
+    for index in sample(len(source)):
+        with contextlib.suppress(BadImage):
+            pixels = source.read_reduced(index, lambda *_: 8).pixels
+            seen |= {int(pixels.min()), int(pixels.max())}
+        if len(seen) > 1:
+            return
+    for value in seen:
+        log.info("warning: every pixel of the %d images looked at is %d: nothing can be learnt of "
+                 "them, see how they were made", min(FILES, len(source)), value)  # fmt: skip
+
+
 def load_all(source: ImageSource) -> tuple[Tensor | None, list[tuple[int, str]]]:
     """Decode every image into one tensor, on all cores; all must share one size.
 
