@@ -42,7 +42,7 @@ WITHOUT_TORCH = (
     *("slurm", "config", "pixels", "judge_config", "checks", "idle", "run_directory", "log"),
     "command",
     *("algorithm.names", "checkpoints.places", "training.resuming", "reports.facts"),
-    *("images.folders", "images.formats", "images.labels", "images.dicom"),
+    *("images.folders", "images.splits", "images.formats", "images.labels", "images.dicom"),
     *("reports.table", "reports.index", "reports.mapping", "reports.projection"),
     "reports.layout",
     *("reports.search", "reports.select"),

@@ -71,8 +71,9 @@ def check_images(data: DataConfig) -> None:
                 f"{data.dataset}, or fetch it with --data.download true"
             )
         return
-    from moco.images.folders import expanded, has_image, list_images, split_folders
+    from moco.images.folders import expanded, has_image, list_images
     from moco.images.labels import read_list, read_table
+    from moco.images.splits import split_folders
 
     top, _ = split_folders(data)
     if data.labels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moco.config.setting import MOST_ROWS, MOST_VALUE, Auto, UserError, setting
+from moco.config.setting import LEAST_VIEW, MOST_ROWS, MOST_VALUE, Auto, UserError, setting
 
 
 @dataclass
@@ -82,7 +82,7 @@ class DataConfig:
     image_size: int | Auto = setting(
         224,
         "Side of a view in pixels; auto: by the images and the hardware",
-        at_least=4,
+        at_least=LEAST_VIEW,
         at_most=8192,
     )
     image_size_start: int = setting(

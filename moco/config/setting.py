@@ -27,6 +27,7 @@ Auto = Literal["auto"]  # left to `moco.training.autoconfigure`
 # Bounds of what is counted: no run or evaluation comes near them, and none of them overflows.
 MOST_EPOCHS, MOST_STEPS, MOST_ROWS = 1_000_000, 1_000_000_000, 1_000_000
 MOST_VALUE = 1e39  # of a pixel: beyond all 32-bit floats
+LEAST_VIEW = 4  # pixels a side
 
 
 def setting(

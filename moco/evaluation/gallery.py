@@ -15,6 +15,7 @@ from torch import Tensor
 from moco.evaluation.subject import Subject
 from moco.images.crops import cut
 from moco.images.draws import centre_crops
+from moco.images.formats import lettered
 from moco.images.labelled import LabelledData
 
 _ROWS, _NEIGHBOURS = 10, 8
@@ -54,10 +55,10 @@ def draw_gallery(
     lines = []
     for query in chosen:
         own = targets[query]
-        cells = [Cell(_seen(subject.queries, int(queries[query])), subject.classes[own])]
+        cells = [Cell(_seen(subject.queries, int(queries[query])), lettered(subject.classes[own]))]
         found = zip(rows[query].tolist(), labels[query], similarity[query], strict=True)
         for row, label, cosine in itertools.islice(found, number):
-            text = f"{subject.classes[label][:6]}: {cosine:.2f}"
+            text = f"{lettered(subject.classes[label])[:6]}: {cosine:.2f}"
             cells.append(Cell(_seen(subject.bank, row), text, _RIGHT if label == own else _WRONG))
         lines.append(cells)
     return draw_sheet(path, lines)

@@ -90,25 +90,31 @@ def judge_knn(
     name = f"eval_knn-{judge.layer}"
 
     def score(subject: Subject) -> dict[str, Any]:
-        chosen = replace(config, k=_neighbours(config.k, len(subject.bank)))
+        fitting = replace(config, k=_fitting(config.k, len(subject.bank)))
         gallery = output_path(judge, f"{subject.name}.png")
-        return {each: knn(subject, chosen, each, gallery) for each in subject.networks}
+        return {each: knn(subject, fitting, each, gallery) for each in subject.networks}
 
     return _judge(name, "knn", judge, config, (read_data, given), score)
 
 
-def _neighbours(asked: list[int], bank: int) -> list[int]:
-    """Return the numbers of neighbours to vote: of the usual ones those that the bank has."""
-    if max(asked) <= bank:
-        return asked
-    if asked != KNNConfig().k:
+def _fitting(numbers: list[int], images: int) -> list[int]:
+    """Leave out those of the usual numbers of neighbours that are more than the training images.
+
+    Raises:
+        UserError: Other numbers were asked for, and are more.
+    """
+    if max(numbers) <= images:
+        return numbers
+    least = min(10, images)
+    if numbers != KNNConfig().k:
         raise UserError(
-            f"k {max(asked)} is above the {bank} training images: "
-            f"give smaller ones, as in --k [{min(10, bank)}]"
+            f"k {max(numbers)} is above the {images} training images: give smaller ones, as in "
+            f"--k [{least}]"
         )
-    fitting = [k for k in asked if k <= bank] or [bank]
-    log.info("k: %s (there are %d training images)", fitting, bank)
-    return fitting
+    kept = [number for number in numbers if number <= images] or [least]
+    log.info("k above the %d training images is left out: it is %s", images,
+             " and ".join(map(str, kept)))  # fmt: skip
+    return kept
 
 
 def _judge(

@@ -47,6 +47,7 @@ class Header(NamedTuple):
         dtype: Of its values; uint8 where nothing is left to scale.
         turned: Whether its EXIF orientation is not upright.
         bands: As it is read; where no channels are asked for, its own: of a picture 1 or 3.
+        windowed: Whether a DICOM file's own window makes its values.
     """
 
     height: int
@@ -54,6 +55,7 @@ class Header(NamedTuple):
     dtype: np.dtype
     turned: bool
     bands: int
+    windowed: bool = False
 
 
 class Decoded(NamedTuple):
@@ -130,7 +132,8 @@ def read_header(path: str, channels: int = 3, reading: Reading = PLAIN) -> Heade
     with _opened(path, channels, reading) as image:
         if channels:
             _check_bands(path, image.bands, channels)
-        return Header(image.height, image.width, image.dtype, image.turned, image.bands)
+        size = image.height, image.width
+        return Header(*size, image.dtype, image.turned, image.bands, image.windowed)
 
 
 @contextlib.contextmanager
@@ -140,6 +143,10 @@ def _opened(path: str, channels: int, reading: Reading, whole: bool = False) -> 
         file = io.BytesIO(path.content(whole)) if isinstance(path, Member) else path
         with _reader(path, file, channels, reading) as image:
             _check_pixels(path, image.height, image.width, reading.max_pixels)
+            if image.dtype.kind not in "buif":
+                raise BadImage(
+                    path, f"holds values of type {image.dtype}, which are no grey values"
+                )
             yield image
     except (BadImage, MemoryError, RunError):
         raise

@@ -65,6 +65,7 @@ class DicomImage:
     Attributes:
         height, width, bands, dtype: Of what `read` returns.
         inverted: Whether its lowest value is white.
+        windowed: Whether its window is applied.
     """
 
     turned = False
@@ -79,14 +80,14 @@ class DicomImage:
         self.inverted, self._has_palette = kind == "MONOCHROME1", kind == "PALETTE COLOR"
         self.bands = 3 if self._has_palette else int(header.get("SamplesPerPixel", 1))
         is_grey = self.bands == 1
-        self._windowed = windowed and is_grey and (_has_lut(header) or _has_window(header))
+        self.windowed = windowed and is_grey and (_has_lut(header) or _has_window(header))
         slope, intercept = _rescale(header)
         has_lut = bool(header.get("ModalityLUTSequence"))
         self._is_scaled = is_grey and (has_lut or (slope, intercept) != (1, 0))
         self._is_whole = slope.is_integer() and intercept.is_integer()
         signed = bool(header.get("PixelRepresentation", 0))
         eight = header.BitsAllocated <= 8 and not self._is_scaled and not signed
-        is_ready = eight or self._windowed or self._has_palette
+        is_ready = eight or self.windowed or self._has_palette
         self.dtype = np.dtype(np.uint8 if is_ready else np.int32)
 
     def __enter__(self) -> DicomImage:
@@ -113,7 +114,7 @@ class DicomImage:
         if data.BitsAllocated == 1:  # a mask
             return values.astype(bool)[None]
         rescaled = pixels.apply_modality_lut(values, data) if self._is_scaled else values
-        if self._windowed:
+        if self.windowed:
             low, high = self._window_ends(data)
             shown = pixels.apply_voi_lut(rescaled, data)
             return np.rint((shown - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)[None]

@@ -14,10 +14,20 @@ from typing import NamedTuple
 
 from moco.config import DataConfig, UserError
 from moco.images.dicom import with_frames
-from moco.images.formats import extension, listed, looks_like_image, passed_over, readable, shown
-from moco.images.labels import HELD_OUT, TRAIN, read_table
+from moco.images.formats import (
+    ARCHIVES,
+    UNNAMED,
+    extension,
+    has_signature,
+    listed,
+    looks_like_image,
+    passed_over,
+    readable,
+    shown,
+)
 
 log = logging.getLogger("moco")
+_SNIFFED = 16  # files without an ending that are looked into
 
 # Folders that systems and archives keep beside the images, in lower case; so are hidden ones.
 _HOUSEKEEPING = {
@@ -64,74 +74,6 @@ def check_root(root: str) -> str:
     except (OSError, ValueError) as error:
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error}): make it readable"
     raise UserError(f"data.root {root!r} {problem}")
-
-
-def split_folders(data: DataConfig, say: bool = False) -> tuple[str, str | None]:
-    """Return the directories of the train and the held-out split, by their names in any case.
-
-    They are looked for below the root, and deeper where a folder holds one folder and no image. A
-    table of labels may hold images out that lie in the same directory.
-
-    Args:
-        say: Whether to log which directory was taken for which split.
-
-    Raises:
-        UserError: The root cannot be listed, or is not laid out as `imagenet` is.
-    """
-    top, names, train, test = _find_splits(check_root(data.root))
-    by_name = {name.lower(): os.path.join(top, name) for name in names}
-    if data.dataset == "imagenet":
-        if not train or "val" not in by_name:
-            raise UserError(
-                f"data.root {data.root!r} lacks train/ or val/: lay imagenet out as "
-                "train/CLASS/*.JPEG and val/CLASS/*.JPEG; for another tree set data.dataset folder"
-            )
-        test = by_name["val"]
-    if not train:
-        in_table = bool(data.labels) and read_table(data.labels).has_splits
-        return top, top if in_table else None
-    if say:
-        rest = [name for name in names if os.path.join(top, name) not in (train, test)]
-        rest += _pictures_beside(top)
-        unused = f"; not used: {', '.join(map(shown, rest[:5]))}" if rest else ""
-        base, held_out = (shown(os.path.basename(path or "none")) for path in (train, test))
-        log.info("%s: trained on is %s, held out is %s%s", shown(top), base, held_out, unused)
-    return train, test
-
-
-def _pictures_beside(top: str) -> list[str]:
-    """Say in words how many pictures lie in a folder itself; empty where none does."""
-    with os.scandir(top) as entries:
-        found = [e.name for e in entries if looks_like_image(extension(e.name)) and not is_dir(e)]
-    count = sum(map(visible, found))
-    return [f"{count} picture{'s'[: count != 1]}"][:count]
-
-
-def _find_splits(top: str) -> tuple[str, list[str], str | None, str | None]:
-    """Return where splits are, the folders there, and those of train and of what is held out.
-
-    Without splits that is the first directory that holds more than a single folder.
-    """
-    seen = set()
-    while True:
-        seen.add(os.path.realpath(top))
-        try:
-            with os.scandir(top) as entries:
-                found = [entry for entry in entries if visible(entry.name)]
-        except OSError:  # a folder below the root, which `walk` names
-            return os.path.dirname(top), [], None, None
-        names = sorted(entry.name for entry in found if is_dir(entry))
-        by_name = {name.lower(): os.path.join(top, name) for name in names}
-        train = next((by_name[name] for name in TRAIN if name in by_name), None)
-        test = next((by_name[name] for name in HELD_OUT if name in by_name), None)
-        # Among other folders `train` may be a class of images, unless one is a held-out split.
-        if train and (test or len(names) == 1):
-            return top, names, train, test
-        has_images = any(looks_like_image(extension(e.name)) and not is_dir(e) for e in found)
-        deeper = os.path.join(top, names[0]) if len(names) == 1 else top
-        if has_images or os.path.realpath(deeper) in seen:
-            return top, names, None, None
-        top = deeper
 
 
 def has_image(top: str) -> bool:
@@ -181,7 +123,7 @@ def _remedy(top: str) -> str:
 def walk(top: str) -> Tree:
     """List the images below `top`, each once, even where links go in circles."""
     paths, links, endings = [], [], readable()
-    unread, foreign, left_out = [], Counter(), Counter()
+    unread, unnamed, foreign, left_out = [], [], Counter(), Counter()
     listed, waiting = set(), [top]
     while waiting:
         folder = waiting.pop()
@@ -200,10 +142,13 @@ def walk(top: str) -> Tree:
         waiting += [entry.path for entry in reversed(found) if is_dir(entry)]
         kinds = [(entry, extension(entry.name)) for entry in found]
         files = [entry for entry, ending in kinds if ending in endings]
-        others = [(e, x) for e, x in kinds if x not in endings and looks_like_image(x)]
-        foreign.update(ending for entry, ending in others if entry.is_file())
+        others = [(entry, x) for entry, x in kinds if x not in endings and _is_file(entry)]
+        foreign.update(x for _, x in others if looks_like_image(x) or x in ARCHIVES)
+        unnamed += [entry.path for entry, x in others if not x or x[1:].isdigit()]
         paths += [entry.path for entry in files if entry.is_file(follow_symlinks=False)]
         links += [entry.path for entry in files if entry.is_symlink() and _maybe_file(entry.path)]
+    if any(map(has_signature, unnamed[:: max(1, len(unnamed) // _SNIFFED)])):
+        foreign[UNNAMED] = len(unnamed)
     return Tree(sorted(paths + _new_links(links, listed, endings)), unread, foreign, left_out)
 
 
@@ -226,6 +171,10 @@ def _maybe_file(link: str) -> bool:
 def visible(name: str) -> bool:
     """Tell whether a name is neither hidden nor that of a system's own folder."""
     return not name.startswith(".") and name.lower() not in _HOUSEKEEPING
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
 def is_dir(entry: os.DirEntry) -> bool:

@@ -7,6 +7,7 @@ The content decides what a file is, not its ending; the ending decides which dec
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
@@ -28,6 +29,9 @@ _FOREIGN = (
     *(".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".fits", ".fit", ".nii", ".mha", ".nrrd"),
     *(".czi", ".lif", ".nd2", ".svs", ".ndpi", ".mrxs", ".npz", ".mat", ".h5", ".hdf5"),
 )
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".parquet", ".tfrecord")
+UNNAMED = "without an image's ending"
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")  # of common images
 _IMAGES = frozenset((*_ALWAYS, *_FURTHER, *DICOM, *_FOREIGN))
 
 
@@ -66,12 +70,24 @@ def looks_like_image(ending: str) -> bool:
     return ending in _IMAGES
 
 
+def has_signature(path: str) -> bool:
+    """Tell whether a file begins as images do, whatever its name."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(132)
+    except OSError:
+        return False
+    is_other = (start[:4], start[8:12]) == (b"RIFF", b"WEBP") or start[128:] == b"DICM"
+    return start.startswith(_SIGNATURES) or is_other
+
+
 def passed_over(counts: dict[str, int]) -> str:
     """Say in words which images are not read, by ending, and what would read them; may be empty."""
     parts = []
     for ending, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        package = needed(ending)
-        parts.append(f"{count} {ending}" + (f" (pip install {package})" if package else ""))
+        hint = f"pip install {needed(ending)}" if needed(ending) else ""
+        hint = "an archive" if ending in ARCHIVES else hint
+        parts.append(f"{count} {ending}" + (f" ({hint})" if hint else ""))
     return ", ".join(parts)
 
 
@@ -107,6 +123,12 @@ class BadImage(ValueError):
 def shown(path: str) -> str:
     """Return a path as one printable line, whatever bytes its name holds."""
     return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def lettered(name: str) -> str:
+    """Return a name as one line in letters that Pillow's own font has: without their accents."""
+    parts = unicodedata.normalize("NFKD", shown(name))
+    return "".join(c for c in parts if not unicodedata.combining(c))
 
 
 def one_line(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import filecmp
 import functools
+import logging
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from moco.config import UserError
 from moco.images.dicom import split_frame, with_frames
 from moco.images.formats import shown
 
+log = logging.getLogger("moco")
 TRAIN = ("train", "training")
 HELD_OUT = ("test", "testing", "val", "valid", "validation")  # the first one there is taken
 _PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "image_id", "id", "name")
 _LABELS = ("label", "class", "class_name", "target", "category", "breed", "species", "diagnosis")
 _SPLITS = ("split", "subset", "partition", "set")
+_FORMS = ("NFC", "NFD")  # of Unicode
 _PAIRS = 256  # of files with one name that are compared
 
 
@@ -35,9 +38,11 @@ def by_folder(paths: Sequence[str], top: str) -> list[str | None]:
     return names
 
 
-@functools.cache
-def _one_form(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
+def _spelt(name: str) -> str:
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+_one_form = functools.cache(_spelt)  # of classes, which are few
 
 
 @dataclass
@@ -45,43 +50,83 @@ class Table:
     """A table of labels.
 
     Attributes:
+        path: Of its file.
         rows: An image as the table names it to its label.
         held_out: What the table names as held out, where it has a column of splits.
-        has_splits: Whether it has.
+        column: What the column of labels is called; empty without a header.
+        several: Images to which several rows give different labels, of which the last one counts.
     """
 
+    path: str
     rows: dict[str, str]
     held_out: set[str]
-    has_splits: bool
+    column: str
+    several: list[str]
 
-    def name(self, path: str, root: str) -> str | None:
-        """Return what the table calls an image: its path below the root, its file name, or that
-        without an ending; None if it does not name it."""
-        file, root = (unicodedata.normalize("NFC", each) for each in (split_frame(path)[0], root))
-        base = os.path.basename(file)
-        words = (os.path.relpath(file, root).replace(os.sep, "/"), file, base)
-        return next((w for w in (*words, os.path.splitext(base)[0]) if w in self.rows), None)
+    @property
+    def has_splits(self) -> bool:
+        """Tell whether the table holds images out."""
+        return bool(self.held_out)
 
-    def check_names(self, where: str, paths: Sequence[str], root: str) -> None:
-        """Raise UserError where the table names none of the images; `where` names the table."""
-        if paths and not any(self.name(path, root) for path in paths):
-            first = next(iter(self.rows))
-            raise UserError(
-                f"{where}: none of its {len(self.rows)} rows names one of the {len(paths)} images, "
-                f"first {shown(first)}, where the first image is {shown(paths[0])}: give paths "
-                "below data.root, or the files' names"
-            )
+    def name(self, path: str) -> str | None:
+        """Return what the table calls an image: its path or the longest end of it, or its file's
+        name without an ending; None if it does not name it. Frames have the name of their file."""
+        whole = _spelt(split_frame(path)[0].replace(os.sep, "/"))
+        starts = (0, *(place + 1 for place, sign in enumerate(whole) if sign == "/"))
+        ends = (whole[start:] for start in starts)
+        stem = os.path.splitext(os.path.basename(whole))[0]
+        return next((word for word in (*ends, stem) if word in self.rows), None)
 
-    def labels(self, paths: Sequence[str], root: str) -> list[str | None]:
-        """Return the label of each image; None where the table does not name it."""
-        found = [self.name(path, root) for path in paths]
-        return [None if name is None else self.rows[name] for name in found]
+    def labels(self, paths: Sequence[str], others: Sequence[str] = ()) -> list[str | None]:
+        """Return the label of each image; None where the table does not name it.
 
-    def part(self, paths: Sequence[str], root: str, held_out: bool) -> list[str]:
+        Args:
+            paths: The images.
+            others: Further images, such as those that are trained on.
+
+        Raises:
+            UserError: One row names two files.
+        """
+        named: dict[str, str] = {}
+        found = []
+        for path in (*others, *paths):
+            name, file = self.name(path), split_frame(path)[0]
+            other = file if name is None else named.setdefault(name, file)
+            if os.path.splitext(other)[0] != os.path.splitext(file)[0]:
+                raise UserError(
+                    f"data.labels {self.path!r}: {shown(name)} may be {shown(other)} or "
+                    f"{shown(file)}: write paths below data.root"
+                )
+            found.append(None if name is None else self.rows[name])
+        return found[len(others) :]
+
+    def part(self, paths: Sequence[str], held_out: bool) -> list[str]:
         """Return the images of one split; what the table does not name is trained on."""
         if not self.has_splits:
             return list(paths)
-        return [p for p in paths if (self.name(p, root) in self.held_out) == held_out]
+        return [path for path in paths if (self.name(path) in self.held_out) == held_out]
+
+    def say(self, paths: Sequence[str], labels: Sequence[str | None]) -> None:
+        """Tell how many images have a label, and of which column.
+
+        Raises:
+            UserError: None has.
+        """
+        known = [label for label in labels if label is not None]
+        where = f"data.labels {self.path!r}"
+        if not known:
+            raise UserError(
+                f"{where} names none of the {len(labels)} images: its first row names "
+                f"{shown(next(iter(self.rows)))}, and the first image is {shown(paths[0])}"
+            )
+        column = f", by its column {shown(self.column)!r}" if self.column else ""
+        log.info("%s: %d of %d images have a label, of %d classes%s", where, len(known),
+                 len(labels), len(set(known)), column)  # fmt: skip
+        if self.several:
+            log.info(
+                "warning: %s gives %d images several labels, first %s: the last one counts",
+                where, len(self.several), shown(self.several[0]),
+            )  # fmt: skip
 
 
 def read_table(path: str) -> Table:
@@ -112,10 +157,17 @@ def read_table(path: str) -> Table:
     body = [row for row in rows[is_headed:] if len(row) > widest and row[label]]
     if not body:
         raise UserError(f"{where} labels no image: write PATH,LABEL in each row")
-    named = {_one_form(row[image].removeprefix("./").replace("\\", "/")): row for row in body}
-    labels = {name: _one_form(row[label]) for name, row in named.items()}
-    held_out = {n for n, row in named.items() if split >= 0 and row[split].lower() in HELD_OUT}
-    return Table(labels, held_out, bool(held_out))
+    labels: dict[str, str] = {}
+    several: dict[str, None] = {}
+    held_out = set()
+    for row in body:
+        name, own = _spelt(row[image].replace("\\", "/").removeprefix("./")), _one_form(row[label])
+        if labels.get(name, own) != own:
+            several[name] = None
+        labels[name] = own
+        if split >= 0 and row[split].lower() in HELD_OUT:
+            held_out.add(name)
+    return Table(path, labels, held_out, rows[0][label] if is_headed else "", list(several))
 
 
 def _columns(first: list[str], where: str) -> tuple[tuple[int, int, int], bool]:
@@ -154,13 +206,14 @@ def read_list(path: str, root: str) -> list[str]:
         UserError: It cannot be read, or none of its files is there.
     """
     try:
-        with open(os.path.expanduser(path), encoding="utf-8", errors="surrogateescape") as file:
-            lines = [line.strip() for line in file]
+        name, how = os.path.expanduser(path), {"errors": "surrogateescape", "newline": "\n"}
+        with open(name, encoding="utf-8-sig", **how) as file:
+            lines = [line.rstrip("\r\n") for line in file]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         text = f"data.files {path!r} cannot be read ({reason}): give one path a line"
         raise UserError(text) from None
-    paths = [os.path.join(root, os.path.normpath(line)) for line in lines if line]
+    paths = [_listed(line, root) for line in lines if line.strip()]
     if not any(os.path.lexists(split_frame(name)[0]) for name in paths):
         first = f", first {shown(paths[0])}" if paths else ""
         raise UserError(
@@ -168,6 +221,17 @@ def read_list(path: str, root: str) -> list[str]:
             f"below data.root {root!r}, or whole ones"
         )
     return with_frames(list(dict.fromkeys(paths)))
+
+
+def _listed(line: str, root: str) -> str:
+    """Return the path that a line names: as it stands, or as others write the same name."""
+    bare = line.strip()
+    words = [bare, line, bare.strip("\"'"), bare.replace("\\", "/")]
+    words += [] if bare.isascii() else [unicodedata.normalize(form, bare) for form in _FORMS]
+    paths = [os.path.join(root, os.path.normpath(word)) for word in dict.fromkeys(words)]
+    if len(paths) == 1:  # as almost always, so that not every file is asked for
+        return paths[0]
+    return next((path for path in paths if os.path.lexists(path)), paths[0])
 
 
 def twins(paths: Sequence[str], labels: Sequence[str | None]) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ from moco.images.own import open_own
 from moco.images.own_cuts import OwnCuts
 from moco.images.own_views import OwnViewMaker, OwnViews, check_views
 from moco.images.pairs import Naming, PairedCuts, Partners, find_partners
-from moco.images.resident import make_resident
+from moco.images.resident import make_resident, warn_of_one_value
 from moco.images.steps import Indices, StepLoader
 from moco.images.streamed import Cuts
 from moco.images.streams import Order
@@ -118,6 +118,7 @@ class PretrainData(pl.LightningDataModule):
         holds = torch.device("cpu") if self.in_workers else device
         self.source, self.resident = make_resident(self.source, self.config, holds, report_path)
         check_batch(self.config, len(self.source))
+        warn_of_one_value(self.source)
         self.partners = find_partners(self.source, self.config, self.seed, self.naming)
         if self.streams and self.config.num_workers:
             check_pickles("images", self.source.items)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.decode import BadImage
+from moco.images.dicom import split_frame, with_frames
 from moco.images.folders import expanded
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
@@ -136,8 +137,8 @@ def _of_array(images: Tensor | np.ndarray, data: DataConfig) -> ImageSource:
 
 
 def _of_paths(images: Sequence[Any], data: DataConfig) -> ImageSource:
-    paths = [expanded(os.fspath(path)) for path in images]
-    if missing := [path for path in paths[:1000] if not os.path.lexists(path)]:
+    paths = with_frames([expanded(os.fspath(path)) for path in images])
+    if missing := [path for path in paths[:1000] if not os.path.lexists(split_frame(path)[0])]:
         raise UserError(f"images: {shown(missing[0])} does not exist: give paths of images")
     if folders := [path for path in paths[:1000] if os.path.isdir(path)]:
         raise UserError(

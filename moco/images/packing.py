@@ -19,9 +19,10 @@ import numpy as np
 
 from moco.config import DataConfig, UserError
 from moco.images.dicom import split_frame
-from moco.images.folders import expanded, list_images, split_folders
+from moco.images.folders import expanded, list_images
 from moco.images.formats import extension, shown
 from moco.images.labels import by_folder, read_table
+from moco.images.splits import split_folders
 from moco.log import track
 
 log = logging.getLogger("moco")
@@ -80,12 +81,11 @@ def pack(folder: str, output: str, shard_mib: float, labels: str = "") -> dict[s
 
 def _pack_split(data: DataConfig, split: str, top: str, part: Path, size: float) -> int:
     """Write the shards of one split; return the number of its images."""
-    root = expanded(data.root)
     paths = list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:
-        paths = table.part(paths, root, held_out=split != "train")
-    names = table.labels(paths, root) if table else by_folder(paths, top)
+        paths = table.part(paths, held_out=split != "train")
+    names = table.labels(paths) if table else by_folder(paths, top)
     if not table and len({*names} - {None}) < 2:
         names = [None] * len(paths)  # one folder is no class
     images = list(dict(zip((split_frame(path)[0] for path in paths), names, strict=True)).items())

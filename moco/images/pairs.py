@@ -132,7 +132,7 @@ def _names(source: ImageSource, config: DataConfig, own: Naming | None) -> list[
     root = _top(source, config)
     if config.pairs.lower().endswith(".csv"):
         try:
-            return list(read_table(config.pairs).labels(source.paths, root))
+            return list(read_table(config.pairs).labels(source.paths))
         except UserError as error:
             raise UserError(str(error).replace("data.labels", "data.pairs")) from None
     pattern = compiled(config.pairs)

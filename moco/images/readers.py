@@ -31,7 +31,7 @@ _METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # whe
 class Picture:
     """An image that Pillow reads; of an animation, the first frame."""
 
-    inverted = False
+    inverted = windowed = False
 
     def __init__(self, path: str, image: Image.Image, channels: int, reading: Reading) -> None:
         self.path, self.image, self.channels, self.reading = path, image, channels, reading
@@ -42,7 +42,8 @@ class Picture:
         grey = image.mode == "F" or image.mode.startswith("I")
         self._is_deep = grey and not (image.tile and image.tile[0][0] == "ppm")
         if channels == 0:
-            self.bands = 1 if grey or image.mode in ("1", "L", "LA", "La") else 3
+            is_grey = grey or image.mode in ("1", "L", "LA", "La") or "LA;16" in str(image.tile)
+            self.bands = 1 if is_grey else 3
         deep = self._is_cut or self._is_deep
         self.dtype = np.dtype(
             (np.float32 if image.mode == "F" else np.uint16) if deep else np.uint8
@@ -91,7 +92,7 @@ class Picture:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _uncut(self) -> np.ndarray:
-        """Return the 16 bits of each band of a PNG."""
+        """Return the 16 bits of each band of a PNG; grey and RGB without alpha."""
         try:
             from imagecodecs import png_decode
         except ImportError:
@@ -112,7 +113,7 @@ class Picture:
 class ArrayFile:
     """An array in .npy: H W, H W C or C H W; C is the axis of `channels`, else the shorter one."""
 
-    turned = inverted = False
+    turned = inverted = windowed = False
 
     def __init__(self, path: str, channels: int) -> None:
         self.path, self.channels = path, channels

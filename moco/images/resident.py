@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
+from moco.config.setting import LEAST_VIEW
 from moco.images.bad_files import without_bad
 from moco.images.decode import BadImage
 from moco.images.formats import shown
@@ -84,15 +85,35 @@ def check_view_size(config: DataConfig, sizes: list[tuple[int, int]]) -> None:
     middle = sides[len(sides) // 2]
     whose = "the images'" if len(set(sides)) == 1 else f"{len(small)} of {len(sides)} images',"
     if 2 * len(small) > len(sides):
+        lower = f"set it to {middle}, or " if middle >= LEAST_VIEW else ""
         raise UserError(
-            f"data.image_size {config.image_size} is above {whose} {middle} pixels: set it to "
-            f"{middle}, or allow enlarging with data.upscale {config.image_size / middle:.3g}"
+            f"data.image_size {config.image_size} is above {whose} {middle} pixels: {lower}allow "
+            f"enlarging with data.upscale {config.image_size / middle:.3g}"
         )
     log.info(
         "%d of %d images looked at are smaller than the views of %d pixels and are enlarged, the "
         "smallest from %d: leave them out, or lower data.image_size",
         len(small), len(sides), config.image_size, small[0],
     )  # fmt: skip
+
+
+def warn_of_one_value(source: ImageSource) -> None:
+    """Warn where all images looked at are of one and the same value: no loss tells of it later.
+
+    In almost every set the first one ends the search.
+    """
+    if source.items is not None or source.is_sharded:
+        return
+    seen: set[int] = set()
+    for index in sample(len(source)):
+        with contextlib.suppress(BadImage):
+            pixels = source.read_reduced(index, lambda *_: 8).pixels
+            seen |= {int(pixels.min()), int(pixels.max())}
+        if len(seen) > 1:
+            return
+    for value in seen:
+        log.info("warning: every pixel of the %d images looked at is %d: nothing can be learnt of "
+                 "them, see how they were made", min(FILES, len(source)), value)  # fmt: skip
 
 
 def load_all(source: ImageSource) -> tuple[Tensor | None, list[tuple[int, str]]]:

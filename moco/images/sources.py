@@ -20,11 +20,12 @@ import torch
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS, read_arrays, refuse_own
 from moco.images.decode import BadImage
-from moco.images.folders import expanded, list_images, split_folders
+from moco.images.folders import expanded, list_images
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
 from moco.images.labels import by_folder, read_list, read_table, twins
 from moco.images.shards import lies_elsewhere, open_shards
+from moco.images.splits import split_folders
 from moco.images.values import choose_channels, sample, settle
 
 log = logging.getLogger("moco")
@@ -185,14 +186,16 @@ def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -
     paths = read_list(data.files, root) if listed else list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:
-        if train is None:
-            table.check_names(f"data.labels {data.labels!r}", paths, root)
-        paths = table.part(paths, root, held_out=train is not None)
+        paths = table.part(paths, held_out=train is not None)
         if train is None and not paths:
             raise UserError(
                 f"data.labels {data.labels!r} holds all images out: none is left to train on"
             )
-    names = table.labels(paths, root) if table else by_folder(paths, top)
+        names = table.labels(paths, train.paths if train else ())
+        if train is None:
+            table.say(paths, names)
+    else:
+        names = by_folder(paths, top)
     if data.dataset == "imagenet" and None in names:
         raise UserError(
             f"data.root {data.root!r}: images lie directly in {shown(top)}, imagenet has them in "
@@ -276,9 +279,9 @@ def _numbered(source: ImageSource, names: list[str | None]) -> ImageSource:
 
 def _labelled_part(data: DataConfig, source: ImageSource) -> ImageSource | None:
     """Return those images of an open train split that have a class; None if too few have one."""
-    root, top = expanded(data.root), split_folders(data)[0]
+    top = split_folders(data)[0]
     table = read_table(data.labels) if data.labels else None
-    names = table.labels(source.paths, root) if table else by_folder(source.paths, top)
+    names = table.labels(source.paths) if table else by_folder(source.paths, top)
     return _named_part(source, names, few=bool(table))
 
 

@@ -28,7 +28,7 @@ for _name in ("PIL.TiffImagePlugin", "tifffile"):  # they log what they raise, a
 # Pillow says so of every BigTIFF, whose pixels it reads right.
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
-_ORIENTATION, _ALPHA = 274, (1, 2)  # a tag, and values of ExtraSamples
+_ORIENTATION, _NO_DATA, _ALPHA = 274, 42113, (1, 2)  # tags, and values of ExtraSamples
 _STACKS = ("ImageJ=", "<?xml", "<OME", '{"shape"')  # how descriptions of stacks begin
 _JPEG = (6, 7, 34892)  # values of Compression
 _PALETTE, _MIXED = 3, {5: "CMYK", 6: "YCbCr", 8: "CIELAB"}  # values of PhotometricInterpretation
@@ -37,9 +37,10 @@ _PALETTE, _MIXED = 3, {5: "CMYK", 6: "YCbCr", 8: "CIELAB"}  # values of Photomet
 def pillow_reads_it(image: Image.Image, channels: int) -> bool:
     """Tell whether Pillow reads a TIFF whole and right: ordinary 8-bit ones, and 16-bit grey."""
     tags = image.tag_v2
-    bands = tags.get(SAMPLESPERPIXEL, 1)
+    bands, bits = tags.get(SAMPLESPERPIXEL, 1), tags.get(BITSPERSAMPLE, (1,))[0]
     is_grey = tags.get(PHOTOMETRIC_INTERPRETATION) in (0, 1)
-    if tags.get(BITSPERSAMPLE, (1,))[0] > 8 and not (bands == 1 and image.mode.startswith("I;16")):
+    is_deep_grey = bands == 1 and image.mode.startswith("I;16") and _NO_DATA not in tags
+    if bits > 8 and not is_deep_grey:
         return False
     if bands > 4 or (bands > 1 and is_grey and image.mode != "LA"):
         return False
@@ -69,7 +70,7 @@ class TiffImage:
     """
 
     turned = False  # as Pillow, it turns by the tag whether or not that is asked for
-    inverted = False
+    inverted = windowed = False
 
     def __init__(self, path: str | BytesIO, channels: int) -> None:
         import tifffile  # slow to import, and most sets hold no such files
@@ -126,7 +127,22 @@ class TiffImage:
             if "imagecodecs" in str(error):
                 raise ValueError(f"{error}: pip install imagecodecs") from None
             raise
-        return upright(values[: self._kept], self._orientation)
+        return upright(self._without_marks(values[: self._kept]), self._orientation)
+
+    def _without_marks(self, values: np.ndarray) -> np.ndarray:
+        """Put NaN, or 0 among integers, in the place of what a GeoTIFF names as no data.
+
+        Bytes stay as they are.
+        """
+        if values.dtype == np.uint8:
+            return values
+        try:
+            mark = float(self._page.tags.valueof(_NO_DATA) or "nan")
+        except (TypeError, ValueError):
+            return values
+        if values.dtype.kind == "f":
+            return np.where(values == values.dtype.type(mark), values.dtype.type(np.nan), values)
+        return np.where(values == mark, values.dtype.type(0), values)
 
     def _first_page(self) -> np.ndarray:
         values, axes, kind = self._page.asarray(), self._page.axes, int(self._page.photometric)

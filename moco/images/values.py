@@ -7,7 +7,6 @@ Shapes: C channels, H W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -17,8 +16,6 @@ import numpy as np
 
 from moco.config import DataConfig, UserError
 from moco.images.decode import BadImage, Header, read_header, read_values
-from moco.images.dicom import split_frame
-from moco.images.formats import DICOM, extension
 from moco.images.scaling import Reading, numbers, to_uint8
 
 log = logging.getLogger("moco")
@@ -29,6 +26,7 @@ _USUAL = (1, 255, 1023, 4095, 10_000, 65_535)  # tops that people use
 _USUAL_BOTTOMS = (1, 128, 1024, 2048, 4096, 10_000, 32_768)
 _STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 _FEW_LEVELS, _CLIPPED = 32, 0.01
+_UNCUT = 65_536.0  # a top with which Pillow's cut of 16-bit colours to 8 bits is not enough
 
 
 @dataclass
@@ -38,15 +36,17 @@ class Seen:
     Attributes:
         headers: Of the files that could be read.
         values: C H W each, as they are stored, of some files of more than 8 bits.
+        bad: Why the others could not be read.
     """
 
     headers: list[Header]
     values: list[np.ndarray]
+    bad: list[BadImage]
 
     @property
     def kinds(self) -> list[str]:
         """Name the types of more than 8 bits, sorted."""
-        return sorted({str(v.dtype) for v in self.values if v.dtype != np.uint8})
+        return sorted({v.dtype.name for v in self.values if v.dtype != np.uint8})
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -62,24 +62,30 @@ class Seen:
 def look(paths: Sequence[str], channels: int, reading: Reading, with_values: bool = True) -> Seen:
     """Read the headers of some files, evenly spread, and values of those of more than 8 bits."""
     some = [paths[row] for row in sample(len(paths))]
-    seen, deep = Seen([], []), []
+    seen, deep = Seen([], [], []), []
     for path in some:
-        with contextlib.suppress(BadImage):
+        try:
             header = read_header(path, channels, reading)
-            seen.headers.append(header)
-            if with_values and header.dtype not in (np.uint8, np.bool_):
-                deep.append((path, header.height * header.width * channels))
+        except BadImage as error:
+            seen.bad.append(error)
+            continue
+        seen.headers.append(header)
+        if with_values and header.dtype not in (np.uint8, np.bool_):
+            deep.append((path, header.height * header.width * channels))
     # A spread order, so that a budget which ends early has still met all parts of the set.
     budget = VALUES
     for path, size in deep[::4] + deep[1::4] + deep[2::4] + deep[3::4]:
         if seen.values and size > budget:
             continue
         budget -= size
-        with contextlib.suppress(BadImage):
+        try:
             values = read_values(path, channels, reading)
-            if values.dtype.kind in "uif":  # others are no images, and are named where all are read
-                native = values.dtype.newbyteorder("=")
-                seen.values.append(_thinned(values).astype(native, copy=False))
+        except BadImage as error:
+            seen.bad.append(error)
+            continue
+        if values.dtype.kind in "uif":  # others are no images, and are named where all are read
+            native = values.dtype.newbyteorder("=")
+            seen.values.append(_thinned(values).astype(native, copy=False))
     return seen
 
 
@@ -101,11 +107,12 @@ def choose_channels(paths: Sequence[str], data: DataConfig) -> int:
         UserError: No file of the sample can be read.
     """
     reading = Reading(max_pixels=data.max_pixels)
-    bands = {header.bands for header in look(paths, 0, reading, with_values=False).headers}
+    seen = look(paths, 0, reading, with_values=False)
+    bands = {header.bands for header in seen.headers}
     if not bands:
         raise UserError(
-            f"data.channels is auto and none of {min(FILES, len(paths))} files looked at can be "
-            "read: give the channels, and see what is wrong with the files"
+            f"data.channels is auto and none of {len(seen.bad)} files looked at can be read: "
+            f"mend them, first {seen.bad[0]}"
         )
     return max(bands) if len(bands) == 1 or max(bands) > 3 else 3
 
@@ -119,11 +126,16 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     auto = "auto" in (data.min_value, data.max_value)
     low, high = _as_set(data.min_value, (0.0,)), _as_set(data.max_value, (65535.0,))
     reading = Reading(low, high, data.exif == "apply", data.max_pixels, data.dicom_window)
-    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(1.0,)))  # all bits
+    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(_UNCUT,)))
     _say_turned(seen, reading)
-    if reading.windowed and paths and extension(split_frame(paths[0])[0]) in DICOM:
-        log.info("DICOM files are shown through their own window (data.dicom_window)")
+    if windowed := sum(header.windowed for header in seen.headers):
+        log.info(
+            "%d of %d files looked at are DICOM, shown through their own window "
+            "(data.dicom_window)", windowed, len(seen.headers),
+        )  # fmt: skip
     if not seen.kinds:
+        if seen.bad and any(header.dtype != np.uint8 for header in seen.headers):
+            log.info("warning: no range was chosen, and 65535 becomes 255: %s", seen.bad[-1])
         _check_cut(paths, data.channels, reading, seen)
         return reading
     (bottom, top), kinds = seen.ends, seen.kinds
@@ -212,6 +224,10 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
         raise UserError(
             f"with {names} every value of the {files} becomes {scaled[0].flat[0]}: {cure}"
         )
+    marks = _of_marks(deep, high[0] - low[0]) if is_best else ""
+    if marks:
+        log.info("warning: %s", marks)
+        return
     if levels < _FEW_LEVELS:
         cure = _cure(deep, high[0] - low[0]) if is_best else remedy
         log.info("warning: with %s %s use %d of 256 levels: %s", names, files, levels, cure)
@@ -260,6 +276,24 @@ def _check_cut(paths: Sequence[str], channels: int, reading: Reading, seen: Seen
             "warning: colours of 16 bits, cut to 8 by Pillow, use %d of 256 levels in %d files "
             "looked at: pip install imagecodecs, which reads them whole", levels, len(cut),
         )  # fmt: skip
+
+
+def _of_marks(values: list[np.ndarray], span: float) -> str:
+    """Say how to read values of which many are one far from the others, as marks of no data are."""
+    some = [v[:, ::4, ::4] for v in values]
+    every = np.concatenate([v[np.isfinite(v)] for v in some])
+    for mark in (every.min(), every.max()) if every.size else ():
+        rest = every[every != mark]
+        if 0.01 * every.size > every.size - rest.size or not rest.size:
+            continue
+        low, high = choose_range(*map(float, np.percentile(rest, (_OUTLIERS, 100 - _OUTLIERS))))
+        if high - low < span / 4:
+            share = 100 * (1 - rest.size / every.size)
+            return (
+                f"{share:.2g} % of the values are {mark:.10g}, and if that marks no data set "
+                f"data.min_value {low:.10g} and data.max_value {high:.10g}"
+            )
+    return ""
 
 
 def _scaled(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:

@@ -197,8 +197,14 @@ def worker_count(config: DataConfig) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     count = config.num_workers
     if count < 0:
-        count = max(1, (os.cpu_count() or 1) // local)
+        count = max(1, _own_cores() // local)
     return fitting_workers(config, count, local, world)
+
+
+def _own_cores() -> int:
+    """Return the cores that this process may use, in a container perhaps few of the machine."""
+    known = hasattr(os, "sched_getaffinity")  # of Linux
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def fitting_workers(config: DataConfig, count: int, local_ranks: int, world: int) -> int:

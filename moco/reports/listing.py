@@ -13,11 +13,12 @@ import torch
 
 from moco.config import DataConfig, UserError
 from moco.images.datasets import ARRAYS
-from moco.images.folders import expanded, list_images, split_folders
+from moco.images.folders import expanded, list_images
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
 from moco.images.labels import by_folder, read_list, read_table
 from moco.images.sources import SHARDED, open_labelled, open_source
+from moco.images.splits import split_folders
 from moco.images.values import settle
 
 
@@ -77,9 +78,9 @@ def _list_files(data: DataConfig) -> Listing:
         splits = [_split_of(path, tops) for path in paths]
     if data.labels:
         table = read_table(data.labels)
-        labels = table.labels(paths, root)
+        labels = table.labels(paths)
         if table.has_splits:
-            held_out = {*table.part(paths, root, held_out=True)}
+            held_out = {*table.part(paths, held_out=True)}
             splits = ["test" if path in held_out else "train" for path in paths]
     source = ImageSource(
         f"folder {shown(root)}", None, paths, None, [], data.channels, settle(paths, data)

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from moco.images.formats import lettered
+
 TILE = 96  # pixels at most
 _GAP, _TEXT = 6, 14
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
@@ -98,7 +100,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[Tensor]]], heads: Sequence[str]) ->
         pen.text((left, _GAP), head, fill=_INK)
     for number, (name, images) in enumerate(rows):
         top = _TEXT + 2 * _GAP + number * line
-        pen.text((_GAP, top), name[-(size[0] // 7) :], fill=_INK)
+        pen.text((_GAP, top), lettered(name)[-(size[0] // 7) :], fill=_INK)
         for left, tile in zip(lefts, images, strict=True):
             kind = Image.Resampling.NEAREST if tile.shape[2] <= TILE // 2 else None
             drawn.paste(picture(tile).resize((TILE, TILE), kind), (left, top + _TEXT))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moco.config import TrainConfig
+from moco.config.setting import LEAST_VIEW
 from moco.training.build import steps_per_epoch, total_steps
 from moco.training.shares import batch_unit
 
@@ -95,7 +96,8 @@ def _choose_views(own: Settings, facts: Facts) -> None:
     room = min(facts.side * own.config.data.upscale, most)
     patches = own.config.model.patches  # which a view divides into
     sizes = (size for size in SIZES if size <= room and size % patches == 0)
-    size = max(sizes, default=max(int(room) // patches, 1) * patches)
+    least = -(-LEAST_VIEW // patches)  # for smaller images, which are refused later
+    size = max(sizes, default=max(int(room) // patches, least) * patches)
     why = f"the short side of nine in ten images is {facts.side} px or more"
     why += f", and a {facts.accelerator} takes {most} px at most" if facts.side > most else ""
     own.take("data.image_size", size, why)

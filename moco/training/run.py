@@ -248,10 +248,9 @@ def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     finally:
         finish()
     if saver.saved_step < trainer.global_step:
-        raise RunError(
-            f"the last checkpoint could not be written: make room in {run_dir} and go on "
-            f"with --resume {run_dir}"
-        )
+        what = "the last checkpoint could not" if saver.saved_step else "no checkpoint could"
+        how = f"go on with --resume {run_dir}" if saver.saved_step else "start again"
+        raise RunError(f"{what} be written: make room in {run_dir} and {how}")
     result = results(run, run_dir, time.perf_counter() - start)
     if saver.stop_signal:
         log.info(

@@ -69,7 +69,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             reason = why_not(error, target.parent)
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            log.warning("checkpoint %s was not written, the one before stays: %s", target, reason)
+            before = any(target.parent.glob("*.ckpt"))
+            rest = "the one before stays" if before else "and there is none before it"
+            log.warning("checkpoint %s was not written, %s: %s", target, rest, reason)
         else:
             self.after(target)
 

@@ -202,24 +202,25 @@ BOTH = {"a": 3, "b": 3}
         ({"train": {"a": 3}, "test": {"a": 3}}, "two classes"),
         ({"train": BOTH, "test": {"a": 3, "c": 3}}, "share 1 classes .*only in one: b"),
         ({"train": BOTH, "test": {"a": 3}}, "share 1 classes .*only in one: b"),
+        ({"train": BOTH, "test": BOTH}, r"k 200 is above the 6 .*as in --k \[6\]"),
     ],
-    ids=["no test split", "one class", "other classes", "class missing"],
+    ids=["no test split", "one class", "other classes", "class missing", "fewer than k"],
 )
 def test_data_that_give_no_score_are_one_line(checkpoint, tmp_path, splits, words):
     root = folder(tmp_path / "images", splits)
     arguments = ["--checkpoint", checkpoint, "--data.dataset", "folder", "--data.root", root]
     with pytest.raises(UserError, match=words):
-        inside("eval_knn", *arguments)
+        inside("eval_knn", *arguments, "--k", "[20,200]")
 
 
-def test_of_the_usual_neighbours_those_vote_that_are_there(checkpoint, tmp_path, said):
-    root = folder(tmp_path / "images", {"train": {"a": 6, "b": 6}, "test": BOTH})
-    arguments = ["--checkpoint", checkpoint, "--data.dataset", "folder", "--data.root", root]
-    result = inside("eval_knn", *arguments, "--baselines", "false")
-    assert (list(result["by_k"]), result["k"]) == (["10"], 10)
-    assert any("k: [10] (there are 12 training images)" in line for line in said)
-    with pytest.raises(UserError, match="k 20 is above the 12 training images"):
-        inside("eval_knn", *arguments, "--k", "[20]")
+def test_the_usual_numbers_of_neighbours_fit_small_sets(checkpoint, tmp_path, said):
+    arguments = ["--checkpoint", checkpoint, "--data.dataset", "folder", "--output", tmp_path]
+    for count, wanted in ((15, {"10", "20"}), (2, {"4"})):
+        labelled = {"a": count, "b": count}
+        root = folder(tmp_path / str(count), {"train": labelled, "test": BOTH})
+        result = inside("eval_knn", *arguments, "--data.root", root)
+        assert result["by_k"].keys() == wanted and result["k"] == max(map(int, wanted))
+        assert any(f"k above the {2 * count} training images is left out" in line for line in said)
 
 
 def test_broken_checkpoints_and_settings_are_one_line(checkpoint, tmp_path):

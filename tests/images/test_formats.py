@@ -11,6 +11,7 @@ from PIL import Image, features
 from moco.config import DataConfig, UserError
 from moco.images import formats, sources, values
 from moco.images.decode import BadImage, decode, read_header
+from moco.images.own import open_own
 from moco.images.scaling import PLAIN, Reading, to_uint8
 
 RNG = np.random.default_rng(0)
@@ -93,6 +94,7 @@ def test_packages_that_are_named_are_those_of_the_requirements():
 
 def write_dicom(path: Path, pixels: np.ndarray, **tags) -> Path:
     """Write H W, or frames H W, or H W 3, as an uncompressed DICOM file."""
+    path.parent.mkdir(exist_ok=True)
     pydicom = pytest.importorskip("pydicom")
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -265,3 +267,59 @@ def test_files_that_cannot_be_read_leave_the_sample(tmp_path):
     assert (
         len(values.look([str(tmp_path / "a.png"), str(tmp_path / "b.png")], 3, PLAIN).headers) == 1
     )
+
+
+def test_emptied_tags_of_dicom_are_none(tmp_path, caplog):
+    stored = RNG.integers(0, 4000, (12, 10), dtype=np.uint16)
+    whole = str(write_dicom(tmp_path / "set/a.dcm", stored, **CT))
+    emptied = {"WindowCenter": None, "WindowWidth": None}
+    path = str(write_dicom(tmp_path / "set/b.dcm", stored, **emptied, **CT))
+    reading = Reading((-1024.0,), (3071.0,), windowed=True)
+    assert torch.equal(decode(path, 1, reading), decode(whole, 1, reading))
+    assert read_header(path, 1, reading).dtype == np.int32
+    caplog.set_level("INFO", logger="moco")
+    assert sources.open_source(folder(tmp_path / "set", channels=1), "train").reading.low == (
+        -1024,
+    )
+    assert not any("window" in text for text in caplog.messages)
+    unscaled = {"RescaleSlope": None, "RescaleIntercept": None}
+    path = str(write_dicom(tmp_path / "c.dcm", stored, **unscaled))
+    wanted = to_uint8(stored[None], (0.0,), (4095.0,))
+    found = decode(path, 1, Reading((0.0,), (4095.0,)))
+    assert torch.equal(found, torch.from_numpy(wanted))
+
+
+def test_frames_of_a_listed_or_labelled_dicom_are_images(tmp_path):
+    frames = RNG.integers(0, 256, (3, 12, 10), dtype=np.uint8)
+    paths = [write_dicom(tmp_path / f"set/{name}.dcm", frames) for name in "ab"]
+    names = [f"{path}#frame={number}" for path in paths for number in range(3)]
+    (tmp_path / "t.csv").write_text("a.dcm,ant\nb.dcm,bee\n")
+    (tmp_path / "f.txt").write_text("a.dcm\nb.dcm#frame=2\n")
+    data = folder(tmp_path / "set", channels=1, labels=str(tmp_path / "t.csv"))
+    source = sources.open_source(data, "train")
+    assert source.paths == names and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    data = folder(tmp_path / "set", channels=1, files=str(tmp_path / "f.txt"))
+    assert sources.open_source(data, "train").paths == [*names[:3], names[5]]
+    assert open_own([str(path) for path in paths], DataConfig(channels=1)).paths == names
+
+
+def test_archives_and_images_without_an_ending_are_counted_too(tmp_path, caplog):
+    caplog.set_level("INFO", logger="moco")
+    for number in range(3):
+        save(tmp_path / f"{number}.png").rename(tmp_path / f"1.2.840.{number}")
+    for name in ("README", "LICENSE", "more.zip", "more.tar.gz", "list.txt"):
+        (tmp_path / name).write_bytes(b"PK and so on")
+    with pytest.raises(UserError, match="there are 5 without an image's ending, 1 .gz"):
+        sources.open_source(folder(tmp_path), "train")
+    for number in range(3):
+        (tmp_path / f"1.2.840.{number}").rename(tmp_path / f"{number}")
+    save(tmp_path / "a.png")
+    assert len(sources.open_source(folder(tmp_path), "train")) == 1
+    words = "not read here: 5 without an image's ending, 1 .gz (an archive), 1 .zip (an archive)"
+    assert sum(words in line for line in caplog.messages) == 1
+
+
+def test_names_are_drawn_on_one_line_in_letters_that_the_font_has():
+    names = {"K\u00e4fer": "Kafer", "Ka\u0308fer": "Kafer", "a\nb\t": "a\\nb\\t", "\ufb01n": "fin"}
+    assert {name: formats.lettered(name) for name in names} == names
+    assert formats.lettered("\udcff") == "\\xff"

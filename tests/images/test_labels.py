@@ -14,7 +14,7 @@ from test_formats import write_dicom
 import eval_knn
 import train
 from moco.config import DataConfig, UserError
-from moco.images import labels, sources
+from moco.images import labels, sources, splits
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -320,3 +320,142 @@ def test_readings_on_a_labelled_set_of_their_own(tmp_path, images, said):
         with pytest.raises(UserError, match=message):
             run_tiny(images, *options[:-1], str(root), run_dir="other")
     assert train.main(["--resume", "run"])["steps"] == 3
+
+
+SPELLINGS = {
+    "another Unicode form": lambda path: unicodedata.normalize("NFD", path),
+    "below the folder that the root lies in": lambda path: f"root/{path}",
+    "below a folder of the root": lambda path: path.removeprefix("x/"),
+    "Windows": lambda path: ".\\" + path.replace("/", "\\"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_table_may_spell_paths_in_another_way(tmp_path, lines, spelling):
+    names = [unicodedata.normalize("NFC", f"x/{n % 2}/Käfer {n}.png") for n in range(4)]
+    tree(tmp_path / "root", *names)
+    rows = [f"{SPELLINGS[spelling](name)},{'ab'[n % 2]}" for n, name in enumerate(names)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,kind", *rows]), encoding="utf-8")
+    source = sources.open_source(folder(tmp_path / "root", labels=str(tmp_path / "t.csv")), "train")
+    assert source.labels.tolist() == [0, 0, 1, 1]
+    said = [line for line in lines.messages if "have a label" in line]
+    assert len(said) == 1 and "4 of 4 images have a label, of 2 classes, by its column" in said[0]
+
+
+def test_a_table_that_names_no_image_is_refused_with_what_it_names(tmp_path):
+    tree(tmp_path / "root", "a/1.png", "b/2.png")
+    (tmp_path / "t.csv").write_text("C:\\else\\7.png,ant\nC:\\else\\8.png,bee\n")
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    with pytest.raises(UserError, match="none of the 2 images: .* names C:/else/7.png, .*a/1.png$"):
+        sources.open_source(data, "train")
+
+
+def test_several_labels_of_an_image_are_said(tmp_path, lines):
+    tree(tmp_path / "root", "1.png", "2.png")
+    (tmp_path / "t.csv").write_text("1.png,ant\n2.png,bee\n1.png,bee\n./2.png,bee\n")
+    sources.open_source(folder(tmp_path / "root", labels=str(tmp_path / "t.csv")), "train")
+    said = [line for line in lines.messages if "several labels" in line]
+    assert len(said) == 1 and "gives 1 images several labels, first 1.png" in said[0]
+
+
+def test_a_row_that_may_be_two_files_is_refused(tmp_path):
+    tree(tmp_path / "root", "train/1.png", "train/2.png", "test/1.png", "test/2.png")
+    (tmp_path / "t.csv").write_text("id,label\n1,ant\n2,bee\n")
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    with pytest.raises(UserError, match="1 may be .*train/1.png or .*test/1.png: write paths"):
+        sources.open_labelled(data)
+    shutil.rmtree(tmp_path / "root/test")
+    save(tmp_path / "root/train/deeper/1.png")
+    with pytest.raises(UserError, match="1 may be .*train/1.png or .*deeper/1.png: write paths"):
+        sources.open_source(data, "train")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: ("\ufeff" if "0" in path else "") + path + "\r\n",
+        lambda path: f'"{path}"\n',
+        lambda path: path.replace("/", "\\") + "\n",
+        lambda path: unicodedata.normalize("NFD", path) + "\n",
+    ],
+)
+def test_a_list_may_spell_paths_as_other_programs_do(tmp_path, write):
+    names = [unicodedata.normalize("NFC", f"x/Käfer {n}.png") for n in range(2)]
+    root = tree(tmp_path / "root", *names)
+    (tmp_path / "f.txt").write_text("".join(map(write, names)), encoding="utf-8")
+    source = sources.open_source(folder(root, files=str(tmp_path / "f.txt")), "train")
+    assert relative(source, root) == names
+
+
+def opened(root: Path) -> tuple[str, str | None]:
+    """Return which folders are trained on and held out."""
+    train, test = splits.split_folders(folder(root))
+    return os.path.relpath(train, root), test and os.path.relpath(test, root)
+
+
+@pytest.mark.parametrize(
+    "names, train, held_out",
+    [
+        (("train2017", "val2017", "test2017"), "train2017", "test2017"),  # COCO
+        (("training_set", "test_set"), "training_set", "test_set"),
+        (("seg_train", "seg_test", "seg_pred"), "seg_train", "seg_test"),
+        (("train", "test1"), "train", "test1"),
+        (("train-images", "valid-images", "notes"), "train-images", "valid-images"),
+        (("train2014", "train2017", "val2014"), ".", None),  # which of them, nobody knows
+        (("freight train", "test track"), ".", None),
+    ],
+)
+def test_splits_whose_names_have_a_word_more(tmp_path, names, train, held_out):
+    tree(tmp_path, *(f"{name}/{kind}/1.png" for name in names for kind in ("ant", "bee")))
+    assert opened(tmp_path) == (train, held_out)
+
+
+def test_classes_below_a_single_folder_of_a_split_are_labels(tmp_path):
+    names = [f"seg_{s}/seg_{s}/{c}/1.png" for s in ("train", "test") for c in ("ant", "bee")]
+    bank, queries = sources.open_labelled(folder(tree(tmp_path, *names)))
+    assert bank.classes == queries.classes == ["ant", "bee"]
+    assert opened(tmp_path) == ("seg_train/seg_train", "seg_test/seg_test")
+
+
+def test_folders_without_images_beside_the_images_do_not_count(tmp_path):
+    tree(tmp_path / "yolo", "images/train/1.png", "images/val/2.png")
+    tree(tmp_path / "single", "train/ant/1.png", "train/bee/2.png")
+    for name in ("yolo/labels/train", "yolo/labels/val", "single/annotations"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.txt").touch()
+    assert opened(tmp_path / "yolo") == ("images/train", "images/val")
+    assert opened(tmp_path / "single") == ("train", None)
+    (tmp_path / "elsewhere").mkdir()
+    save(tmp_path / "elsewhere/3.png")
+    (tmp_path / "single/more").mkdir()
+    (tmp_path / "single/more/linked").symlink_to(tmp_path / "elsewhere")
+    assert opened(tmp_path / "single") == (".", None)  # which keeps the linked images
+
+
+def test_what_is_held_out_has_labels_where_the_train_split_has(tmp_path):
+    tree(tmp_path, *(f"{s}/{c}/1.png" for s in ("train", "val") for c in ("ant", "bee")))
+    tree(tmp_path, "test/1.png", "test/2.png")
+    assert opened(tmp_path) == ("train", "val")
+    shutil.rmtree(tmp_path / "test")
+    (tmp_path / "test").mkdir()
+    assert opened(tmp_path) == ("train", "val")
+    shutil.rmtree(tmp_path / "val")
+    save(tmp_path / "test/3.png")
+    assert opened(tmp_path) == ("train", "test")
+
+
+def test_a_held_out_folder_without_images_is_none(tmp_path, lines):
+    tree(tmp_path, "train/ant/1.png", "train/bee/2.png")
+    (tmp_path / "test").mkdir()
+    data = folder(tmp_path)
+    assert len(sources.open_source(data, "train")) == 2 and not sources.has_test_split(data)
+    assert any("held out is none; not used: test" in line for line in lines.messages)
+
+
+def test_a_table_holds_images_of_the_train_folder_out(tmp_path):
+    tree(tmp_path / "root", *(f"train/{n}.png" for n in range(4)))
+    rows = [f"{n}.png,{'ab'[n % 2]},{'test' if n > 1 else 'train'}" for n in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    bank, queries = sources.open_labelled(data)
+    assert (len(bank), len(queries)) == (2, 2) and queries.labels.tolist() == [0, 1]

@@ -16,6 +16,7 @@ from moco.images.bad_files import without_bad
 from moco.images.decode import read_header
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
+from moco.images.loader import PretrainData
 from moco.images.resident import MixedSizes, estimate_bytes, load_all, make_resident
 
 RNG = np.random.default_rng(0)
@@ -80,7 +81,9 @@ def test_images_smaller_than_the_views_are_refused_or_told_where_sizes_are_mixed
     data = folder(tmp_path, channels=1, image_size=32)
     cpu = torch.device("cpu")
     source = sources.open_source(data, "train")
-    with pytest.raises(UserError, match=r"above 5 of 9 images', 3 pixels: .*data.upscale 10.7"):
+    with pytest.raises(
+        UserError, match=r"above 5 of 9 images', 3 pixels: allow .*data.upscale 10.7"
+    ):
         make_resident(source, data, cpu, None)
     assert make_resident(source, folder(tmp_path, upscale=11, image_size=32), cpu, None)
     save(tmp_path / "4.png", size=(33, 32))
@@ -145,3 +148,18 @@ def test_names_in_any_encoding_work(tmp_path):
         without_bad(source, bad, 0.0, None)
     str(caught.value).encode()  # printable anywhere
     assert shown(name) == "\\xff\\tline\\nbreak.png"
+
+
+@pytest.mark.parametrize("where", ["memory", "off"])
+def test_a_set_of_one_value_is_warned_of(tmp_path, caplog, where):
+    caplog.set_level("INFO", logger="moco")
+    for number in range(6):
+        save(tmp_path / f"{number}.png", size=(8, 8))
+    config = folder(tmp_path, channels=1, image_size=8, batch_size=2, resident=where, views="cifar")
+    for count in (1, 0):
+        caplog.clear()
+        data = PretrainData(config, seed=0, shuffle=False, symmetric=False)
+        data.prepare(torch.device("cpu"))
+        words = "warning: every pixel of the 6 images looked at is 128: nothing can be learnt"
+        assert sum(line.startswith(words) for line in caplog.messages) == count
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "5.png")

@@ -21,7 +21,7 @@ from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources, values
 from moco.images.decode import BadImage
-from moco.images.scaling import Reading
+from moco.images.scaling import Reading, to_uint8
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 RNG = np.random.default_rng(0)
@@ -351,3 +351,78 @@ def test_a_run_of_a_version_without_these_settings_ignores_exif_as_it_did():
     stored = {"data": {"root": "x", "max_value": 65_535}}
     data = TrainConfig.from_dict(stored).data
     assert (data.exif, data.max_value) == ("ignore", 65_535)
+
+
+NO_DATA = [("f4", -9999, (0, 1)), ("f4", -3.4028234663852886e38, (0, 1)), ("i2", -32768, (0, 4095))]
+
+
+@pytest.mark.parametrize("kind, mark, wanted", NO_DATA)
+@pytest.mark.parametrize("is_named", [True, False])
+def test_marks_of_no_data_do_not_widen_the_range(tmp_path, caplog, kind, mark, wanted, is_named):
+    for number in range(8):
+        array = smooth(0, 0.9 if kind == "f4" else 3000, (32, 32)).astype(kind)
+        array[:8] = mark
+        tag = [(42113, "s", 0, repr(mark), True)] if is_named else None
+        tifffile.imwrite(tmp_path / f"{number}.tif", array, extratags=tag)
+    caplog.set_level("INFO", logger="moco")
+    source = sources.open_source(folder(tmp_path, channels=1), "train")
+    said = [line for line in caplog.messages if line.startswith("warning")]
+    if is_named:
+        assert (source.reading.low, source.reading.high) == tuple((float(end),) for end in wanted)
+        pixels = source.read(0)
+        assert not pixels[:, :8].any() and len(pixels[:, 8:].unique()) > 64 and not said
+    else:
+        words = f"25 % of the values are {mark:.10g}, and if that marks no data set data.min_value"
+        assert len(said) == 1 and f"{words} 0 and data.max_value {wanted[1]}" in said[0]
+
+
+def test_files_of_either_byte_order_are_of_one_type(tmp_path):
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", smooth(0, 1).astype("<>"[number % 2] + "f4"))
+    reading = sources.open_source(folder(tmp_path, channels=1), "train").reading
+    assert reading.high == (1,) and "float32 files" in reading.reason
+
+
+def test_values_that_are_no_numbers_are_bad_files(tmp_path):
+    write_set(tmp_path, 0, 1, "f4", "npy", count=4)
+    np.save(tmp_path / "complex.npy", smooth(0, 1).astype("c8"))
+    source = sources.open_source(folder(tmp_path, channels=1), "train")
+    with pytest.raises(BadImage, match="complex.npy: holds values of type complex64"):
+        source.read(4)
+
+
+def test_16_bit_colour_png_is_read_by_what_it_holds(tmp_path, caplog, monkeypatch):
+    codecs = pytest.importorskip("imagecodecs")
+    caplog.set_level("INFO", logger="moco")
+    deep = [np.stack([np.rint(smooth(0, 4095)) for _ in range(3)], -1).astype("u2") for _ in "123"]
+    for number, pixels in enumerate(deep):
+        (tmp_path / f"{number}.png").write_bytes(codecs.png_encode(pixels))
+    data = folder(tmp_path, channels="auto")
+    source = sources.open_source(data, "train")
+    assert (source.channels, source.reading.high) == (3, (4095,))
+    wanted = to_uint8(deep[1].transpose(2, 0, 1), (0.0,), (4095.0,))
+    assert torch.equal(source.read(1), torch.from_numpy(wanted))
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    assert sources.open_source(data, "train").reading.reason == ""
+    assert any(
+        "no range was chosen" in x and "pip install imagecodecs" in x for x in caplog.messages
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bit_grey_png_with_alpha_is_grey(tmp_path, channels):
+    codecs = pytest.importorskip("imagecodecs")
+    deep = np.stack([smooth(0, 4095), smooth(0, 4095)], -1).astype("u2")
+    (tmp_path / "a.png").write_bytes(codecs.png_encode(deep))
+    assert sources.open_source(folder(tmp_path, channels="auto"), "train").channels == 1
+    source = sources.open_source(folder(tmp_path, channels=channels), "train")
+    grey, alpha = to_uint8(deep.transpose(2, 0, 1), (0.0,), (4095.0,))
+    wanted = {1: [grey], 3: [grey] * 3, 4: [grey] * 3 + [alpha]}[channels]
+    assert source.reading.high == (4095,)
+    assert torch.equal(source.read(0), torch.from_numpy(np.stack(wanted)))
+
+
+def test_a_set_of_which_nothing_can_be_read_names_the_first_reason(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((5, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"none of 1 files .* first .*a.npy: has the shape \(5, 8"):
+        sources.open_source(folder(tmp_path, channels="auto"), "train")

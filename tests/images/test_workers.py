@@ -222,3 +222,10 @@ def test_workers_that_would_not_fit_into_shared_memory_are_refused(images, monke
         run_tiny(images, *STREAMED)
     config = DataConfig(image_size=16, batch_size=16, num_workers=-1)
     assert workers.fitting_workers(config, 8, 1, 1) == 1
+
+
+def test_workers_are_as_many_as_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    config = DataConfig(root="x", num_workers=-1, batch_size=2, image_size=8)
+    assert workers.worker_count(config) == 3

@@ -137,6 +137,14 @@ def test_what_is_chosen_fits_what_is_set(asked, count, expected):
     check_queue(own.config, count)
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_images_smaller_than_any_view_are_left_to_the_check_of_sizes(side):
+    config = all_auto().changed({"trainer.max_epochs": 1})
+    own = autoconfigure(config, Facts(40, side, 3, "cpu", 1))
+    assert own.chosen["data.image_size"] == 4
+    check(own.config)
+
+
 def test_what_is_set_stays():
     config = all_auto().changed({"data.batch_size": 96, "model.backbone": "resnet34"})
     own = autoconfigure(config, Facts(50_000, 32, 3, "cpu", 1))

@@ -96,6 +96,16 @@ def test_a_disk_full_to_the_end_exits_with_1_and_resumes(images, small_disk, wit
     assert train.main(["--resume", where])["steps"] == 6
 
 
+def test_a_disk_without_room_for_any_checkpoint_says_to_start_again(
+    images, small_disk, with_callback, said
+):
+    with_callback(FillDisk(small_disk / "ballast", 1, 99))
+    where = str(small_disk / "run")
+    with pytest.raises(RunError, match="no checkpoint could be written: .* and start again"):
+        run_tiny(images, "--run.checkpoint_every", "6", run_dir=where)
+    assert "step_000000006.ckpt was not written, and there is none before it" in " ".join(said)
+
+
 @pytest.fixture
 def file_limit():
     """Let no file of this process grow beyond so many bytes, which needs no rights."""
