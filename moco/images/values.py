@@ -220,7 +220,8 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
     is_best = (low, high) == ((better[0],), (better[1],))
     files = f"{len(deep)} files looked at"
     if levels == 1:
-        cure = "give images that differ" if bottom == top else remedy
+        closer = f"set data.min_value {bottom:.10g} and data.max_value {top:.10g}"
+        cure = "give images that differ" if bottom == top else closer if is_best else remedy
         raise UserError(
             f"with {names} every value of the {files} becomes {scaled[0].flat[0]}: {cure}"
         )

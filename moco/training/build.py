@@ -110,8 +110,7 @@ def build_data(
     """Decode what is to be resident, note in `decided` what is, and prepare what makes views.
 
     Args:
-        config, own: Of the run.
-        decided: What it came to so far.
+        config, own, decided: Of the run, and what it came to so far.
         source: The images.
         run_dir: Takes the names of files that cannot be read.
         has_begun: Whether the run goes on, and has decided before how its files are read.

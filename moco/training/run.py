@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,8 @@ def _pretrain(
             asked, stored = config, None
             if checkpoint:
                 config, stored = read_stored(checkpoint, config, images, run_dir)
+                if source.images is None and config.data.channels != "auto":
+                    source = replace(source, channels=config.data.channels)  # as it was decided
             source, held_out = _set_aside(config, source, stored)
             settings = settle(config, source, stored, own)
             if stored and more[0]:

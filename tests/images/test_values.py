@@ -139,6 +139,7 @@ def test_the_held_out_split_is_read_by_the_range_of_train(tmp_path):
     [
         (0, 1, "f4", {"max_value": 65_535}, "becomes 0: set data.min_value 0 and data.max_value 1"),
         (7, 7, "u2", {}, "give images that differ"),
+        (50_000, 50_080, "u2", {}, r"set data.min_value 5000\d.* and data.max_value 500[78]\d"),
         (0, 4095, "u2", {"min_value": 5000.0, "max_value": 9000}, "set data.min_value 0 and"),
         (0, 4095, "u2", {"min_value": 5000.0}, "min_value 5000 is not below data.max_value 4095"),
     ],

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from pictures import write_pictures
-from runs import assert_same_end, load
+from runs import assert_same_end, load, run_tiny
 
 import eval_knn
 import train
 from moco.checks import check
 from moco.config import AUTOMATIC, DataConfig, ModelConfig, TrainConfig, UserError
 from moco.evaluation.findings import own_key_share
+from moco.images import sources
 from moco.training import rehearsal
 from moco.training.autoconfigure import Facts, autoconfigure, choose_length
 from moco.training.decide import choose_key_bn
@@ -275,3 +277,18 @@ def test_channels_of_a_set(tmp_path, kinds, channels):
     source = open_source(DataConfig(root=str(folder), channels="auto"), "train")
     assert source.channels == channels
     assert source.read(0).shape == (channels, 24, 20)
+
+
+def test_the_channels_stay_those_that_were_decided(tmp_path, monkeypatch):
+    """Grey images would be broadcast to the network's three channels, and train without a word."""
+    root = tmp_path / "root"
+    write_pictures(root, [f"{n:02}.png" for n in range(48)], np.random.default_rng(0))
+    run_tiny(root, "--data.channels", "auto")
+    Path("run").rename("whole")
+    shutil.copytree("whole", "run")
+    for path in Path("run/checkpoints").iterdir():
+        if path.name != "step_000000003.ckpt":
+            path.unlink()
+    monkeypatch.setattr(sources, "choose_channels", lambda *_: 1)  # as another sample would
+    run_tiny(root, "--data.channels", "auto", "--resume", "run")
+    assert_same_end("run", "whole")
