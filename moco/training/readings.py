@@ -29,7 +29,7 @@ def open_labelled(
     if config.run.knn_root:
         pair = _open_own_labelled(data.config, config.run.knn_root)
     else:
-        pair = sources.open_labelled(data.config, data.source)
+        pair = _shared(sources.open_labelled(data.config, data.source))
     if pair is None:
         if (config.optim.schedule, config.optim.plateau_metric) == ("plateau", "val/knn_top1"):
             raise UserError(
@@ -54,6 +54,17 @@ def open_labelled(
         rows = torch.randperm(len(bank), generator=generator)[: config.run.knn_bank]
         bank = bank.rows(rows.sort().values)
     return bank, queries
+
+
+def _shared(
+    pair: tuple[ImageSource, ImageSource] | None,
+) -> tuple[ImageSource, ImageSource] | None:
+    """Keep the classes that both splits have, as evaluation does; None where that leaves no two."""
+    try:
+        return pair and sources.shared_classes(*pair)
+    except UserError as error:  # which stops no run: training needs no labels
+        log.info("kNN is not read: %s", error)
+        return None
 
 
 def open_test_images(config: TrainConfig, data: PretrainData) -> ImageSource | None:

@@ -179,6 +179,22 @@ def test_a_class_more_or_less_stops_no_run_and_the_shared_ones_are_scored(tmp_pa
         eval_knn.main(["--checkpoint", last, *options])
 
 
+def test_readings_of_a_run_score_the_shared_classes_as_evaluation_does(tmp_path, said):
+    root = write_splits(tmp_path / "root")
+    run = ["--run.knn_every", "1", "--trainer.max_epochs", "1", "--model.queue_size", "16"]
+    result = run_tiny(root, *run)
+    assert any("classes of one split alone are left out: a (10 images)" in line for line in said)
+    assert result["comparison"]["test_images"] == 20 and result["comparison"]["chance"] == 50
+    options = ["--baselines", "false", "--k", "[20]", "--shots", "[1]", "--gallery", "false"]
+    judged = eval_knn.main(["--checkpoint", "run/checkpoints/last.ckpt", *options])
+    assert judged["top1"] == result["knn_top1"]
+    said.clear()
+    shutil.rmtree(root / "val/c")
+    result = run_tiny(root, *run, run_dir="other")
+    assert result["knn_top1"] is None
+    assert any("kNN is not read: " in line and "share 1 classes" in line for line in said)
+
+
 def test_the_same_file_in_two_classes_is_said_once(tmp_path, lines):
     tree(tmp_path, "ant/1.png", "bee/2.png", "bee/4.png", "cat/6.png")
     shutil.copy(tmp_path / "ant/1.png", tmp_path / "bee/1.png")
