@@ -243,7 +243,7 @@ def _check_levels(seen: Seen, reading: Reading) -> None:
 def _cure(deep: list[np.ndarray], width: float) -> str:
     """Say which range shows more where the usual one for these values shows few levels.
 
-    That is where values lie far from 0, or where a mark of no data lies far from all others.
+    That is where values lie far from 0. The rarest ones do not count.
 
     Args:
         deep: Values, C H W each.
