@@ -16,16 +16,11 @@ import numpy as np
 
 from moco.config import DataConfig, UserError
 from moco.images.decode import BadImage, Header, read_header, read_values
-from moco.images.scaling import Reading, numbers, to_uint8
+from moco.images.levels import FEW_LEVELS, OUTLIERS, PIXELS_PER_FILE, check_levels, choose_range
+from moco.images.scaling import Reading, numbers
 
 log = logging.getLogger("moco")
 FILES, VALUES = 64, 2**24  # files whose headers are read, and values in all that are looked at
-_PIXELS_PER_FILE = 2**16  # of each band; more say nothing new about a range
-_OUTLIERS = 0.1  # percent of a file's values at each end that may be noise, dead or hot
-_USUAL = (1, 255, 1023, 4095, 10_000, 65_535)  # tops that people use
-_USUAL_BOTTOMS = (1, 128, 1024, 2048, 4096, 10_000, 32_768)
-_STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
-_FEW_LEVELS, _CLIPPED = 32, 0.01
 _UNCUT = 65_536.0  # a top with which Pillow's cut of 16-bit colours to 8 bits is not enough
 
 
@@ -51,7 +46,7 @@ class Seen:
     @property
     def ends(self) -> tuple[float, float]:
         """Return the lowest and the highest value without a few outliers of each file."""
-        edges = (_OUTLIERS, 100 - _OUTLIERS)
+        edges = (OUTLIERS, 100 - OUTLIERS)
         finite = [v[np.isfinite(v)] for v in self.values if v.dtype != np.uint8]
         found = [np.percentile(v, edges) for v in finite if v.size]
         if not found:
@@ -96,7 +91,7 @@ def sample(total: int, most: int = FILES) -> list[int]:
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:
-    step = max(1, math.isqrt(values[0].size // _PIXELS_PER_FILE))
+    step = max(1, math.isqrt(values[0].size // PIXELS_PER_FILE))
     return values[:, ::step, ::step].copy()
 
 
@@ -152,7 +147,7 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     how = "auto" if auto else "as set"
     held = f"{', '.join(kinds)} files, {len(seen.values)} of which hold {bottom:g} to {top:g}"
     reading = replace(reading, low=low, high=high, reason=f"{how}: {held}")
-    _check_levels(seen, reading)
+    check_levels(seen.values, seen.ends, reading)
     return reading
 
 
@@ -167,33 +162,6 @@ def _matched(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[tuple[flo
     return tuple(ends * count if len(ends) == 1 else ends for ends in (low, high))
 
 
-def choose_range(bottom: float, top: float) -> tuple[float, float]:
-    """Return the range that people use for values of bottom..top.
-
-    The top is 1, 255, 1023, 4095, 10000 or 65535 where that is at most eight times too wide, else
-    a round number. A float may overshoot 1 a little, as after sharpening. The bottom is 0, unless
-    a share of the values that counts is negative.
-    """
-    high = _rounded(top if top > 1.5 else min(top, 1), _USUAL) if top > 0 else 0.0
-    if -bottom <= 0.02 * high:
-        return 0.0, high or 1.0
-    return -_rounded(-bottom, _USUAL_BOTTOMS), high
-
-
-def _rounded(value: float, usual: tuple[int, ...]) -> float:
-    """Return the usual number at or next above a positive value, or a round one if that is far.
-
-    One percent more than a usual number is taken for it.
-    """
-    next_above = next((number for number in usual if 1.01 * number >= value), math.inf)
-    if next_above <= 8 * value:
-        return float(next_above)
-    power = 10.0 ** math.floor(math.log10(value))
-    return float(
-        f"{next(step for step in _STEPS if step * power >= value * (1 - 1e-9)) * power:.3g}"
-    )
-
-
 def _check_kinds(kinds: list[str]) -> None:
     """Raise UserError where integers and floats share a set: one range cannot be guessed."""
     floats = [kind for kind in kinds if kind.startswith("float")]
@@ -202,64 +170,6 @@ def _check_kinds(kinds: list[str]) -> None:
             f"data.max_value is auto but the files hold {' and '.join(kinds)}: convert them to "
             "one type, or set data.min_value and data.max_value"
         )
-
-
-def _check_levels(seen: Seen, reading: Reading) -> None:
-    """Refuse a set that is one value after scaling; warn of one that is clipped, or almost flat.
-
-    Raises:
-        UserError: Every value looked at becomes the same.
-    """
-    deep = [v for v in seen.values if v.dtype != np.uint8]
-    (bottom, top), (low, high) = seen.ends, (reading.low, reading.high)
-    scaled = [_scaled(v, low, high) for v in deep]
-    levels = len(np.unique(np.concatenate([v.ravel() for v in scaled])))
-    names = f"data.min_value {numbers(low)} and data.max_value {numbers(high)}"
-    better = choose_range(bottom, top)
-    remedy = f"set data.min_value {better[0]:.10g} and data.max_value {better[1]:.10g}"
-    is_best = (low, high) == ((better[0],), (better[1],))
-    files = f"{len(deep)} files looked at"
-    if levels == 1:
-        closer = f"set data.min_value {bottom:.10g} and data.max_value {top:.10g}"
-        cure = "give images that differ" if bottom == top else closer if is_best else remedy
-        raise UserError(
-            f"with {names} every value of the {files} becomes {scaled[0].flat[0]}: {cure}"
-        )
-    marks = _of_marks(deep, high[0] - low[0]) if is_best else ""
-    if marks:
-        log.info("warning: %s", marks)
-        return
-    if levels < _FEW_LEVELS:
-        cure = _cure(deep, high[0] - low[0]) if is_best else remedy
-        log.info("warning: with %s %s use %d of 256 levels: %s", names, files, levels, cure)
-    bounds = [np.array(ends)[:, None, None] for ends in (low, high)]
-    outside = [((v < bounds[0]) | (v > bounds[1])).mean() for v in deep]
-    if (share := float(np.mean(outside))) > _CLIPPED:
-        log.info(
-            "warning: with %s %.0f %% of the values are clipped: %s", names, 100 * share, remedy
-        )
-
-
-def _cure(deep: list[np.ndarray], width: float) -> str:
-    """Say which range shows more where the usual one for these values shows few levels.
-
-    That is where values lie far from 0. The rarest ones do not count.
-
-    Args:
-        deep: Values, C H W each.
-        width: Of the usual range.
-    """
-    some = [v[np.isfinite(v)][:: max(1, v.size // _PIXELS_PER_FILE)] for v in deep]
-    found = np.unique(np.concatenate(some).astype(np.float64))
-    if len(found) < _FEW_LEVELS:
-        return "the files hold no more"
-    rare = max(1, len(found) // 1000)
-    low, high = found[rare], found[-1 - rare]
-    step = 10.0 ** math.floor(math.log10(high - low))
-    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
-    if high - low > width / 2:
-        return "set data.min_value and data.max_value to those between which differences matter"
-    return f"set data.min_value {low:.6g} and data.max_value {high:.6g}"
 
 
 def _check_cut(paths: Sequence[str], channels: int, reading: Reading, seen: Seen) -> None:
@@ -272,34 +182,11 @@ def _check_cut(paths: Sequence[str], channels: int, reading: Reading, seen: Seen
         return
     cut = [v for v in look(paths, channels, reading).values if v.dtype == np.uint8]
     levels = len(np.unique(np.concatenate([v.ravel() for v in cut]))) if cut else 256
-    if levels < _FEW_LEVELS:
+    if levels < FEW_LEVELS:
         log.info(
             "warning: colours of 16 bits, cut to 8 by Pillow, use %d of 256 levels in %d files "
             "looked at: pip install imagecodecs, which reads them whole", levels, len(cut),
         )  # fmt: skip
-
-
-def _of_marks(values: list[np.ndarray], span: float) -> str:
-    """Say how to read values of which many are one far from the others, as marks of no data are."""
-    some = [v[:, ::4, ::4] for v in values]
-    every = np.concatenate([v[np.isfinite(v)] for v in some])
-    for mark in (every.min(), every.max()) if every.size else ():
-        rest = every[every != mark]
-        if 0.01 * every.size > every.size - rest.size or not rest.size:
-            continue
-        low, high = choose_range(*map(float, np.percentile(rest, (_OUTLIERS, 100 - _OUTLIERS))))
-        if high - low < span / 4:
-            share = 100 * (1 - rest.size / every.size)
-            return (
-                f"{share:.2g} % of the values are {mark:.10g}, and if that marks no data set "
-                f"data.min_value {low:.10g} and data.max_value {high:.10g}"
-            )
-    return ""
-
-
-def _scaled(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
-    several = max(len(low), len(high))
-    return to_uint8(np.repeat(values, several, 0) if len(values) == 1 else values, low, high)
 
 
 def _say_turned(seen: Seen, reading: Reading) -> None:

@@ -19,7 +19,7 @@ import export
 from moco.checkpoints.load import load_encoder
 from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
-from moco.images import sources, values
+from moco.images import levels, sources, values
 from moco.images.decode import BadImage
 from moco.images.scaling import Reading, to_uint8
 
@@ -93,7 +93,7 @@ def test_auto_is_what_people_use_for_these_values(tmp_path, name):
     ],
 )
 def test_the_range_for_what_was_seen(seen, wanted):
-    assert values.choose_range(*seen) == wanted
+    assert levels.choose_range(*seen) == wanted
 
 
 def test_a_few_hot_pixels_do_not_widen_the_range(tmp_path):
