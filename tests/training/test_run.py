@@ -16,7 +16,7 @@ import torch
 import yaml
 from pictures import write_pictures
 from processes import ROOT, finish, start, wait_for
-from runs import main_on_rank
+from runs import TINY, main_on_rank
 
 import train
 from moco.algorithm.encoder import build_encoder
@@ -196,9 +196,9 @@ def test_resume_auto_starts_anew_and_then_goes_on():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(number, code):
-    epochs = ["--trainer.max_epochs", "500", "--run.checkpoint_every=-1"]
-    process = start(*SMALL, "--run.dir", "run", *epochs)
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(images, number, code):
+    epochs = ["--trainer.max_epochs", "5000", "--run.checkpoint_every=-1"]
+    process = start(*TINY, "--data.root", str(images), "--run.dir", "run", *epochs)
     wait_for("run/checkpoints/last.ckpt", process)
     process.send_signal(number)
     ended, out, err = finish(process)
@@ -274,8 +274,9 @@ def test_wrong_input_names_field_value_and_remedy(case, monkeypatch):
     assert not Path("run").exists()
 
 
-def test_wandb_without_a_key_stays_offline_and_leaves_the_last_line_to_the_result():
-    process = start(*SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--run.wandb", "true")
+def test_wandb_without_a_key_stays_offline_and_leaves_the_last_line_to_the_result(images):
+    words = ["--data.root", str(images), "--trainer.max_epochs", "1", "--run.wandb", "true"]
+    process = start(*TINY, "--run.dir", "run", *words)
     code, out, err = finish(process)
     assert code == 0, err
     assert json.loads(out.strip().splitlines()[-1])["steps"] == 3
