@@ -2,7 +2,7 @@
 
 A command is a line of a fenced bash block, or inline code that begins like one. Words in capitals
 stand for the reader's own files; here they become small ones. Training is cut to a few steps by
-options behind the command. A line that no rule knows fails.
+options behind the command, and a rehearsal to two. A line that no rule knows fails.
 """
 
 import ast
@@ -23,6 +23,7 @@ from test_architecture import WINGS
 
 from moco.command import cli, train
 from moco.config import TrainConfig
+from moco.training import rehearsal
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -173,6 +174,7 @@ def stop(*_, **__):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_tells_to_run_runs(page, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
+    monkeypatch.setattr(rehearsal, "BATCHES", 2)
     names = {"images": torch.rand(2, 3, 32, 32), "picture": Image.new("RGB", (40, 50))}
     for language, code in steps(page):
         try:
