@@ -31,6 +31,7 @@ SMALL = [
     *("--model.key_bn", "split", "--trainer.log_every_n_steps", "1", "--run.knn_every", "1"),
     *("--trainer.max_epochs", "2", "--optim.warmup_epochs", "0", "--run.report", "false"),
 ]
+UNREAD = ["--run.knn_every", "0"]  # for runs whose readings nobody looks at
 TIMED = {"train/images_per_second", "train/wait_share"}
 
 
@@ -159,7 +160,7 @@ def test_plateau_on_knn_counts_each_reading_once_and_names_the_labels(monkeypatc
 
 def test_dropping_a_piece_of_state_changes_the_result(images):
     """The comparison of the test above can fail: this is its negative control."""
-    run_small("whole", "--run.checkpoint_every", "1", "--run.keep_checkpoints", "9")
+    run_small("whole", *UNREAD, "--run.checkpoint_every", "1", "--run.keep_checkpoints", "9")
     end = load("whole/checkpoints/last.ckpt")
     for name in ("queue.keys", "momentum_buffer"):
         shutil.copytree("whole", f"without-{name}")
@@ -177,7 +178,7 @@ def test_dropping_a_piece_of_state_changes_the_result(images):
 
 
 def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused():
-    run_small("run")
+    run_small("run", *UNREAD)
     before = Path("run/checkpoints/last.ckpt").stat().st_mtime_ns
     assert train.main(["--resume", "run"])["steps"] == 6
     assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == before
@@ -188,7 +189,7 @@ def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused():
 
 
 def test_resume_auto_starts_anew_and_then_goes_on():
-    first = run_small("run", "--resume", "auto", "--trainer.max_epochs", "1")
+    first = run_small("run", *UNREAD, "--resume", "auto", "--trainer.max_epochs", "1")
     assert first["steps"] == 3
     os.truncate("run/checkpoints/last.ckpt", 1000)  # and the newest step_N, which is the same file
     with pytest.raises(UserError, match="holds no whole checkpoint"):
