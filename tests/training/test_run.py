@@ -16,7 +16,7 @@ import torch
 import yaml
 from pictures import write_pictures
 from processes import ROOT, finish, start, wait_for
-from runs import TINY, main_on_rank
+from runs import TINY, main_on_rank, run_tiny
 
 import train
 from moco.algorithm.encoder import build_encoder
@@ -160,7 +160,7 @@ def test_plateau_on_knn_counts_each_reading_once_and_names_the_labels(monkeypatc
 
 def test_dropping_a_piece_of_state_changes_the_result(images):
     """The comparison of the test above can fail: this is its negative control."""
-    run_small("whole", *UNREAD, "--run.checkpoint_every", "1", "--run.keep_checkpoints", "9")
+    run_tiny(images, run_dir="whole")
     end = load("whole/checkpoints/last.ckpt")
     for name in ("queue.keys", "momentum_buffer"):
         shutil.copytree("whole", f"without-{name}")
