@@ -21,7 +21,7 @@ from pictures import write_pictures
 from PIL import Image
 from test_architecture import WINGS
 
-from moco.command import cli, train
+from moco.command import cli, judge, train
 from moco.config import TrainConfig
 from moco.training import rehearsal
 
@@ -49,6 +49,7 @@ SHORT = [
     *("--trainer.precision", "32-true", "--run.report", "false"),
 ]
 TINY = [*SMALL, *SHORT, "--data.image_size", "16"]
+BARE = ["--baselines", "false"]
 # What RUN and FILE hold: a network that every format of export takes.
 NETWORK = [
     *("--model.backbone", "resnet18", "--model.stem", "imagenet", "--model.width", "1"),
@@ -188,7 +189,7 @@ def run_python(block, names):
     """Run a block; later ones of its page see its names."""
     for word, file in WORDS.items():
         block = re.sub(rf'"{word}\b', f'"{file}', block)
-    settle = train.settle
+    settle, read = train.settle, judge.read_settings
 
     def shortened(words, has_module=False):
         # A resumed run keeps its settings, a module has its own network, and views their own size.
@@ -196,8 +197,12 @@ def run_python(block, names):
         resumed = any(word.startswith("--resume") for word in words)
         return settle([*words, *([] if resumed else [*network, *SHORT])], has_module)
 
+    def without_baselines(words, kind, about):
+        return read([*words, *BARE], kind, about)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "settle", shortened)
+        patch.setattr(judge, "read_settings", without_baselines)
         exec(block, names)
 
 
@@ -232,7 +237,7 @@ def run_shortened(name, arguments):
     if name == "train" and "--resume" not in arguments:
         arguments += TINY + (NETWORK if "--init_from" in arguments else [])
     if name in ("knn", "linear"):
-        arguments += ["--baselines", "false"]
+        arguments += BARE
     if name == "linear":
         arguments += ["--epochs", "2"]
     if name == "export":
