@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 600  # the last resort against a hang, far above what a slow and busy machine needs
 
@@ -149,7 +147,7 @@ def wait_for(path: str, process: Script | subprocess.Popen, timeout: float = LIM
     while not Path(path).exists():
         if process.poll() is not None or time.monotonic() > deadline:
             end_group(process)
-            pytest.fail(f"{path} did not come: {process.communicate()[1]}")
+            raise AssertionError(f"{path} did not come: {process.communicate()[1]}")
         time.sleep(0.05)
 
 

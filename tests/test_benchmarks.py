@@ -3,6 +3,7 @@
 import json
 import subprocess
 from argparse import Namespace
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from embedding import write_features
 from processes import ROOT, finish, start
+from torch import multiprocessing
 
-from benchmarks import gpu, harness, loop, traffic, views
+from benchmarks import gpu, harness, loop, shared, traffic, views
 from benchmarks.harness import Row
 from moco.images.image_source import ImageSource
 
@@ -165,10 +167,10 @@ def test_profile_is_off_unless_asked(capsys):
 
 
 def test_views(tmp_path):
-    last, record = run(
-        "views", tmp_path, "--rounds", "1", "--images", "8", "--batch", "4", "--recipes", "v1", "v2"
-    )
-    assert last.keys() == {"benchmark", "v1", "v2"}
+    words = ["--rounds", "1", "--images", "8", "--batch", "4", "--recipes", "v1", "v2"]
+    record = views.main([*words, "--json", str(tmp_path / "record.json")])
+    last = record["results"]
+    assert last.keys() == {"v1", "v2"}
     assert last["v2"].keys() == {"torchvision v2", "PIL", "ours"}
     assert last["v2"]["ours"]["against"]["torchvision v2"]["target"] == 5
     assert rates_are_positive(last["v1"]) and record["threads"] == 1
@@ -222,11 +224,26 @@ def test_loop_and_bare_work_take_turns(tmp_path, monkeypatch):
     assert {row["rounds"] for row in found["loop"].values()} == {2}
 
 
-def test_shared(tmp_path):
-    options = ["--rounds", "1", "--seconds", "0.1", "--warmup", "0"]
-    options += ["--beside", "quiet", "--ways", "as torch comes"]
-    last, record = run("shared", tmp_path, *options)
-    assert rates_are_positive(last["quiet"]) and record["options"]["rounds"] == 1
+def test_shared(tmp_path, monkeypatch):
+    """What trains in a way's process is a stand-in here, which the next test starts for real."""
+    stand_in = tmp_path / "python"
+    note = f"echo $* $GOMP_SPINCOUNT > {tmp_path}/told"
+    stand_in.write_text(f"#!/bin/sh\n{note}\necho trains\necho 320\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(shared.sys, "executable", str(stand_in))
+    options = ["--rounds", "1", "--seconds", "0.1", "--warmup", "0", "--beside", "quiet"]
+    words = [*options, "--ways", "as torch comes", "--json", str(tmp_path / "record.json")]
+    record = shared.main([*words, "--data.batch_size", "32"])
+    assert record["results"]["quiet"]["as torch comes"]["median"] == 320
+    told = (tmp_path / "told").read_text()
+    assert told == f"{shared.__file__} --train 0.0 0.1 --data.batch_size 32 300000\n"
+
+
+def test_shared_trains_until_its_time_is_over():
+    words = ["--train", "0", "0.1", "--model.width", "0.125"]
+    _, out, errors = finish(start(*words, script="benchmarks/shared.py", cwd=ROOT))
+    first, *rates = out.splitlines()  # where the benchmark has read them, it ends the process
+    assert first == "trains" and [float(rate) > 0 for rate in rates] == [True], errors
 
 
 def test_reference_chains_follow_the_recipe():
@@ -249,10 +266,13 @@ def test_reference_chains_follow_the_recipe():
             assert view.min() >= -2.001 and view.max() <= 2.001
 
 
-def test_traffic(tmp_path):
-    options = ["--rounds", "1", "--worlds", "2", "--images", "8", "--width", "16"]
-    last, _ = run("traffic", tmp_path, *options)
-    found = last["gloo"]["2"]
+def test_traffic(tmp_path, monkeypatch):
+    """The ranks are forks of a process that has imported torch."""
+    forked = partial(multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(traffic.multiprocessing, "spawn", forked)
+    words = ["--rounds", "1", "--worlds", "2", "--images", "8", "--width", "16"]
+    record = traffic.main([*words, "--json", str(tmp_path / "record.json")])
+    found = record["results"]["gloo"]["2"]
     assert found["measured_ms"] > 0 and found["predicted_ms"] > found["compute_ms"]
 
 

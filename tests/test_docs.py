@@ -2,7 +2,7 @@
 
 A command is a line of a fenced bash block, or inline code that begins like one. Words in capitals
 stand for the reader's own files; here they become small ones. Training is cut to a few steps by
-options behind the command. A line that no rule knows fails.
+options behind the command, and a rehearsal to two. A line that no rule knows fails.
 """
 
 import ast
@@ -21,8 +21,9 @@ from pictures import write_pictures
 from PIL import Image
 from test_architecture import WINGS
 
-from moco.command import cli, train
+from moco.command import cli, judge, train
 from moco.config import TrainConfig
+from moco.training import rehearsal
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,6 +49,7 @@ SHORT = [
     *("--trainer.precision", "32-true", "--run.report", "false"),
 ]
 TINY = [*SMALL, *SHORT, "--data.image_size", "16"]
+BARE = ["--baselines", "false"]
 # What RUN and FILE hold: a network that every format of export takes.
 NETWORK = [
     *("--model.backbone", "resnet18", "--model.stem", "imagenet", "--model.width", "1"),
@@ -173,6 +175,7 @@ def stop(*_, **__):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_tells_to_run_runs(page, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
+    monkeypatch.setattr(rehearsal, "BATCHES", 2)
     names = {"images": torch.rand(2, 3, 32, 32), "picture": Image.new("RGB", (40, 50))}
     for language, code in steps(page):
         try:
@@ -186,7 +189,7 @@ def run_python(block, names):
     """Run a block; later ones of its page see its names."""
     for word, file in WORDS.items():
         block = re.sub(rf'"{word}\b', f'"{file}', block)
-    settle = train.settle
+    settle, read = train.settle, judge.read_settings
 
     def shortened(words, has_module=False):
         # A resumed run keeps its settings, a module has its own network, and views their own size.
@@ -194,8 +197,12 @@ def run_python(block, names):
         resumed = any(word.startswith("--resume") for word in words)
         return settle([*words, *([] if resumed else [*network, *SHORT])], has_module)
 
+    def without_baselines(words, kind, about):
+        return read([*words, *BARE], kind, about)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "settle", shortened)
+        patch.setattr(judge, "read_settings", without_baselines)
         exec(block, names)
 
 
@@ -230,7 +237,7 @@ def run_shortened(name, arguments):
     if name == "train" and "--resume" not in arguments:
         arguments += TINY + (NETWORK if "--init_from" in arguments else [])
     if name in ("knn", "linear"):
-        arguments += ["--baselines", "false"]
+        arguments += BARE
     if name == "linear":
         arguments += ["--epochs", "2"]
     if name == "export":

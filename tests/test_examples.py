@@ -1,13 +1,14 @@
 """The examples run, shortened, as they stand."""
 
-import os
 import runpy
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pictures import write_pictures
-from processes import ROOT
+from processes import ROOT, start
 
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -34,17 +35,27 @@ def test_plain_trainer():
     assert torch.load(last, weights_only=True)["global_step"] == 38
 
 
+async def fork_kernel(self, cmd, **options):
+    """Start a notebook's kernel as a fork of a process that has imported the libraries."""
+    words, script = cmd[cmd.index("-f") :], Path(find_spec("ipykernel_launcher").origin)
+    self.process = start(*words, script=script, cwd=Path(options["cwd"]))
+    self.process.stdin = self.process.stdout = self.process.stderr = None
+    self.pid = self.pgid = self.process.pid
+    return self.connection_info
+
+
 def test_notebook(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
+    from jupyter_client.provisioning import LocalProvisioner
+
+    monkeypatch.setattr(LocalProvisioner, "launch_kernel", fork_kernel)
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for kind in ("a", "b"):
             write_pictures(
                 tmp_path / "photographs" / split / kind, [f"{i}.png" for i in range(20)], rng
             )
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("MINUTES", "0.01")
     monkeypatch.setenv("EPOCHS", "1")
     notebook = nbformat.read(EXAMPLES / "photographs.ipynb", as_version=4)

@@ -29,6 +29,7 @@ BASE = {
     "model.embedding_dim": 16, "model.queue_size": 256, "model.bn_splits": 2,
     "data.dataset": "digits", "data.channels": 1, "data.image_size": 8, "data.batch_size": 16,
     "trainer.accelerator": "cpu", "trainer.precision": "32-true", "run.knn_every": 0,
+    "run.report": False,
 }  # fmt: skip
 V3_BASE = BASE | {
     "model.head": "mlp_bn", "model.predictor": "mlp", "model.queue_size": 0,

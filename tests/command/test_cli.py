@@ -16,7 +16,7 @@ from PIL import Image
 from processes import ROOT, finish, start, start_command
 
 from moco.checks import check
-from moco.command import cli, train
+from moco.command import cli, launch, train
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.run_directory import write_config
 
@@ -304,6 +304,7 @@ def test_only_the_first_rank_speaks(monkeypatch, capsys):
     def main(argv):
         raise UserError("wrong")
 
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)  # for rank 0 to speak
     monkeypatch.setenv("RANK", "1")
     assert end_of(main, monkeypatch, capsys) == (2, "", "")
 

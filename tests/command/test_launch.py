@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import finish, is_running, start, wait_for
 
-from moco.command import cli, knn, launch, train
+from moco.command import cli, knn, launch, linear, train
 from moco.config import RunError, TrainConfig, UserError
 from moco.training import hardware
 
@@ -283,6 +283,15 @@ def test_nothing_is_started_where_others_start_ranks(no_ranks, monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     train._start_ranks(config)
+
+
+@pytest.mark.parametrize("judge", [knn, linear])
+def test_judging_on_two_devices_starts_two_ranks(no_ranks, monkeypatch, tmp_path, judge):
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 2)
+    file = tmp_path / "some.ckpt"
+    file.touch()
+    with pytest.raises(AssertionError, match="2 ranks are started"):
+        judge.main(["--checkpoint", str(file), "--devices", "2", "--accelerator", "cpu"])
 
 
 def test_tasks_that_slurm_was_asked_for_and_nobody_started_are_missed(no_ranks, monkeypatch, said):

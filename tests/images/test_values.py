@@ -220,7 +220,7 @@ def test_colours_of_16_bits_are_looked_at_whole(tmp_path, said, caplog, monkeypa
     pytest.importorskip("imagecodecs")
     source = sources.open_source(folder(tmp_path), "train")
     assert source.reading.high == (4095,)
-    wanted = values.to_uint8(deep[1].transpose(2, 0, 1), (0.0,), (4095.0,))
+    wanted = to_uint8(deep[1].transpose(2, 0, 1), (0.0,), (4095.0,))
     assert torch.equal(source.read(1), torch.from_numpy(wanted))
 
 

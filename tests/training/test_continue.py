@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_end, at, run_tiny
+from runs import assert_same_end, at, run_tiny, trained
 
 import train
 from moco.algorithm.optim import learning_rate
@@ -73,7 +73,7 @@ def test_the_key_encoder_stays_with_it(images, started):
 
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_it_resumes_in_and_after_the_frozen_epochs(images, started, step):
-    run_tiny(images, *FREEZE, "--init_from", str(started), run_dir="whole")
+    trained(images, *FREEZE, "--init_from", str(started), run_dir="whole")
     shutil.copytree("whole", "run")
     for path in Path("run/checkpoints").glob("*.ckpt"):
         if path.name != f"step_{step:09d}.ckpt":

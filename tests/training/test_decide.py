@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from runs import assert_same_end, at, load, run_tiny
+from runs import assert_same_end, at, load, run_tiny, trained
 
 import train
 from moco.config import DataConfig, TrainConfig, UserError
@@ -124,7 +124,7 @@ def test_a_resume_on_a_machine_with_other_defaults_ends_in_the_same_bits(
 
 
 def test_a_run_without_decisions_decides_anew_and_says_so(images, said):
-    run_tiny(images, run_dir="whole")
+    trained(images, run_dir="whole")
     state = at(2, "whole")
     del state["decided"]
     Path("run/checkpoints").mkdir(parents=True)

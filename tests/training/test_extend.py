@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import assert_same_end, load, run_tiny
+from runs import assert_same_end, load, run_tiny, trained
 
 import train
 from moco.algorithm.optim import decay_start, learning_rate
@@ -78,7 +78,7 @@ def test_an_extended_run_resumes(runs):
 
 
 def test_a_cosine_is_extended_only_knowingly(images):
-    run_tiny(images)
+    trained(images)
     with pytest.raises(UserError, match=r"--extend 1: after step 6 the rate would jump from 0 to "):
         train.main(["--resume", "run", "--extend", "1"])
     assert train.main(["--resume", "run", "--extend", "1", "--yes"])["steps"] == 9

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from steps import MODEL, STEPS, make_batches, make_module, make_views, train
+from steps import MODEL, SMALL, STEPS, Small, make_batches, make_module, make_views, train
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,7 +57,8 @@ def test_losses_of_compiled_encoders(precise, monkeypatch):
 
 
 def module_of(symmetric, precise):
-    module = make_module(ModelConfig(**{**vars(MODEL), "symmetric": symmetric}))
+    torch.manual_seed(0)
+    module = make_module(replace(SMALL, symmetric=symmetric), backbone=Small())
     if not precise:
         module.float()
         module.optim_config = OptimConfig(lr=1e-4, schedule="constant")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import STREAMED, assert_same_end, load, run_tiny
+from runs import STREAMED, assert_same_end, load, run_tiny, trained
 
 import moco
 import train
@@ -32,7 +32,7 @@ def test_views_grow_as_the_log_says(images, said):
 @pytest.mark.parametrize("streamed", [[], STREAMED])
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_resumed_run_grows_at_the_same_steps(images, streamed, step):
-    run_tiny(images, *GROWING, *streamed, run_dir="whole")
+    trained(images, *GROWING, *streamed, run_dir="whole")
     shutil.copytree("whole", "run")
     for path in Path("run/checkpoints").glob("*.ckpt"):
         if path.name != f"step_{step:09d}.ckpt":

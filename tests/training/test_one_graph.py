@@ -14,7 +14,9 @@ from steps import (
     MODEL,
     OPTIM,
     SIZE,
+    SMALL,
     Recorder,
+    Small,
     as_rank,
     make_batches,
     make_module,
@@ -85,16 +87,7 @@ def in_fp64(data: PretrainData):
 # One graph
 
 
-class Small(torch.nn.Sequential):
-    """A network with BatchNorm that is compiled in a few seconds."""
-
-    def __init__(self) -> None:
-        layers = [torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
-        super().__init__(*layers, torch.nn.Conv2d(8, 8, 3, stride=2))
-
-
 PLAIN_VIEWS = {"jitter": 0.0, "grey": 0.0}  # fewer operations to compile
-SMALL = replace(MODEL, backbone="own:Small", stem="imagenet", width=1.0)
 V3 = replace(SMALL, queue_size=0, predictor="mlp", key_bn="plain")
 CASES = {
     "views, momentum along a cosine": replace(SMALL, key_momentum_schedule="cosine"),
@@ -138,11 +131,12 @@ def test_one_graph_computes_what_the_plain_step_does(case):
 
 
 def test_runs_of_one_process_do_not_use_up_what_torch_compiles():
+    [batch] = make_batches(make_views(COUNT, steps=1), 1, 0, True, False)
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(2):
-            module, data = make_module(), make_data(symmetric=False)
-            module.compile_step("eager", in_fp64(data))
-            assert module.training_step(indices()[0], 0).isfinite()
+            module = make_module(SMALL, backbone=Small())
+            module.compile_step("eager", lambda batch: batch)
+            assert module.training_step(batch, 0).isfinite()
 
 
 def test_the_loss_is_returned_as_it_is_noted():

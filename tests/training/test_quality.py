@@ -34,6 +34,14 @@ def many(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def done(many, tmp_path_factory):
+    """A run of two epochs on them, which tests copy."""
+    folder = tmp_path_factory.mktemp("done")
+    run(many, run_dir=str(folder / "run"))
+    return folder / "run"
+
+
 def rows(run_dir: str = "run") -> list[dict[str, str]]:
     with open(f"{run_dir}/metrics.csv") as file:
         return [row for row in csv.DictReader(file) if row["val/rankme"]]
@@ -58,35 +66,37 @@ def test_a_set_without_a_split_is_measured_on_images_that_it_is_not_trained_on(m
     assert "of 64 held-out images another view the nearest of all" in " ".join(said)
 
 
-def test_readings_change_no_bit_of_the_run(many):
-    run(many)
+def test_readings_change_no_bit_of_the_run(many, done):
+    shutil.copytree(done, "run")
     run(many, "--run.knn_every", "0", run_dir="silent")
     assert_same_end("run", "silent")
     assert "val/rankme" in rows()[0] and not rows("silent")
 
 
-def test_a_resumed_run_reads_what_a_whole_one_does(many):
-    run(many)
-    Path("run").rename("whole")
-    run(many, "--trainer.max_epochs", "2", run_dir="run")
+def as_after_step_3(done):
+    """Copy a run as it was in the middle of its first epoch."""
+    shutil.copytree(done, "run")
     for path in Path("run/checkpoints").iterdir():
         if path.name != "step_000000003.ckpt":
             path.unlink()
+
+
+def test_a_resumed_run_reads_what_a_whole_one_does(done):
+    as_after_step_3(done)
     train.main(["--resume", "run"])
-    assert rows() == rows("whole")
-    assert_same_end("run", "whole")
+    assert rows() == rows(str(done))
+    assert_same_end("run", str(done))
 
 
-def test_another_number_held_out_is_another_run(many):
-    run(many)
+def test_another_number_held_out_is_another_run(done):
+    shutil.copytree(done, "run")
     with pytest.raises(UserError, match="run.held_out is 0 but the run has 512"):
         train.main(["--resume", "run", "--run.held_out", "0"])
 
 
 @pytest.mark.parametrize("budget", ["4", "0"], ids=["held", "streamed"])
-def test_a_bad_file_among_the_held_out_counts_in_the_whole_set(many, budget, tmp_path, said):
-    run(many)
-    held = Path("run", HELD_OUT).read_text().splitlines()
+def test_a_bad_file_among_the_held_out_counts_in_the_whole_set(many, done, budget, tmp_path, said):
+    held = Path(done, HELD_OUT).read_text().splitlines()
     shutil.copytree(many, tmp_path / "copy")
     (tmp_path / "copy" / Path(held[9]).name).write_bytes(b"no image")
     words = ["--data.max_bad_fraction", "0.01", "--data.resident_budget", budget]
@@ -96,22 +106,17 @@ def test_a_bad_file_among_the_held_out_counts_in_the_whole_set(many, budget, tmp
     assert any("1 of 64 images" in line and "cannot be read" in line for line in said)
 
 
-def test_a_run_keeps_its_images_whatever_it_is_measured_on_later(many):
-    run(many)
-    Path("run").rename("whole")
-    run(many)
-    for path in Path("run/checkpoints").iterdir():
-        if path.name != "step_000000003.ckpt":
-            path.unlink()
+def test_a_run_keeps_its_images_whatever_it_is_measured_on_later(done):
+    as_after_step_3(done)
     rng = np.random.default_rng(1)
     for folder in ("train/a", "train/b", "test/a", "test/b"):
         write_pictures(Path("labelled", folder), ["0.png", "1.png"], rng)
     train.main(["--resume", "run", "--run.knn_root", "labelled"])
-    assert_same_end("run", "whole")
+    assert_same_end("run", str(done))
 
 
-def test_what_looks_at_a_run_later_numbers_the_images_as_it_did(many):
-    run(many)
+def test_what_looks_at_a_run_later_numbers_the_images_as_it_did(many, done):
+    shutil.copytree(done, "run")
     held = set(Path("run", HELD_OUT).read_text().splitlines())
     found = replay(Path("run"), 3)
     assert found["exact"] and found["loss"] == pytest.approx(found["logged_loss"], rel=1e-5)

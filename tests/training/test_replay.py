@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import STREAMED, TINY, at, run_tiny
+from runs import STREAMED, TINY, at, run_tiny, trained
 
 from moco.command import replay as command
 from moco.command import views
@@ -62,7 +62,7 @@ def test_a_step_of_several_batches_shows_them_all(images):
 
 
 def test_without_an_earlier_checkpoint_the_batch_meets_later_weights(images):
-    run_tiny(images)
+    trained(images)
     whole = replay(Path("run"), 3)
     for path in Path("run/checkpoints").glob("step_*.ckpt"):
         path.unlink()
@@ -83,7 +83,7 @@ def test_the_image_that_made_the_loss_stands_first(copied):
 
 
 def test_what_cannot_be_replayed_is_said(images, tmp_path):
-    run_tiny(images)
+    trained(images)
     with pytest.raises(UserError, match="step is 7 but the run has 6 steps"):
         command.main(["run", "--step", "7"])
     with pytest.raises(UserError, match="step is 0"):

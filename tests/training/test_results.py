@@ -68,7 +68,7 @@ def test_a_stopped_run_reports_no_reading_of_the_untrained_network_as_its_own(wi
 def test_a_first_reading_of_loaded_weights_is_named_for_them(with_callback):
     first = train.main([*DIGITS, "--run.dir", "first", "--trainer.max_epochs", "1"])
     assert first["knn_top1_step"] == first["loss_step"] == first["steps"] == 3
-    with_callback(StopIn(1))
+    with_callback(StopIn(1, 0))
     started = [*DIGITS, "--run.dir", "run", "--init_from", "first/checkpoints/last.ckpt"]
     for result in (train.main(started), train.main(["--resume", "run"])):
         assert result["knn_top1_init_from"] == first["knn_top1"]

@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from processes import ROOT, end_group, finish, start
-from runs import TINY, assert_same_end, at, load, main_on_rank, run_tiny, same
+from runs import TINY, assert_same_end, at, load, main_on_rank, run_tiny, same, trained
 
 import train
 from moco.config import UserError
@@ -68,7 +68,7 @@ def test_accumulated_batches_are_one_row_of_metrics(images):
 
 
 def test_a_torn_last_checkpoint_falls_back_to_the_one_before(images):
-    run_tiny(images, run_dir="whole")
+    trained(images, run_dir="whole")
     shutil.copytree("whole", "run")
     newest, last = Path("run/checkpoints/step_000000006.ckpt"), Path("run/checkpoints/last.ckpt")
     last.unlink()
@@ -108,7 +108,7 @@ def test_old_checkpoints_are_pruned(images):
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "shorter", "binary"])
 def test_a_missing_or_damaged_config_is_made_anew_from_the_checkpoint(images, damage, said):
-    run_tiny(images, "--trainer.max_epochs", "1", run_dir="whole")
+    trained(images, "--trainer.max_epochs", "1", run_dir="whole")
     shutil.copytree("whole", "run")
     path = Path("run/config.yaml")
     content = path.read_text()
@@ -129,7 +129,7 @@ def test_a_missing_or_damaged_config_is_made_anew_from_the_checkpoint(images, da
 @pytest.mark.parametrize("chosen", [[], ["--run.dir", "mine"]])
 def test_a_copied_checkpoint_goes_on_in_a_directory_of_its_own(images, chosen, said):
     """By its own settings, but for the directory that they name."""
-    run_tiny(images, "--trainer.max_epochs", "1", run_dir="whole")
+    trained(images, "--trainer.max_epochs", "1", run_dir="whole")
     home = Path("home/Downloads")
     home.mkdir(parents=True)
     shutil.copy("whole/checkpoints/step_000000002.ckpt", home / "last.ckpt")
@@ -143,7 +143,7 @@ def test_a_copied_checkpoint_goes_on_in_a_directory_of_its_own(images, chosen, s
 
 
 def test_a_run_goes_on_where_it_lies_and_says_so_to_who_names_another_place(images):
-    run_tiny(images, "--trainer.max_steps", "1")
+    trained(images, "--trainer.max_steps", "1")
     with pytest.raises(UserError, match=r"run.dir is other but --resume goes on .* in run: leave"):
         train.main(["--resume", "run", "--run.dir", "other"])
     assert not Path("other").exists()
@@ -159,7 +159,7 @@ def test_a_relative_root_of_a_checkpoint_says_whence_it_came(copied, monkeypatch
 
 
 def test_a_resume_beside_the_live_run_is_refused_and_changes_nothing(images, request):
-    run_tiny(images, "--trainer.max_epochs", "1")
+    trained(images, "--trainer.max_epochs", "1")
     Path("run/checkpoints/step_000000003.ckpt").unlink()
     Path("run/checkpoints/last.ckpt").unlink()  # step 2 is the newest now
     owner = request.getfixturevalue("held")
@@ -173,7 +173,7 @@ def test_a_resume_beside_the_live_run_is_refused_and_changes_nothing(images, req
 
 def test_auto_goes_on_with_a_run_that_was_moved(images):
     """Its config.yaml names the directory of before, where there is no run any more."""
-    run_tiny(images, "--trainer.max_epochs", "1")
+    trained(images, "--trainer.max_epochs", "1")
     Path("run/checkpoints/step_000000003.ckpt").unlink()
     Path("run/checkpoints/last.ckpt").unlink()
     Path("runs").mkdir()
@@ -185,7 +185,7 @@ def test_auto_goes_on_with_a_run_that_was_moved(images):
 
 def test_a_resumed_run_goes_on_from_what_the_process_before_saved_last(images, monkeypatch, said):
     """It may still save, and prune older checkpoints, until its lock is free."""
-    run_tiny(images)
+    trained(images)
     folder = Path("run/checkpoints")
     (folder / "last.ckpt").unlink()
     for step in (4, 5, 6):
@@ -216,7 +216,7 @@ def test_another_data_set_is_refused(copied):
 
 
 def test_a_run_of_another_version_goes_on_and_says_that_it_is_not_exact(images, said):
-    run_tiny(images)
+    trained(images)
     state = load("run/checkpoints/step_000000003.ckpt")
     assert state.pop("version") == 2
     torch.save(state, "old.ckpt")
@@ -234,7 +234,7 @@ def test_a_run_of_another_version_goes_on_and_says_that_it_is_not_exact(images, 
 
 def test_settings_of_a_run_name_no_place_to_write(images, tmp_path):
     """A run that someone sent goes on where it lies, whatever directory its settings name."""
-    run_tiny(images, "--trainer.max_epochs", "1")
+    trained(images, "--trainer.max_epochs", "1")
     Path("run").rename("sent")
     elsewhere, config = tmp_path / "elsewhere", Path("sent/config.yaml")
     config.write_text(config.read_text().replace("dir: run", f"dir: {elsewhere}"))
@@ -251,7 +251,7 @@ def test_settings_of_a_run_name_no_place_to_write(images, tmp_path):
 
 def test_a_run_of_an_older_version_goes_on_without_the_settings_that_are_gone(images, said):
     """A checkpoint and a config.yaml that know `run.skip_nonfinite`, which was a setting once."""
-    run_tiny(images, run_dir="whole")
+    trained(images, run_dir="whole")
     shutil.copytree("whole", "run")
     state = at(2, "run")
     state["config"]["run"]["skip_nonfinite"] = 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from runs import at, run_tiny
+from runs import at, run_tiny, trained
 
 import train
 from moco.config import TrainConfig, UserError
@@ -29,7 +29,7 @@ def road_in(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ROADS)
 def test_the_road_that_a_refused_resume_names_works(images, name, said):
-    run_tiny(images, "--trainer.max_epochs", "1")
+    trained(images, "--trainer.max_epochs", "1")
     with pytest.raises(UserError) as error:
         train.main(["--resume", "run", *ROADS[name]])
     for option in ROADS[name][::2]:
@@ -50,7 +50,7 @@ def test_the_road_to_more_epochs_works(images, said):
 
 
 def test_a_finished_run_of_so_many_steps_names_a_road_that_is_open(images, said):
-    run_tiny(images, "--trainer.max_steps", "2")
+    trained(images, "--trainer.max_steps", "2")
     train.main(["--resume", "run"])
     assert any("to train longer, start a new run with --init_from run/" in line for line in said)
 

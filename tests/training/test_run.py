@@ -16,7 +16,7 @@ import torch
 import yaml
 from pictures import write_pictures
 from processes import ROOT, finish, start, wait_for
-from runs import main_on_rank
+from runs import TINY, main_on_rank, run_tiny
 
 import train
 from moco.algorithm.encoder import build_encoder
@@ -31,6 +31,7 @@ SMALL = [
     *("--model.key_bn", "split", "--trainer.log_every_n_steps", "1", "--run.knn_every", "1"),
     *("--trainer.max_epochs", "2", "--optim.warmup_epochs", "0", "--run.report", "false"),
 ]
+UNREAD = ["--run.knn_every", "0"]  # for runs whose readings nobody looks at
 TIMED = {"train/images_per_second", "train/wait_share"}
 
 
@@ -159,7 +160,7 @@ def test_plateau_on_knn_counts_each_reading_once_and_names_the_labels(monkeypatc
 
 def test_dropping_a_piece_of_state_changes_the_result(images):
     """The comparison of the test above can fail: this is its negative control."""
-    run_small("whole", "--run.checkpoint_every", "1", "--run.keep_checkpoints", "9")
+    run_tiny(images, run_dir="whole")
     end = load("whole/checkpoints/last.ckpt")
     for name in ("queue.keys", "momentum_buffer"):
         shutil.copytree("whole", f"without-{name}")
@@ -177,7 +178,7 @@ def test_dropping_a_piece_of_state_changes_the_result(images):
 
 
 def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused():
-    run_small("run")
+    run_small("run", *UNREAD)
     before = Path("run/checkpoints/last.ckpt").stat().st_mtime_ns
     assert train.main(["--resume", "run"])["steps"] == 6
     assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == before
@@ -188,7 +189,7 @@ def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused():
 
 
 def test_resume_auto_starts_anew_and_then_goes_on():
-    first = run_small("run", "--resume", "auto", "--trainer.max_epochs", "1")
+    first = run_small("run", *UNREAD, "--resume", "auto", "--trainer.max_epochs", "1")
     assert first["steps"] == 3
     os.truncate("run/checkpoints/last.ckpt", 1000)  # and the newest step_N, which is the same file
     with pytest.raises(UserError, match="holds no whole checkpoint"):
@@ -196,9 +197,9 @@ def test_resume_auto_starts_anew_and_then_goes_on():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(number, code):
-    epochs = ["--trainer.max_epochs", "500", "--run.checkpoint_every=-1"]
-    process = start(*SMALL, "--run.dir", "run", *epochs)
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(images, number, code):
+    epochs = ["--trainer.max_epochs", "5000", "--run.checkpoint_every=-1"]
+    process = start(*TINY, "--data.root", str(images), "--run.dir", "run", *epochs)
     wait_for("run/checkpoints/last.ckpt", process)
     process.send_signal(number)
     ended, out, err = finish(process)
@@ -274,8 +275,9 @@ def test_wrong_input_names_field_value_and_remedy(case, monkeypatch):
     assert not Path("run").exists()
 
 
-def test_wandb_without_a_key_stays_offline_and_leaves_the_last_line_to_the_result():
-    process = start(*SMALL, "--run.dir", "run", "--trainer.max_epochs", "1", "--run.wandb", "true")
+def test_wandb_without_a_key_stays_offline_and_leaves_the_last_line_to_the_result(images):
+    words = ["--data.root", str(images), "--trainer.max_epochs", "1", "--run.wandb", "true"]
+    process = start(*TINY, "--run.dir", "run", *words)
     code, out, err = finish(process)
     assert code == 0, err
     assert json.loads(out.strip().splitlines()[-1])["steps"] == 3

@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from processes import finish, start
-from runs import TINY, run_tiny
+from runs import TINY, run_tiny, trained
 
 import train
 from moco.images import loader
@@ -180,7 +180,7 @@ def test_ctrl_c_before_the_first_step_does_not_wait_for_it(
 
 
 def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):
-    run_tiny(images)
+    trained(images)
     kept: list[tuple[str, set[str]]] = []
     tidy = saving.Checkpoints._tidy
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run_tiny
+from runs import run_tiny, tried
 from steps import MODEL
 from torch import nn
 
@@ -15,6 +15,12 @@ from moco.config import DataConfig, ModelConfig, TrainConfig, UserError
 from moco.training.trial import check_encoder
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    """Forget the networks that other tests have tried."""
+    tried.clear()
 
 
 def settings(backbone: str, size: int) -> TrainConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from runs import PARTS, at, run_tiny, same
+from runs import PARTS, at, run_tiny, same, trained
 
 from moco.training import writing
 
@@ -38,7 +38,7 @@ class SlowDisk(pl.Callback):
 def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_its_own_step(
     images, with_callback, monkeypatch
 ):
-    run_tiny(images, run_dir="whole")
+    trained(images, run_dir="whole")
     disk = SlowDisk(monkeypatch, until=5)
     with_callback(disk)
     run_tiny(images, "--run.checkpoint_every", "3")
