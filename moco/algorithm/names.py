@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -26,9 +27,8 @@ def check_backbone(name: str, setting: str) -> None:
             "moco.pretrain(images, backbone=module), or take a timm name"
         )
     known = name.partition(".")[0]  # what follows names weights
-    texts = read_source()
-    names = find_names(texts)
-    if "resnet50" in names and known not in names and known not in find_keys(texts):
+    names = _registered()
+    if "resnet50" in names and known not in names and known not in find_keys(read_source()):
         raise unknown_backbone(name, setting, names)
 
 
@@ -42,6 +42,12 @@ def read_source() -> list[str]:
     found = find_spec("timm")
     folder = Path(found.origin).parent / "models" if found and found.origin else Path()
     return [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))]
+
+
+@functools.cache
+def _registered() -> list[str]:
+    """Return the names of all models; once a process, since they stand in over a hundred files."""
+    return find_names(read_source())
 
 
 def find_names(texts: list[str]) -> list[str]:

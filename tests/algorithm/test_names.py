@@ -26,5 +26,5 @@ def test_a_name_that_timm_knows_is_left_to_it(name):
 def test_a_source_that_tells_no_names_refuses_none(monkeypatch):
     with pytest.raises(UserError, match="model.backbone 'resnet5O' .* did you mean 'resnet50'"):
         check_backbone("resnet5O", "model.backbone")
-    monkeypatch.setattr("moco.algorithm.names.read_source", lambda: [])
+    monkeypatch.setattr("moco.algorithm.names._registered", lambda: [])
     check_backbone("resnet5O", "model.backbone")
