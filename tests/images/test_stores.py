@@ -142,34 +142,35 @@ def own_server(packed, tmp_path):
         yield running
 
 
+def replace(path: Path) -> None:
+    """Put another file of the same size in the place of a shard, with the same images."""
+    new = path.with_suffix(".new")
+    new.write_bytes(path.read_bytes()[:-1] + b"x")  # behind the last member
+    new.replace(path)
+
+
 def replaces(folder: Path, method: str):
-    """Return a fault that puts other content of the same sizes in a folder, at the first request
-    of a kind: after what was looked up, and before what is read.
-    """
+    """Return a fault that replaces each shard when it is asked for: after a look at its mark."""
+    waiting, turn = {path.name for path in folder.glob("train-*")}, threading.Lock()
 
-    waiting, turn = [*folder.glob("train-*")], threading.Lock()
-
-    def replace(number, asked, name):
+    def fault(number, asked, name):
         with turn:
-            while asked == method and waiting:
-                path = waiting.pop()
-                (folder / "new").write_bytes(
-                    path.read_bytes()[:-1] + b"x"
-                )  # behind the last member
-                (folder / "new").replace(path)
+            if asked == method and name in waiting:
+                waiting.remove(name)
+                replace(folder / name)
         return ""
 
-    return replace
+    return fault
 
 
 @pytest.mark.parametrize("moment", ["before", "GET"])
 def test_a_shard_replaced_in_a_store_is_one_line(packed, own_server, moment):
     """Before it is asked for, and between a look at its mark and its bytes."""
     data = opened(pattern(packed, own_server.address))
-    replace = replaces(own_server.folder, moment)
     if moment == "before":
-        replace(0, "before", "")
-    own_server.fault = replace
+        for path in own_server.folder.glob("train-*"):
+            replace(path)
+    own_server.fault = replaces(own_server.folder, moment)
     loader = StepLoader(data, lambda: 0)
     with pytest.raises(RunError, match=r"train-0000\d.tar was replaced since"):
         list(loader)
