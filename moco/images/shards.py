@@ -27,7 +27,7 @@ from moco.images.stores import REQUESTS, check_unchanged, is_remote, read_range
 
 _OPEN, _INDEXED = 128, 512  # shards whose files and members a process holds
 _FEW = 256  # images that were looked at alone, of which a process keeps the bytes
-_SMALL = 2**22  # bytes of a shard that comes about as soon as some of its images
+_SMALL = 2**20  # bytes of a shard that comes about as soon as some of its images
 
 
 class ShardSet(Sequence[Member]):
