@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,7 +51,7 @@ class ShardSet(Sequence[Member]):
         self.known, self.index, self.cache, self.chosen = known, index, cache, chosen
         self.shards = [Shard(address, each.facts) for address, each in known.items()]
         self.counts = np.array([each.count for each in known.values()], dtype=np.int64)
-        self._ends = self.counts.cumsum()
+        self._ends = [0, *self.counts.cumsum().tolist()]  # a list, in which Python looks up faster
         self._set_up()
 
     def _set_up(self) -> None:
@@ -71,7 +72,7 @@ class ShardSet(Sequence[Member]):
         self._set_up()
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self.chosen is None else len(self.chosen)
+        return self._ends[-1] if self.chosen is None else len(self.chosen)
 
     def __getitem__(self, row: int) -> Member:
         """Return an image of the set; nothing is fetched until its content is asked for."""
@@ -146,9 +147,10 @@ class ShardSet(Sequence[Member]):
         self._alone = dict(zip(places, contents, strict=True))
 
     def _locate(self, row: int) -> tuple[int, int]:
+        """Return the shard of an image, and the image's place in it."""
         row = row if self.chosen is None else int(self.chosen[row])
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        return shard, row - int(self._ends[shard] - self.counts[shard])
+        shard = bisect_right(self._ends, row) - 1
+        return shard, row - self._ends[shard]
 
     def _members(self, shard: int) -> Members:
         return self.index.members(self.shards[shard].address)
