@@ -225,6 +225,9 @@ BREAKS = [
         "if 0:\n            found",
         SHARDS,
     ),
+    ("images/shards.py", "check_unchanged(*self.shards[number])", "None", STORES),
+    ("images/stores.py", "file_system(address)[0].invalidate_cache()", "pass", STORES),
+    ("images/shard_index.py", "text.encode(), self.starts", "text.encode()", SHARDS),
     ("images/packing.py", "[images[row] for row in", "images or [images[row] for row in", SHARDS),
     ("checks.py", 'if rest and "@" in rest', 'if "" and "@" in rest', STORES),
 ]

@@ -232,6 +232,39 @@ case_warned() {  # SIGUSR1 at second 2, in the middle: requeued, and the same bi
     check "middle: one directory, the same bits" '[ "$(weights "$here/run")" = "$expected" ]'
 }
 
+case_shards() {  # on two nodes, each of which reads its share; requeued in the middle, the same bits
+    local sharded="--data.dataset shards --data.root $folder/set/shards --data.num_workers 1"
+    "$python" - "$folder/set" "$root" <<'END'
+import sys
+from pathlib import Path
+from PIL import Image
+from sklearn.datasets import load_digits
+sys.path.insert(0, sys.argv[2])
+from moco.images.packing import pack
+folder = Path(sys.argv[1])
+(folder / "files").mkdir(parents=True)
+for number, digit in enumerate(load_digits().images[:400]):
+    Image.fromarray((digit * 15).astype("uint8")).save(folder / f"files/{number:03d}.png")
+pack(str(folder / "files"), str(folder / "shards"), 0.02)
+END
+    export MOCO_CACHE=$folder/cache
+    submit shards_alone "-N 2 --ntasks-per-node 1" "srun $long $sharded --run.dir run"
+    finish
+    check "an undisturbed run: exit code 0" '[ "$code" = 0 ]'
+    local alone
+    alone=$(weights "$here/run")
+    echo "          $alone"
+    submit shards "-N 2 --ntasks-per-node 1 --requeue" \
+        "srun $long $sharded --resume auto --run.dir run"
+    until_true '[ -f "$here/run/checkpoints/last.ckpt" ]'
+    warn
+    finish
+    check "exit code 0 in the end" '[ "$code" = 0 ]'
+    check "requeued once" '[ "$(restarts)" = 1 ]'
+    check "the state was saved" '[ "$(count "stopped by signal 10")" = 1 ]'
+    check "the same bits" '[ "$(weights "$here/run")" = "$alone" ]'
+}
+
 case_after_the_result() {  # the process takes five seconds to end
     submit after "-n 2 --requeue" "srun $python -c '
 import atexit, sys, time
@@ -277,7 +310,7 @@ END
 }
 
 all="two_tasks two_nodes resume_auto user_error without_srun fewer_tasks shell warned
- after_the_result time_limit"
+ shards after_the_result time_limit"
 start_cluster
 for name in ${*:-$all}; do
     bad=0

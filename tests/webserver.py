@@ -1,32 +1,52 @@
-"""A web server on loopback that serves a folder with ranges, and fails as it is told."""
+"""Servers on loopback that fail as they are told: a web server with ranges, and one of S3."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.server
+import logging
 import re
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 
-class WebServer(http.server.ThreadingHTTPServer):
-    """Serve a folder until the block ends.
+class Faults:
+    """What a server was asked, and what befalls the next requests.
 
     Attributes:
-        asked: (method, name) of each request so far.
+        asked: (method, name) of each request so far; RANGE is a GET of a part.
         fault: Tells what befalls a request, by its number, method and name: `500`, `cut` or
             nothing.
+        latency: Seconds that pass before each answer.
     """
 
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder = folder
+    def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
         self.fault: Callable[[int, str, str], str] = lambda number, method, name: ""
+        self.latency = 0.0
+
+    def meet(self, method: str, name: str, is_range: bool) -> str:
+        """Note a request and return what befalls it."""
+        method = "RANGE" if method == "GET" and is_range else method
+        self.asked.append((method, name))
+        time.sleep(self.latency)
+        return self.fault(len(self.asked), method, name)
+
+
+class WebServer(Faults, http.server.ThreadingHTTPServer):
+    """Serve a folder until the block ends."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, folder: Path) -> None:
+        Faults.__init__(self)
+        http.server.ThreadingHTTPServer.__init__(self, ("127.0.0.1", 0), _Handler)
+        self.folder = folder
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> WebServer:
@@ -55,27 +75,88 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         server, name = self.server, self.path.lstrip("/")
-        server.asked.append((method, name))
-        fault = server.fault(len(server.asked), method, name)
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        fault = server.meet(method, name, bool(span))
         path = server.folder / name
         if fault == "500" or not path.is_file():
             self.send_error(500 if fault == "500" else 404)
             return
-        content = path.read_bytes()
-        tag, total, code = hashlib.md5(content).hexdigest(), len(content), 200
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        total, code = path.stat().st_size, 200
         start, end = 0, total
         if span:
-            start, end, code = int(span[1]), int(span[2] or total - 1) + 1, 206
-        part = content[start:end]
+            start, end, code = int(span[1]), min(int(span[2] or total), total - 1) + 1, 206
         self.send_response(code)
-        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Length", str(end - start))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{tag}"')
+        self.send_header("ETag", f'"{_digest(path, path.stat().st_mtime_ns)}"')
         if span:
-            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{total}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{total}")
         self.end_headers()
         if method == "GET":
-            self.wfile.write(part[: len(part) // 2] if fault == "cut" else part)
+            with open(path, "rb") as file:
+                file.seek(start)
+                self.wfile.write(file.read((end - start) // (2 if fault == "cut" else 1)))
         if fault == "cut":
             self.close_connection = True
+
+
+@functools.lru_cache(4096)
+def _digest(path: Path, changed: int) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+class S3Server(Faults):
+    """An S3 server of moto's with one bucket, until the block ends.
+
+    Attributes:
+        environment: What a client is told by the environment.
+        client: One of boto3's.
+    """
+
+    BUCKET = "images"
+
+    def __enter__(self) -> S3Server:
+        import boto3
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        logging.getLogger("werkzeug").setLevel("ERROR")
+        self._application = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.port}",
+            "AWS_ACCESS_KEY_ID": "someone",
+            "AWS_SECRET_ACCESS_KEY": "c0ffee",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self.client = boto3.client(
+            "s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], region_name="us-east-1",
+            aws_access_key_id="someone", aws_secret_access_key="c0ffee",
+        )  # fmt: skip
+        self.client.create_bucket(Bucket=self.BUCKET)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def upload(self, folder: Path, pattern: str = "*") -> None:
+        """Copy the files of a folder to `set/` in the bucket."""
+        for path in sorted(folder.glob(pattern)):
+            self.client.upload_file(str(path), self.BUCKET, f"set/{path.name}")
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable) -> Iterator[bytes]:
+        name = environ["PATH_INFO"].removeprefix(f"/{self.BUCKET}/")
+        fault = self.meet(environ["REQUEST_METHOD"], name, "HTTP_RANGE" in environ)
+        if fault == "500":
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return iter([b""])
+        if fault != "cut":
+            return self._application(environ, start_response)
+
+        def last(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            return start_response(status, [*headers, ("Connection", "close")], *rest)
+
+        content = b"".join(self._application(environ, last))
+        return iter([content[: len(content) // 2]])

@@ -54,14 +54,18 @@ class Ahead:
             self._first[name] = min(first, self._first.get(name, first))
             self._last[name] = max(last, self._last.get(name, last))
         self._plan = self._waiting()
+        self._begun = False
 
     def start(self) -> None:
         """Begin to fetch."""
+        self._begun = True
         for _ in range(DOWNLOADS):
             threading.Thread(target=self._run, daemon=True).start()
 
     def moved(self, number: int) -> None:
-        """Note that training takes batch `number` of the epoch."""
+        """Note that training takes batch `number` of the epoch; begin to fetch if need be."""
+        if not self._begun:
+            self.start()
         block = self.order.block(number)
         if block != self._block:
             with self._moved:

@@ -255,8 +255,8 @@ def _copy(shard: Shard, target: Path) -> None:
         finally:
             raw.unlink(missing_ok=True)
     else:
-        check_unchanged(shard.address, shard.facts)
         _unpack(shard.address, target, shard.address)
+        check_unchanged(shard.address, shard.facts)
 
 
 def _unpack(source: str, target: Path, name: str) -> None:

@@ -1,7 +1,8 @@
 """The index of shards: which images a tar or a Parquet file holds and where, and their labels.
 
 It is read once from the headers, and kept in one SQLite file beside the cache of shards, under the
-address, size and mark of each shard. Labels are names here, as in `moco.images.labels`.
+address, size and mark of each shard. Labels are names here, as in `moco.images.labels`. What tells
+a shard's content from another's is a checksum of that and of the first bytes of its members.
 This room needs no torch.
 """
 
@@ -13,20 +14,22 @@ import os
 import sqlite3
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moco.config import UserError
 from moco.images.folders import visible
-from moco.images.formats import extension, one_line, readable
+from moco.images.formats import extension, looks_like_image, one_line, readable
 from moco.images.stores import Facts
 
 LABELS = ("cls", "label", "class", "class_name", "target", "category")  # in a .json, or columns
 _MOST_BYTES = 2**20  # of a file that holds a label
-_MAKE = """create table if not exists shards
-    (address text primary key, size integer, tag text, count integer, members blob)"""
+_START, _EDGE = 512, 2**16  # bytes of each member, and of both ends of a Parquet file, summed
+_MAKE = """create table if not exists indexed (address text primary key, size integer, tag text,
+    count integer, checksum integer, formats integer, members blob)"""
 
 
 @dataclass
@@ -37,12 +40,44 @@ class Members:
         names: For people; their endings tell the decoders.
         offsets, sizes: In bytes within a tar; empty for Parquet, whose images lie in pages.
         labels: None where an image has none.
+        starts: Checksum of the first bytes of all members.
+        second: Images that are passed over, since another one has their key.
+        foreign: By ending, the images that are passed over, since nothing here reads them.
     """
 
     names: list[str]
     offsets: list[int]
     sizes: list[int]
     labels: list[str | None]
+    starts: int = 0
+    second: int = 0
+    foreign: dict[str, int] = field(default_factory=dict)
+
+    def checksum(self) -> int:
+        """Return what tells this content from another."""
+        text = json.dumps([self.names, self.sizes, self.labels])
+        return zlib.crc32(text.encode(), self.starts)
+
+
+class Known(NamedTuple):
+    """What the index tells of a shard without its members.
+
+    Attributes:
+        facts: Of the shard when it was read.
+        count: Its images.
+        checksum: Of its content.
+        formats: Which formats could be read then, a checksum too.
+    """
+
+    facts: Facts
+    count: int
+    checksum: int
+    formats: int
+
+
+def known_formats() -> int:
+    """Return a checksum of the endings that can be read here; further packages bring more."""
+    return zlib.crc32(" ".join(sorted(readable())).encode())
 
 
 class Index:
@@ -62,26 +97,32 @@ class Index:
         finally:
             connection.close()
 
-    def known(self) -> dict[str, tuple[Facts, int]]:
-        """Return the facts and the number of images of every shard that is indexed."""
+    def known(self) -> dict[str, Known]:
+        """Return what is known of every shard that is indexed."""
         with self._open() as connection:
-            rows = connection.execute("select address, size, tag, count from shards")
-            return {row[0]: (Facts(row[1], row[2]), row[3]) for row in rows}
+            rows = connection.execute(
+                "select address, size, tag, count, checksum, formats from indexed"
+            )
+            return {row[0]: Known(Facts(row[1], row[2]), *row[3:]) for row in rows}
 
-    def add(self, found: list[tuple[str, Facts, Members]]) -> None:
-        """Keep what was found in some shards, whole or not at all."""
-        rows = []
+    def add(self, found: list[tuple[str, Facts, Members]]) -> dict[str, Known]:
+        """Keep what was found in some shards, whole or not at all; return it without members."""
+        formats, rows, known = known_formats(), [], {}
         for address, facts, members in found:
             rest = zlib.compress(json.dumps(asdict(members)).encode())
-            rows.append((address, *facts, len(members.names), rest))
+            known[address] = Known(facts, len(members.names), members.checksum(), formats)
+            rows.append((address, *facts, *known[address][1:], rest))
         with self._open() as connection:
-            connection.executemany("insert or replace into shards values (?, ?, ?, ?, ?)", rows)
+            connection.executemany(
+                "insert or replace into indexed values (?, ?, ?, ?, ?, ?, ?)", rows
+            )
+        return known
 
     def members(self, address: str) -> Members:
         """Return the images of one shard."""
         with self._open() as connection:
             (rest,) = connection.execute(
-                "select members from shards where address = ?", (address,)
+                "select members from indexed where address = ?", (address,)
             ).fetchone()
         return Members(**json.loads(zlib.decompress(rest)))
 
@@ -89,44 +130,58 @@ class Index:
 def read_tar(file: Any, address: str) -> Members:
     """Read the headers of a tar in WebDataset's layout: KEY.jpg, and KEY.cls or KEY.json.
 
-    Of a key's images the first one counts. A tar that ends within a member gives those before it,
-    and that one, which then cannot be decoded.
+    Of a key's images and labels the first one counts, and a .cls before a .json. A tar that ends
+    within a member gives those before it, and that one, which then cannot be decoded.
 
     Raises:
         UserError: It is no tar, or a compressed one.
     """
     images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, str] = {}
-    endings = readable()
+    labels: dict[str, dict[str, str]] = {"cls": {}, "json": {}}
+    foreign, second, starts, endings = Counter[str](), 0, 0, readable()
+    for tar, item in _members(file, address):
+        folder, _, base = item.name.rpartition("/")
+        if not item.isfile() or not visible(base):
+            continue
+        stem, _, kind = base.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        ending = extension(base)
+        if ending in endings:
+            file.seek(item.offset_data)
+            starts = zlib.crc32(file.read(min(_START, item.size)), starts)
+            second += key in images
+            images.setdefault(key, (item.name, item.offset_data, item.size))
+        elif looks_like_image(ending):
+            foreign[ending] += 1
+        elif kind in labels and item.size <= _MOST_BYTES:
+            name = _label(kind, tar.extractfile(item).read())
+            if name is not None:
+                labels[kind].setdefault(key, name)
+    found = images.values()
+    names, offsets, sizes = ([image[part] for image in found] for part in range(3))
+    named = labels["json"] | labels["cls"]
+    told = [named.get(key) for key in images]
+    return Members(names, offsets, sizes, told, starts, second, dict(foreign))
+
+
+def _members(file: Any, address: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the headers of a tar up to where it is cut short, if it is."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while True:
                 try:
                     item = tar.next()
                 except (tarfile.ReadError, EOFError):
-                    break  # it is cut short
+                    return
                 if item is None:
-                    break
+                    return
                 tar.members = []  # which tarfile would keep
-                folder, _, base = item.name.rpartition("/")
-                if not item.isfile() or not visible(base):
-                    continue
-                stem, _, kind = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if extension(base) in endings:
-                    images.setdefault(key, (item.name, item.offset_data, item.size))
-                elif kind in ("cls", "json") and item.size <= _MOST_BYTES:
-                    name = _label(kind, tar.extractfile(item).read())
-                    if name is not None and (kind == "cls" or key not in labels):
-                        labels[key] = name
+                yield tar, item
     except tarfile.ReadError as error:
         raise UserError(
             f"{address} is no plain tar ({one_line(str(error))}): unpack compressed shards, since "
             "single images are read from them"
         ) from None
-    found = images.values()
-    names, offsets, sizes = ([image[part] for image in found] for part in range(3))
-    return Members(names, offsets, sizes, [labels.get(key) for key in images])
 
 
 def _label(kind: str, content: bytes) -> str | None:
@@ -138,13 +193,17 @@ def _label(kind: str, content: bytes) -> str | None:
         values = json.loads(text)
     except ValueError:
         return None
-    found = [values[n] for n in LABELS if n in values] if isinstance(values, dict) else []
+    told = values if isinstance(values, dict) else {}
+    found = [told[name] for name in LABELS if told.get(name) is not None]
     return str(found[0]) if found and isinstance(found[0], str | int) else None
 
 
 def read_parquet(file: Any, address: str) -> Members:
     """Read names and labels of a Parquet file as Hugging Face writes sets of images."""
     pq = parquet_package()
+    starts = zlib.crc32(file.read(_EDGE))
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _EDGE))
+    starts = zlib.crc32(file.read(), starts)  # with the footer, which tells of every page
     table = pq.ParquetFile(file)
     schema = table.schema_arrow
     image = image_column(schema, address)
@@ -161,7 +220,7 @@ def read_parquet(file: Any, address: str) -> Members:
     if label:
         told = _class_names(schema, label)
         labels = [_named(value, told) for value in read.column(label).to_pylist()]
-    return Members(names, [], [], labels)
+    return Members(names, [], [], labels, starts)
 
 
 def parquet_package() -> Any:

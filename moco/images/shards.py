@@ -1,18 +1,18 @@
 """Sets of shards: images inside tars or Parquet files, read one at a time.
 
 A shard of tar on this machine is read where it lies; any other one comes to the cache first. An
-image is a `Member`, a name to people and bytes to a decoder. What is looked at alone, for its
-header, comes by a request of its own while its shard is not here.
+image is a `Member`, a name to people and bytes to a decoder. What is looked at for its header, and
+an epoch's first images, come by requests of their own while their shards are not here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,53 +20,50 @@ from zlib import crc32
 
 import numpy as np
 
-from moco.config import DataConfig, RunError, UserError
-from moco.images.cache import Cache, Shard, cache_folder
-from moco.images.formats import BadImage, Member, one_line
-from moco.images.patterns import find_shards
-from moco.images.shard_index import Index, Members, read_parquet, read_tar
-from moco.images.stores import Facts, is_remote, look_up, look_up_all, read_file, read_range
-from moco.log import track
+from moco.config import RunError
+from moco.images.cache import Cache, Shard
+from moco.images.formats import BadImage, Member
+from moco.images.shard_index import Index, Known, Members
+from moco.images.stores import REQUESTS, check_unchanged, is_remote, read_range
 
-log = logging.getLogger("moco")
 _OPEN, _INDEXED = 128, 512  # shards whose files and members a process holds
 _FEW = 256  # images that were looked at alone, of which a process keeps the bytes
-_THREADS = 16  # that ask a store at a time
-_AT_A_TIME = 64  # shards whose members are kept at once
+_SMALL = 2**20  # bytes of a shard that comes about as soon as some of its images
 
 
 class ShardSet(Sequence[Member]):
     """Images of shards, or some of them, in the order of the shards.
 
     Args:
-        shards: The files.
-        counts: n int64, the images of each.
+        known: Address to what the index tells of each shard.
         index: Holds their members.
         cache: Holds what cannot be read where it lies.
         chosen: Rows of the set that are taken, in their order; None: all.
+
+    Attributes:
+        shards: The files.
+        counts: n int64, the images of each.
     """
 
     def __init__(
-        self,
-        shards: Sequence[Shard],
-        counts: np.ndarray,
-        index: Index,
-        cache: Cache,
-        chosen: np.ndarray | None = None,
+        self, known: dict[str, Known], index: Index, cache: Cache, chosen: np.ndarray | None = None
     ) -> None:
-        self.shards, self.counts, self.index, self.cache = shards, counts, index, cache
-        self.chosen = chosen
-        self._ends = counts.cumsum()
+        self.known, self.index, self.cache, self.chosen = known, index, cache, chosen
+        self.shards = [Shard(address, each.facts) for address, each in known.items()]
+        self.counts = np.array([each.count for each in known.values()], dtype=np.int64)
+        self._ends = [0, *self.counts.cumsum().tolist()]  # a list, in which Python looks up faster
         self._set_up()
 
     def _set_up(self) -> None:
         self.members = functools.lru_cache(_INDEXED)(self._members)
         self._files: dict[int, int] = {}  # shard to its open file
-        self._few: dict[int, bytes] = {}  # images that were looked at alone
+        # Images that were looked at alone, and those that were fetched alone to be trained on.
+        self._few: dict[tuple[int, int], bytes] = {}
+        self._alone: dict[tuple[int, int], bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("members", "_files", "_few"):
+        for name in ("members", "_files", "_few", "_alone"):
             del state[name]
         return state
 
@@ -75,7 +72,7 @@ class ShardSet(Sequence[Member]):
         self._set_up()
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self.chosen is None else len(self.chosen)
+        return self._ends[-1] if self.chosen is None else len(self.chosen)
 
     def __getitem__(self, row: int) -> Member:
         """Return an image of the set; nothing is fetched until its content is asked for."""
@@ -87,7 +84,7 @@ class ShardSet(Sequence[Member]):
         """Keep only some images, in the order of `rows`."""
         rows = np.asarray(rows, dtype=np.int64)
         chosen = rows if self.chosen is None else self.chosen[rows]
-        return ShardSet(self.shards, self.counts, self.index, self.cache, chosen)
+        return ShardSet(self.known, self.index, self.cache, chosen)
 
     def around(self, row: int) -> range:
         """Return the rows of an image's shard."""
@@ -100,13 +97,19 @@ class ShardSet(Sequence[Member]):
         return found if self.chosen is None else [found[row] for row in self.chosen]
 
     def identify(self) -> dict[str, int]:
-        """Return what tells this set from another: the count, and a checksum of names and sizes."""
-        lines = [
-            f"{os.path.basename(shard.address)} {shard.facts.size} {count}"
-            for shard, count in zip(self.shards, self.counts.tolist(), strict=True)
-        ]
+        """Return what tells this set from another: the count, and a checksum of names and sizes.
+
+        `content` is a checksum of what the index tells of the shards' content.
+        """
+        each = zip(self.shards, self.counts.tolist(), strict=True)
+        lines = [f"{os.path.basename(s.address)} {s.facts.size} {count}" for s, count in each]
         chosen = b"" if self.chosen is None else self.chosen.tobytes()
-        return {"count": len(self), "crc32": crc32("\n".join(lines).encode() + chosen)}
+        content = np.array([each.checksum for each in self.known.values()], dtype=np.int64)
+        return {
+            "count": len(self),
+            "crc32": crc32("\n".join(lines).encode() + chosen),
+            "content": crc32(content.tobytes()),
+        }
 
     def warm(self, rows: Sequence[int]) -> None:
         """Fetch some images at a time, to be looked at soon."""
@@ -115,13 +118,39 @@ class ShardSet(Sequence[Member]):
             with contextlib.suppress(BadImage):  # which is met again where it is read
                 self[row].content(False)
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(REQUESTS) as pool:
             list(pool.map(fetch, rows))
 
+    @property
+    def come_alone(self) -> bool:
+        """Tell whether an epoch's first images are fetched alone: shards in a store are large."""
+        return lies_elsewhere(self) and self._is_large(0)
+
+    def fetch_alone(self, rows: Sequence[int]) -> None:
+        """Fetch those of some images whose shards are large and not here yet, without the shards.
+
+        They are kept until the next call.
+
+        Raises:
+            RunError: One cannot be fetched, or its shard was replaced.
+        """
+        self._alone = {}
+        places = [self._locate(row) for row in rows]
+        late = {n for n in {n for n, _ in places} if self._is_large(n) and self._is_far(n)}
+        places = [place for place in places if place[0] in late]
+        if not places:
+            return
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            contents = list(pool.map(lambda place: self._range(*place), places))
+            # Afterwards, since a shard may be replaced at any time before.
+            list(pool.map(lambda number: check_unchanged(*self.shards[number]), late))
+        self._alone = dict(zip(places, contents, strict=True))
+
     def _locate(self, row: int) -> tuple[int, int]:
+        """Return the shard of an image, and the image's place in it."""
         row = row if self.chosen is None else int(self.chosen[row])
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        return shard, row - int(self._ends[shard] - self.counts[shard])
+        shard = bisect_right(self._ends, row) - 1
+        return shard, row - self._ends[shard]
 
     def _members(self, shard: int) -> Members:
         return self.index.members(self.shards[shard].address)
@@ -138,25 +167,34 @@ class ShardSet(Sequence[Member]):
             BadImage: It is empty, or its shard ends within it.
             RunError: Its shard cannot be fetched, or was replaced.
         """
-        shard = self.shards[number]
         offset, size = self._span(number, place)
         if size == 0:
             raise BadImage(name, "is empty")
-        if not whole and not shard.is_parquet and shard.is_cached and not self._is_here(number):
-            key = int(self._ends[number]) - place
-            if key not in self._few:
-                if len(self._few) >= _FEW:
-                    self._few.clear()
-                self._few[key] = read_range(shard.address, offset, offset + size)
-            content = self._few[key]
-        else:
+        content = (self._alone if whole else self._few).get((number, place))
+        if content is None and not whole and self._is_far(number):
+            if len(self._few) >= _FEW:
+                self._few.clear()
+            content = self._few[number, place] = self._range(number, place)
+        if content is None:
             content = os.pread(self._file(number), size, offset)
+            self._check(number)
         if len(content) < size:
             raise BadImage(name, "is cut short: its shard ends within it")
         return content
 
-    def _is_here(self, number: int) -> bool:
-        return number in self._files or self.cache.has(self.shards[number])
+    def _is_far(self, number: int) -> bool:
+        """Tell whether a shard lies in a store and not here, so that its images can come alone."""
+        shard = self.shards[number]
+        is_here = number in self._files or not shard.is_cached or self.cache.has(shard)
+        return not shard.is_parquet and not is_here
+
+    def _is_large(self, number: int) -> bool:
+        return self.shards[number].facts.size > _SMALL
+
+    def _range(self, number: int, place: int) -> bytes:
+        """Fetch an image alone."""
+        offset, size = self._span(number, place)
+        return read_range(self.shards[number].address, offset, offset + size) if size else b""
 
     def _span(self, number: int, place: int) -> tuple[int, int]:
         """Return where an image begins in its file, and its bytes."""
@@ -174,15 +212,19 @@ class ShardSet(Sequence[Member]):
                 os.close(self._files.pop(next(iter(self._files))))
             file = _opened(shard, self.cache)
             self._files[number] = file
+        return file
+
+    def _check(self, number: int) -> None:
+        """Raise RunError where a shard that is read where it lies is another one by now."""
+        shard = self.shards[number]
         if not shard.is_cached:
-            found = os.fstat(file)
+            found = os.fstat(self._files[number])
             if (found.st_size, str(found.st_mtime_ns)) != shard.facts:
                 raise RunError(
                     f"{shard.address} was replaced while it was read: put the former one back and "
                     "go on with --resume, or start a new run",
                     local=True,
                 )
-        return file
 
 
 def _opened(shard: Shard, cache: Cache) -> int:
@@ -194,66 +236,6 @@ def _opened(shard: Shard, cache: Cache) -> int:
         except FileNotFoundError:
             if not shard.is_cached:
                 raise RunError(f"{path} is gone: put it back", local=True) from None
-
-
-def open_shards(data: DataConfig, held_out: bool = False) -> ShardSet | None:
-    """Open one split of `data.root`; shards that are not indexed yet, or changed, are read for it.
-
-    Returns:
-        None where there are no held-out shards.
-
-    Raises:
-        UserError: There are no shards or no images, or a shard is none.
-    """
-    splits = find_shards(data)
-    addresses = splits.held_out if held_out else splits.train
-    if not addresses:
-        return None
-    cache = Cache(cache_folder(), data.cache_gib * 2**30)
-    index = Index(cache.folder / "index.sqlite")
-    with cache.alone():  # one process of this machine reads what the others find then
-        cache.tidy()
-        facts, counts = _indexed(index, addresses)
-    total = np.array([counts[address] for address in addresses], dtype=np.int64)
-    if not total.sum():
-        raise UserError(
-            f"data.root {data.root!r}: its {len(addresses)} shards hold no images that can be "
-            "read here: give tars in WebDataset's layout (KEY.jpg, KEY.cls)"
-        )
-    return ShardSet([Shard(a, facts[a]) for a in addresses], total, index, cache)
-
-
-def _indexed(index: Index, addresses: list[str]) -> tuple[dict[str, Facts], dict[str, int]]:
-    """Return facts and counts of shards; those that the index lacks are read and kept in it."""
-    known = index.known()
-    facts = look_up_all(addresses)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        rest = [address for address in addresses if address not in facts]
-        facts |= zip(rest, pool.map(look_up, rest), strict=True)
-        new = [a for a in addresses if a not in known or known[a][0] != facts[a]]
-        counts = {a: known[a][1] for a in addresses if a in known}
-        if new:
-            log.info("reading the headers of %d shards, once", len(new))
-        found: list[tuple[str, Facts, Members]] = []
-        read = track(pool.map(_read, new), "index of shards", len(new)) if new else []
-        for address, members in zip(new, read, strict=True):
-            counts[address] = len(members.names)
-            found.append((address, facts[address], members))
-            if len(found) == _AT_A_TIME:
-                index.add(found)
-                found = []
-        index.add(found)
-    return facts, counts
-
-
-def _read(address: str) -> Members:
-    read: Callable[..., Members] = read_parquet if address.endswith(".parquet") else read_tar
-    try:
-        return read_file(address, lambda file: read(file, address))
-    except (UserError, RunError):
-        raise
-    except Exception as error:  # a broken Parquet file raises pyarrow's classes
-        raise UserError(f"{address} cannot be read: {one_line(str(error))}") from None
 
 
 def lies_elsewhere(paths: Sequence[str]) -> bool:

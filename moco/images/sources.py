@@ -23,8 +23,9 @@ from moco.images.decode import BadImage
 from moco.images.folders import expanded, list_images
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
+from moco.images.indexing import open_shards
 from moco.images.labels import by_folder, read_list, read_table, twins
-from moco.images.shards import lies_elsewhere, open_shards
+from moco.images.shards import lies_elsewhere
 from moco.images.splits import split_folders
 from moco.images.values import choose_channels, sample, settle
 

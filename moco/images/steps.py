@@ -137,7 +137,8 @@ class StepLoader:
         count = data.config.batch_size // distributed.world_size()
         rows = range(machine[0] * count, (machine[-1] + 1) * count)
         self._ahead = Ahead(data.order, paths.shards, paths.cache, rows, *self._place())
-        self._ahead.start()
+        if not paths.come_alone:  # else the first batch has the network to itself
+            self._ahead.start()
 
     def close(self) -> None:
         """End the workers."""

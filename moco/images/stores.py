@@ -24,7 +24,8 @@ _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError)  # which no a
 _LASTING_ANSWERS = (400, 401, 403, 404, 410)  # of a web server
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
 _PACKAGES |= {"https": "aiohttp", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
-_TAGS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5")
+_TAGS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "Last-Modified", "mtime")
+REQUESTS = 64  # that a process makes of a store at a time
 
 
 class Facts(NamedTuple):
@@ -55,6 +56,9 @@ def file_system(address: str) -> tuple[Any, str]:
 
             # Its own limit covers a whole download, however large it is.
             options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_read=60)}
+        elif scheme in ("s3", "s3a"):
+            # Its own limit is 10 connections, and files in several parts come through memory.
+            options = {"config_kwargs": {"max_pool_connections": REQUESTS}, "max_concurrency": 1}
         return url_to_fs(address, **options)
     except ImportError:
         package = _PACKAGES.get(scheme, f"fsspec's back end for {scheme}")
@@ -69,6 +73,12 @@ def listed(pattern: str, ending: str) -> list[str]:
     path = path if "*" in path else f"{path.rstrip('/')}/*{ending}"
     names = _tried(pattern, lambda: store.glob(path))
     return sorted(store.unstrip_protocol(name) for name in names)
+
+
+def forget_listings(address: str) -> None:
+    """Have a store asked anew which files it has; a process keeps what it was told before."""
+    if is_remote(address):
+        file_system(address)[0].invalidate_cache()
 
 
 def look_up(address: str) -> Facts:
@@ -102,7 +112,7 @@ def look_up_all(addresses: list[str]) -> dict[str, Facts]:
 
 
 def read_range(address: str, start: int, end: int) -> bytes:
-    """Read a part of a file."""
+    """Read a part of a file, less than that where the file ends before."""
     store, path = file_system(address)
     return _tried(address, lambda: store.cat_file(path, start=start, end=end))
 
@@ -131,8 +141,8 @@ def download(address: str, target: Path, facts: Facts) -> None:
     store, path = file_system(address)
 
     def attempt() -> None:
-        check_unchanged(address, facts)
         store.get_file(path, str(target))
+        check_unchanged(address, facts)  # afterwards, since it may be replaced at any time before
         if target.stat().st_size != facts.size:
             raise OSError(f"{target.stat().st_size} of {facts.size} bytes came")
 

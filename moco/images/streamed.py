@@ -17,6 +17,7 @@ from moco.images.crops import cut
 from moco.images.decode import BadImage, Decoded
 from moco.images.draws import Crops, draw_crops, view_recipes, view_streams
 from moco.images.image_source import ImageSource
+from moco.images.workers import PREFETCH
 from moco.random import combine, stream_id, uniform
 
 _AT_A_TIME = 16  # images that a worker holds decoded
@@ -34,6 +35,7 @@ class Cuts(Dataset):
         self.reduces = config.reduce_jpegs
         self.streams = [view_streams(seed, view)[0] for view in (0, 1)]
         self.substitutes = stream_id(seed, "substitute")
+        self._epoch, self._made = -1, 0
 
     def __getitems__(
         self, batch: tuple[int, np.ndarray, int]
@@ -44,11 +46,22 @@ class Cuts(Dataset):
             N x 2 x C x S x S uint8, and (index, reason) of each image that could not be read.
         """
         epoch, rows, size = batch
+        if self.source.is_sharded:
+            self._fetch_early(epoch, rows)
         pairs, bad = [], []
         for start in range(0, len(rows), _AT_A_TIME):
             pairs += self._some(epoch, rows[start : start + _AT_A_TIME].tolist(), size, bad)
         cuts = default_collate(pairs)  # N 2 S S C; in a worker it lies in shared memory at once
         return cuts.permute(0, 1, 4, 2, 3), bad
+
+    def _fetch_early(self, epoch: int, rows: np.ndarray) -> None:
+        """Fetch the images of an epoch's first batches alone, while whole shards are on their way.
+
+        So training begins after some images have come, however large the shards are.
+        """
+        self._made = self._made + 1 if epoch == self._epoch else 1
+        self._epoch = epoch
+        self.source.paths.fetch_alone(rows.tolist() if self._made <= PREFETCH else ())
 
     def _some(
         self, epoch: int, rows: list[int], size: int, bad: list[tuple[int, str]]

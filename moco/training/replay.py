@@ -37,6 +37,7 @@ from moco.run_directory import is_whole
 from moco.training.announce import set_up_logging
 from moco.training.build import build_data, build_module, build_trainer, set_length
 from moco.training.decide import Decided
+from moco.training.resuming import are_same
 from moco.training.stored import load_stored
 
 log = logging.getLogger("moco")
@@ -191,7 +192,7 @@ def _build(
     """Build the module, and the images as the run has numbered them."""
     source = sources.open_source(config.data, "train")
     images = sources.identify(source, config.data.root)
-    if stored.get("images") not in (None, images):
+    if not are_same(images, stored.get("images") or {}):
         raise UserError(
             f"data.root {config.data.root!r} holds other images than those of the run "
             f"({images['count']}, then {stored['images'].get('count')}): give --root"

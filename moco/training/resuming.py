@@ -76,7 +76,7 @@ def check_images(
 
     A checkpoint of an older version does not name its images; then any are taken.
     """
-    if not isinstance(stored, dict) or found == stored:
+    if not isinstance(stored, dict) or are_same(found, stored):
         return
     counts = f"{found['count']} images, the run has {stored.get('count')}"
     if found["count"] == stored.get("count"):
@@ -87,6 +87,11 @@ def check_images(
         f"stand for one that is lost), or {road} (images for kNN alone may be others: set "
         "run.knn_root)"
     )
+
+
+def are_same(found: dict[str, object], stored: dict[str, object]) -> bool:
+    """Tell whether images are those of a checkpoint; an older version noted less about them."""
+    return all(found.get(name) == value for name, value in stored.items())
 
 
 def new_run_from(checkpoint: Path, named: str, changes: dict[str, Any]) -> str:

@@ -16,13 +16,14 @@ from PIL import Image
 from test_formats import write_dicom
 
 from moco.config import DataConfig, RunError, UserError
-from moco.images import sources
+from moco.images import shard_index, sources
 from moco.images.decode import decode
 from moco.images.labelled import open_data
 from moco.images.loader import PretrainData
 from moco.images.packing import pack
 from moco.images.patterns import expand_braces, find_shards
 from moco.images.steps import StepLoader
+from moco.training.resuming import are_same
 
 CPU = torch.device("cpu")
 
@@ -169,7 +170,7 @@ def test_every_format_is_read_from_a_shard_as_from_a_file(tmp_path):
 
 
 def test_labels_of_cls_and_json_and_none(tmp_path):
-    texts = [{"label": 3}, {"class_name": "dog"}, {"caption": "a dog"}, ["no mapping"]]
+    texts = [{"cls": None, "label": 3}, {"class_name": "dog"}, {"caption": "a dog"}, ["no mapping"]]
     members = {}
     for number, text in enumerate(texts):
         members[f"d/{number}.png"] = png(number)
@@ -327,6 +328,44 @@ def test_other_shards_are_another_set(packed, tmp_path):
     assert found(copy) == found(packed)
     (copy / "train-00000.tar").unlink()
     assert found(copy) != found(packed)
+
+
+def test_other_content_of_the_same_names_and_sizes_is_another_set(tmp_path):
+    """Also at another address, and whatever its date: a copy is the same set."""
+    found = []
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        file = io.BytesIO()
+        np.save(file, np.full((8, 8), value, np.uint8))
+        members = {"0.png": png(0), "1.npy": file.getvalue(), "1.cls": b"1"}
+        write_tar(tmp_path / name / "x.tar", members)
+        source = sources.open_source(
+            DataConfig(dataset="shards", root=str(tmp_path / name)), "train"
+        )
+        found.append(sources.identify(source, str(tmp_path / name)))
+    assert found[0] == found[1] and found[0]["crc32"] == found[2]["crc32"]
+    assert found[0] != found[2]
+    before = {name: found[0][name] for name in ("count", "crc32")}
+    assert are_same(found[2], before) and not are_same(found[2], found[0])
+
+
+def test_images_that_are_passed_over_are_said(tmp_path, said, monkeypatch):
+    """Of a key the first image with the first label counts; what cannot be read may be later."""
+    members = {"a.1.png": png(1), "a.cls": b"cat", "b.png": png(2), "c.svg": b"x", "d.nef": b"x"}
+    write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        for name, content in {"a.2.png": png(3), "a.cls": b"dog"}.items():
+            item = tarfile.TarInfo(name)
+            item.size = len(content)
+            tar.addfile(item, io.BytesIO(content))
+    config = DataConfig(dataset="shards", root=str(tmp_path))
+    source = sources.open_source(config, "train")
+    assert source.paths.labels() == ["cat", None] and len(source) == 2
+    assert any("passed over: 1 .nef, 1 .svg" in line for line in said.messages)
+    assert any(line.startswith("1 images are passed over, since") for line in said.messages)
+    known = shard_index.readable()
+    monkeypatch.setattr(shard_index, "readable", lambda: known | {".nef"})
+    assert len(sources.open_source(config, "train")) == 3, "a package has come"
 
 
 # Patterns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from pictures import write_pictures
-from webserver import WebServer
+from webserver import S3Server, WebServer
 
 from moco.checks import check_root
 from moco.config import DataConfig, RunError, UserError
 from moco.images import cache as cache_room
-from moco.images import sources, stores
+from moco.images import shards, sources, stores
 from moco.images.cache import Cache, Shard
 from moco.images.loader import PretrainData
 from moco.images.packing import pack
@@ -65,10 +66,19 @@ def settings(root, **changes) -> DataConfig:
     return DataConfig(**options | {"num_workers": 0, "streams": 4, "window": 4} | changes)
 
 
-def crops(root, **changes) -> torch.Tensor:
-    """Return what two epochs give, and the rows of the images."""
+def opened(root, **changes) -> PretrainData:
+    """Open images without what the index has left in the cache."""
+    source = sources.open_source(settings(root, **changes), "train")
+    for path in source.paths.cache.folder.glob("*-*"):
+        path.unlink()
     data = PretrainData(settings(root, **changes), seed=3, shuffle=False, symmetric=False)
     data.prepare(CPU)
+    return data
+
+
+def crops(root, **changes) -> torch.Tensor:
+    """Return what two epochs give, and the rows of the images."""
+    data = opened(root, **changes)
     found = []
     for position in (0, data.steps_per_epoch):
         loader = StepLoader(data, lambda position=position: position)
@@ -94,7 +104,11 @@ def test_a_shard_is_fetched_once_whatever_the_epochs_and_processes(packed, serve
     shards = {name for _, name in server.asked if name.startswith("train")}
     assert len([p for p in cache.iterdir() if "-" in p.name]) == len(shards) > 3
     server.asked.clear()
-    crops(root, num_workers=2)
+    data = PretrainData(settings(root, num_workers=2), seed=3, shuffle=False, symmetric=False)
+    data.prepare(CPU)
+    loader = StepLoader(data, lambda: 0)
+    assert len(list(loader)) == 6
+    loader.close()
     assert {method for method, _ in server.asked} == {"HEAD"}, "which ask for size and mark"
 
 
@@ -107,8 +121,7 @@ def test_requests_that_fail_now_and_then_change_no_bit(packed, server, kind):
 
 def test_a_store_that_stays_away_is_one_line_with_the_address(packed, server):
     root = pattern(packed, server.address)
-    data = PretrainData(settings(root, num_workers=2), seed=3, shuffle=False, symmetric=False)
-    data.prepare(CPU)
+    data = opened(root, num_workers=2)
     server.fault = lambda number, method, name: "500"
     loader = StepLoader(data, lambda: 0)
     with pytest.raises(RunError, match=r"http://127.0.0.1:\d+/train-0000\d.tar cannot be read: "):
@@ -122,26 +135,59 @@ def test_an_address_that_is_not_there_is_one_line(server):
     assert len(server.asked) < 5, "what no attempt mends is not tried again"
 
 
-def test_a_shard_replaced_in_a_store_is_one_line(packed, server, tmp_path):
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in packed.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    server.folder = folder
-    data = PretrainData(
-        settings(pattern(packed, server.address)), seed=3, shuffle=False, symmetric=False
-    )
-    data.prepare(CPU)
-    for path in folder.iterdir():
-        path.write_bytes(path.read_bytes()[::-1])  # of the same size
+@pytest.fixture
+def own_server(packed, tmp_path):
+    """A server of a copy of the shards, which a test may replace."""
+    with WebServer(shutil.copytree(packed, tmp_path / "copy")) as running:
+        yield running
+
+
+def replace(path: Path) -> None:
+    """Put another file of the same size in the place of a shard, with the same images."""
+    new = path.with_suffix(".new")
+    new.write_bytes(path.read_bytes()[:-1] + b"x")  # behind the last member
+    new.replace(path)
+
+
+def replaces(folder: Path, method: str):
+    """Return a fault that replaces each shard when it is asked for: after a look at its mark."""
+    waiting, turn = {path.name for path in folder.glob("train-*")}, threading.Lock()
+
+    def fault(number, asked, name):
+        with turn:
+            if asked == method and name in waiting:
+                waiting.remove(name)
+                replace(folder / name)
+        return ""
+
+    return fault
+
+
+@pytest.mark.parametrize("moment", ["before", "GET"])
+def test_a_shard_replaced_in_a_store_is_one_line(packed, own_server, moment):
+    """Before it is asked for, and between a look at its mark and its bytes."""
+    data = opened(pattern(packed, own_server.address))
+    if moment == "before":
+        for path in own_server.folder.glob("train-*"):
+            replace(path)
+    own_server.fault = replaces(own_server.folder, moment)
     loader = StepLoader(data, lambda: 0)
     with pytest.raises(RunError, match=r"train-0000\d.tar was replaced since"):
         list(loader)
     loader.close()
 
 
+def test_what_is_read_for_the_index_stays_in_the_cache_where_there_is_room(packed, server, cache):
+    root, held = pattern(packed, server.address), lambda: [*cache.glob("*-*")]
+    sources.open_source(settings(root, cache_gib=2**-30), "train")
+    assert held() == []
+    (cache / "index.sqlite").unlink()
+    sources.open_source(settings(root), "train")
+    assert len(held()) == len([*packed.glob("train-*")])
+
+
 def test_headers_that_are_looked_at_fetch_no_shard(packed, server, cache):
-    source = sources.open_source(settings(pattern(packed, server.address)), "train")
+    source = opened(pattern(packed, server.address)).source
     source.paths[5].content(False)
     assert not [path for path in cache.iterdir() if "-" in path.name]
     source.paths[5].content(True)
@@ -152,33 +198,100 @@ def test_headers_that_are_looked_at_fetch_no_shard(packed, server, cache):
 
 
 @pytest.fixture
-def bucket(packed, monkeypatch):
+def s3(packed, monkeypatch):
     """The shards in a bucket of an S3 server on loopback."""
-    moto, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
-    pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "c0ffee",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="images")
-    for path in packed.iterdir():
-        client.upload_file(str(path), "images", f"set/{path.name}")
-    yield "s3://images/set"
-    server.stop()
+    for name in ("moto.server", "boto3"):
+        pytest.importorskip(name)
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # which knows another server
+    with S3Server() as running:
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        running.upload(packed)
+        yield running
 
 
-def test_shards_of_s3_give_the_bits_of_a_disk_by_any_pattern(packed, bucket, cache):
+BUCKET = "s3://images/set"
+
+
+def test_shards_of_s3_give_the_bits_of_a_disk_by_any_pattern(packed, s3, cache):
     whole = crops(packed)
-    for root in (pattern(packed, bucket), f"{bucket}/*.tar", bucket):
+    for root in (pattern(packed, BUCKET), f"{BUCKET}/*.tar", BUCKET):
         assert same(crops(root), whole)
     assert not any(b"c0ffee" in path.read_bytes() for path in cache.iterdir())
+
+
+def test_a_slow_and_faulty_s3_changes_no_bit(packed, s3):
+    """200 ms before each answer, and every seventh one an error or cut short."""
+    s3.latency, kinds = 0.2, {2: "500", 5: "cut"}
+    s3.fault = lambda number, method, name: kinds.get(number % 7, "")
+    assert same(crops(pattern(packed, BUCKET)), crops(packed))
+    assert len(s3.asked) > 28
+
+
+def test_a_slow_and_faulty_web_server_changes_no_bit(packed, server):
+    server.latency, kinds = 0.2, {2: "500", 5: "cut"}
+    server.fault = lambda number, method, name: kinds.get(number % 7, "")
+    assert same(crops(pattern(packed, server.address)), crops(packed))
+    assert len(server.asked) > 28
+
+
+def test_a_bucket_is_listed_anew_whenever_it_is_opened(packed, s3):
+    """A process that trains twice is not told what the bucket held at first."""
+    s3.client.delete_object(Bucket="images", Key="set/train-00001.tar")
+    before = sources.open_source(settings(BUCKET), "train")
+    s3.client.upload_file(str(packed / "train-00001.tar"), "images", "set/train-00001.tar")
+    s3.client.upload_file(str(packed / "train-00002.tar"), "images", "set/train-00000.tar")
+    after = sources.open_source(settings(BUCKET), "train")
+    assert len(after.paths.shards) == len(before.paths.shards) + 1
+    first = [source.paths.shards[0].facts for source in (before, after)]
+    assert first[0] != first[1]
+
+
+# Images that come alone, while their shards are fetched
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Take the shards for large ones."""
+    monkeypatch.setattr(shards, "_SMALL", 0)
+
+
+def test_the_first_batches_wait_for_no_shard(packed, server, large):
+    """A worker gives four batches although no whole shard can be fetched yet."""
+    came = threading.Event()
+
+    def hold(number, method, name):
+        if method == "GET":
+            came.wait()
+        return ""
+
+    data = opened(pattern(packed, server.address))
+    server.fault = hold
+    loader = StepLoader(data, lambda: 0)
+    batches = iter(loader)
+    found = [next(batches) for _ in range(4)]
+    came.set()
+    found += list(batches)
+    loader.close()
+    whole = crops(packed)
+    crops_of_epoch = torch.cat([batch.crops.flatten() for batch in found])
+    assert crops_of_epoch.equal(whole[0][: len(crops_of_epoch)])
+    assert ("RANGE", "train-00000.tar") in server.asked
+
+
+def test_images_that_come_alone_through_failures_change_no_bit(packed, server, large):
+    server.fault = lambda number, method, name: "500" if number % 5 == 2 else ""
+    assert same(crops(pattern(packed, server.address)), crops(packed))
+    assert "RANGE" in {method for method, _ in server.asked}
+
+
+def test_a_shard_replaced_while_its_images_come_alone_is_one_line(packed, own_server, large):
+    data = opened(pattern(packed, own_server.address))
+    own_server.fault = replaces(own_server.folder, "RANGE")
+    loader = StepLoader(data, lambda: 0)
+    with pytest.raises(RunError, match=r"train-0000\d.tar was replaced since"):
+        next(iter(loader))
+    loader.close()
 
 
 # The cache

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pictures import write_pictures
+from ranks import Ranks
 from runs import TINY, assert_same_end, at, main_on_rank, run_tiny
 from webserver import WebServer
 
@@ -19,6 +21,7 @@ import train
 from moco.command import replay
 from moco.config import UserError
 from moco.images.packing import pack
+from moco.images.streamed import Cuts
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -81,6 +84,57 @@ def test_two_ranks_end_as_one_and_a_run_goes_on_on_one_rank(packed, two_ranks, t
         other = at(3, run_dir)["state_dict"]
         for name, value in first.items():
             torch.testing.assert_close(other[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+WIDE = [*TINY, *PLAIN, "--data.dataset", "shards", "--data.batch_size", "64"]
+WIDE += ["--model.queue_size", "128"]
+
+
+def rows_on_rank(words: list[str], folder: str) -> list[list[int]]:
+    """Train on each rank, and return the rows of the batches that it has cut."""
+    taken: list[list[int]] = []
+    cut = Cuts.__getitems__
+
+    def watched(self, batch):
+        taken.append(batch[1].tolist())
+        return cut(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cuts, "__getitems__", watched)
+        patch.setattr("moco.training.hardware.os.cpu_count", lambda: 8)
+        main_on_rank("train", [*words, "--data.num_workers", "0"], folder)
+    return taken
+
+
+def assert_same_weights(first: str, second: str) -> None:
+    for name, value in at(3, first)["state_dict"].items():
+        other = at(3, second)["state_dict"][name]
+        torch.testing.assert_close(other, value, atol=1e-6, rtol=0, msg=f"{second}: {name}")
+
+
+def test_one_two_and_four_ranks_read_64_streams_alike_and_four_go_on_as_two(tmp_path, two_ranks):
+    """The same global batches, and the same weights of an encoder without BatchNorm."""
+    write_pictures(
+        tmp_path / "files", [f"{i:03d}.png" for i in range(200)], np.random.default_rng(1)
+    )
+    pack(str(tmp_path / "files"), str(tmp_path / "set"), 0.01)
+    words = [*WIDE, "--data.root", str(tmp_path / "set")]
+    batches, worlds = {}, (Ranks(1), two_ranks, Ranks(4))
+    for ranks in worlds:
+        told = [*words, "--run.dir", f"of{ranks.world}"]
+        shares = ranks.run(rows_on_rank, told, str(tmp_path))
+        batches[ranks.world] = [[*chain(*parts)] for parts in zip(*shares, strict=True)]
+        if ranks is not two_ranks:
+            ranks.close()
+    assert [len(batch) for batch in batches[1]] == [64, 64, 64]
+    assert batches[1] == batches[2] == batches[4]
+    shutil.copytree("of4", "rest", ignore=shutil.ignore_patterns("step_*2*", "step_*3*"))
+    shutil.copy("of4/checkpoints/step_000000001.ckpt", "rest/checkpoints/last.ckpt")
+    resumed = ["--resume", "rest", "--trainer.devices", "2"]
+    rest = two_ranks.run(rows_on_rank, resumed, str(tmp_path))
+    assert [[*chain(*parts)] for parts in zip(*rest, strict=True)] == batches[1][1:]
+    for run_dir in ("of2", "of4", "rest"):
+        assert_same_weights("of1", run_dir)
 
 
 def test_knn_reads_shards_while_training_and_afterwards(packed):
