@@ -48,6 +48,7 @@ class Header(NamedTuple):
         turned: Whether its EXIF orientation is not upright.
         bands: As it is read; where no channels are asked for, its own: of a picture 1 or 3.
         windowed: Whether a DICOM file's own window makes its values.
+        pages: Of a TIFF of which the first page is read; else 1.
     """
 
     height: int
@@ -56,6 +57,7 @@ class Header(NamedTuple):
     turned: bool
     bands: int
     windowed: bool = False
+    pages: int = 1
 
 
 class Decoded(NamedTuple):
@@ -132,8 +134,8 @@ def read_header(path: str, channels: int = 3, reading: Reading = PLAIN) -> Heade
     with _opened(path, channels, reading) as image:
         if channels:
             _check_bands(path, image.bands, channels)
-        size = image.height, image.width
-        return Header(*size, image.dtype, image.turned, image.bands, image.windowed)
+        size, more = (image.height, image.width), (image.windowed, image.pages)
+        return Header(*size, image.dtype, image.turned, image.bands, *more)
 
 
 @contextlib.contextmanager

@@ -69,6 +69,7 @@ class DicomImage:
     """
 
     turned = False
+    pages = 1
 
     def __init__(self, path: str | BytesIO, windowed: bool) -> None:
         import pydicom

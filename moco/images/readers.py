@@ -32,6 +32,7 @@ class Picture:
     """An image that Pillow reads; of an animation, the first frame."""
 
     inverted = windowed = False
+    pages = 1
 
     def __init__(self, path: str, image: Image.Image, channels: int, reading: Reading) -> None:
         self.path, self.image, self.channels, self.reading = path, image, channels, reading
@@ -114,6 +115,7 @@ class ArrayFile:
     """An array in .npy: H W, H W C or C H W; C is the axis of `channels`, else the shorter one."""
 
     turned = inverted = windowed = False
+    pages = 1
 
     def __init__(self, path: str, channels: int) -> None:
         self.path, self.channels = path, channels

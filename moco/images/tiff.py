@@ -67,6 +67,7 @@ class TiffImage:
 
     Attributes:
         height, width, bands, dtype: Of what `read` returns.
+        pages: How many there are where the first one is read; else 1.
     """
 
     turned = False  # as Pillow, it turns by the tag whether or not that is asked for
@@ -87,6 +88,7 @@ class TiffImage:
         self.height, self.width = size[::-1] if self._orientation > 4 else size
         axis = self._bands_axis(channels)
         count = page.samplesperpixel if axis is None else self._series.shape[axis]
+        self.pages = len(self._series.pages) if axis is None else 1
         is_plain = not str(page.description).lstrip().startswith(_STACKS)
         self._has_palette = page.photometric == _PALETTE and is_plain and page.dtype == np.uint8
         self._kept = 3 if self._has_palette else self._without_alpha(count, channels)

@@ -123,6 +123,7 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     reading = Reading(low, high, data.exif == "apply", data.max_pixels, data.dicom_window)
     seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(_UNCUT,)))
     _say_turned(seen, reading)
+    _say_pages(seen)
     if windowed := sum(header.windowed for header in seen.headers):
         log.info(
             "%d of %d files looked at are DICOM, shown through their own window "
@@ -186,6 +187,16 @@ def _check_cut(paths: Sequence[str], channels: int, reading: Reading, seen: Seen
         log.info(
             "warning: colours of 16 bits, cut to 8 by Pillow, use %d of 256 levels in %d files "
             "looked at: pip install imagecodecs, which reads them whole", levels, len(cut),
+        )  # fmt: skip
+
+
+def _say_pages(seen: Seen) -> None:
+    several = [header.pages for header in seen.headers if header.pages > 1]
+    if several:
+        log.info(
+            "%d of %d files looked at have %d pages or more, of which the first is read: where "
+            "pages are bands set data.channels to their number",
+            len(several), len(seen.headers), min(several),
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from moco.config import DataConfig
 from moco.images.decode import BadImage, decode, read_header, read_values
 from moco.images.scaling import Reading, to_uint8
-from moco.images.values import choose_channels
+from moco.images.values import choose_channels, settle
 
 BANDS, TYPES, SIZE = (1, 2, 3, 4, 5), ("u1", "u2", "i2", "f4"), (18, 35)
 COMPRESSIONS = ("none", "lzw", "deflate")
@@ -93,6 +93,21 @@ def test_plain_pages_are_bands_where_there_are_as_many_as_channels(tmp_path, ban
     first = scaled(values[:1], Reading())
     assert torch.equal(decode(str(path), 1), first)
     assert torch.equal(decode(str(path), 3), first.repeat(3, 1, 1))  # three pages may be a document
+
+
+def test_pages_that_are_not_read_are_said_unless_channels_name_them(tmp_path, caplog):
+    caplog.set_level("INFO", logger="moco")
+    for number in range(3):
+        tifffile.imwrite(tmp_path / f"{number}.tif", image(13, "u2"), photometric="minisblack")
+    line = "3 of 3 files looked at have 13 pages or more, of which the first is read"
+    data = DataConfig(
+        root=str(tmp_path), channels=choose_channels([str(tmp_path / "0.tif")], DataConfig())
+    )
+    settle(sorted(map(str, tmp_path.glob("*.tif"))), data)
+    assert data.channels == 1 and line in caplog.text
+    caplog.clear()
+    settle(sorted(map(str, tmp_path.glob("*.tif"))), DataConfig(channels=13))
+    assert "pages" not in caplog.text
 
 
 def test_a_stack_in_time_and_depth_gives_the_bands_of_its_first_place(tmp_path):
