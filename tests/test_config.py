@@ -92,9 +92,8 @@ def test_defaults_are_in_range_and_lists_are_not_shared():
     "name, limits, kind, limit", LIMITS, ids=[f"{n[0]}-{n[3]}" for n in LIMITS]
 )
 def test_ranges_are_enforced(name, limits, kind, limit):
-    edge, small = limits[limit], 1 if kind is int else 1e-3
-    if in_list := typing.get_origin(kind) is list:
-        small = 1 if kind is list[int] else 1e-3
+    edge, in_list = limits[limit], typing.get_origin(kind) is list
+    small = 1 if kind in (int, list[int]) else max(1e-3, abs(edge) * 1e-3)  # 1e39 + 1 is 1e39
     outside = {"above": edge, "at_least": edge - small, "at_most": edge + small}[limit]
     inside = {"above": edge + small}.get(limit, edge)
     outside, inside = ([outside], [inside]) if in_list else (outside, inside)
