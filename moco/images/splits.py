@@ -45,7 +45,8 @@ def split_folders(data: DataConfig, say: bool = False) -> tuple[str, str | None]
         return top, top if in_table else None
     if say:
         rest = [name for name in names if os.path.join(top, name) not in (train, test)]
-        rest += _pictures_beside(top)
+        count = _inside(top)[1]
+        rest += [f"{count} picture{'s'[: count != 1]}"][:count]
         unused = f"; not used: {', '.join(map(shown, rest[:5]))}" if rest else ""
         base, held_out = (shown(os.path.basename(path or "none")) for path in (train, test))
         log.info("%s: trained on is %s, held out is %s%s", shown(top), base, held_out, unused)
@@ -57,12 +58,16 @@ def split_folders(data: DataConfig, say: bool = False) -> tuple[str, str | None]
     return below, test and _sole_inside(test, deeper)
 
 
-def _pictures_beside(top: str) -> list[str]:
-    """Say in words how many pictures lie in a folder itself; empty where none does."""
-    with os.scandir(top) as entries:
-        found = [e.name for e in entries if looks_like_image(extension(e.name)) and not is_dir(e)]
-    count = sum(map(visible, found))
-    return [f"{count} picture{'s'[: count != 1]}"][:count]
+def _inside(folder: str) -> tuple[list[str], int]:
+    """Return the names of the folders that lie in a folder itself, and the number of pictures.
+
+    Raises:
+        OSError: It cannot be listed.
+    """
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if visible(entry.name)]
+    names = sorted(entry.name for entry in found if is_dir(entry))
+    return names, sum(looks_like_image(extension(e.name)) and not is_dir(e) for e in found)
 
 
 def _find_splits(top: str) -> tuple[str, list[str], str | None, str | None]:
@@ -74,20 +79,17 @@ def _find_splits(top: str) -> tuple[str, list[str], str | None, str | None]:
     while True:
         seen.add(os.path.realpath(top))
         try:
-            with os.scandir(top) as entries:
-                found = [entry for entry in entries if visible(entry.name)]
+            names, pictures = _inside(top)
         except OSError:  # a folder below the root, which `walk` names
             return os.path.dirname(top), [], None, None
-        names = sorted(entry.name for entry in found if is_dir(entry))
         train, held_out = _named_splits(names)
-        has_images = any(looks_like_image(extension(e.name)) and not is_dir(e) for e in found)
-        holding = names if len(names) == 1 or has_images or held_out else _holding(top, names)
+        holding = names if len(names) == 1 or pictures or held_out else _holding(top, names)
         # Among other folders `train` may be a class of images, unless one is a held-out split.
         if train and (held_out or holding == [train]):
             test = _labelled_first(top, train, held_out)
             return top, names, os.path.join(top, train), test
         deeper = os.path.join(top, holding[0]) if len(holding) == 1 else top
-        if has_images or os.path.realpath(deeper) in seen:
+        if pictures or os.path.realpath(deeper) in seen:
             return top, names, None, None
         top = deeper
 
@@ -124,13 +126,12 @@ def _sole_inside(folder: str, most: int | None = None) -> str:
     while (real := os.path.realpath(folder)) not in seen and len(seen) != most:
         seen.add(real)
         try:
-            with os.scandir(folder) as entries:
-                found = [entry for entry in entries if visible(entry.name)]
+            names, pictures = _inside(folder)
         except OSError:  # which `walk` names
             return folder
-        if any(looks_like_image(extension(e.name)) and not is_dir(e) for e in found):
+        if pictures:
             return folder
-        names = _holding(folder, sorted(entry.name for entry in found if is_dir(entry)))
+        names = _holding(folder, names)
         folder = os.path.join(folder, names[0]) if len(names) == 1 else folder
     return folder
 
