@@ -79,6 +79,15 @@ def two_ranks():
     ranks.close()
 
 
+@pytest.fixture(autouse=True)
+def own_log():
+    """Undo what a command in this process made of the log, so that the next test hears it."""
+    yield
+    log = logging.getLogger("moco")
+    log.handlers.clear()
+    log.propagate = True
+
+
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     """Run the test in a temporary directory."""
