@@ -131,8 +131,9 @@ class Comparison:
         better, even, worse = (
             _listed([row for row in self.baselines if row.side == side]) for side in (1, 0, -1)
         )
-        tries = [*filter(None, map(_settle, self.baselines))] or [TRY]
-        what_to_try = "; ".join([*findings, *tries, *self._with_few_labels()])
+        # More test images settle what is even; they do not mend what is worse.
+        tries = [] if worse else [*filter(None, map(_settle, self.baselines))]
+        what_to_try = "; ".join([*findings, *(tries or [TRY]), *self._with_few_labels()])
         if not self._beats_chance:
             return f"Not better than naming the largest class every time: {what_to_try}."
         if self.is_better:

@@ -121,6 +121,8 @@ SENTENCES = {
     "Not better than raw pixels by more than chance: score 1.3 times as many test images.": (
         judged(803, pixels=[800]), False,
     ),
+    "Worse than raw pixels, not better than the untrained networks by more than chance: train "
+    "longer (trainer": (judged(803, untrained=[800, 800, 800], pixels=[900]), False),
     "Not better than naming the largest class every time: train longer": (
         judged(255, untrained=[100, 110], pixels=[100]), False,
     ),
