@@ -1,17 +1,19 @@
 """Which measure without labels follows accuracy?  A study over runs of different quality.
 
-    python benchmarks/quality.py --root CIFAR10_FOLDER [--epochs 15] [--views 4] [--seeds 1]
+    python benchmarks/quality.py --root CIFAR10_FOLDER [--epochs 15] [--seeds 1] [--rows FILE]
 
 Trains `configs/cifar10_cpu.yaml` with other rates, temperatures, crops, colours, key momenta and
 queues, one of them collapsed, measures each network on test images, trains a linear classifier on
 it, and prints the rank correlation of each measure with its accuracy (Spearman's, with a bootstrap
 interval over the runs). Measures are read on the backbone's features and on the head's output.
 `cluster_learnability` (arXiv:2206.01251) is here alone: how often the nearest of half of the images
-lies in the same of 100 k-means clusters. The last line is one JSON object.
+lies in the same of 100 k-means clusters. The last line is one JSON object. A run takes minutes:
+with `--rows FILE` each is written there when it is measured, and not repeated at the next start.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -43,15 +45,15 @@ RUNS = {
     "rate 0.03": ["--optim.lr", "0.03"],
     "rate 0.3": ["--optim.lr", "0.3"],
     "temperature 0.03": ["--model.temperature", "0.03"],
-    "temperature 0.5": ["--model.temperature", "0.5"],
     "temperature 1": ["--model.temperature", "1"],
     "crops from 0.8": ["--data.crop_min", "0.8"],
     "crops from 0.05": ["--data.crop_min", "0.05"],
     "no colours": ["--data.jitter", "0", "--data.grey", "0"],
     "keys stand still": ["--model.key_momentum", "1"],
     "queue of one batch": ["--model.queue_size", "256"],
-    "head linear": ["--model.head", "linear"],
     "collapsed": ["--optim.weight_decay", "0.5", "--optim.lr", "0.5"],
+    "temperature 0.5": ["--model.temperature", "0.5"],
+    "head linear": ["--model.head", "linear"],
 }
 CLUSTERS = 100
 
@@ -114,9 +116,12 @@ def study(options: Any, folder: Path) -> dict[str, Any]:
     source = source.rows(torch.arange(min(len(source), options.images)))
     views = PretrainData(config, 0, False, False, source)
     views.prepare(torch.device("cpu"))
-    rows: dict[str, dict[str, float]] = {}
+    kept = Path(options.rows) if options.rows else folder / "rows.json"
+    rows: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
     for seed in range(options.seeds):
         for name, words in list(RUNS.items())[: options.runs]:
+            if f"{name}, seed {seed}" in rows:
+                continue
             where = folder / f"{name} {seed}".replace(" ", "_")
             words = [*RECIPE, *options.words, *words, "--run.dir", str(where)]
             words += ["--data.root", options.root]
@@ -132,7 +137,7 @@ def study(options: Any, folder: Path) -> dict[str, Any]:
                 continue
             found = judge(result["checkpoint"], views, options.views // 2)
             rows[f"{name}, seed {seed}"] = {"linear": top1, "knn": result["knn_top1"], **found}
-            progress(f"{name}: {rows[f'{name}, seed {seed}']}")
+            kept.write_text(json.dumps(rows, indent=1))
     names = [name for name in next(iter(rows.values())) if name != "linear"]
     values = {n: np.array([row[n] for row in rows.values()]) for n in ("linear", *names)}
     correlation = {}
@@ -165,6 +170,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--images", type=int, default=2000, help="test images that are measured")
     parser.add_argument("--batch", type=int, default=250, help="of the measured images")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rows", help="JSON file of the runs that are measured")
     parser.add_argument("--runs", type=int, default=len(RUNS), help="only the first so many")
     parser.add_argument("--words", nargs="*", default=[], help="settings of all runs: NAME=VALUE")
     options = parser.parse_args(argv)
