@@ -13,18 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from moco.images.formats import (
-    BadImage,
-    Member,
-)
+from moco.images.formats import BadImage, Member
 from moco.images.scaling import Reading, to_uint8, upright
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-
-
+BYTE, SHORT, FLOAT = np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32)
 _ORIENTATION = 0x0112
-
-
 _METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where it may stand
 
 
@@ -39,18 +33,17 @@ class Picture:
         self.height, self.width, bands = image.height, image.width, len(image.getbands())
         self.bands = channels if channels in (1, 3, 4) else bands  # Pillow converts
         # Of several bands Pillow cuts 16 bits to 8. A PPM names its own maximum.
-        self._is_cut = bands > 1 and ";16" in str(image.tile)
+        self._is_cut = bands > 1 and image.format != "JPEG" and ";16" in str(image.tile)
         grey = image.mode == "F" or image.mode.startswith("I")
         self._is_deep = grey and not (image.tile and image.tile[0][0] == "ppm")
         if channels == 0:
             is_grey = grey or image.mode in ("1", "L", "LA", "La") or "LA;16" in str(image.tile)
             self.bands = 1 if is_grey else 3
-        deep = self._is_cut or self._is_deep
-        self.dtype = np.dtype(
-            (np.float32 if image.mode == "F" else np.uint16) if deep else np.uint8
-        )
-        self.turned = self._orientation() in range(2, 9)
-        if reading.turn and self._orientation() in range(5, 9):
+        deep = FLOAT if image.mode == "F" else SHORT
+        self.dtype = deep if self._is_cut or self._is_deep else BYTE
+        orientation = self._orientation()
+        self.turned = orientation in range(2, 9)
+        if reading.turn and orientation in range(5, 9):
             self.height, self.width = self.width, self.height
 
     def __enter__(self) -> Picture:
