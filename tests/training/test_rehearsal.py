@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 FOLDER = str(Path(__file__).parents[2] / "configs" / "folder.yaml")
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--run.knn_every", "0"]
 CPU += ["--run.report", "false"]
+CPU += ["--optim.schedule", "cosine"]  # not by the clock: how many steps is then asked before
 
 
 @pytest.fixture
