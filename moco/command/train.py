@@ -98,6 +98,8 @@ def settle(argv: Sequence[str], has_module: bool = False) -> dict[str, Any]:
     log_to_stderr()
     log.info("importing torch, Lightning and timm takes some seconds")
     _start_ranks(config)
+    if extra["resume"] == "auto" and not resume and config.run.dir:
+        resume = "auto"  # the process before may save its first checkpoint there until this begins
     options = {name: extra[name] for name in ("init_from", "allow_partial")}
     options |= {"extend_by": extra["extend"], "accept_jump": extra["yes"], "command": argv}
     return {"config": config, "resume": resume, "recipe": recipe, **options}

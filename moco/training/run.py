@@ -131,7 +131,8 @@ def _pretrain(
             place = None if is_new else str(run_dir)
             return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
         with distributed.together():
-            if is_new and not config.run.plan and distributed.rank() == 0:
+            is_free = is_new and resume != "auto" and not config.run.plan
+            if is_free and distributed.rank() == 0:
                 held.enter_context(sole_run(run_dir, is_new))
         decided, module, data, pace = _build(settings, stored, source, run_dir, weights)
         decided.held_out = len(held_out or ())
@@ -221,13 +222,18 @@ def _begin(
 ) -> tuple[TrainConfig, Path, Path | None, bool]:
     """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
 
-    It runs on rank 0 alone, which tells the others. A run that goes on is kept to itself from here
-    on: until then the process before, which still saves, may have taken further steps.
+    It runs on rank 0 alone, which tells the others. A run that goes on, or may go on, is kept to
+    itself from here on: until then the process before, which still saves, may have taken further
+    steps, or the first ones.
     """
+    is_sought = resume == "auto" and not config.run.plan
+    if is_sought:
+        held.enter_context(sole_run(Path(config.run.dir), is_new=False))
     run_dir, checkpoint = (find_run(resume, config.run.dir) if resume else None) or (None, None)
     if run_dir:
-        held.enter_context(sole_run(run_dir, is_new=False))
-        if not Path(resume).is_file():
+        if not is_sought:
+            held.enter_context(sole_run(run_dir, is_new=False))
+        if resume == "auto" or not Path(resume).is_file():
             _, checkpoint = find_run(str(run_dir), "")
             checkpoint = before_decay(run_dir, checkpoint) if is_extended else checkpoint
         return config, run_dir, checkpoint, False
