@@ -47,7 +47,14 @@ from moco.training.hardware import name_device, own_device
 from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.settling import decide_how, expected_steps, settle
-from moco.training.stored import Stored, before_decay, extend, read_stored, say_finished
+from moco.training.stored import (
+    Stored,
+    before_decay,
+    extend,
+    last_readable,
+    read_stored,
+    say_finished,
+)
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
 
@@ -234,7 +241,7 @@ def _begin(
         if not is_sought:
             held.enter_context(sole_run(run_dir, is_new=False))
         if resume == "auto" or not Path(resume).is_file():
-            _, checkpoint = find_run(str(run_dir), "")
+            checkpoint = last_readable(run_dir)
             checkpoint = before_decay(run_dir, checkpoint) if is_extended else checkpoint
         return config, run_dir, checkpoint, False
     run_dir = new_run(config, recipe)
