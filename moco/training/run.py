@@ -41,7 +41,7 @@ from moco.training.build import (
     build_data,
     build_module,
 )
-from moco.training.decide import Decided
+from moco.training.decide import Decided, check_held
 from moco.training.explain import fit
 from moco.training.hardware import name_device, own_device
 from moco.training.own import NOTHING, Own
@@ -201,6 +201,8 @@ def _build(
             check_encoder(module.query_encoder, settings.config)
         has_begun = bool(stored and stored.decided)
         data = build_data(settings.config, decided, source, run_dir, weights[2], has_begun)
+        if stored and stored.decided:
+            check_held(decided, stored.decided)
     if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
         root = data.config.root
         read = sources.identify(data.source, root)
