@@ -35,7 +35,7 @@ class Decided:
             or one per channel; empty where the images need none.
         is_open: Whether the clock has still to fix how long the run is (`moco.training.clock`).
         held_out: Images that were set aside; None where a version has not noted it.
-        images: Those that are trained on: of resident ones, those that could be read; None as above.
+        images: How many are trained on, of resident ones those that could be read; None as above.
     """
 
     accelerator: str
