@@ -180,7 +180,12 @@ def run_of(checkpoint: Path) -> Path | None:
 
 def last_whole(run_dir: Path) -> Path | None:
     """Return the newest checkpoint that is whole: last.ckpt, unless it is torn or left behind."""
-    return next((path for path in _checkpoints(run_dir) if is_whole(path)), None)
+    return next(whole_ones(run_dir), None)
+
+
+def whole_ones(run_dir: Path) -> Iterator[Path]:
+    """Yield a run's whole checkpoints, the one to go on from first."""
+    return (path for path in _checkpoints(run_dir) if is_whole(path))
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
@@ -208,7 +213,8 @@ def is_whole(path: Path) -> bool:
     """Tell whether a checkpoint was written to its end and still reads as it was written.
 
     A torn archive lacks its directory, which stands at the end. Checksums find damaged bytes; torch
-    does not compare them.
+    does not compare them. They do not cover the directory: `moco.training.stored` finds what torch
+    cannot read for that reason.
     """
     try:
         with zipfile.ZipFile(path) as archive:

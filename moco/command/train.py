@@ -80,7 +80,7 @@ def settle(argv: Sequence[str], has_module: bool = False) -> dict[str, Any]:
     if found := find_run(resume, config.run.dir) if resume else None:
         # A resumed run starts from its own settings; those on the command line override them, and
         # `pretrain` checks that the run may go on with them.
-        stored = _stored_settings(*found, config.run.dir)
+        stored = _stored_settings(*found, config.run.dir, not Path(resume).is_file())
         config, extra = cli.parse(parser, TrainConfig, argv, stored)
         check_stored_root(config.data, stored["data"])
     if resume == "auto":
@@ -98,6 +98,8 @@ def settle(argv: Sequence[str], has_module: bool = False) -> dict[str, Any]:
     log_to_stderr()
     log.info("importing torch, Lightning and timm takes some seconds")
     _start_ranks(config)
+    if extra["resume"] == "auto" and not resume and config.run.dir:
+        resume = "auto"  # the process before may save its first checkpoint there until this begins
     options = {name: extra[name] for name in ("init_from", "allow_partial")}
     options |= {"extend_by": extra["extend"], "accept_jump": extra["yes"], "command": argv}
     return {"config": config, "resume": resume, "recipe": recipe, **options}
@@ -117,12 +119,15 @@ def _check_extras(extra: dict[str, Any], resume: str) -> None:
         raise UserError("--yes is about --extend: leave it out")
 
 
-def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dict[str, Any]:
+def _stored_settings(
+    run_dir: Path | None, checkpoint: Path, wanted: str, is_newest: bool
+) -> dict[str, Any]:
     """Return the settings of the run to resume: its config.yaml's, or else its checkpoint's.
 
     Args:
         run_dir, checkpoint: What `find_run` has found.
         wanted: `run.dir` of the command line, where a copied checkpoint may go on.
+        is_newest: Whether no checkpoint was named, so that the newest that can be read is meant.
     """
     if run_dir and wanted and Path(wanted).absolute() != run_dir.absolute():
         raise UserError(
@@ -131,8 +136,10 @@ def _stored_settings(run_dir: Path | None, checkpoint: Path, wanted: str) -> dic
         )
     if run_dir and (stored := stored_groups(run_dir)):
         return stored
-    from moco.training.stored import load_stored  # imports torch, so it waits until it is needed
+    # It imports torch, so it waits until it is needed.
+    from moco.training.stored import last_readable, load_stored
 
+    checkpoint = last_readable(run_dir) if run_dir and is_newest else checkpoint
     stored = asdict(TrainConfig.from_dict(load_stored(checkpoint)["config"]))
     if not run_dir:
         stored["run"]["dir"] = ""

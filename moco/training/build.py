@@ -128,7 +128,7 @@ def build_data(
     )
     report = None if config.run.plan else str(run_dir / "bad_files.txt")  # a plan leaves nothing
     data.prepare(own_device(config), report, decided.compile)
-    decided.resident = data.resident
+    decided.resident, decided.images = data.resident, len(data.source)
     return data
 
 

@@ -35,6 +35,7 @@ class Decided:
             or one per channel; empty where the images need none.
         is_open: Whether the clock has still to fix how long the run is (`moco.training.clock`).
         held_out: Images that were set aside; None where a version has not noted it.
+        images: How many are trained on, of resident ones those that could be read; None as above.
     """
 
     accelerator: str
@@ -51,6 +52,7 @@ class Decided:
     settings: dict[str, Any] = field(default_factory=dict)
     is_open: bool = False
     held_out: int | None = None
+    images: int | None = None
 
     @property
     def world(self) -> int:
@@ -61,7 +63,8 @@ class Decided:
     def from_dict(cls, stored: Any) -> Decided | None:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
-        needed = known - {"query_bn", "min_value", "max_value", "settings", "is_open", "held_out"}
+        newer = {"query_bn", "min_value", "max_value", "settings", "is_open", "held_out", "images"}
+        needed = known - newer
         fits = isinstance(stored, dict) and needed <= stored.keys() <= known
         return cls(**stored) if fits else None
 
@@ -161,6 +164,28 @@ def _as_before(config: TrainConfig, before: Decided, asked: TrainConfig, world: 
     query_bn = before.query_bn or config.model.query_bn
     model = replace(config.model, key_bn=before.key_bn, query_bn=query_bn, compile=compiled)
     return replace(config, trainer=trainer, model=model)
+
+
+def check_held(decided: Decided, before: Decided) -> None:
+    """Raise UserError where a resumed run would read its images in another way than it began.
+
+    Args:
+        decided: What was done with the images.
+        before: What the run has decided.
+    """
+    kinds = {"": "", "streamed": "streamed", "memory": "resident", "device": "resident"}
+    now, then = kinds[decided.resident], kinds[before.resident]
+    if then and now != then:
+        raise UserError(
+            f"--resume: the run's images are {then}, and {now} ones are cut from other numbers: "
+            "leave data.resident out, or start a new run with --init_from"
+        )
+    if before.images not in (None, decided.images):
+        raise UserError(
+            f"--resume: {decided.images} images can be read, and the run has {before.images}, so "
+            "each epoch would have other batches: see bad_files.txt in the run directory and put "
+            "the files back as they were, or start a new run with --init_from"
+        )
 
 
 def _resident_here(config: TrainConfig, before: Decided) -> str:

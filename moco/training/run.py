@@ -41,13 +41,20 @@ from moco.training.build import (
     build_data,
     build_module,
 )
-from moco.training.decide import Decided
+from moco.training.decide import Decided, check_held
 from moco.training.explain import fit
 from moco.training.hardware import name_device, own_device
 from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.settling import decide_how, expected_steps, settle
-from moco.training.stored import Stored, before_decay, extend, read_stored, say_finished
+from moco.training.stored import (
+    Stored,
+    before_decay,
+    extend,
+    last_readable,
+    read_stored,
+    say_finished,
+)
 from moco.training.tracking import finish
 from moco.training.trial import check_encoder
 
@@ -131,7 +138,8 @@ def _pretrain(
             place = None if is_new else str(run_dir)
             return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
         with distributed.together():
-            if is_new and not config.run.plan and distributed.rank() == 0:
+            is_free = is_new and resume != "auto" and not config.run.plan
+            if is_free and distributed.rank() == 0:
                 held.enter_context(sole_run(run_dir, is_new))
         decided, module, data, pace = _build(settings, stored, source, run_dir, weights)
         decided.held_out = len(held_out or ())
@@ -193,6 +201,8 @@ def _build(
             check_encoder(module.query_encoder, settings.config)
         has_begun = bool(stored and stored.decided)
         data = build_data(settings.config, decided, source, run_dir, weights[2], has_begun)
+        if stored and stored.decided:
+            check_held(decided, stored.decided)
     if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
         root = data.config.root
         read = sources.identify(data.source, root)
@@ -221,14 +231,19 @@ def _begin(
 ) -> tuple[TrainConfig, Path, Path | None, bool]:
     """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
 
-    It runs on rank 0 alone, which tells the others. A run that goes on is kept to itself from here
-    on: until then the process before, which still saves, may have taken further steps.
+    It runs on rank 0 alone, which tells the others. A run that goes on, or may go on, is kept to
+    itself from here on: until then the process before, which still saves, may have taken further
+    steps, or the first ones.
     """
+    is_sought = resume == "auto" and not config.run.plan
+    if is_sought:
+        held.enter_context(sole_run(Path(config.run.dir), is_new=False))
     run_dir, checkpoint = (find_run(resume, config.run.dir) if resume else None) or (None, None)
     if run_dir:
-        held.enter_context(sole_run(run_dir, is_new=False))
-        if not Path(resume).is_file():
-            _, checkpoint = find_run(str(run_dir), "")
+        if not is_sought:
+            held.enter_context(sole_run(run_dir, is_new=False))
+        if resume == "auto" or not Path(resume).is_file():
+            checkpoint = last_readable(run_dir)
             checkpoint = before_decay(run_dir, checkpoint) if is_extended else checkpoint
         return config, run_dir, checkpoint, False
     run_dir = new_run(config, recipe)

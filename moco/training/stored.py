@@ -12,7 +12,7 @@ import torch
 
 from moco.algorithm.optim import key_momentum, learning_rate
 from moco.config import TrainConfig, UserError, unknown_settings
-from moco.run_directory import BEFORE_DECAY, VERSION, is_whole, stored_groups
+from moco.run_directory import BEFORE_DECAY, VERSION, is_whole, stored_groups, whole_ones
 from moco.training.autoconfigure import Settings
 from moco.training.build import steps_per_epoch, total_steps
 from moco.training.decide import Decided
@@ -42,6 +42,22 @@ def load_stored(checkpoint: Path) -> dict[str, Any]:
             f"--resume {checkpoint} is not a checkpoint of train.py: start from it with --init_from"
         )
     return stored
+
+
+def last_readable(run_dir: Path) -> Path:
+    """Return the newest checkpoint of a run that is whole and that can be read.
+
+    Raises:
+        UserError: There is none.
+    """
+    for path in whole_ones(run_dir):
+        try:
+            load_stored(path)
+        except UserError as error:
+            log.warning("%s; the one before is taken", str(error).partition(": ")[0])
+        else:
+            return path
+    raise UserError(f"--resume {run_dir} holds no checkpoint that can be read: start a new run")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Bugs that shipped in this field, each as a deliberately broken MoCo that a check must refuse.
 
 Every check is run on MoCo itself, which passes, and on the broken one, which fails. Sources are
-named where the bug was reported.
+named where the bug was reported; elsewhere what it breaks.
 Shapes: N images per device, C embedding, K queue, W devices.
 """
 
@@ -18,8 +18,12 @@ from moco import distributed
 from moco.algorithm import pretrain
 from moco.algorithm.contrast import KeyQueue
 from moco.algorithm.pretrain import MoCo
-from moco.config import OptimConfig
+from moco.config import DataConfig, OptimConfig
 from moco.evaluation.features import extract_features
+from moco.evaluation.finetune import train_linear
+from moco.images.image_source import ImageSource
+from moco.images.labelled import LabelledData, RandomCrops
+from moco.judge_config import LinearConfig
 
 IMAGE_SIZE, COUNT = 16, 8
 
@@ -121,7 +125,7 @@ class RandomBank(MoCo):
 
 
 class LongKeys(MoCo):
-    """Keys are enqueued as the encoder gives them."""
+    """Keys are enqueued as the encoder gives them, without the official builder.py's normalize."""
 
     def encode_keys(self, *arguments):
         return 3 * super().encode_keys(*arguments)
@@ -183,6 +187,29 @@ def test_validation_that_moves_something(broken):
     check_reading(MoCo)
     with pytest.raises(AssertionError):
         check_reading(broken)
+
+
+# A probe that trains BatchNorm
+
+
+def check_probe(kind: type[MoCo]) -> None:
+    """A linear classifier is trained on images, and the encoder below it stays as it is."""
+    module = build(kind).float().train()
+    before = state(module)
+    pixels = torch.randint(0, 255, (12, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    source = ImageSource("set", pixels, [], torch.arange(12) % 2, ["a", "b"], 3)
+    images = LabelledData(source, DataConfig(image_size=IMAGE_SIZE))
+    networks = {"encoder": (module.query_encoder.backbone, [0.1])}
+    settings = LinearConfig(epochs=1, batch_size=6, milestones=[])
+    train_linear(networks, RandomCrops(images, 0.5, seed=0), settings, torch.device("cpu"))
+    assert changed(before, module) == []
+
+
+def test_probe_that_trains_batch_norm():
+    """As in kdexd/virtex, issue 16, and lightly-ai/lightly, issue 1438."""
+    check_probe(MoCo)
+    with pytest.raises(AssertionError):
+        check_probe(ReadsInTrainMode)
 
 
 # A gradient divided by the world
@@ -297,8 +324,17 @@ class AveragesStatistics(MoCo):
                     key.lerp_(query, 1 - self.model_config.key_momentum)
 
 
+class StaleHead(MoCo):
+    """The head stays behind: Lightning-Universe/lightning-bolts, issue 1059."""
+
+    def update_key_encoder(self):
+        head = copy.deepcopy(self.key_encoder.head.state_dict())
+        super().update_key_encoder()
+        self.key_encoder.head.load_state_dict(head)
+
+
 class TurnsAround(MoCo):
-    """The shares of key and query are swapped."""
+    """The shares of key and query are swapped, against equation 2 of 1911.05722."""
 
     def update_key_encoder(self):
         with torch.no_grad():
@@ -307,7 +343,7 @@ class TurnsAround(MoCo):
                 key.lerp_(query, self.model_config.key_momentum)
 
 
-@pytest.mark.parametrize("broken", [AveragesStatistics, TurnsAround])
+@pytest.mark.parametrize("broken", [AveragesStatistics, StaleHead, TurnsAround])
 def test_update_of_the_key_encoder(broken):
     check_update(MoCo)
     with pytest.raises(AssertionError):
@@ -327,7 +363,7 @@ def check_start(kind: type[MoCo]) -> None:
 
 
 class FreshHead(MoCo):
-    """The key encoder has a projection head of its own."""
+    """The key encoder has a head of its own: Algorithm 1 (1911.05722) begins with f_k = f_q."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -337,7 +373,7 @@ class FreshHead(MoCo):
 
 
 class LearningKeys(MoCo):
-    """The key encoder is trained by gradient."""
+    """The key encoder is trained by gradient, which section 3.2 of 1911.05722 rules out."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -376,7 +412,7 @@ class ForgetfulQueue(KeyQueue):
 
 
 class Forgets(MoCo):
-    """The queue starts anew after a resume."""
+    """The queue starts anew after a resume; the official builder.py registers it as a buffer."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)

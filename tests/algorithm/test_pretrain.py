@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,20 @@ def _masks_on_rank() -> list:
     module.query_encoder.head = nn.Sequential(dropout, module.query_encoder.head)
     train(module, make_batches(make_views(16, steps=2), world, rank, True, False), world)
     return masks
+
+
+def test_masks_belong_to_the_seed_the_step_the_batch_and_the_rank(monkeypatch):
+    module, drawn = make_module(), {}
+    module.optimizers = lambda **_: SimpleNamespace(param_groups=[])
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    for place in [*places, *places]:
+        module.seed, step, batch, number = place
+        monkeypatch.setattr(pretrain, "rank", lambda number=number: number)
+        monkeypatch.setattr(MoCo, "global_step", step)
+        module.on_train_batch_start(None, batch)
+        drawn.setdefault(place, []).append(torch.rand(3).tolist())
+    assert all(first == again for first, again in drawn.values())
+    assert len({tuple(first) for first, _ in drawn.values()}) == len(places)
 
 
 def test_each_rank_and_each_batch_draws_its_own_masks(two_ranks):

@@ -165,6 +165,36 @@ def test_settings_given_anew_have_the_last_word(many_cores, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("begun", "given", "words"),
+    [("memory", "off", "resident, and streamed"), ("off", "memory", "streamed, and resident")],
+)
+def test_a_resume_that_would_hold_its_images_otherwise_is_refused(images, begun, given, words):
+    """Views of decoded images are cut from floats, those of streamed ones from bytes."""
+    trained(
+        images, "--data.resident", begun, "--data.num_workers", "0", "--trainer.max_epochs", "1"
+    )
+    before = Path("run/config.yaml").read_text()
+    with pytest.raises(UserError, match=f"images are {words} ones .*leave data.resident out"):
+        train.main(["--resume", "run/checkpoints/step_000000001.ckpt", "--data.resident", given])
+    assert Path("run/config.yaml").read_text() == before
+
+
+def test_a_resume_whose_images_can_be_read_otherwise_is_refused(copied):
+    """One more or less would shift the index of all behind it, and the length of an epoch."""
+    first = copied / "00.jpg"
+    whole = first.read_bytes()
+    first.write_bytes(whole[:200])
+    run_tiny(copied, "--data.max_bad_fraction", "0.1", "--trainer.max_epochs", "1")
+    assert at(1)["decided"]["images"] == 47
+    step = ["--resume", "run/checkpoints/step_000000001.ckpt"]
+    first.write_bytes(whole)
+    with pytest.raises(UserError, match="48 images can be read, and the run has 47"):
+        train.main(step)
+    first.write_bytes(whole[:200])
+    assert train.main(step)["steps"] == 2
+
+
+@pytest.mark.parametrize(
     ("changes", "devices", "parts"),
     [
         ({"precision": "16-mixed"}, 2, ("16-mixed", "a GPU", "--init_from")),

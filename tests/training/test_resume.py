@@ -18,6 +18,7 @@ from runs import TINY, assert_same_end, at, load, main_on_rank, run_tiny, same, 
 
 import train
 from moco.config import UserError
+from moco.run_directory import is_whole, sole_run
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -77,6 +78,31 @@ def test_a_torn_last_checkpoint_falls_back_to_the_one_before(images):
     assert train.main(["--resume", "run"])["steps"] == 6
     assert_same_end("whole", "run")
     assert at(6)["global_step"] == 6, "the torn file is replaced"
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_checkpoint_that_torch_cannot_read_falls_back_to_the_one_before(images, said, config):
+    """Its archive's directory has a flipped bit, which no checksum covers."""
+    trained(images, run_dir="whole")
+    shutil.copytree("whole", "run")
+    newest, last = Path("run/checkpoints/step_000000006.ckpt"), Path("run/checkpoints/last.ckpt")
+    content = bytearray(newest.read_bytes())
+    content[content.rindex(b"PK\6\6") + 16] ^= 2  # the number of this disk, of which there is one
+    last.unlink()
+    newest.write_bytes(content)
+    os.link(newest, last)
+    if not config:
+        Path("run/config.yaml").unlink()
+    assert is_whole(last)
+    with pytest.raises(RuntimeError):
+        load(last)
+    assert train.main(["--resume", "run"])["steps"] == 6
+    assert_same_end("whole", "run")
+    assert any("last.ckpt cannot be read" in line and "the one before" in line for line in said)
+    for path in Path("run/checkpoints").iterdir():
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="run holds no checkpoint that can be read: start a new"):
+        train.main(["--resume", "run"])
 
 
 def test_resuming_twice_from_the_end_of_an_epoch(images):
@@ -181,6 +207,33 @@ def test_auto_goes_on_with_a_run_that_was_moved(images):
     result = train.main(["--resume", "auto"])
     assert (result["run_dir"], result["steps"]) == ("runs/moved", 3)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("moment", ["importing", "locking"])
+def test_auto_goes_on_with_what_is_first_saved_while_it_starts(images, monkeypatch, moment):
+    """As where rank 0 outlives its launcher until its first checkpoint is written."""
+    trained(images, "--trainer.max_epochs", "1", run_dir="whole")
+    shutil.copytree("whole", "before", ignore=shutil.ignore_patterns("last*", "*2.ckpt", "*3.ckpt"))
+    config = Path("before/config.yaml")
+    config.write_text(config.read_text().replace("dir: whole", "dir: run"))
+
+    def save(*words):
+        shutil.copytree("before", "run")
+
+    def lock(run_dir, is_new):
+        save()
+        return sole_run(run_dir, is_new)
+
+    where, what = {
+        "importing": ("moco.command.train.start_ranks", save),
+        "locking": ("moco.training.run.sole_run", lock),
+    }[moment]
+    monkeypatch.setattr(where, what)
+    result = run_tiny(images, "--trainer.max_epochs", "1", "--resume", "auto")
+    assert (result["run_dir"], result["steps"]) == ("run", 3)
+    assert_same_end("whole", "run")
+    rows = Path("run/metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == list("123")
 
 
 def test_a_resumed_run_goes_on_from_what_the_process_before_saved_last(images, monkeypatch, said):

@@ -191,6 +191,10 @@ def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused():
 def test_resume_auto_starts_anew_and_then_goes_on():
     first = run_small("run", *UNREAD, "--resume", "auto", "--trainer.max_epochs", "1")
     assert first["steps"] == 3
+    written = Path("run/checkpoints/last.ckpt").stat().st_mtime_ns
+    again = run_small("run", *UNREAD, "--resume", "auto", "--trainer.max_epochs", "1")
+    assert (again["steps"], again["run_dir"]) == (3, "run")
+    assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == written, "it was finished"
     os.truncate("run/checkpoints/last.ckpt", 1000)  # and the newest step_N, which is the same file
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         train.main(["--resume", "run"])
