@@ -113,7 +113,7 @@ def test_the_line_that_an_export_prints_loads_its_network(tmp_path, capsys, kind
         torch.save(prefixed("backbone.", state), path)
     else:
         stem = {"narrow": "imagenet", "patch": "patch"}.get(kind, "cifar")
-        width = 1 if kind == "grey" else 0.5
+        width = 1 if kind in ("grey", "patch") else 0.5
         channels = 1 if kind == "grey" else 3
         save_ours(path, ModelConfig(backbone="resnet18", stem=stem, width=width), channels)
     result = room.export(path, "safetensors", out)
