@@ -56,6 +56,8 @@ def load_safetensors(path, name):
         network = timm.create_model(name, num_classes=0, in_chans=about["channels"], **options)
         if about["stem"] == "cifar":
             cifar_stem(network, about["channels"])
+        elif about["stem"] == "patch":
+            cifar_stem(network, about["channels"], 4, 2)
     network.load_state_dict(state, assign=True)
     return network.eval(), about
 
@@ -149,8 +151,8 @@ def torch_free_pickle(path):
     return pickle.loads(content)
 
 
-def cifar_stem(network, channels):
-    network.conv1 = nn.Conv2d(channels, network.bn1.num_features, 3, 1, 1, bias=False)
+def cifar_stem(network, channels, size=3, stride=1):
+    network.conv1 = nn.Conv2d(channels, network.bn1.num_features, size, stride, 1, bias=False)
     network.maxpool = nn.Identity()
 
 

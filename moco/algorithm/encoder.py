@@ -31,6 +31,8 @@ TORCHVISION_RESNETS = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
+# Side, stride and padding of a ResNet's first convolution; max-pooling follows imagenet's alone.
+STEMS = {"imagenet": (7, 2, 3), "cifar": (3, 1, 1), "patch": (4, 2, 1)}
 
 
 class Encoder(nn.Module):
@@ -249,11 +251,11 @@ def _set_stem(backbone: nn.Module, config: ModelConfig, channels: int) -> None:
     """Replace the first convolution where another stem or width is asked for."""
     if config.stem == "imagenet" and config.width == 1:
         return
-    cifar = config.stem == "cifar"
-    size, stride, padding = (3, 1, 1) if cifar else (7, 2, 3)
+    if config.stem not in STEMS:
+        raise ValueError(f"the stems are {', '.join(STEMS)}")
     last = [m for m in backbone.conv1.modules() if isinstance(m, nn.Conv2d)][-1]
     width = last.out_channels
-    backbone.conv1 = nn.Conv2d(channels, width, size, stride, padding, bias=False)
+    backbone.conv1 = nn.Conv2d(channels, width, *STEMS[config.stem], bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if cifar:
+    if config.stem != "imagenet":
         backbone.maxpool = nn.Identity()

@@ -86,7 +86,7 @@ def identify(
         if name not in told:
             raise UserError(f"{contents.path} ({contents.layout} layout) does not {question}")
     channels = said.get("channels") or count_channels(model.backbone, part)
-    default = vit_image_size(part) or (32 if model.stem == "cifar" else 224)
+    default = vit_image_size(part) or (224 if model.stem == "imagenet" else 32)
     sizes = {"channels": channels, "image_size": image_size or said.get("image_size") or default}
     _check_sizes(contents, sizes | {"width": model.width}, model, told)
     given = {name: said.get(name, []) for name in ("mean", "std")}
@@ -168,7 +168,7 @@ def build(architecture: Architecture, with_head: bool) -> tuple[nn.Module, nn.Mo
         feature_dim = width_of_features(network)
     if model.stem == "cifar" and "stem_padding" in variant:
         network.conv1.padding = (int(variant["stem_padding"]),) * 2
-    if model.stem == "cifar" and not variant.get("stem_relu", True):
+    if model.stem != "imagenet" and not variant.get("stem_relu", True):
         network.act1 = nn.Identity()
     return network, head, feature_dim
 

@@ -42,6 +42,8 @@ def obstacle(loaded: Loaded, form: str) -> str:
         return f"a {model.backbone} of width {model.width:g}"
     if form in ("timm", "torchvision", "detectron2") and model.stem == "cifar":
         return f"a {model.backbone} with CIFAR stem"
+    if form in ("timm", "torchvision", "detectron2", *OFFICIAL) and model.stem == "patch":
+        return f"a {model.backbone} with patch stem"
     if form in OFFICIAL and {"stem_padding", "stem_relu"} & loaded.variant.keys():
         return f"a {model.backbone} whose first layers are not those that its users build"
     if form == "torchvision" and channels != 3:
@@ -137,17 +139,17 @@ def _first_layers(loaded: Loaded, network: str, other: bool) -> list[str]:
 
     Args:
         network: What its variable is called.
-        other: Whether its first convolution differs although it is no CIFAR stem.
+        other: Whether its first convolution differs although max-pooling follows it.
     """
-    model, cifar = loaded.model, loaded.model.stem == "cifar"
+    model, pooled = loaded.model, loaded.model.stem == "imagenet"
     if is_vit(model.backbone):
         return []
     steps = []
-    if cifar or other:
+    if other or not pooled:
         c = loaded.backbone.conv1
         sizes = (c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0])
         layer = f"torch.nn.Conv2d({', '.join(map(str, sizes))}, bias=False)"
         steps.append(f"{network}.conv1 = {layer}")
-    absent = ["maxpool"] if cifar else []
+    absent = [] if pooled else ["maxpool"]
     absent += [] if loaded.variant.get("stem_relu", True) else ["act1"]
     return steps + [f"{network}.{name} = torch.nn.Identity()" for name in absent]

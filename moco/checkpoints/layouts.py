@@ -253,7 +253,7 @@ def _unnumber(contents: Contents, part: State) -> State:
     """Name the children of a ResNet in an `nn.Sequential`; those without tensors leave gaps.
 
     The gap after the first BatchNorm tells the network: ReLU and max-pool stood there, or ReLU
-    alone in a CIFAR stem, or nothing where the ReLU was a function that the Sequential lost.
+    alone where no max-pool is, or nothing where the ReLU was a function that the Sequential lost.
 
     Raises:
         UserError: The gap does not fit the first convolution.
@@ -263,7 +263,7 @@ def _unnumber(contents: Contents, part: State) -> State:
     if first.ndim != 4 or len(order) < 6 or f"{order[2]}.0.conv1.weight" not in part:
         return part
     gap = order[2] - 2
-    if order[:2] != [0, 1] or gap not in ((0, 1, 2) if first.shape[-1] == 3 else (2,)):
+    if order[:2] != [0, 1] or gap not in ((0, 1, 2) if first.shape[-1] in (3, 4) else (2,)):
         raise UserError(
             f"{contents.path}: between the children {order[1]} and {order[2]} of its nn.Sequential "
             f"{gap} without tensors are left, which fits no ResNet with a first convolution of "

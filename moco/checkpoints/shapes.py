@@ -53,7 +53,7 @@ def resnet_shape(part: State) -> dict[str, Any]:
         name += f" {groups}x{group_width}"
     return {
         "backbone": _RESNETS.get(name, ""),
-        "stem": "cifar" if stem.shape[-1] == 3 else "imagenet",
+        "stem": {3: "cifar", 4: "patch"}.get(stem.shape[-1], "imagenet"),
         "width": len(final) / expansion / 512,
     }
 
@@ -101,7 +101,9 @@ def count_channels(name: str, part: State) -> int:
     """Return the number of channels, from the first convolution of the timm model `name`."""
     details = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
     first = getattr(details, "first_conv", None) or "conv1"
-    weight = part.get(f"{first if isinstance(first, str) else first[0]}.weight", ABSENT)
+    name = f"{first if isinstance(first, str) else first[0]}.weight"
+    # A stem of ours takes the place of timm's, whatever that has for names.
+    weight = part.get(name, part.get("conv1.weight", ABSENT))
     return weight.shape[1] if weight.ndim == 4 else 3
 
 

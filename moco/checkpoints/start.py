@@ -100,6 +100,8 @@ def _to_channels(part: State, network: nn.Module | None) -> tuple[State, str]:
     first = getattr(network, "pretrained_cfg", {}).get("first_conv")
     name = f"{first[0] if isinstance(first, list | tuple) else first}.weight"
     goal = {} if network is None else network.state_dict()
+    if first is not None and name not in goal:
+        name = "conv1.weight"  # of a stem of ours in the place of timm's
     if name not in part or name not in goal or part[name].shape[1:2] != (3,):
         return part, ""
     channels, weight = goal[name].shape[1], part[name]

@@ -16,10 +16,11 @@ class ModelConfig:
         "resnet50",
         "Any torchvision ResNet or timm model by name; auto: a small one that this hardware trains",
     )
-    stem: Literal["auto", "imagenet", "cifar"] = setting(
+    stem: Literal["auto", "imagenet", "cifar", "patch"] = setting(
         "imagenet",
-        "First layers of a ResNet: 7x7 stride 2 and max-pool, or 3x3 stride 1 without (images "
-        "of 32 px); auto: by the size of the views",
+        "First layers of a ResNet: 7x7 stride 2 and max-pool, 3x3 stride 1 without (images of "
+        "32 px), or 4x4 stride 2 without (the same, at a quarter of the work); auto: by the size "
+        "of the views",
     )
     width: float | Auto = setting(
         1.0,

@@ -77,7 +77,10 @@ def test_the_residual_branch_is_not_zero_at_the_start():
     assert len(last) == 16 and all((w == 1).all() for w in last)
 
 
-@pytest.mark.parametrize("stem, grid, first", [("imagenet", 1, (7, 2)), ("cifar", 4, (3, 1))])
+STEMS = {"imagenet": (1, (7, 2)), "cifar": (4, (3, 1)), "patch": (2, (4, 2))}
+
+
+@pytest.mark.parametrize("stem, grid, first", [(name, *shape) for name, shape in STEMS.items()])
 def test_stems(stem, grid, first):
     backbone, _ = build_backbone(config(stem=stem), 3, 32)
     conv = backbone.conv1
@@ -89,7 +92,32 @@ def test_stems(stem, grid, first):
     assert maps[0].shape == (2, 512, grid, grid)
 
 
-@pytest.mark.parametrize("settings", [{"stem": "cifar"}, {"width": 2.0}])
+@pytest.mark.parametrize("size", [8, 9, 28, 31, 32])
+def test_a_patch_stem_is_convolution_norm_and_relu(size):
+    torch.manual_seed(0)
+    backbone, _ = build_backbone(config("resnet10t", stem="patch", width=0.375), 3, size)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 24, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU()
+    )
+    layers[0].weight, layers[1].bias = backbone.conv1.weight, backbone.bn1.bias
+    nn.init.normal_(layers[1].bias)
+    found = []
+    backbone.layer1.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    given = pictures(2, size=size).requires_grad_()
+    wanted = layers(given)
+    assert torch.isfinite(backbone(given)).all()
+    torch.testing.assert_close(found[0], wanted)
+    wanted.sum().backward()  # each pixel is seen, those of the last row and column too
+    assert (given.grad.abs().amax((0, 1)) > 0).all()
+
+
+@pytest.mark.parametrize("stem", ["patched", "auto"])
+def test_a_stem_that_there_is_not_is_refused(stem):
+    with pytest.raises(UserError, match=f"model.stem {stem}.*the stems are imagenet, cifar, patch"):
+        build_backbone(config(stem=stem), 3, 32)
+
+
+@pytest.mark.parametrize("settings", [{"stem": "cifar"}, {"stem": "patch"}, {"width": 2.0}])
 def test_a_replaced_stem_starts_as_the_published_one(settings):
     """Normal with variance 2 over the fan out (1512.03385's reference code and torchvision)."""
     torch.manual_seed(0)
@@ -98,7 +126,9 @@ def test_a_replaced_stem_starts_as_the_published_one(settings):
     assert weight.std().item() == pytest.approx((2 / (out * height * width)) ** 0.5, rel=0.06)
 
 
-@pytest.mark.parametrize("stem, kernel, pool", [("imagenet", 7, True), ("cifar", 3, False)])
+@pytest.mark.parametrize(
+    "stem, kernel, pool", [("imagenet", 7, True), ("cifar", 3, False), ("patch", 4, False)]
+)
 @pytest.mark.parametrize("width, feature_dim", [(0.25, 128), (0.5, 256), (2, 1024)])
 def test_widths_scale_every_layer(width, feature_dim, stem, kernel, pool):
     with torch.device("meta"):
@@ -116,7 +146,7 @@ def test_width_of_a_bottleneck_network():
     assert feature_dim == 512 and backbone(pictures(2)).shape == (2, 512)
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_channels(channels, stem):
     encoder = build_encoder(config(width=0.25, stem=stem), channels, 32)
@@ -164,7 +194,7 @@ def test_an_unknown_backbone_names_the_nearest():
 @pytest.mark.parametrize(
     ("backbone", "name", "value"),
     [
-        ("vit_tiny_patch16_224", "stem", "cifar"),
+        ("vit_tiny_patch16_224", "stem", "patch"),
         ("convnext_atto", "stem", "cifar"),
         ("convnext_atto", "width", 0.5),
         ("vit_tiny_patch16_224", "zero_init_residual", True),

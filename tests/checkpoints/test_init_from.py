@@ -99,6 +99,23 @@ def test_rgb_weights_are_fitted_to_other_channels_as_timm_does(tmp_path, channel
         assert distance(lambda x: network(colour), encoder.backbone, grey) < 1e-5
 
 
+def test_rgb_weights_are_fitted_where_a_stem_took_the_place_of_timms(tmp_path):
+    model = dataclasses.replace(IMAGENET, backbone="resnet10t", stem="patch")
+    query, _ = save_ours(tmp_path / "a.ckpt", model)
+    encoder, _ = start(tmp_path / "a.ckpt", model, channels=1)
+    wanted = timm.models.adapt_input_conv(1, query.backbone.conv1.weight)
+    assert torch.equal(encoder.backbone.conv1.weight, wanted)
+
+
+def test_a_run_does_not_start_from_another_stem(tmp_path):
+    patch = dataclasses.replace(SMALL, stem="patch")
+    query, _ = save_ours(tmp_path / "a.ckpt", patch)
+    encoder, _ = start(tmp_path / "a.ckpt", patch)
+    assert distance(query, encoder, images()) == 0
+    with pytest.raises(UserError, match="conv1.weight .16x3x4x4 for 16x3x3x3..*stem and width as"):
+        start(tmp_path / "a.ckpt", SMALL)
+
+
 def test_harmless_extras_are_left_out_on_both_roads(tmp_path):
     network = timm.create_model("test_vit", num_classes=0, img_size=32)
     state = network.state_dict() | {"mask_token": torch.zeros(1, 1, 64)}

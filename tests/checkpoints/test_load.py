@@ -64,13 +64,15 @@ def test_report_says_what_matched_what_was_left_and_what_is_missing(tmp_path):
     [
         (ModelConfig(backbone="resnet18", head="linear", queue_size=8, width=0.25), 3),
         (ModelConfig(backbone="resnet26", stem="cifar", queue_size=8, width=0.5), 5),
+        (ModelConfig(backbone="resnet18", stem="patch", queue_size=8, width=0.375), 3),
+        (ModelConfig(backbone="resnet10t", stem="patch", queue_size=8, width=0.375), 1),
         (ModelConfig(backbone="test_vit", queue_size=8), 1),
     ],
 )
 def test_ours_without_its_settings_is_found_out_from_shapes(tmp_path, model, channels):
     state, query, _ = module_state(model, channels, 32)
     torch.save({"state_dict": state}, tmp_path / "bare.pth")
-    forced = "test_vit" if model.backbone == "test_vit" else ""
+    forced = "" if model.backbone in ("resnet18", "resnet26") else model.backbone
     loaded = load_encoder(tmp_path / "bare.pth", backbone=forced)
     found = loaded.model
     assert (found.backbone, found.stem, found.width) == (model.backbone, model.stem, model.width)

@@ -6,7 +6,15 @@ import math
 import pytest
 import timm
 import torch
-from networks import distance, images, prefixed, run_line, save_ours, torchvision_resnet
+from networks import (
+    distance,
+    images,
+    module_state,
+    prefixed,
+    run_line,
+    save_ours,
+    torchvision_resnet,
+)
 from safetensors import safe_open
 from test_load import mlp
 from torch import nn
@@ -90,7 +98,7 @@ def test_positions_that_come_with_several_numbers_of_heads_are_asked_about(tmp_p
 # The line that loads a safetensors export with timm alone
 
 
-@pytest.mark.parametrize("kind", ["v3", "narrow", "grey", "both", "lost"])
+@pytest.mark.parametrize("kind", ["v3", "narrow", "grey", "patch", "both", "lost"])
 def test_the_line_that_an_export_prints_loads_its_network(tmp_path, capsys, kind):
     path, out, size, channels = tmp_path / "a.ckpt", tmp_path / "a.safetensors", 32, 3
     if kind == "v3":
@@ -104,7 +112,8 @@ def test_the_line_that_an_export_prints_loads_its_network(tmp_path, capsys, kind
         state = {k.replace("downsample", "shortcut"): v for k, v in state.items()}
         torch.save(prefixed("backbone.", state), path)
     else:
-        stem, width = "imagenet" if kind == "narrow" else "cifar", 1 if kind == "grey" else 0.5
+        stem = {"narrow": "imagenet", "patch": "patch"}.get(kind, "cifar")
+        width = 1 if kind in ("grey", "patch") else 0.5
         channels = 1 if kind == "grey" else 3
         save_ours(path, ModelConfig(backbone="resnet18", stem=stem, width=width), channels)
     result = room.export(path, "safetensors", out)
@@ -138,9 +147,11 @@ def test_a_stem_whose_padding_is_not_told_is_asked_about(tmp_path):
 
 
 def test_padding_is_not_told_of_a_stem_that_has_none(tmp_path):
-    torch.save(torchvision_resnet().state_dict(), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="no 3x3 stem: leave --stem_padding out"):
-        load_encoder(tmp_path / "a.pth", stem_padding=2)
+    patch = module_state(ModelConfig(backbone="resnet18", stem="patch"))[1].backbone
+    for network in (patch, torchvision_resnet()):
+        torch.save(network.state_dict(), tmp_path / "a.pth")
+        with pytest.raises(UserError, match="no 3x3 stem: leave --stem_padding out"):
+            load_encoder(tmp_path / "a.pth", stem_padding=2)
     with pytest.raises(UserError, match="stem_padding is 9"):
         load_encoder(tmp_path / "a.pth", stem_padding=9)
 

@@ -80,6 +80,22 @@ def test_lightlys_own_resnet_as_a_whole_has_its_relu(tmp_path):
     assert distance(network, load_encoder(tmp_path / "a.ckpt").backbone, images()) < 1e-5
 
 
+@pytest.mark.parametrize("gap", [0, 1, 2])
+def test_a_numbered_network_with_a_patch_stem_reads_back(tmp_path, gap):
+    """Of children with and without tensors; what stood in the gap decides on the ReLU alone."""
+    network, without = copy.deepcopy(torchvision_resnet()), ["relu", "maxpool"][:gap]
+    network.conv1 = nn.Conv2d(3, 16, 4, stride=2, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    nn.init.zeros_(network.bn1.bias)  # so that the ReLU cuts half of the numbers off
+    children = ["conv1", "bn1", *without, *STAGES]
+    parts = [getattr(network, child) for child in children]
+    layers = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    torch.save(prefixed("backbone.", numbered(network, children)), tmp_path / "a.ckpt")
+    loaded = load_encoder(tmp_path / "a.ckpt")
+    assert (loaded.model.stem, loaded.data["image_size"]) == ("patch", 32)
+    assert distance(layers, loaded.backbone, images()) < 2e-6
+
+
 @pytest.mark.parametrize("gap", [0, 1, 3])
 def test_gaps_that_fit_no_resnet_are_refused_with_the_reason(tmp_path, gap):
     children = ["conv1", "bn1", *["none"] * gap, *STAGES]

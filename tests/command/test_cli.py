@@ -435,6 +435,7 @@ WITHOUT_TORCH = [  # command, words, part of the answer
     ("train", ["--model.temprature", "1"], "unknown option"),
     ("train", ["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
     ("train", ["--model.head", "lin"], "model.head is 'lin'"),
+    ("train", ["--model.stem", "patches"], "'imagenet', 'cifar', 'patch'"),
     ("train", [*RUN, "--model.temperature", "-1"], "model.temperature is -1"),
     ("train", [*RUN, "--model.queue_size", "8"], "model.queue_size 8 is below"),
     ("train", [*RUN, "--model.backbone", "resnet5O"], "did you mean 'resnet50'?"),

@@ -119,6 +119,7 @@ def test_what_is_chosen_passes_every_check(seed, caplog):
     [
         ({"model.backbone": "vit_tiny_patch16_224"}, 1000, {"model.stem": "imagenet"}),
         ({"model.backbone": "resnet34"}, 1000, {"model.stem": "cifar"}),
+        ({"model.stem": "patch"}, 1000, {"model.width": 0.5}),
         ({"model.patches": 3}, 1000, {"data.image_size": 24}),
         ({"model.patches": 5}, 1000, {"data.image_size": 160}),
         ({"model.patches": 11}, 1000, {"data.image_size": 33}),

@@ -45,6 +45,13 @@ def test_a_size_that_a_backbone_cannot_take_is_one_line(backbone, size, words):
     assert backbone in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("size", [4, 8, 9, 28, 31])
+def test_views_of_any_size_go_through_a_patch_stem(size):
+    config = settings("resnet10t", size)
+    config.model.stem = "patch"
+    check_encoder(build_encoder(config.model, 3, size), config)
+
+
 def test_a_run_is_refused_before_it_makes_a_directory(images):
     vit = ["--model.backbone", "test_vit", "--model.stem", "imagenet", "--model.width", "1"]
     with pytest.raises(UserError, match="data.image_size 20 is no multiple of the 16 pixels"):
