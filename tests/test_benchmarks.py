@@ -240,7 +240,7 @@ def test_shared(tmp_path, monkeypatch):
 
 
 def test_shared_trains_until_its_time_is_over():
-    words = ["--train", "0", "0.1", "--model.width", "0.125"]
+    words = ["--train", "0", "0.1", "--model.width", "0.125", "--run.report", "false"]
     _, out, errors = finish(start(*words, script="benchmarks/shared.py", cwd=ROOT))
     first, *rates = out.splitlines()  # where the benchmark has read them, it ends the process
     assert first == "trains" and [float(rate) > 0 for rate in rates] == [True], errors

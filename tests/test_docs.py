@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from networks import PLAIN, save_ours
 from pictures import write_pictures
 from PIL import Image
 from test_architecture import WINGS
@@ -50,11 +51,8 @@ SHORT = [
 ]
 TINY = [*SMALL, *SHORT, "--data.image_size", "16"]
 BARE = ["--baselines", "false"]
-# What RUN and FILE hold: a network that every format of export takes.
-NETWORK = [
-    *("--model.backbone", "resnet18", "--model.stem", "imagenet", "--model.width", "1"),
-    *("--data.image_size", "32", "--run.knn_every", "0"),
-]
+# What RUN stands for in an export: a network that every format takes.
+RESNET18 = "runs/resnet18"
 # What this machine cannot do is only parsed: the command, and what it needs.
 ELSEWHERE = {
     "python train.py --config configs/imagenet_v3.yaml --data.root IMAGENET --trainer.devices 8 "
@@ -109,7 +107,10 @@ def steps(page):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Labelled pictures, a run of one step of two, and an export, under the names in WORDS."""
+    """Labelled pictures, a run of one step of two, and an export, under the names in WORDS.
+
+    And the checkpoint of a ResNet-18.
+    """
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
     for split, count in (("train", 104), ("test", 10)):
@@ -123,11 +124,13 @@ def workspace(tmp_path_factory):
         stored = ["--run.dir", WORDS["RUN"], "--run.checkpoint_every", "1"]
         stored += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"]  # can be extended
         stored += ["--data.batch_size", "104", "--model.queue_size", "104"]
-        run("train", "--data.root", WORDS["PATH"], *TINY, *NETWORK, *stored)
+        run("train", "--data.root", WORDS["PATH"], *TINY, "--run.knn_every", "0", *stored)
         last.with_name("step_000000001.ckpt").replace(last)  # so that there is something to resume
         last.with_name("step_000000002.ckpt").unlink()
         written = ["--format", "safetensors", "--output", WORDS["FILE"]]
         run("export", "--checkpoint", str(last), *written)
+    (folder / RESNET18 / "checkpoints").mkdir(parents=True)
+    save_ours(folder / RESNET18 / "checkpoints" / "last.ckpt", PLAIN)
     return folder
 
 
@@ -235,12 +238,13 @@ def run_shortened(name, arguments):
         assert end.value.code == 0
         return
     if name == "train" and "--resume" not in arguments:
-        arguments += TINY + (NETWORK if "--init_from" in arguments else [])
+        arguments += TINY
     if name in ("knn", "linear"):
         arguments += BARE
     if name == "linear":
         arguments += ["--epochs", "2"]
     if name == "export":
+        arguments = [word.replace(WORDS["RUN"], RESNET18) for word in arguments]
         arguments += ["--overwrite"]
     assert run(name, *arguments)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from pictures import save, write_pictures
 from runs import run_tiny
-from test_formats import write_dicom
 
 import eval_knn
 import train
@@ -244,22 +243,6 @@ def test_a_table_with_a_column_for_each_class_is_not_guessed(tmp_path):
     (tmp_path / "t.csv").write_text("image,MEL,NV,split\n1,0,1,train\n2,1,0,train\n")
     with pytest.raises(UserError, match="no column of a usual name for labels, but MEL, NV: call"):
         sources.open_source(data, "train")
-
-
-def test_frames_of_dicom_are_found_by_tables_and_lists(tmp_path):
-    pytest.importorskip("pydicom")
-    root = tmp_path / "root"
-    root.mkdir()
-    for name in ("a", "b"):
-        write_dicom(root / f"{name}.dcm", np.zeros((2, 12, 10), np.uint8))
-    (tmp_path / "t.csv").write_text("a.dcm,ant\nb.dcm,bee\n")
-    data = folder(root, channels=1, labels=str(tmp_path / "t.csv"))
-    names = [f"{name}.dcm#frame={number}" for name in "ab" for number in range(2)]
-    source = sources.open_source(data, "train")
-    assert relative(source, root) == names and source.labels.tolist() == [0, 0, 1, 1]
-    (tmp_path / "f.txt").write_text("b.dcm\na.dcm#frame=1\n")
-    source = sources.open_source(folder(root, channels=1, files=str(tmp_path / "f.txt")), "train")
-    assert relative(source, root) == [names[2], names[3], names[1]]
 
 
 @pytest.mark.parametrize("name", TABLES)
