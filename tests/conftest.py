@@ -71,6 +71,30 @@ def cache_of_shards(tmp_path_factory):
     os.environ["MOCO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def parsers():
+    """Build the parser of a run's settings once in a process: that takes as long as parsing.
+
+    Commands that judge change their parser's defaults, so each of these is built anew.
+    """
+    from moco.command import cli
+    from moco.config import TrainConfig
+
+    build, built = cli.build_parser, {}
+
+    def once(description, config, extras):
+        if config is not TrainConfig:
+            return build(description, config, extras)
+        key = (description, repr(extras))
+        if key not in built:
+            built[key] = build(description, config, extras)
+        return built[key]
+
+    cli.build_parser = once
+    yield
+    cli.build_parser = build
+
+
 @pytest.fixture(scope="session")
 def two_ranks():
     """Start two processes in one gloo group, once for all tests."""
