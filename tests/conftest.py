@@ -15,6 +15,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("WANDB_API_KEY", None)
 
+import argparse
 import contextlib
 import ctypes
 import signal
@@ -85,7 +86,7 @@ def parsers():
     def once(description, config, extras):
         if config is not TrainConfig:
             return build(description, config, extras)
-        key = (description, repr(extras))
+        key = (description, repr(extras), argparse.ArgumentParser().prog)  # it bears its name
         if key not in built:
             built[key] = build(description, config, extras)
         return built[key]

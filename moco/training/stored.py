@@ -50,14 +50,20 @@ def last_readable(run_dir: Path) -> Path:
     Raises:
         UserError: There is none.
     """
+    unread: list[Path] = []
     for path in whole_ones(run_dir):
         try:
             load_stored(path)
-        except UserError as error:
-            log.warning("%s; the one before is taken", str(error).partition(": ")[0])
-        else:
-            return path
-    raise UserError(f"--resume {run_dir} holds no checkpoint that can be read: start a new run")
+        except UserError:
+            unread.append(path)
+            continue
+        for other in unread:
+            log.warning("%s cannot be read; the one before is taken", other)
+        return path
+    tried = f" (not {unread[0].name})" if unread else ""
+    raise UserError(
+        f"--resume {run_dir} holds no checkpoint that can be read{tried}: start a new run"
+    )
 
 
 @dataclass
