@@ -20,7 +20,7 @@ _FRAME = re.compile(r"(.*)#frame=(\d+)", re.DOTALL)
 
 def split_frame(path: str) -> tuple[str, int]:
     """Return the file that a path names, and the number of its frame, 0 for other files."""
-    found = _FRAME.fullmatch(path)
+    found = _FRAME.fullmatch(path) if "#frame=" in path else None  # of each image that is read
     if found and extension(found[1]) in DICOM:
         return found[1], int(found[2])
     return path, 0

@@ -54,7 +54,7 @@ class Picture:
 
     def _orientation(self) -> int:
         """Return 1 to 8; 1 of a TIFF, which Pillow turns by itself."""
-        if self.image.format == "TIFF" or not _METADATA & self.image.info.keys():
+        if self.image.format == "TIFF" or _METADATA.isdisjoint(self.image.info):
             return 1
         return self.image.getexif().get(_ORIENTATION, 1)
 
