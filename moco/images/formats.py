@@ -22,7 +22,7 @@ _ALWAYS = (
 _FURTHER = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF"}
 _FURTHER |= dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx"), "JPEG2000")
 _PACKAGES = {"HEIF": ("pillow_heif", "pillow-heif"), "DICOM": ("pydicom", "pydicom")}
-_FEATURES = {"AVIF": ("avif", "pillow"), "JPEG2000": ("jpg_2000", "pillow")}
+_FEATURES = {"AVIF": ("avif", "'pillow>=11.3'"), "JPEG2000": ("jpg_2000", "pillow")}
 # What looks like an image, and is read by nothing here.
 _FOREIGN = (
     *(".svg", ".eps", ".psd", ".xcf", ".exr", ".hdr", ".ico", ".tga", ".pcx", ".jxl", ".dng"),

@@ -199,10 +199,10 @@ def _build(
         module = build_module(settings.config, decided, *weights)
         if not stored:
             check_encoder(module.query_encoder, settings.config)
-        has_begun = bool(stored and stored.decided)
-        data = build_data(settings.config, decided, source, run_dir, weights[2], has_begun)
-        if stored and stored.decided:
-            check_held(decided, stored.decided)
+        before = stored.decided if stored else None
+        data = build_data(settings.config, decided, source, run_dir, weights[2], bool(before))
+        if before:
+            check_held(decided, before)
     if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
         root = data.config.root
         read = sources.identify(data.source, root)
