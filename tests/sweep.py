@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from pictures import write_pictures
-from runs import load, same
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pictures import write_pictures
+from runs import load, same
 
 import train
 from moco.checkpoints.load import load_encoder
@@ -96,13 +97,14 @@ def parameters(name: str) -> int:
 
 
 def main(words: list[str]) -> int:
-    """Try all, print a line each, and return 1 where one neither trains nor is refused."""
-    failed = []
+    """Try all, print a line each; return 1 where one neither trains nor is refused, or none is."""
+    tried, failed = 0, []
     for name in timm.list_models():
         if (words and not any(word in name for word in words)) or not (
             0 < parameters(name) <= MOST_PARAMETERS
         ):
             continue
+        tried += 1
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             try:
@@ -115,8 +117,8 @@ def main(words: list[str]) -> int:
             flush=True,
         )
         gc.collect()
-    print(f"{len(failed)} failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    print(f"{tried} tried, {len(failed)} failed: {', '.join(failed)}")
+    return 1 if failed or not tried else 0
 
 
 if __name__ == "__main__":
