@@ -88,7 +88,8 @@ class MoCo(pl.LightningModule):
         self.accumulate = 1
         self.wants_metrics = True
         self.metrics: dict[str, Tensor] = {}
-        self.register_buffer("loss_sum", torch.zeros(()), persistent=False)
+        # Of shape 1: graphs of torch 2.11 leave out what is added to an fp64 number without axes.
+        self.register_buffer("loss_sum", torch.zeros(1), persistent=False)
         self.register_buffer("share", torch.ones(()), persistent=False)
         self.loss_count = 0
         self.to(memory_format=torch.channels_last)  # faster on every device and in every precision
@@ -230,7 +231,7 @@ class MoCo(pl.LightningModule):
             knn_top1: Read at the end of this epoch; None where it was not.
         """
         if self.optim_config.schedule == "plateau":  # only then the host must wait for the device
-            sums = all_gather(self.loss_sum[None])
+            sums = all_gather(self.loss_sum)
             mean = sums.sum().item() / (self.loss_count * len(sums))
             metric = mean if self.optim_config.plateau_metric == "train/loss" else knn_top1
             if metric is not None:

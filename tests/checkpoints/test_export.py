@@ -144,7 +144,8 @@ def check_normalisation(about, form, channels, size):
 
 def test_what_a_name_does_not_tell_travels_along(tmp_path):
     pooled = timm.create_model("test_vit", num_classes=0, img_size=32, global_pool="avg").eval()
-    timm.models._hub.save_for_hf(pooled, str(tmp_path / "source"), safe_serialization=True)
+    told = {"model_args": {"global_pool": "avg"}, "safe_serialization": True}
+    timm.models._hub.save_for_hf(pooled, str(tmp_path / "source"), **told)
     for form in ("timm", "safetensors"):
         room.export(tmp_path / "source", form, tmp_path / form)
         again = load_encoder(tmp_path / form)

@@ -257,7 +257,8 @@ def test_timm_state_dict_directory_and_safetensors(tmp_path):
     torch.save(network.state_dict(), tmp_path / "vit.pth")
     save_file(network.state_dict(), tmp_path / "vit.safetensors")
     folder = tmp_path / "folder"
-    timm.models._hub.save_for_hf(network, str(folder), safe_serialization=True)
+    told = {"model_args": {"img_size": 48, "in_chans": 1}, "safe_serialization": True}
+    timm.models._hub.save_for_hf(network, str(folder), **told)
     network.reset_classifier(0)
     for name in ("vit.pth", "vit.safetensors", "folder"):
         loaded = load_encoder(tmp_path / name)
@@ -272,7 +273,8 @@ def test_timm_state_dict_directory_and_safetensors(tmp_path):
 
 def test_timm_directory_cannot_reach_beyond_the_shape_of_a_model(tmp_path):
     network = timm.create_model("test_vit", num_classes=0, img_size=32)
-    timm.models._hub.save_for_hf(network, str(tmp_path), safe_serialization=True)
+    told = {"model_args": {"img_size": 32}, "safe_serialization": True}
+    timm.models._hub.save_for_hf(network, str(tmp_path), **told)
     about = json.loads((tmp_path / "config.json").read_text())
     about["model_args"] |= {"checkpoint_path": "/etc/passwd", "pretrained": True, "cache_dir": "/"}
     (tmp_path / "config.json").write_text(json.dumps(about))

@@ -202,7 +202,9 @@ def test_a_bank_over_two_ranks_gives_the_same_neighbours(two_ranks):
     queries, _ = clustered(20, seed=1)
     expected = nearest(queries, bank, 30)
     for similarity, index in two_ranks.run(search_share, bank, queries, 30):  # rank 0 has 7 rows
-        assert torch.equal(similarity, expected[0]) and torch.equal(index, expected[1])
+        assert torch.equal(index, expected[1])
+        # faiss 1.10 adds up the products of 7 rows in another order than those of 300
+        torch.testing.assert_close(similarity, expected[0], rtol=0, atol=1e-6)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -184,7 +184,7 @@ def on_a_gpu(
         ),
         key_encoder=torch.nn.BatchNorm1d(4, device=device), wants_metrics=False,
         predictor=torch.nn.Identity(),
-        loss_sum=torch.zeros((), device=device),
+        loss_sum=torch.zeros(1, device=device),
     )  # fmt: skip
     for parameter in module.query_encoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
