@@ -399,3 +399,10 @@ def test_selection(tmp_path, monkeypatch):
     assert found["classes"]["chosen"] == 3 > found["classes"]["random"]
     assert found["top1"]["chosen"]["nearest class mean"]["mean"] == 100
     assert found["top1"]["random"]["logistic regression"]["mean"] < 100
+
+
+def test_embed(tmp_path):
+    words = ["--cases", "small", "--images", "8", "--rounds", "1", "--vectors", "500"]
+    last, _ = run("embed", tmp_path, *words)
+    assert {*last["small"]} == {"bare", "embed"} and "bare" in last["small"]["embed"]["against"]
+    assert all(row["seconds"] > 0 and row["gib"] > 0.05 for row in last["index"].values())

@@ -102,5 +102,8 @@ def cut(
     else:
         part = image[None, :, top : top + height, left : left + width]
         part = part.contiguous(memory_format=torch.channels_last)
-        part = interpolate(part, (size, size), mode=interpolation, antialias=True)[0]
+        if height == width == size:  # nothing to resize
+            part = part[0]
+        else:
+            part = interpolate(part, (size, size), mode=interpolation, antialias=True)[0]
     return part.flip(2) if flip else part

@@ -341,6 +341,18 @@ def test_bicubic_is_pils_where_it_overshoots_too(kind, height, width, size):
         assert np.abs(found.astype(float) - expected).max() < 1.7  # PIL rounds twice
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_box_of_the_wanted_size_is_cut_as_it_is(interpolation, flip):
+    image = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8).permute(2, 0, 1)
+    box = [torch.tensor([side]) for side in (3, 5, 16, 16)]
+    found = cut(image, Crops(*box, torch.tensor([flip])), 16, 0, interpolation)
+    part = image[:, 3:19, 5:21]
+    assert torch.equal(found, part.flip(2) if flip else part)
+    resized = functional.interpolate(part[None], (16, 16), mode=interpolation, antialias=True)[0]
+    assert torch.equal(part, resized)  # which is what the longer way gives
+
+
 # The whole chain against PIL's
 
 
