@@ -11,6 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moco.algorithm.names import is_own, unknown_backbone
@@ -171,6 +172,16 @@ def build_backbone(
             f"model.backbone {config.backbone!r} cannot be built with {_shape_in_words(config)} "
             f"and data.image_size {image_size} ({reason}): change one"
         ) from error
+
+
+def lay_channels_last(module: nn.Module) -> None:
+    """Lay out weights of convolutions as they are fastest, on every device and in every precision.
+
+    `Module.to` would refuse a network that has weights of three spatial axes as well.
+    """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def width_of_features(backbone: nn.Module) -> int:

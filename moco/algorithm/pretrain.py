@@ -25,7 +25,7 @@ from moco.algorithm.batch import Batch
 from moco.algorithm.batch_norm import frozen_statistics, set_batch_norm
 from moco.algorithm.compiled import one_graph
 from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
-from moco.algorithm.encoder import build_encoder, build_predictor
+from moco.algorithm.encoder import build_encoder, build_predictor, lay_channels_last
 from moco.config import ModelConfig, OptimConfig
 from moco.distributed import all_gather, local_rows, rank, restore
 from moco.random import stream_id
@@ -92,7 +92,7 @@ class MoCo(pl.LightningModule):
         self.register_buffer("loss_sum", torch.zeros(1), persistent=False)
         self.register_buffer("share", torch.ones(()), persistent=False)
         self.loss_count = 0
-        self.to(memory_format=torch.channels_last)  # faster on every device and in every precision
+        lay_channels_last(self)
 
     def compile_encoders(self, backend: str) -> None:
         """Compile each encoder to fused kernels for one shape; the state dict keeps its keys."""

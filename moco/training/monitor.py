@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.algorithm.encoder import Encoder, build_encoder
+from moco.algorithm.encoder import Encoder, build_encoder, lay_channels_last
 from moco.algorithm.names import is_own
 from moco.config import RunConfig
 from moco.distributed import gather_ragged
@@ -176,7 +176,8 @@ class KNNMonitor(pl.Callback):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + number)
             encoder = build_encoder(module.model_config, data.channels, data.image_size)
-        return self._network(encoder).to(module.device, memory_format=torch.channels_last)
+        lay_channels_last(encoder)
+        return self._network(encoder.to(module.device))
 
     def judge(
         self, trainer: pl.Trainer, device: torch.device, network: nn.Module, few_shot: str = ""

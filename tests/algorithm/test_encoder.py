@@ -10,13 +10,15 @@ from processes import finish, start
 from torch import nn
 from torch.nn import functional
 
+from moco.algorithm.batch import Batch
 from moco.algorithm.batch_norm import SplitBatchNorm, set_batch_norm
 from moco.algorithm.encoder import (
     TORCHVISION_RESNETS,
     build_backbone,
     build_encoder,
 )
-from moco.config import ModelConfig, UserError
+from moco.algorithm.pretrain import MoCo
+from moco.config import ModelConfig, OptimConfig, UserError
 
 
 def config(backbone: str = "resnet18", **settings) -> ModelConfig:
@@ -472,3 +474,27 @@ def test_a_vit_that_cannot_be_built_is_refused_with_the_settings_of_vits():
     for words in ("model.width 0.3 (57 channels)", "model.num_heads 5", "model.depth 1"):
         assert words in str(refused.value)
     assert "model.stem" not in str(refused.value)
+
+
+class WithThreeAxes(nn.Module):
+    """A backbone with weights of three spatial axes, as lambda networks of timm have."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat = nn.Conv2d(3, 8, 3)
+        self.deep = nn.Conv3d(1, 4, (8, 1, 1))
+
+    def forward(self, images):
+        maps = self.deep(self.flat(images)[:, None])
+        return maps.mean((2, 3, 4))
+
+
+def test_a_network_with_weights_of_three_axes_trains():
+    model = ModelConfig(backbone="own:WithThreeAxes", queue_size=8)
+    module = MoCo(model, OptimConfig(), 3, 16, backbone=WithThreeAxes())
+    for encoder in (module.query_encoder, module.key_encoder):
+        assert encoder.backbone.flat.weight.is_contiguous(memory_format=torch.channels_last)
+        assert encoder.backbone.deep.weight.is_contiguous()
+    views = [torch.randn(8, 3, 16, 16) for _ in range(2)]
+    module.training_step(Batch(views[:1], views[1:], None), 0).backward()
+    assert module.query_encoder.backbone.deep.weight.grad.isfinite().all()
