@@ -119,6 +119,7 @@ class Checkpoints(pl.Callback):
         self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
         self.before_decay, self.extras = before_decay, extras
         self.stop_signal, self.saved_step = 0, 0
+        self._tried = 0  # the last step after which it was to be saved
         self.seconds = 0.0
         self._in_step = False
         self._saved_at = time.monotonic()
@@ -127,7 +128,7 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remove what a killed run left half written, and begin to agree with the other ranks."""
         self._saved_at = time.monotonic()
-        self.saved_step = trainer.global_step
+        self.saved_step = self._tried = trainer.global_step
         trainer.strategy.checkpoint_io.after = self._tidy
         if trainer.is_global_zero:
             for leftover in self.directory.glob(".*.tmp"):
@@ -161,13 +162,23 @@ class Checkpoints(pl.Callback):
             trainer.strategy.checkpoint_io.wait()
             trainer.should_stop = True
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Save where another callback has stopped the run after a step of this epoch."""
+        self._save_the_end(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Take the last answer of the ranks, so that none is left waiting, and end what is written.
 
-        A Trainer of the user's own may stop between two checkpoints.
+        Another callback may have stopped the run at the end of an epoch.
         """
+        self._save_the_end(trainer)
         self.agreement.close()
         trainer.strategy.checkpoint_io.wait()
+
+    def _save_the_end(self, trainer: pl.Trainer) -> None:
+        """Save a stopped run unless its last step is saved, or was to be."""
+        if trainer.should_stop and self._tried < trainer.global_step:
+            self.save(trainer)
 
     def store_length(self, step: int, config: TrainConfig, decided: Decided) -> None:
         """Keep the checkpoint of this step, from which the rate falls, and store other settings."""
@@ -178,7 +189,7 @@ class Checkpoints(pl.Callback):
         """Write step_N.ckpt, point last.ckpt to it, and remove old ones."""
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()  # the steps before are still computed: that is no saving
-        start = time.monotonic()
+        start, self._tried = time.monotonic(), trainer.global_step
         if self.quality.is_best:
             self._best_step = trainer.global_step
         trainer.save_checkpoint(self.directory / f"step_{trainer.global_step:09d}.ckpt")

@@ -214,6 +214,28 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(in_tmp):
     assert_same_end("whole", "run")
 
 
+class Stops(pl.Callback):
+    """Stop after a step, or at the end of its epoch, as EarlyStopping and Timer do."""
+
+    def __init__(self, step, hook):
+        setattr(self, hook, lambda trainer, *_: self.stop(trainer, step))
+
+    def stop(self, trainer, step):
+        trainer.should_stop = trainer.should_stop or trainer.global_step == step
+
+
+@pytest.mark.parametrize(
+    "step, hook", [(2, "on_train_batch_end"), (3, "on_train_batch_end"), (3, "on_train_epoch_end")]
+)
+def test_a_run_that_a_callback_stops_is_saved_and_goes_on(in_tmp, step, hook):
+    pretrain(PIXELS, "whole")
+    stopped = pretrain(PIXELS, callbacks=[Stops(step, hook)])
+    assert stopped.metrics["steps"] == step
+    assert load("run/checkpoints/last.ckpt")["global_step"] == step
+    assert moco.pretrain(PIXELS, resume="run").metrics["steps"] == 6
+    assert_same_end("whole", "run")
+
+
 def test_a_notebook_has_a_bar(in_tmp, monkeypatch, capsys):
     class ZMQInteractiveShell:
         """What IPython has in a kernel."""
