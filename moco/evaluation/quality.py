@@ -90,12 +90,15 @@ def open_views(
         log.info("%s has no test split: the network may have been trained on these images",
                  source.name)  # fmt: skip
     source = some(source, config.images, config.seed)
+    views = fresh_views(source, replace(data, batch_size=1), config.seed)
+    views.prepare(device)
+    source = views.source  # bad files are left out by now
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image to measure: give two or more")
     batch = min(BATCH, len(source))
-    source = source.rows(torch.arange(len(source) // batch * batch))
-    views = fresh_views(source, replace(data, batch_size=batch), config.seed)
-    views.prepare(device)
+    # Each epoch shall have the same images, so they fill whole batches.
+    views.source = source.rows(torch.arange(len(source) // batch * batch))
+    views.config = replace(views.config, batch_size=batch)
     return views
 
 

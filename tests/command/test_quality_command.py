@@ -11,6 +11,7 @@ import train
 from moco.command import quality
 from moco.config import UserError
 from moco.evaluation.measures import MEASURES
+from moco.images.loader import PretrainData
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 LAST = ["--checkpoint", "run/checkpoints/last.ckpt", "--accelerator", "cpu"]
@@ -47,6 +48,23 @@ def test_images_that_may_have_been_trained_on_are_said_and_one_alone_is_refused(
     write_pictures(folder.parent / "one", ["a.png"], np.random.default_rng(0))
     with pytest.raises(UserError, match="one holds 1 image to measure: give two or more"):
         quality.main([*LAST, "--data.root", str(folder.parent / "one")])
+
+
+def test_a_bad_file_leaves_each_image_beside_its_own_views(folder, monkeypatch):
+    """What fills no batch is left out once, and not anew in each epoch."""
+    monkeypatch.setattr("moco.evaluation.quality.BATCH", 32)
+    (folder / "005.png").write_bytes(b"no image")
+    seen: dict[int, set[int]] = {}
+    make = PretrainData.make_batch
+
+    def noted(data, batch):
+        seen.setdefault(batch.epoch, set()).update(batch.index.tolist())
+        return make(data, batch)
+
+    monkeypatch.setattr(PretrainData, "make_batch", noted)
+    words = ["--data.root", str(folder), "--images", "96", "--data.max_bad_fraction", "0.1"]
+    found = quality.main([*LAST, *words])
+    assert seen == {0: {*range(64)}, 1: {*range(64)}} and found["images"] == 64
 
 
 def test_wrong_use_is_one_line(folder):
