@@ -20,6 +20,7 @@ from moco.config import DataConfig, UserError
 from moco.images import aside, sources
 from moco.images.formats import one_line, shown
 from moco.images.image_source import ImageSource
+from moco.images.pairs import find_partners
 from moco.reports import charts, sights
 from moco.reports.advice import advise
 from moco.reports.blindness import measure, sentence
@@ -175,7 +176,9 @@ def _pairs(facts: Facts, source: ImageSource, data: DataConfig) -> list[dict[str
     chosen = sorted({0, epochs // 2, epochs})
     rows = [len(source) * place // _PAIRS for place in range(min(_PAIRS, len(source)))]
     rows = sorted({min(row, len(source) - 1) for row in rows})
-    pairs = make_pairs(source, data, facts.config.run.seed, chosen, rows)
+    seed = facts.config.run.seed
+    partners = find_partners(source, data, seed)
+    pairs = make_pairs(source, data, seed, chosen, rows, partners)
     return [
         {
             "image": {"src": as_address(picture(pair.image)), "name": pair.name, "label": ""},

@@ -97,8 +97,8 @@ def is_done(job: Job) -> bool:
     other = next((path for path, found in there if not _same(found, about)), None)
     if other and not job.config.overwrite:
         raise UserError(
-            f"{other} is of other features (another encoder, other images, labels or options): name "
-            "another --output, or give --overwrite"
+            f"{other} is of other features (another encoder, other images, labels or options): "
+            "name another --output, or give --overwrite"
         )
     if target.is_file() and not other:
         log.info("%s holds these features already", target)

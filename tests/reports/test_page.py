@@ -231,6 +231,16 @@ def loss_values(found) -> list[dict]:
     return [row for layer in found.specs["curve-1"]["layer"] for row in layer["data"]["values"]]
 
 
+def test_views_of_callables_from_python_are_said_to_be_missing(run):
+    text = (run / "config.yaml").read_text()
+    own = re.sub(r"\n  views: \w+\n", "\n  views: own\n", text)
+    assert own != text
+    (run / "config.yaml").write_text(own)
+    found = read(write_report([run], 16)["report"])
+    assert "The page lacks the views: data.views is own" in found.said
+    assert found.ids() >= PARTS - {"pairs"} and "pairs" not in found.ids()
+
+
 def test_resumes_are_marked_where_the_run_went_on(run):
     note = json.loads((run / "run.json").read_text())
     for step in (2, 4, 3):  # the last one repeats step 4
