@@ -141,6 +141,8 @@ def _about(facts: Facts, source: ImageSource | None) -> list[tuple[str, str]]:
     """List what was run, for people."""
     config, result = facts.config, facts.result
     start = facts.starts[0] if facts.starts else {}
+    # A run measures the time of its last process.
+    since = f" since step {facts.resumed_at[-1]:,}" if facts.resumed_at else ""
     found = {
         "recipe": start.get("recipe", ""),
         "options": shlex.join(map(str, start.get("command", []))),
@@ -152,7 +154,7 @@ def _about(facts: Facts, source: ImageSource | None) -> list[tuple[str, str]]:
         "contrast": f"queue {config.model.queue_size}, temperature {config.model.temperature:g}, "
         f"batch {config.data.batch_size}",
         "steps": f"{facts.rows[-1]['step']:,.0f}" if facts.rows else "none read",
-        "time": f"{result['seconds'] / 60:.1f} min" if result.get("seconds") else "",
+        "time": f"{result['seconds'] / 60:.1f} min{since}" if result.get("seconds") else "",
         "speed": f"{result['images_per_second']:,.0f} images/s"
         if result.get("images_per_second") else "",
         "hardware": ", ".join(filter(None, [

@@ -18,6 +18,7 @@ from moco.reports import facts as facts_room
 from moco.reports import page
 from moco.reports.facts import read_facts
 from moco.reports.page import write_report
+from moco.reports.panel import make_panel
 
 HOSTILE = ("<script>alert(1)</script>", "a\"b' & c", "new\nline", "{{ 7*7 }}")
 PARTS = {"verdict", "about", "curves", "map", "neighbours", "pairs", "blind", "typical", "odd"}
@@ -251,6 +252,8 @@ def test_resumes_are_marked_where_the_run_went_on(run):
     found = read(write_report([run], images=4)["report"])
     assert "a dotted line stands where the run was resumed" in found.said
     assert [row["step"] for row in loss_values(found) if "value" not in row] == [2, 3]
+    facts_room.note_result(run, {"seconds": 90.0})  # of the last process
+    assert dict(make_panel(read_facts(run), 4, "", 0).about)["time"] == "1.5 min since step 3"
 
 
 def test_settings_say_who_has_set_them(run):
