@@ -114,7 +114,7 @@ def fresh_views(
 def some(source: ImageSource, count: int, seed: int) -> ImageSource:
     """Draw `count` images, or as many as there are."""
     if source.is_sharded:
-        raise UserError("shards are measured while a run trains; give a folder with data.root")
+        raise UserError("shards are not measured: give a folder with data.root")
     generator = torch.Generator().manual_seed(seed)
     return source.rows(torch.randperm(len(source), generator=generator)[:count].sort().values)
 

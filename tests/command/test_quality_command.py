@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from pictures import write_pictures
@@ -11,6 +13,7 @@ import train
 from moco.command import quality
 from moco.config import UserError
 from moco.evaluation.measures import MEASURES
+from moco.evaluation.quality import some
 from moco.images.loader import PretrainData
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -74,3 +77,5 @@ def test_wrong_use_is_one_line(folder):
         quality.main(["--checkpoint", "nothing"])
     with pytest.raises(UserError, match="'none' does not exist"):
         quality.main([*LAST, "--data.root", "none"])
+    with pytest.raises(UserError, match="shards are not measured: give a folder"):
+        some(SimpleNamespace(is_sharded=True), 2, seed=0)
