@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -109,8 +110,8 @@ def interval(x: np.ndarray, y: np.ndarray, draws: int = 2000) -> tuple[float, fl
 
 def study(options: Any, folder: Path) -> dict[str, Any]:
     """Train, measure and correlate."""
-    config = DataConfig(root=options.root, image_size=32, views="cifar", num_workers=0)
-    config = replace(config, batch_size=options.batch)
+    recipe = yaml.safe_load(Path(RECIPE[1]).read_text(encoding="utf-8"))["data"]
+    config = DataConfig(root=options.root, batch_size=options.batch, num_workers=0, **recipe)
     source = open_source(replace(config, channels=3), "test")
     source = source.rows(torch.randperm(len(source), generator=torch.Generator().manual_seed(0)))
     source = source.rows(torch.arange(min(len(source), options.images)))

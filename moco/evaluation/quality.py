@@ -90,12 +90,15 @@ def open_views(
         log.info("%s has no test split: the network may have been trained on these images",
                  source.name)  # fmt: skip
     source = some(source, config.images, config.seed)
+    views = fresh_views(source, replace(data, batch_size=1), config.seed)
+    views.prepare(device)
+    source = views.source  # bad files are left out by now
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image to measure: give two or more")
     batch = min(BATCH, len(source))
-    source = source.rows(torch.arange(len(source) // batch * batch))
-    views = fresh_views(source, replace(data, batch_size=batch), config.seed)
-    views.prepare(device)
+    # Each epoch shall have the same images, so they fill whole batches.
+    views.source = source.rows(torch.arange(len(source) // batch * batch))
+    views.config = replace(views.config, batch_size=batch)
     return views
 
 
@@ -111,7 +114,7 @@ def fresh_views(
 def some(source: ImageSource, count: int, seed: int) -> ImageSource:
     """Draw `count` images, or as many as there are."""
     if source.is_sharded:
-        raise UserError("shards are measured while a run trains; give a folder with data.root")
+        raise UserError("shards are not measured: give a folder with data.root")
     generator = torch.Generator().manual_seed(seed)
     return source.rows(torch.randperm(len(source), generator=generator)[:count].sort().values)
 

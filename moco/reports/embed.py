@@ -7,12 +7,14 @@ Shapes: M images, N images of a batch, D feature, h w sides of a map.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +156,14 @@ def _describe(
     return {
         "checkpoint": os.path.abspath(config.checkpoint),
         "backbone_sha256": checksum(loaded.backbone),
+        "head_sha256": checksum(loaded.head) if config.features == "head" else "",
         "backbone": loaded.model.backbone,
         "features": config.features,
         "shape": list(shape),
         "preparation": preparation(told).as_note(),
         "data_root": root,
         "images": identify(listing.source, data.root),
+        "labels": crc32(json.dumps([listing.splits, listing.labels]).encode()),
         "files": bool(listing.source.paths),
         "data": asdict(data),
         "options": options,

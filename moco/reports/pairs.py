@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.config import DataConfig
+from moco.config import DataConfig, UserError
 from moco.images import views
 from moco.images.crops import cut
 from moco.images.decode import BadImage
 from moco.images.draws import centre_crops, view_recipes
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
+from moco.images.pairs import PairedCuts, Partners
 from moco.images.streamed import Cuts
 from moco.pixels import normalisation
 from moco.reports.pictures import tiles
@@ -32,7 +33,7 @@ class Pairs:
     Attributes:
         name: Of the file, or the number of the image in its set.
         image: 3 x T x T uint8, the centre as evaluation sees it.
-        views: The two views of each epoch, the same.
+        views: The two views of each epoch, the same; the second may be of the image's partner.
     """
 
     name: str
@@ -48,7 +49,12 @@ def name_of(source: ImageSource, row: int) -> str:
 
 
 def make_pairs(
-    source: ImageSource, data: DataConfig, seed: int, epochs: Sequence[int], rows: Sequence[int]
+    source: ImageSource,
+    data: DataConfig,
+    seed: int,
+    epochs: Sequence[int],
+    rows: Sequence[int],
+    partners: Partners | None = None,
 ) -> list[Pairs]:
     """Make the view pairs of some images in some epochs; what cannot be read is left out.
 
@@ -58,10 +64,17 @@ def make_pairs(
         seed: Of the run.
         epochs: Counted from 0.
         rows: Which images.
+        partners: As of `find_partners`: chooses the image from which a second view is cut.
+
+    Raises:
+        UserError: The views are made by callables from Python.
     """
+    if data.views == "own":
+        raise UserError("data.views is own, callables that only Python has")
     mean, std = (torch.tensor(values) for values in normalisation(data))
     maker = views.ViewMaker(view_recipes(data), seed, data.image_size, mean, std)
     cuts, found = Cuts(source, data, seed), []
+    both = cuts if partners is None else PairedCuts(cuts, partners)
     for row in rows:
         try:
             image = source.read(row).cpu()
@@ -71,11 +84,12 @@ def make_pairs(
         centre = cut(image, box, data.image_size)[None] / 255
         made = []
         for epoch in epochs:
-            crops, _ = cuts.__getitems__((epoch, np.array([row]), cuts.size))
+            crops, _ = both.__getitems__((epoch, np.array([row]), cuts.size))
             index = torch.tensor([row])
+            places = index, index if partners is None else partners(epoch, index)
             made += [
-                tiles(maker(crops[:, view], epoch, index, view, whole=False), mean, std)[0]
-                for view in (0, 1)
+                tiles(maker(crops[:, view], epoch, place, view, whole=False), mean, std)[0]
+                for view, place in enumerate(places)
             ]
         picture = tiles(views.normalise(centre, mean, std), mean, std)[0]
         found.append(Pairs(name_of(source, row), picture, made))

@@ -20,6 +20,7 @@ from moco.config import DataConfig, UserError
 from moco.images import aside, sources
 from moco.images.formats import one_line, shown
 from moco.images.image_source import ImageSource
+from moco.images.pairs import find_partners
 from moco.reports import charts, sights
 from moco.reports.advice import advise
 from moco.reports.blindness import measure, sentence
@@ -140,6 +141,8 @@ def _about(facts: Facts, source: ImageSource | None) -> list[tuple[str, str]]:
     """List what was run, for people."""
     config, result = facts.config, facts.result
     start = facts.starts[0] if facts.starts else {}
+    # A run measures the time of its last process.
+    since = f" since step {facts.resumed_at[-1]:,}" if facts.resumed_at else ""
     found = {
         "recipe": start.get("recipe", ""),
         "options": shlex.join(map(str, start.get("command", []))),
@@ -151,7 +154,7 @@ def _about(facts: Facts, source: ImageSource | None) -> list[tuple[str, str]]:
         "contrast": f"queue {config.model.queue_size}, temperature {config.model.temperature:g}, "
         f"batch {config.data.batch_size}",
         "steps": f"{facts.rows[-1]['step']:,.0f}" if facts.rows else "none read",
-        "time": f"{result['seconds'] / 60:.1f} min" if result.get("seconds") else "",
+        "time": f"{result['seconds'] / 60:.1f} min{since}" if result.get("seconds") else "",
         "speed": f"{result['images_per_second']:,.0f} images/s"
         if result.get("images_per_second") else "",
         "hardware": ", ".join(filter(None, [
@@ -175,7 +178,9 @@ def _pairs(facts: Facts, source: ImageSource, data: DataConfig) -> list[dict[str
     chosen = sorted({0, epochs // 2, epochs})
     rows = [len(source) * place // _PAIRS for place in range(min(_PAIRS, len(source)))]
     rows = sorted({min(row, len(source) - 1) for row in rows})
-    pairs = make_pairs(source, data, facts.config.run.seed, chosen, rows)
+    seed = facts.config.run.seed
+    partners = find_partners(source, data, seed)
+    pairs = make_pairs(source, data, seed, chosen, rows, partners)
     return [
         {
             "image": {"src": as_address(picture(pair.image)), "name": pair.name, "label": ""},

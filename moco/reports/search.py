@@ -92,7 +92,11 @@ def embed_query(features: Features, config: SearchConfig) -> np.ndarray:
     if not Path(own.checkpoint).exists():
         raise UserError(f"{own.checkpoint} made the features and is gone: give --checkpoint")
     network = network_of(own, loaded := load(own, data.image_size)).to(device)
-    if checksum(loaded.backbone) != about["backbone_sha256"]:
+    head = checksum(loaded.head) if own.features == "head" else ""
+    if (checksum(loaded.backbone), head) != (
+        about["backbone_sha256"],
+        about.get("head_sha256", ""),
+    ):
         raise UserError(f"{own.checkpoint} is not the encoder that made these features: give it "
                         "with --checkpoint, or embed anew")  # fmt: skip
     source = open_files(features, [config.query])

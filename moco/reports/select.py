@@ -129,7 +129,9 @@ def _typicality(vectors: np.ndarray, seed: int) -> np.ndarray:
     """Return one over the mean distance of each of m vectors to its nearest others."""
     if len(vectors) == 1:
         return np.ones(1)
-    bank = vectors[some(len(vectors), _BANK, seed)]
-    k = min(_NEIGHBOURS, len(bank) - 1)
-    squares, _ = faiss.knn(vectors, bank, k + 1)  # the first is the image itself
-    return 1 / (np.sqrt(np.maximum(squares[:, 1:], 0)).mean(1) + 1e-6)
+    chosen = some(len(vectors), _BANK, seed)
+    k = min(_NEIGHBOURS, len(chosen) - 1)
+    squares, _ = faiss.knn(vectors, vectors[chosen], k + 1)
+    near = squares[:, :-1].copy()
+    near[chosen] = squares[chosen, 1:]  # the first of these is the image itself
+    return 1 / (np.sqrt(np.maximum(near, 0)).mean(1) + 1e-6)

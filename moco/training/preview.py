@@ -9,6 +9,7 @@ from typing import Any
 
 from moco.config import TrainConfig, UserError
 from moco.images import aside, sources
+from moco.images.pairs import find_partners
 from moco.random import permutation
 from moco.reports.pairs import make_pairs
 from moco.reports.pictures import draw_rows
@@ -37,7 +38,8 @@ def preview(config: TrainConfig, output: Path) -> dict[str, Any]:
     if reading.reason:
         data = replace(data, min_value=list(reading.low), max_value=list(reading.high))
     chosen = permutation(config.run.seed, "preview", 0, len(source))[:_IMAGES].tolist()
-    pairs = make_pairs(source, data, config.run.seed, _EPOCHS, chosen)
+    partners = find_partners(source, data, config.run.seed)
+    pairs = make_pairs(source, data, config.run.seed, _EPOCHS, chosen, partners)
     if not pairs:
         raise UserError("none of the images that were looked at can be read")
     heads = ["image", *(f"epoch {n + 1}, view {v}" for n in _EPOCHS for v in "12")]

@@ -144,14 +144,13 @@ def replay(run_dir: Path, step: int, output: str = "", root: str = "") -> dict[s
     images = _images(data, caught)
     _draw(path, data, caught, images)
     same = all(stored["decided"][name] == getattr(decided, name) for name in _COMPUTED)
-    logged = {int(row["step"]): row.get("train/loss") for row in facts.rows}
     return {
         "step": step,
         "checkpoint": str(checkpoint),
         "checkpoint_step": before,
         "exact": before < step and same,
         "loss": _finite(torch.stack([losses.mean() for *_, losses in caught])[-1].item()),
-        "logged_loss": logged.get(step),
+        "logged_loss": dict(facts.curve("train/loss")).get(step),
         "picture": str(path),
         "images": images,
     }

@@ -98,7 +98,7 @@ class Showing(pl.Callback):
         """Draw images with their view pairs in the first epochs."""
         source, seed, epochs = self.data.source, self.config.run.seed, (0, 1)
         rows = permutation(seed, "preview", 0, len(source))[:_ROWS].tolist()
-        pairs = make_pairs(source, self.data.config, seed, epochs, rows)
+        pairs = make_pairs(source, self.data.config, seed, epochs, rows, self.data.partners)
         heads = ["image", *(f"epoch {epoch + 1}, view {view}" for epoch in epochs for view in "12")]
         return sheet([(pair.name, [pair.image, *pair.views]) for pair in pairs], heads)
 

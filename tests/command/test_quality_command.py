@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from pictures import write_pictures
@@ -11,6 +13,8 @@ import train
 from moco.command import quality
 from moco.config import UserError
 from moco.evaluation.measures import MEASURES
+from moco.evaluation.quality import some
+from moco.images.loader import PretrainData
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 LAST = ["--checkpoint", "run/checkpoints/last.ckpt", "--accelerator", "cpu"]
@@ -49,6 +53,23 @@ def test_images_that_may_have_been_trained_on_are_said_and_one_alone_is_refused(
         quality.main([*LAST, "--data.root", str(folder.parent / "one")])
 
 
+def test_a_bad_file_leaves_each_image_beside_its_own_views(folder, monkeypatch):
+    """What fills no batch is left out once, and not anew in each epoch."""
+    monkeypatch.setattr("moco.evaluation.quality.BATCH", 32)
+    (folder / "005.png").write_bytes(b"no image")
+    seen: dict[int, set[int]] = {}
+    make = PretrainData.make_batch
+
+    def noted(data, batch):
+        seen.setdefault(batch.epoch, set()).update(batch.index.tolist())
+        return make(data, batch)
+
+    monkeypatch.setattr(PretrainData, "make_batch", noted)
+    words = ["--data.root", str(folder), "--images", "96", "--data.max_bad_fraction", "0.1"]
+    found = quality.main([*LAST, *words])
+    assert seen == {0: {*range(64)}, 1: {*range(64)}} and found["images"] == 64
+
+
 def test_wrong_use_is_one_line(folder):
     with pytest.raises(UserError, match="views is 3: give an even number"):
         quality.main([*LAST, "--views", "3"])
@@ -56,3 +77,5 @@ def test_wrong_use_is_one_line(folder):
         quality.main(["--checkpoint", "nothing"])
     with pytest.raises(UserError, match="'none' does not exist"):
         quality.main([*LAST, "--data.root", "none"])
+    with pytest.raises(UserError, match="shards are not measured: give a folder"):
+        some(SimpleNamespace(is_sharded=True), 2, seed=0)

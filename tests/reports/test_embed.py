@@ -23,6 +23,7 @@ from runs import main_on_rank
 
 import moco
 from moco.command.embed import main
+from moco.command.search import main as search
 from moco.config import DataConfig, RunError, UserError
 from moco.images.labelled import LabelledData
 from moco.images.sources import open_source
@@ -271,6 +272,40 @@ def test_an_index_of_features_that_were_removed_is_not_kept(ckpt, images, tmp_pa
     Path("out/features.parquet").unlink()
     embed(ckpt, images, "out", "--encoder", "key", "--index")
     assert Path("out/features.faiss").read_bytes() != before
+
+
+def test_other_labels_and_another_head_are_other_features(ckpt, images):
+    """They change the file, though neither the backbone nor the images differ."""
+    embed(ckpt, images, "out")
+    Path("labels.csv").write_text("path,label\n00.jpg,a\n01.jpg,b\n")
+    with pytest.raises(UserError, match="is of other features"):
+        embed(ckpt, images, "out", "--data.labels", "labels.csv")
+    embed(ckpt, images, "out", "--data.labels", "labels.csv", "--overwrite")
+    assert table("out")["label"][:3] == ["a", "b", None]
+    embed(ckpt, images, "head", "--features", "head")
+    state = torch.load(ckpt, weights_only=True)
+    for name, value in state["state_dict"].items():
+        if name.startswith("query_encoder.head"):
+            value += 1
+    torch.save(state, "other.ckpt")
+    with pytest.raises(UserError, match="is of other features"):
+        embed("other.ckpt", images, "head", "--features", "head")
+    query = ["--index", "head", "--query", str(images / "00.jpg"), "--accelerator", "cpu"]
+    assert search(query)["neighbours"][0]["path"] == "00.jpg"
+    with pytest.raises(UserError, match="other.ckpt is not the encoder that made these"):
+        search([*query, "--checkpoint", "other.ckpt"])
+
+
+def test_parts_without_a_plan_are_computed_anew(ckpt, images, monkeypatch):
+    """As where a kill came while the parts of other features were removed."""
+    embed(ckpt, images, "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("moco.reports.embed.join", stop)
+        with pytest.raises(Stopped):
+            embed(ckpt, images, "out", "--encoder", "key")
+    Path("out/.parts/plan.json").unlink()
+    embed(ckpt, images, "out")
+    assert vectors_of("out") == vectors_of("whole")
 
 
 def test_parts_of_other_features_are_refused(ckpt, images, monkeypatch):

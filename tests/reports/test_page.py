@@ -18,6 +18,7 @@ from moco.reports import facts as facts_room
 from moco.reports import page
 from moco.reports.facts import read_facts
 from moco.reports.page import write_report
+from moco.reports.panel import make_panel
 
 HOSTILE = ("<script>alert(1)</script>", "a\"b' & c", "new\nline", "{{ 7*7 }}")
 PARTS = {"verdict", "about", "curves", "map", "neighbours", "pairs", "blind", "typical", "odd"}
@@ -231,6 +232,16 @@ def loss_values(found) -> list[dict]:
     return [row for layer in found.specs["curve-1"]["layer"] for row in layer["data"]["values"]]
 
 
+def test_views_of_callables_from_python_are_said_to_be_missing(run):
+    text = (run / "config.yaml").read_text()
+    own = re.sub(r"\n  views: \w+\n", "\n  views: own\n", text)
+    assert own != text
+    (run / "config.yaml").write_text(own)
+    found = read(write_report([run], 16)["report"])
+    assert "The page lacks the views: data.views is own" in found.said
+    assert found.ids() >= PARTS - {"pairs"} and "pairs" not in found.ids()
+
+
 def test_resumes_are_marked_where_the_run_went_on(run):
     note = json.loads((run / "run.json").read_text())
     for step in (2, 4, 3):  # the last one repeats step 4
@@ -241,6 +252,8 @@ def test_resumes_are_marked_where_the_run_went_on(run):
     found = read(write_report([run], images=4)["report"])
     assert "a dotted line stands where the run was resumed" in found.said
     assert [row["step"] for row in loss_values(found) if "value" not in row] == [2, 3]
+    facts_room.note_result(run, {"seconds": 90.0})  # of the last process
+    assert dict(make_panel(read_facts(run), 4, "", 0).about)["time"] == "1.5 min since step 3"
 
 
 def test_settings_say_who_has_set_them(run):

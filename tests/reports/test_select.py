@@ -46,6 +46,18 @@ def test_the_most_typical_has_the_nearest_neighbours():
         np.testing.assert_allclose(typicality[members], 1 / (mean + 1e-6), rtol=1e-3)
 
 
+def test_of_a_large_cluster_only_images_of_the_sample_pass_over_themselves(monkeypatch):
+    monkeypatch.setattr(room, "_BANK", 30)
+    vectors, _ = sized(60)
+    _, _, typicality = typical_and_diverse(write(vectors), 1, seed=0)
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    sample = room.some(60, 30, 0)
+    distances = np.sort(np.linalg.norm(units[:, None] - units[sample], axis=2), 1)
+    mean = distances[:, :20].mean(1)
+    mean[sample] = distances[sample, 1:21].mean(1)
+    np.testing.assert_allclose(typicality, 1 / (mean + 1e-6), rtol=1e-3)
+
+
 def test_more_images_than_clusters_come_in_rounds(monkeypatch):
     monkeypatch.setattr(room, "MOST_CLUSTERS", 3)
     vectors, group = sized(30, 20, 10)

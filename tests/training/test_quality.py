@@ -118,7 +118,7 @@ def test_a_run_keeps_its_images_whatever_it_is_measured_on_later(done):
 def test_what_looks_at_a_run_later_numbers_the_images_as_it_did(many, done):
     shutil.copytree(done, "run")
     held = set(Path("run", HELD_OUT).read_text().splitlines())
-    found = replay(Path("run"), 3)
+    found = replay(Path("run"), 4)  # at which quality is read too
     assert found["exact"] and found["loss"] == pytest.approx(found["logged_loss"], rel=1e-5)
     assert not held & {image["file"] for image in found["images"]}
     facts = read_facts(Path("run"))

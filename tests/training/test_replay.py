@@ -15,6 +15,7 @@ from moco.command import replay as command
 from moco.command import views
 from moco.config import DataConfig, UserError
 from moco.images.loader import PretrainData
+from moco.images.pairs import find_partners
 from moco.images.steps import Indices
 from moco.reports.pairs import make_pairs
 from moco.training.replay import replay
@@ -124,13 +125,16 @@ def test_views_are_drawn_before_a_run(images, monkeypatch):
         views.main(["--data.root", "nowhere"])
 
 
-def test_pairs_are_those_that_the_encoder_sees(images):
+@pytest.mark.parametrize("pairs", ["", "([0-9])[0-9].jpg"], ids=["one image", "partners"])
+def test_pairs_are_those_that_the_encoder_sees(images, pairs):
     data = DataConfig(root=str(images), image_size=16, batch_size=16, mean=[0.5] * 3, std=[0.2] * 3)
+    data.pairs = pairs
     seen = PretrainData(data, seed=3, shuffle=False, symmetric=True)
     seen.prepare(torch.device("cpu"))
     rows = [5, 0, 47]
     batch = seen.on_after_batch_transfer(Indices(2, 0, torch.tensor(rows)), 0)
-    pairs = make_pairs(seen.source, data, 3, [0, 2], rows)
+    partners = find_partners(seen.source, data, 3)
+    pairs = make_pairs(seen.source, data, 3, [0, 2], rows, partners)
     for place, pair in enumerate(pairs):
         for view, made in zip(batch.query_views, pair.views[2:], strict=True):
             pixels = (view[place] * 0.2 + 0.5).clamp(0, 1) * 255
