@@ -150,6 +150,8 @@ def test_settings_that_do_nothing_are_said(features, said):
         (["--query", "text"], "text cannot be read"),
         (["--query", "text", "--k", "0"], "k is 0: it must be at least 1"),
         (["--query", "text", "--picture", "no/sheet.png"], "no is no directory to write in"),
+        (["--query", "text", "--picture", "."], "a directory: name a file"),
+        (["--duplicates", "--output", "."], "a directory: name a file"),
         (["--duplicates", "--above", "1.5"], "above is 1.5: it must be at most 1"),
         (["--duplicates", "--output", "pairs.txt"], "a name that ends in .csv or .json"),
         (["--duplicates", "--index", "absent"], "absent holds no features.parquet"),

@@ -88,6 +88,8 @@ def test_what_cannot_be_replayed_is_said(images, tmp_path):
         command.main(["run", "--step", "7"])
     with pytest.raises(UserError, match="step is 0"):
         command.main(["run", "--step", "0"])
+    with pytest.raises(UserError, match="run is a directory: name a file"):
+        command.main(["run", "--step", "2", "--output", "run"])
     shutil.copytree(images, "other")
     Path("other/00.jpg").rename("other/zero.jpg")
     with pytest.raises(UserError, match="holds other images than those of the run"):
@@ -122,6 +124,8 @@ def test_views_are_drawn_before_a_run(images, monkeypatch):
     assert found["image_size"] == 16 and Path("views.png").exists()
     with pytest.raises(UserError, match="nowhere"):
         views.main(["--data.root", "nowhere"])
+    with pytest.raises(UserError, match=r"\. is a directory: name a file"):
+        views.main([*TINY, "--data.root", str(images), "--output", "."])
 
 
 def test_pairs_are_those_that_the_encoder_sees(images):
