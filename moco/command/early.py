@@ -117,3 +117,11 @@ def check_output(folder: Path) -> None:
         raise UserError(
             f"{folder} is no directory to write in ({error.strerror}): name one with --output DIR"
         ) from None
+
+
+def check_file(file: str | Path) -> None:
+    """Raise UserError when no file of this name can be made."""
+    path = Path(file)
+    if path.is_dir():
+        raise UserError(f"{file} is a directory: name a file, such as {path / 'NAME'}")
+    check_output(path.absolute().parent)

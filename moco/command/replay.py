@@ -8,7 +8,7 @@ from typing import Any
 
 from moco.checks import check_ranges
 from moco.command import cli
-from moco.command.early import check_output
+from moco.command.early import check_file
 from moco.command.export import Nothing
 from moco.command.judge import flat_options, take
 from moco.judge_config import ReplayConfig
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from moco.reports.facts import read_facts
 
     read_facts(run)
-    check_output(Path(config.output).parent if config.output else run)
+    check_file(config.output or run / "replay.png")
     log_to_stderr()
     from moco.training.replay import replay  # imports torch, so it waits for the settings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moco.checks import check_ranges
 from moco.command import cli
-from moco.command.early import check_output
+from moco.command.early import check_file
 from moco.command.export import Nothing
 from moco.command.judge import flat_options, take
 from moco.config import UserError
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     for run in runs:
         read_facts(run)
-    check_output(Path(config.output).parent if config.output else runs[0])
+    check_file(config.output or runs[0] / "report.html")
     log_to_stderr()
     from moco.reports.page import write_report  # imports torch, so it waits for the settings
 

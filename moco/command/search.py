@@ -9,7 +9,7 @@ from typing import Any
 
 from moco.checks import check_ranges
 from moco.command.cli import build_parser, parse
-from moco.command.early import check_output, check_package
+from moco.command.early import check_file, check_package
 from moco.command.export import Nothing
 from moco.command.judge import flat_options, take
 from moco.config import UserError
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if config.query and not os.path.isfile(split_frame(config.query)[0]):
         raise UserError(f"--query {config.query} is no file: check the path")
     for target in filter(None, (config.picture, config.output)):
-        check_output(Path(target).absolute().parent)
+        check_file(target)
     if Path(config.output).suffix not in ("", ".csv", ".json"):
         raise UserError(f"--output {config.output}: give a name that ends in .csv or .json")
     from moco.reports.search import search  # imports torch only where an image is encoded

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from moco.checks import check_ranges
 from moco.command.cli import build_parser, parse
-from moco.command.early import check_output, check_package
+from moco.command.early import check_file, check_package
 from moco.command.export import Nothing
 from moco.command.judge import flat_options, take
 from moco.judge_config import SelectConfig
@@ -23,7 +22,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_ranges(config)
     check_package("pyarrow", "select")
     if config.output:
-        check_output(Path(config.output).absolute().parent)
+        check_file(config.output)
     from moco.reports.select import select  # no torch, but libraries that take a second
 
     return select(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from moco.checks import check
 from moco.command import cli
-from moco.command.early import check_images, check_output
+from moco.command.early import check_file, check_images
 from moco.command.judge import flat_options
 from moco.config import TrainConfig
 from moco.judge_config import ViewsConfig
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     config, extra = cli.parse(parser, TrainConfig, argv)
     check(config)
     output = Path(extra["output"])
-    check_output(output.parent)
+    check_file(output)
     check_images(config.data)
     log_to_stderr()
     from moco.training.preview import preview  # imports torch, so it waits for the settings

@@ -7,6 +7,7 @@ Shapes: M images, N images of a batch, D feature, h w sides of a map.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -29,7 +30,9 @@ from moco.evaluation.own import NOTHING, Given
 from moco.evaluation.subject import Layer, ReadData, data_settings, load, start_process
 from moco.idle import idle_in_embedding
 from moco.images.bad_files import BadFiles
+from moco.images.dicom import split_frame
 from moco.images.folders import expanded
+from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
 from moco.images.resident import check_view_size, estimate_bytes
 from moco.images.sources import identify
@@ -165,9 +168,20 @@ def _describe(
         "images": identify(listing.source, data.root),
         "labels": crc32(json.dumps([listing.splits, listing.labels]).encode()),
         "files": bool(listing.source.paths),
+        "state": _state(listing.source),
         "data": asdict(data),
         "options": options,
     }
+
+
+def _state(source: ImageSource) -> int:
+    """Return a checksum of the sizes and times of the files, since one may be replaced."""
+    found = 0
+    for path in source.paths:
+        with contextlib.suppress(OSError):  # a file that is gone is told when it is read
+            facts = os.stat(split_frame(path)[0])
+            found = crc32(f"{facts.st_size} {facts.st_mtime_ns}\n".encode(), found)
+    return found
 
 
 def _finish(job: Job) -> dict[str, Any]:

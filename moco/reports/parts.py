@@ -80,7 +80,8 @@ class Job:
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Tell whether two files hold the same features; how they are computed may differ."""
     names = ("backbone_sha256", "head_sha256", "shape", "preparation", "data_root", "images")
-    return all(one.get(name) == other.get(name) for name in (*names, "labels", "options"))
+    names += ("state", "labels", "options")
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def is_done(job: Job) -> bool:
@@ -97,8 +98,8 @@ def is_done(job: Job) -> bool:
     other = next((path for path, found in there if not _same(found, about)), None)
     if other and not job.config.overwrite:
         raise UserError(
-            f"{other} is of other features (another encoder, other images, labels or options): "
-            "name another --output, or give --overwrite"
+            f"{other} is of other features (another encoder, other or changed images, other labels "
+            "or options): name another --output, or give --overwrite"
         )
     if target.is_file() and not other:
         log.info("%s holds these features already", target)

@@ -17,7 +17,7 @@ import numpy as np
 
 from moco.config import DataConfig, UserError
 from moco.idle import idle_in_search
-from moco.images.formats import shown
+from moco.images.formats import lettered, shown
 from moco.judge_config import EmbedConfig, SearchConfig
 from moco.log import log_to_stderr
 from moco.reports.index import (
@@ -61,9 +61,10 @@ def _like(features: Features, config: SearchConfig) -> dict[str, Any]:
         for number, c in zip(ids, cosines, strict=True)
     ]
     result = {"command": "search", "query": shown(config.query), "neighbours": found}
-    width = max((len(row["label"] or "") for row in found), default=0)
-    for row in found:
-        label = f"  {row['label'] or '':{width}}" if width else ""
+    names = [shown(row["label"] or "") for row in found]
+    width = max(map(len, names), default=0)
+    for row, name in zip(found, names, strict=True):
+        label = f"  {name:{width}}" if width else ""
         log.info("%8.4f%s  %s", row["similarity"], label, shown(row["path"]))
     if config.picture:
         result["picture"] = _draw(features, config, found[:_DRAWN])
@@ -149,7 +150,7 @@ def _draw(features: Features, config: SearchConfig, found: list[dict[str, Any]])
         except UserError as error:
             log.warning("%s", error)
             picture = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-        text = f"{shown(row['label'] or '')[:6]}: " if row["label"] else ""
+        text = f"{lettered(row['label'] or '')[:6]}: " if row["label"] else ""
         line.append(Cell(picture, f"{text}{row['similarity']:.2f}"))
     return draw_sheet(Path(config.picture), [line])
 

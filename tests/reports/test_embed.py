@@ -265,6 +265,17 @@ def test_finished_features_are_left_alone_and_others_refused(ckpt, images, said)
     assert table("out")["vector"].shape == (48, 16)
 
 
+def test_features_of_a_file_that_was_replaced_are_refused(ckpt, images, tmp_path):
+    root = shutil.copytree(images, tmp_path / "set")
+    embed(ckpt, root, "out")
+    shutil.copyfile(root / "01.jpg", root / "00.jpg")
+    with pytest.raises(UserError, match="is of other features .* changed images"):
+        embed(ckpt, root, "out")
+    embed(ckpt, root, "out", "--overwrite")
+    first, second = table("out")["vector"][:2]
+    assert (first == second).all()
+
+
 def test_an_index_of_features_that_were_removed_is_not_kept(ckpt, images, tmp_path):
     embed(ckpt, images, "out", "--index")
     before = Path("out/features.faiss").read_bytes()

@@ -48,6 +48,16 @@ def test_an_image_of_the_set_is_its_own_nearest(features, said):
     assert json.loads(json.dumps(result)) == result
 
 
+def test_a_label_of_two_lines_stays_in_its_row(features, tmp_path, said):
+    for name in ("a\nb", "c"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        shutil.copy(features / "set/01.jpg", tmp_path / "set" / name)
+    embed(features / "last.ckpt", tmp_path / "set", tmp_path / "out")
+    query(tmp_path, "c/01.jpg")
+    rows = [line for line in said if line.startswith("  1.0000")]
+    assert len(rows) == 2 and all(len(row.splitlines()) == 1 for row in rows)
+
+
 def test_the_neighbours_are_those_of_the_file(features):
     from embedding import table
 
@@ -150,6 +160,8 @@ def test_settings_that_do_nothing_are_said(features, said):
         (["--query", "text"], "text cannot be read"),
         (["--query", "text", "--k", "0"], "k is 0: it must be at least 1"),
         (["--query", "text", "--picture", "no/sheet.png"], "no is no directory to write in"),
+        (["--query", "text", "--picture", "."], "a directory: name a file"),
+        (["--duplicates", "--output", "."], "a directory: name a file"),
         (["--duplicates", "--above", "1.5"], "above is 1.5: it must be at most 1"),
         (["--duplicates", "--output", "pairs.txt"], "a name that ends in .csv or .json"),
         (["--duplicates", "--index", "absent"], "absent holds no features.parquet"),

@@ -89,6 +89,8 @@ def test_what_cannot_be_replayed_is_said(images, tmp_path):
         command.main(["run", "--step", "7"])
     with pytest.raises(UserError, match="step is 0"):
         command.main(["run", "--step", "0"])
+    with pytest.raises(UserError, match="run is a directory: name a file"):
+        command.main(["run", "--step", "2", "--output", "run"])
     shutil.copytree(images, "other")
     Path("other/00.jpg").rename("other/zero.jpg")
     with pytest.raises(UserError, match="holds other images than those of the run"):
@@ -123,6 +125,8 @@ def test_views_are_drawn_before_a_run(images, monkeypatch):
     assert found["image_size"] == 16 and Path("views.png").exists()
     with pytest.raises(UserError, match="nowhere"):
         views.main(["--data.root", "nowhere"])
+    with pytest.raises(UserError, match=r"\. is a directory: name a file"):
+        views.main([*TINY, "--data.root", str(images), "--output", "."])
 
 
 @pytest.mark.parametrize("pairs", ["", "([0-9])[0-9].jpg"], ids=["one image", "partners"])
