@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import pyarrow as pa
 import torch
-from torchvision.io import encode_jpeg, write_file
 
 import train
+from benchmarks.feed import write_images
 from benchmarks.harness import Row, arguments, clock, interleave, print_columns, report, table
 from moco.checkpoints.load import load_encoder
 from moco.command import embed
@@ -65,26 +65,11 @@ INDEX = {
 }
 
 
-def write_images(folder: Path, side: int, count: int) -> list[Path]:
-    """Write JPEGs that look somewhat like pictures: smooth noise of three sizes."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    paths = []
-    for number in range(count):
-        image = torch.zeros(3, side, side)
-        for cells in (2, 8, side // 4):
-            noise = torch.randn(1, 3, cells, cells, generator=generator)
-            image += torch.nn.functional.interpolate(noise, side, mode="bilinear")[0]
-        pixels = (image * 40 + 128).clamp(0, 255).to(torch.uint8)
-        paths.append(folder / f"{number:06d}.jpg")
-        write_file(str(paths[-1]), encode_jpeg(pixels, quality=90))
-    return paths
-
-
 def make_checkpoint(folder: Path, backbone: str, words: list[str], size: int) -> Path:
-    """Train a network for one step on digits-like pictures, so that it is a run's own file."""
+    """Train a network for one step on a few pictures, so that it is a run's own file."""
     images = folder / "few"
-    write_images(images, size, 16)
+    images.mkdir()
+    write_images(images, 16, (size, size))
     train.main([
         "--data.root", str(images), "--data.image_size", str(size), "--data.batch_size", "8",
         "--model.backbone", backbone, *words, "--model.queue_size", "8", "--model.key_bn", "plain",
@@ -131,10 +116,12 @@ def measure(case: str, rounds: int, images: int | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = make_checkpoint(folder, backbone, words, size)
-        paths = write_images(folder / "images" / "all", side, count + BATCH)
+        whole, first = folder / "images", folder / "first"
+        for root in (whole, first):
+            (root / "all").mkdir(parents=True)
+        write_images(whole / "all", count + BATCH, (side, side))
+        paths = sorted((whole / "all").iterdir())
         looked_ahead: list[float] = []
-        first = folder / "first"
-        (first / "all").mkdir(parents=True)
         for path in paths[:BATCH]:
             (first / "all" / path.name).symlink_to(path)
 
@@ -155,7 +142,7 @@ def measure(case: str, rounds: int, images: int | None) -> dict[str, Any]:
                 {
                     "bare": lambda: theirs(paths),
                     "bare, one batch": lambda: theirs(paths[:BATCH]),
-                    "embed": lambda: ours(folder / "images"),
+                    "embed": lambda: ours(whole),
                     "embed, one batch": lambda: ours(first),
                 },
                 rounds,
