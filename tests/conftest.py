@@ -66,6 +66,20 @@ def memory():
         trim(0)
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Make folders by name that the tests of a file share, and that go with its last one."""
+    made = []
+
+    def make(name):
+        made.append(tmp_path_factory.mktemp(name))
+        return made[-1]
+
+    yield make
+    for folder in made:
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_shards(tmp_path_factory):
     """Keep the index and the cache of shards out of the user's folders, in all that is started."""

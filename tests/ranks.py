@@ -63,6 +63,7 @@ class Ranks:
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     forget_start_method()
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.chdir(Path(store).parent)  # the folder of the test that started them goes before they do
     import torch
 
     torch.set_num_threads(1)

@@ -106,12 +106,12 @@ def steps(page):
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def workspace(folders):
     """Labelled pictures, a run of one step of two, and an export, under the names in WORDS.
 
     And the checkpoint of a ResNet-18.
     """
-    folder = tmp_path_factory.mktemp("docs")
+    folder = folders("docs")
     rng = np.random.default_rng(0)
     for split, count in (("train", 104), ("test", 10)):
         for name in ("a", "b"):

@@ -63,13 +63,13 @@ NETWORKS = {  # model, channels, formats that fit
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(folders):
     """Write a network's checkpoint once, and give its path and its backbone."""
 
     @functools.cache
     def write(name):
         model, channels, _ = NETWORKS[name]
-        path = tmp_path_factory.mktemp(name) / "last.ckpt"
+        path = folders(name) / "last.ckpt"
         if name != "resnet50":
             return path, save_ours(path, model, channels)[0].backbone
         network = randomise(models.resnet50())  # foreign weights, classifier and all
@@ -81,12 +81,12 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(written, tmp_path_factory):
+def exported(written, folders):
     """Export a network in a format once, and give the path and the result."""
 
     @functools.cache
     def export(name, form):
-        path = tmp_path_factory.mktemp(f"{name}-{form}") / FILES.get(form, form)
+        path = folders(f"{name}-{form}") / FILES.get(form, form)
         source = written(name)[0]
         with fresh_weights_of_ones():
             result = room.export(source, form, path, image_size=32)
