@@ -31,6 +31,15 @@ def embed(ckpt: Path, root: Path | str, output: Path | str, *arguments: str) -> 
     return main([*words, "--data.root", str(root)] if root else words)
 
 
+class Stopped(Exception):
+    """What `stop` raises."""
+
+
+def stop(*_):
+    """Stand in for what follows, to end before it."""
+    raise Stopped
+
+
 def in_small_parts(patch) -> None:
     """Have parts of 16 images, in batches of 8."""
     patch.setattr(parts, "_BATCH", 8)

@@ -20,6 +20,7 @@ GROUND = (
     "idle",
     "random",
     "distributed",
+    "rendezvous",
     "run_directory",
     "slurm",
     "log",
@@ -34,7 +35,8 @@ WINGS = {
     "training": ("algorithm", "images", "checkpoints", "evaluation", "reports"),
 }
 WITHOUT_LIGHTNING = (
-    *("algorithm.batch", "algorithm.contrast", "algorithm.encoder", "distributed"),
+    *("algorithm.batch", "algorithm.contrast", "algorithm.encoder"),
+    *("distributed", "rendezvous"),
     # The images' loader is Lightning's DataModule; evaluation does without both.
     *(f"images.{p.stem}" for p in (ROOT / "moco/images").glob("*.py") if p.stem != "loader"),
 )
@@ -119,6 +121,7 @@ def test_a_wing_imports_only_wings_below_it(path):
     if own == "ground":
         # Permutations come from random, UserError from config; else it stands on nothing.
         allowed = {("distributed", "random"), ("distributed", "config"), ("idle", "config")}
+        allowed |= {("rendezvous", "distributed"), ("rendezvous", "config")}
         allowed |= {("run_directory", "config"), ("slurm", "config"), ("idle", "judge_config")}
         allowed |= {("judge_config", "config"), ("checks", "config"), ("pixels", "config")}
         name = on_ground(module(path))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import threading
-from collections import Counter
-from datetime import timedelta
 
 import pytest
 import torch
 
 from moco import distributed
-from moco.config import RunError, UserError
+from moco.config import UserError
 from moco.distributed import gather_ragged
 
 
@@ -147,64 +144,3 @@ def test_what_ranks_have_found_must_be_the_same(two_ranks):
     assert two_ranks.run(_check, [{"count": 3}, {"count": 3}]) == [None, None]
     wrong = "the images are not the same on rank 0 and rank 1 (3 and 4): give all machines the same"
     assert two_ranks.run(_check, [3, 4]) == [f"{wrong} ones"] * 2
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes by waiting alone."""
-    passed = [0.0]
-
-    def sleep(seconds):
-        passed[0] += 4
-
-    monkeypatch.setattr(distributed.time, "monotonic", lambda: passed[0])
-    monkeypatch.setattr(distributed.time, "sleep", sleep)
-    monkeypatch.setattr(distributed, "GIVE_UP", timedelta(seconds=30))
-
-
-@pytest.fixture
-def agent(monkeypatch):
-    """The store of torchrun's agent, which outlives the ranks of an attempt."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    for name, value in {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "_stores", {})
-    monkeypatch.setattr(distributed, "_runs", Counter())
-    return store
-
-
-def test_a_rank_that_does_not_come_is_named_soon_and_once(clock, agent, said):
-    with pytest.raises(RunError, match=r"rank 1 of 2 did not come"):
-        distributed._meet(0, 2)
-    assert said == ["waiting for rank 1 of 2"]
-
-
-def test_rank_0_is_named_where_it_does_not_come(clock, agent, said, monkeypatch):
-    def refused(*arguments, **options):
-        raise torch.distributed.DistNetworkError("Connection refused")
-
-    monkeypatch.setattr(torch.distributed, "TCPStore", refused)
-    with pytest.raises(RunError, match=r"rank 0 at 127.0.0.1:\d+ did not come"):
-        distributed._meet(1, 2)
-    assert len(said) == 1 and said[0].startswith("waiting for rank 0 at 127.0.0.1:")
-
-
-def test_a_second_attempt_does_not_meet_the_ranks_of_the_first(agent, monkeypatch):
-    """torchrun --max-restarts keeps its store, where the dead ranks have left their addresses."""
-    other = threading.Thread(target=distributed._meet, args=(1, 2))
-    other.start()
-    distributed._meet(0, 2)
-    other.join()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(distributed, "GIVE_UP", timedelta(0))
-    with pytest.raises(RunError, match=r"rank 1 of 2 did not come"):
-        distributed._meet(0, 2)
-
-
-def test_a_port_that_is_taken_is_told(agent, monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
-    with pytest.raises(RunError, match=r"port \d+, at which.* is taken: set MASTER_PORT"):
-        distributed._meet(0, 2)

@@ -169,6 +169,11 @@ def decay_start(config: OptimConfig, total_steps: int) -> int:
     return min(round(total_steps * (1 - config.decay_share)), total_steps - 1)
 
 
+def step_before_decay(config: OptimConfig, total_steps: int) -> int:
+    """Return the last step before `stable` falls; 0 with other schedules."""
+    return decay_start(config, total_steps) if config.schedule == "stable" else 0
+
+
 def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
     """Return the momentum m of a step: constant, or along half a cosine (2104.02057)."""
     start, end = config.key_momentum, config.key_momentum_end

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco import distributed
+from moco import distributed, rendezvous
 from moco.checkpoints.architecture import Architecture, build
 from moco.checkpoints.load import Loaded
 from moco.config import DataConfig, UserError
@@ -60,7 +60,7 @@ def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) 
             for name, network in _networks(config, loaded, data).items()
         }
     finally:
-        distributed.disconnect()
+        rendezvous.disconnect()
     for line in _table(found, len(views.source)):
         log.info("%s", line)
     about = {"checkpoint": config.checkpoint, "images": len(views.source), "views": config.views}

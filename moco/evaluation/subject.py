@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from moco import distributed
+from moco import distributed, rendezvous
 from moco.checkpoints.architecture import Architecture, build
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checks import check
@@ -138,7 +138,7 @@ def open_subject(
             part.bad.look_ahead()
         yield subject
     finally:
-        distributed.disconnect()
+        rendezvous.disconnect()
 
 
 def _open(
@@ -213,7 +213,7 @@ def start_process(judge: JudgeConfig | EmbedConfig | QualityConfig) -> torch.dev
     if count > available:
         raise UserError(f"devices is {count} but there are {available} here: lower it")
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
-    distributed.connect(device)
+    rendezvous.connect(device)
     return device
 
 

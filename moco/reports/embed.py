@@ -20,7 +20,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from moco import distributed
+from moco import distributed, rendezvous
 from moco.checkpoints.load import Loaded
 from moco.checkpoints.matching import checksum
 from moco.checkpoints.preparation import preparation
@@ -86,7 +86,7 @@ def embed(config: EmbedConfig, read_data: ReadData, given: Given = NOTHING) -> d
         if not is_there:
             compute(job, device)
     finally:
-        distributed.disconnect()
+        rendezvous.disconnect()
     if rank > 0:
         return {}
     if not is_there:

@@ -16,7 +16,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment, TorchEl
 from pytorch_lightning.strategies import DDPStrategy
 
 from moco.algorithm.encoder import Encoder
-from moco.algorithm.optim import decay_start
+from moco.algorithm.optim import step_before_decay
 from moco.algorithm.pretrain import MoCo
 from moco.algorithm.vit import side_of_patches, take_any_size
 from moco.checkpoints.start import restore_pretraining
@@ -247,7 +247,7 @@ def assemble(
         quality,
         run_dir / "checkpoints",
         config.run.checkpoint_every,
-        step_before_decay(config, module.total_steps),
+        step_before_decay(config.optim, module.total_steps),
         config.run.checkpoint_minutes,
         config.run.keep_checkpoints,
         {"version": VERSION, **kept},
@@ -261,11 +261,6 @@ def assemble(
     lasting = config.changed({"trainer.max_epochs": MOST_EPOCHS}) if decided.is_open else config
     trainer = build_trainer(lasting, decided, logger=found, callbacks=[*usual, *callbacks])
     return Run(trainer, module, data, metrics, monitor, quality, saver, clock)
-
-
-def step_before_decay(config: TrainConfig, steps: int) -> int:
-    """Return the last step before the schedule `stable` falls; 0 with other schedules."""
-    return decay_start(config.optim, steps) if config.optim.schedule == "stable" else 0
 
 
 def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.Trainer:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from moco.algorithm.optim import step_before_decay
 from moco.algorithm.pretrain import MoCo
 from moco.config import RunConfig, TrainConfig
 from moco.images import sources
 from moco.images.loader import PretrainData
 from moco.run_directory import VERSION
 from moco.training.agreement import Agreement
-from moco.training.build import set_length, step_before_decay
+from moco.training.build import set_length
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.quality import Quality
@@ -91,7 +92,7 @@ class Preparation(pl.Callback):
         )
         config = replace(self.config, trainer=own)
         set_length(pl_module, config, data)
-        self.saver.before_decay = step_before_decay(config, pl_module.total_steps)
+        self.saver.before_decay = step_before_decay(config.optim, pl_module.total_steps)
         reading = data.source.reading
         ends = {"min_value": list(reading.low), "max_value": list(reading.high)}
         images = replace(data.config, **(ends if reading.reason else {}))

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from moco import distributed, slurm
+from moco import distributed, rendezvous, slurm
 from moco.algorithm.pretrain import MoCo
 from moco.checks import check
 from moco.config import RunError, TrainConfig
@@ -95,12 +95,12 @@ def pretrain(
         UserError: Anything that the user can mend, before the first step wherever possible.
     """
     set_up_logging()
-    distributed.connect(own_device(config))
+    rendezvous.connect(own_device(config))
     more = extend_by, accept_jump
     started, weights = (recipe, command), (init_from, allow_partial, own)
     result = _pretrain(config, resume, started, weights, more, callbacks)
     result = result if distributed.rank() == 0 else {}
-    distributed.disconnect()
+    rendezvous.disconnect()
     is_finished = "loss" in result and "stopped_by" not in result
     return result | (write_page(config, Path(result["run_dir"])) if is_finished else {})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from embedding import FAST, SIZE, checkpoint, embed, in_small_parts, table
+from embedding import FAST, SIZE, Stopped, embed, stop, table
 from networks import SMALL, save_ours
 from pictures import write_pictures
 from PIL import Image
-from processes import ROOT, finish, start, start_command, wait_for
-from runs import main_on_rank
+from processes import ROOT, finish, start_command
 
 import moco
 from moco.command.embed import main
@@ -27,20 +25,9 @@ from moco.command.search import main as search
 from moco.config import DataConfig, RunError, UserError
 from moco.images.labelled import LabelledData
 from moco.images.sources import open_source
-from moco.reports import parts
 from moco.reports.listing import list_images_of
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    in_small_parts(monkeypatch)
 
 
 def expected(ckpt, root, batch_size=256):
@@ -174,84 +161,6 @@ def test_maps_are_not_searched(ckpt, images, more):
         embed(ckpt, images, "out", "--features", "patch", more)
 
 
-def vectors_of(folder):
-    return Path(folder, "features.parquet").read_bytes()
-
-
-def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
-    ckpt, images, small_parts, monkeypatch, said
-):
-    embed(ckpt, images, "whole")
-    written, stops = [], [True]
-    write = parts._write_part
-
-    def stopped(job, first, features):
-        if first == 16 and stops:
-            stops.clear()
-            next(features)  # a batch of the part is computed, and lost
-            raise KeyboardInterrupt
-        written.append(first)
-        write(job, first, features)
-
-    monkeypatch.setattr(parts, "_write_part", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        embed(ckpt, images, "out")
-    assert not Path("out/features.parquet").exists()
-    embed(ckpt, images, "out")
-    assert written == [0, 16, 32], "what was there is not computed again"
-    assert "going on: 1 of 3 parts are there" in said
-    assert vectors_of("out") == vectors_of("whole") and not Path("out/.parts").exists()
-
-
-HELD = """
-import signal
-from pathlib import Path
-from moco.command import cli
-from moco.command.embed import main
-from moco.reports import parts
-parts._BATCH, parts._PART_BATCHES, write = 8, 2, parts._write_part
-def hold(job, start, features):
-    if start == 32:
-        next(features)
-        Path("held").touch()
-        signal.pause()
-    write(job, start, features)
-parts._write_part = hold
-cli.run_main(main)
-"""
-
-
-def test_kill_9_in_the_middle_and_go_on(ckpt, images, small_parts):
-    embed(ckpt, images, "whole")
-    Path("held.py").write_text(HELD)
-    words = ["--checkpoint", str(ckpt), "--output", "out", *FAST, "--data.root", str(images)]
-    process = start(*words, script=Path("held.py").absolute(), cwd=Path.cwd())
-    wait_for("held", process)
-    process.send_signal(signal.SIGKILL)
-    code, _, _ = finish(process)
-    assert code == -signal.SIGKILL and not Path("out/features.parquet").exists()
-    assert sorted(p.name for p in Path("out/.parts").glob("0*")) == [
-        "000000000000.parquet",
-        "000000000016.parquet",
-    ]
-    embed(ckpt, images, "out")
-    assert vectors_of("out") == vectors_of("whole")
-
-
-def embed_on_rank(words, folder):
-    with pytest.MonkeyPatch.context() as patch:
-        in_small_parts(patch)
-        return main_on_rank("moco.command.embed", words, folder)
-
-
-def test_two_ranks_write_the_same_file(ckpt, images, small_parts, two_ranks, tmp_path):
-    embed(ckpt, images, "one")
-    words = ["--checkpoint", str(ckpt), "--output", "two", *FAST, "--data.root", str(images)]
-    (first, _), (second, _) = two_ranks.run(embed_on_rank, words, str(tmp_path))
-    assert first["images"] == 48 and second == {}
-    assert vectors_of("two") == vectors_of("one")
-
-
 def test_finished_features_are_left_alone_and_others_refused(ckpt, images, said):
     embed(ckpt, images, "out")
     before = Path("out/features.parquet").stat().st_mtime_ns
@@ -305,34 +214,6 @@ def test_other_labels_and_another_head_are_other_features(ckpt, images):
     assert search(query)["neighbours"][0]["path"] == "00.jpg"
     with pytest.raises(UserError, match="other.ckpt is not the encoder that made these"):
         search([*query, "--checkpoint", "other.ckpt"])
-
-
-def test_parts_without_a_plan_are_computed_anew(ckpt, images, monkeypatch):
-    """As where a kill came while the parts of other features were removed."""
-    embed(ckpt, images, "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr("moco.reports.embed.join", stop)
-        with pytest.raises(Stopped):
-            embed(ckpt, images, "out", "--encoder", "key")
-    Path("out/.parts/plan.json").unlink()
-    embed(ckpt, images, "out")
-    assert vectors_of("out") == vectors_of("whole")
-
-
-def test_parts_of_other_features_are_refused(ckpt, images, monkeypatch):
-    monkeypatch.setattr("moco.reports.embed.join", stop)
-    with pytest.raises(Stopped):
-        embed(ckpt, images, "out")
-    with pytest.raises(UserError, match=r"out/.parts/plan.json is of other features"):
-        embed(ckpt, images, "out", "--encoder", "key")
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop(*_):
-    raise Stopped
 
 
 def test_bad_files_are_named_and_left_out(ckpt, copied, small_parts, monkeypatch, said):

@@ -111,17 +111,17 @@ from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 def run_twice():
     import torch
-    from moco import distributed
+    from moco import distributed, rendezvous
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     for run in (0, 1):
-        distributed.connect(torch.device("cpu"))
+        rendezvous.connect(torch.device("cpu"))
         total = torch.ones(1)
         torch.distributed.all_reduce(total)
         open(f"done{distributed.rank()}-{attempt}-{run}", "w").write(str(total.item()))
         if (attempt, run) == ("0", 1):
             torch.distributed.barrier()
             os._exit(1)  # with the group as it stands
-        distributed.disconnect()
+        rendezvous.disconnect()
 
 elastic_launch(LaunchConfig(
     min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, run_id="test", start_method="fork",
