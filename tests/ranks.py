@@ -63,7 +63,6 @@ class Ranks:
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     forget_start_method()
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.chdir(Path(store).parent)  # the folder of the test that started them goes before they do
     import torch
 
     torch.set_num_threads(1)
@@ -72,6 +71,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     )
     while True:
         function, args = pipe.recv()
+        os.chdir(Path(store).parent)  # the folder of the test before is gone
         try:
             pipe.send((True, function(*args)))
         except BaseException:
