@@ -102,7 +102,7 @@ def ways(files: Any, shards: Any, root: Path, count: int) -> dict[str, Callable[
 
         tars = sorted(map(str, root.glob("train-*.tar")))
         endless = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0).repeat()
-        samples = iter(endless.shuffle(1024).to_tuple("jpg"))
+        samples = iter(endless.shuffle(1024).to_tuple("jpg;jpeg"))
         found[WEBDATASET] = lambda: [
             decode(Member("x.jpg", lambda _, content=content: content), 3)
             for (content,) in itertools.islice(samples, count)
