@@ -7,7 +7,7 @@ import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moco.config import TrainConfig, UserError
-from moco.config.data import DataConfig, per_view
+from moco.config.data import PER_VIEW, DataConfig, per_view
 
 MOST_COMBINATIONS = 1024  # of a view's patches; Fast-MoCo has 6
 
@@ -70,7 +70,7 @@ def check(config: TrainConfig) -> None:
         )
     if config.ends_by_clock:
         _check_clock(config)
-    for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
+    for name in PER_VIEW:
         if getattr(data, name) is not None:
             per_view(getattr(data, name), f"data.{name}")
     if any(value <= 0 for value in data.std):

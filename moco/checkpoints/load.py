@@ -39,8 +39,8 @@ class Loaded:
         data: channels, image_size, mean and std (on a 0-1 scale) of the images that it expects;
             min_value and max_value where the files had more than 8 bits; exif, crop_pct and
             interpolation where the file says something unusual.
-        layout: moco, official, official-v3, openselfsup, lightly, solo-learn, torchvision, timm,
-            safetensors.
+        layout: moco, official, official-v3, openselfsup, mmpretrain, lightly, solo-learn,
+            torchvision, timm, safetensors.
         encoder: query, key, or backbone where the file holds only one.
         report: One line that says what matched, what was left out and what is missing.
         variant: What `model` and `data` do not say: arguments for timm, and `stem_padding`.

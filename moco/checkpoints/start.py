@@ -28,9 +28,9 @@ def restore_pretraining(
 ) -> tuple[State, str]:
     """Fill a fresh MoCo module's state dict with everything in a file that fits.
 
-    A checkpoint of ours, of the official code or of OpenSelfSup gives both encoders and, where
-    their shapes agree, the heads and the queue. Another layout gives its backbone to both. The rest
-    stays fresh.
+    A checkpoint of ours, of the official code, OpenSelfSup or mmpretrain gives both encoders and,
+    where their shapes agree, the heads and the queue. Another layout gives its backbone to both.
+    The rest stays fresh.
 
     Args:
         path: As for `moco.checkpoints.load.load_encoder`.

@@ -15,8 +15,12 @@ from moco.config import UserError
 
 
 def with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
-    """Put the checked settings of each recipe in the place of its path."""
-    words, rest = [], iter(argv)
+    """Put the checked settings of each recipe in the place of its path, and before all else.
+
+    Of options that say different things the last one counts: so the command line, wherever a recipe
+    stands in it.
+    """
+    recipes, words, rest = [], [], iter(argv)
     for word in rest:
         option, equals, value = word.partition("=")
         path = value if equals else next(rest, None) if option == "--config" else None
@@ -24,9 +28,10 @@ def with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
             path = find_recipe(path)
             content = _read_yaml(Path(path))
             _check_settings(content, names, path)
-            word = as_option(content)
-        words.append(word)
-    return words
+            recipes.append(as_option(content))
+        else:
+            words.append(word)
+    return recipes + words
 
 
 def as_option(content: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moco.config import UserError
-from moco.config.data import DataConfig, per_view
+from moco.config.data import PER_VIEW, DataConfig, per_view
 from moco.pixels import centre_box
 from moco.random import combine, stream_id, uniform
 
@@ -89,7 +89,7 @@ def view_recipes(data: DataConfig) -> tuple[ViewRecipe, ViewRecipe]:
         UserError: Greyscale asked for on images that are not RGB.
     """
     own: list[dict[str, Any]] = [{"interpolation": data.interpolation} for _ in range(2)]
-    for name in ("crop_min", "flip", "jitter", "grey", "blur", "solarise"):
+    for name in PER_VIEW:
         if (value := getattr(data, name)) is not None:
             for view, one in zip(own, per_view(value), strict=True):
                 view[name] = one

@@ -40,7 +40,7 @@ MOST_DRAWS, SHARE = 10, 0.03  # of untrained networks, and of the training time 
 
 
 class KNNMonitor(pl.Callback):
-    """Read kNN of the query backbone before the first step, every few epochs and after the last.
+    """Read kNN of the query encoder before the first step, every few epochs and after the last.
 
     Args:
         data: Bank and queries with labels, or None: then nothing is read.

@@ -77,7 +77,9 @@ def test_later_ones_win(recipe):
     assert (config.model.temperature, config.model.head) == (0.6, "linear")
     assert config.model.embedding_dim == 64
     assert parse("--config", second, "--config", first)[0].model.temperature == 0.5
-    assert parse("--config", first, "--model.temperature", "1")[0].model.temperature == 1
+    for words in (["--config", first, "--model.temperature", "1"],
+                  ["--model.temperature", "1", f"--config={first}"]):  # fmt: skip
+        assert parse(*words)[0].model.temperature == 1, "the command line, wherever it is"
 
 
 def test_a_recipe_of_comments_is_the_defaults(recipe):
