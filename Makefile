@@ -18,15 +18,15 @@ PYTEST := -m pytest -n 2 --dist worksteal
 
 .PHONY: train test test-oldest test-slurm torture sweep breaks bench bench-gpu lint clean
 
-# Where Python keeps no compiled files, as in many containers, each start would compile the libraries
-# again: 12 s for torch, Lightning and timm. They are compiled once then, which takes about a minute.
-COMPILED := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+# Python keeps what it has compiled, in the environment and in __pycache__: many containers tell it not
+# to, and each of the tests' processes would compile torch, Lightning and timm again, for 12 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 # $(call install,ENVIRONMENT,PACKAGES) installs with uv, which pip brings where it is not there.
 define install
 	$(if $(UV),$(UV) venv --quiet --allow-existing --python $(PYTHON) $(1),$(PYTHON) -m venv $(1))
 	$(if $(UV),,$(1)/bin/python -m pip install --quiet --disable-pip-version-check uv)
-	$(or $(UV),$(1)/bin/uv) pip install --quiet $(COMPILED) --python $(1)/bin/python $(2)
+	$(or $(UV),$(1)/bin/uv) pip install --quiet --python $(1)/bin/python $(2)
 endef
 
 # The stamp holds only when every step went through, so an interrupted set-up is repeated.
