@@ -85,13 +85,18 @@ def option_help(metadata: Any) -> str:
 
 
 def parse(
-    parser: Any, config: type, argv: Sequence[str], stored: dict[str, Any] | None = None
+    parser: Any,
+    config: type,
+    argv: Sequence[str],
+    stored: dict[str, Any] | None = None,
+    usual: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """Parse `argv` and return the config dataclass and the extra options.
 
     Args:
         stored: The settings of a run, in the place of the defaults; of another version, they may
             hold some that are gone, which are left out.
+        usual: Options in the place of the defaults, before a recipe.
 
     Raises:
         UserError: A setting is unknown, given twice or of the wrong type, or a recipe is missing.
@@ -104,7 +109,7 @@ def parse(
     words = with_contents(argv, names)
     known = with_former_ways(known_settings(stored, names)) if stored else {}
     try:
-        values = parser.parse_args([as_option(known), *words] if known else words)
+        values = parser.parse_args([*usual, *([as_option(known)] if known else []), *words])
     except (ArgumentError, ValueError, yaml.YAMLError) as error:
         raise UserError(one_line(error)) from None
     for name in PATHS & {*names}:

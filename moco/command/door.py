@@ -97,11 +97,11 @@ def pretrain(
     alone = {} if _can_start_ranks() else {"trainer.devices": 1}
     given |= {**alone, **settings}
     given |= {"yes": True} if given.pop("yes", False) else {}
-    words = [*words_of(usual), *(["--config", recipe] if recipe else []), *words_of(given)]
+    words = [*(["--config", recipe] if recipe else []), *words_of(given)]
     launch.end_with_launcher()
     slurm.join()
     has_module = backbone is not None and not isinstance(backbone, str)
-    arguments = train.settle(words, has_module)
+    arguments = train.settle(words, has_module, words_of(usual))
     return _run(arguments, images, own, loggers, callbacks, column)
 
 

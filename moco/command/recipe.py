@@ -15,10 +15,10 @@ from moco.config import UserError
 
 
 def with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
-    """Put the checked settings of each recipe in the place of its path, and before all else.
+    """Put the checked settings of each recipe before all other words.
 
     Of options that say different things the last one counts: so the command line, wherever a recipe
-    stands in it.
+    stands in it. An empty one stays in the place of each, so that no value moves beside another.
     """
     recipes, words, rest = [], [], iter(argv)
     for word in rest:
@@ -29,8 +29,8 @@ def with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
             content = _read_yaml(Path(path))
             _check_settings(content, names, path)
             recipes.append(as_option(content))
-        else:
-            words.append(word)
+            word = as_option({})
+        words.append(word)
     return recipes + words
 
 

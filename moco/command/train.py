@@ -60,12 +60,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return pretrain(**arguments)
 
 
-def settle(argv: Sequence[str], has_module: bool = False) -> dict[str, Any]:
+def settle(
+    argv: Sequence[str], has_module: bool = False, usual: Sequence[str] = ()
+) -> dict[str, Any]:
     """Parse and check a command line, and start a rank per device.
 
     Args:
         argv: The words after the command's name.
         has_module: Whether Python gives the backbone, which then has no known name.
+        usual: Options in the place of the defaults.
 
     Returns:
         The arguments of `moco.training.run.pretrain`.
@@ -74,14 +77,14 @@ def settle(argv: Sequence[str], has_module: bool = False) -> dict[str, Any]:
         UserError: Wrong settings, or a run that cannot start or go on with them.
     """
     parser = cli.build_parser("Pretrain an encoder with MoCo.", TrainConfig, EXTRAS)
-    config, extra = cli.parse(parser, TrainConfig, argv)
+    config, extra = cli.parse(parser, TrainConfig, argv, usual=usual)
     recipe = next((Path(p).stem for p in cli.option_values(argv, "--config")), "")
     resume = extra["resume"]
     if found := find_run(resume, config.run.dir) if resume else None:
         # A resumed run starts from its own settings; those on the command line override them, and
         # `pretrain` checks that the run may go on with them.
         stored = _stored_settings(*found, config.run.dir, not Path(resume).is_file())
-        config, extra = cli.parse(parser, TrainConfig, argv, stored)
+        config, extra = cli.parse(parser, TrainConfig, argv, stored, usual)
         check_stored_root(config.data, stored["data"])
     if resume == "auto":
         # From here on it is this run: sought again, with the run.dir that a moved run has stored or

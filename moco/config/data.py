@@ -127,7 +127,7 @@ class DataConfig:
     views: Literal["auto", "v1", "v2", "cifar", "v3", "own"] = setting(
         "v2",
         "Augmentation: 1911.05722, 2003.04297, the CIFAR demo or 2104.02057, whose two views "
-        "differ; below, a list of two values is one for each view; auto: "
+        "differ; of crop_min to solarise a list of two values is one for each view; auto: "
         "cifar for views below 64 px, else v2; own: what moco.pretrain is given in Python",
     )
     pairs: str = setting(

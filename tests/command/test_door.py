@@ -102,6 +102,14 @@ def test_items_read_as_the_arrays_that_they_are():
     assert some.read(0).equal(array.read(7)) and some.called(0) == "item 7"
 
 
+def test_a_recipe_counts_before_what_is_usual_and_a_setting_before_it(in_tmp):
+    given = {"recipe": "quickstart", "trainer.max_steps": 1}
+    with pytest.raises(moco.UserError, match=r"has 3 channels and data\.channels is 1"):
+        pretrain(PIXELS, **given)
+    run = pretrain(PIXELS, **given, **{"data.channels": 3})
+    assert len(run.encoder(torch.zeros(2, 3, 16, 16))) == 2
+
+
 def test_other_images_do_not_go_on(in_tmp):
     pretrain(PIXELS, **{"trainer.max_epochs": 1})
     with pytest.raises(moco.UserError, match="48 images as the run has, but others"):
