@@ -194,11 +194,11 @@ def run_python(block, names):
         block = re.sub(rf'"{word}\b', f'"{file}', block)
     settle, read = train.settle, judge.read_settings
 
-    def shortened(words, has_module=False):
+    def shortened(words, has_module=False, usual=()):
         # A resumed run keeps its settings, a module has its own network, and views their own size.
         network = [] if has_module else SMALL
         resumed = any(word.startswith("--resume") for word in words)
-        return settle([*words, *([] if resumed else [*network, *SHORT])], has_module)
+        return settle([*words, *([] if resumed else [*network, *SHORT])], has_module, usual)
 
     def without_baselines(words, kind, about):
         return read([*words, *BARE], kind, about)
