@@ -166,7 +166,7 @@ ARGUMENTS = {
     "a stray word": (["quickstart"], "quickstart"),
     "a stray flag": (["-x"], "-x"),
     "a missing value": (["--model.temperature"], "--model.temperature"),
-    "a value behind a recipe": (["--model.seed", "--config", QUICKSTART, "3"], "--model"),
+    "a value behind a recipe": (["--run.seed", "--config", QUICKSTART, "3"], "run.seed: expected"),
     "a value like an option": (["--data.root", "-dash"], "write --data.root=-dash"),
     "no number": (["--model.temperature", "warm"], "model.temperature is 'warm': give a number"),
     "an empty number": (["--model.temperature="], "model.temperature is '': give a number"),
