@@ -114,6 +114,12 @@ def network_of(config: EmbedConfig, loaded: Loaded) -> nn.Module:
     return Maps(loaded.backbone, bf16).eval()
 
 
+def checksums_of(config: EmbedConfig, loaded: Loaded) -> dict[str, str]:
+    """Return what tells the weights behind the features that are asked for from others."""
+    head = checksum(loaded.head) if config.features == "head" else ""
+    return {"backbone_sha256": checksum(loaded.backbone), "head_sha256": head}
+
+
 def _open(config: EmbedConfig, read_data: ReadData, given: Given, device: torch.device) -> Job:
     """Load the encoder, list the images, and say what the file will be."""
     loaded = load(config, 0, given)
@@ -158,8 +164,7 @@ def _describe(
     root = expanded(data.root) if data.root else ""
     return {
         "checkpoint": os.path.abspath(config.checkpoint),
-        "backbone_sha256": checksum(loaded.backbone),
-        "head_sha256": checksum(loaded.head) if config.features == "head" else "",
+        **checksums_of(config, loaded),
         "backbone": loaded.model.backbone,
         "features": config.features,
         "shape": list(shape),

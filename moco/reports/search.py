@@ -80,11 +80,10 @@ def embed_query(features: Features, config: SearchConfig) -> np.ndarray:
     """
     import torch
 
-    from moco.checkpoints.matching import checksum
     from moco.evaluation.features import extract_features
     from moco.evaluation.subject import load, start_process
     from moco.images.labelled import LabelledData
-    from moco.reports.embed import network_of
+    from moco.reports.embed import checksums_of, network_of
 
     about, data = features.about, stored_data(features)
     options = about["options"] | {"checkpoint": config.checkpoint or about["checkpoint"]}
@@ -93,11 +92,7 @@ def embed_query(features: Features, config: SearchConfig) -> np.ndarray:
     if not Path(own.checkpoint).exists():
         raise UserError(f"{own.checkpoint} made the features and is gone: give --checkpoint")
     network = network_of(own, loaded := load(own, data.image_size)).to(device)
-    head = checksum(loaded.head) if own.features == "head" else ""
-    if (checksum(loaded.backbone), head) != (
-        about["backbone_sha256"],
-        about.get("head_sha256", ""),
-    ):
+    if any(about.get(name, "") != each for name, each in checksums_of(own, loaded).items()):
         raise UserError(f"{own.checkpoint} is not the encoder that made these features: give it "
                         "with --checkpoint, or embed anew")  # fmt: skip
     source = open_files(features, [config.query])
