@@ -45,10 +45,7 @@ def uniform(stream: int, counters: Tensor, draws: int) -> Tensor:
     Returns:
         N x D float32 on the device of `counters`.
     """
-    start = _finalise(counters + stream)[:, None]
-    columns = torch.arange(1, draws + 1, dtype=torch.int64, device=counters.device)
-    # Adding 0 of the data keeps torch.compile from multiplying constants beyond 64 bits.
-    mixed = _finalise(start + (columns + (start & 0)) * _GOLDEN)
+    mixed = _words(stream, counters, draws)
     # 24 of the 53 bits: float32 holds no more below 1.
     return ((mixed & _MASK_53) >> 29).float() * (1.0 / (1 << 24))
 
@@ -60,14 +57,21 @@ def permutation(seed: int, purpose: str, counter: int, size: int) -> Tensor:
 
 def permutations(stream: int, counters: Tensor, size: int) -> Tensor:
     """Return a permutation of 0..size-1 for each counter: N x size int64, on its device."""
-    columns = torch.arange(size, dtype=torch.int64, device=counters.device)
-    start = _finalise(counters + stream)[:, None]
-    return torch.argsort(_finalise(start + (columns + 1) * _GOLDEN), dim=1, stable=True)
+    return torch.argsort(_words(stream, counters, size), dim=1, stable=True)
 
 
 def combine(high: int | Tensor, low: Tensor) -> Tensor:
     """Make one counter of two, such as (epoch, image index); `low` stays below 2**40."""
     return low + (high << 40)
+
+
+def _words(stream: int, counters: Tensor, draws: int) -> Tensor:
+    """Draw `draws` words of 64 bits for each counter: N x D int64."""
+    start = _finalise(counters + stream)[:, None]
+    columns = torch.arange(1, draws + 1, dtype=torch.int64, device=counters.device)
+    # Adding 0 of the data keeps torch.compile from multiplying constants beyond 64 bits, which
+    # Triton refuses.
+    return _finalise(start + (columns + (start & 0)) * _GOLDEN)
 
 
 def _finalise(x: Tensor) -> Tensor:

@@ -205,6 +205,15 @@ def test_import_moco_does_not_import_torch():
     )
 
 
+def test_training_brings_no_library_that_only_some_runs_need():
+    """faiss brings an OpenMP runtime of its own beside torch's; the others take seconds."""
+    python(
+        "import sys, moco.training.run\n"
+        "found = {'faiss', 'altair', 'vl_convert', 'openTSNE'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
 def test_help_does_not_import_torch(path):
     python(

@@ -6,7 +6,6 @@ Shapes: M points, P directions.
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
 
 from moco.config import UserError
@@ -35,6 +34,8 @@ def tsne(points: np.ndarray, seed: int, remedy: str, steps: int = 1000) -> np.nd
             raise UserError(
                 f"a map of {len(points)} images needs openTSNE: pip install openTSNE, or {remedy}"
             ) from None
+        import faiss  # late: faiss and torch each load an OpenMP runtime
+
         threads = faiss.omp_get_max_threads()  # as OMP_NUM_THREADS says
         return np.asarray(TSNE(n_jobs=threads, **options).fit(points), np.float32)
     from sklearn.manifold import TSNE

@@ -108,17 +108,22 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def fitting_batch(trainer: pl.Trainer, module: Any, tried: int, data: DataConfig) -> int:
-    """Measure which batch per device fits, or return 0 where not even an eighth of it does.
+    """Measure which batch per device fits, or return 0 where not even two images do.
 
-    The memory of a step grows along a line with the batch, so two small steps are enough.
+    The memory of a step grows along a line with the batch, so two small steps are enough. Where
+    they are not small enough, smaller ones are tried.
     """
     small, large = max(2, tried // 8), max(4, tried // 4)
-    try:
-        low, high = (peak_memory(trainer, module, count, data) for count in (small, large))
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
-            return 0
-        raise
+    while True:
+        try:
+            low, high = (peak_memory(trainer, module, count, data) for count in (small, large))
+            break
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            if small == 2:
+                return 0
+        small, large = max(2, small // 8), max(4, large // 8)
     slope = max(high - low, 1) / (large - small)
     most = small + (0.9 * device_memory(trainer.strategy.root_device) - low) / slope
     return max(small, min(int(most), tried - 1) // 8 * 8)

@@ -116,6 +116,21 @@ def test_the_device_named_is_the_one_that_was_full(monkeypatch):
     assert seen == [torch.device("cuda:3")]
 
 
+def test_where_an_eighth_does_not_fit_smaller_batches_are_measured(monkeypatch):
+    tried = []
+
+    def measured(trainer, module, count, data):
+        tried.append(count)
+        if count > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 100 + 10 * count
+
+    monkeypatch.setattr(explain, "peak_memory", measured)
+    monkeypatch.setattr(explain, "device_memory", lambda device: 500)
+    assert explain.fitting_batch(a_trainer(), make_module(), 512, DATA) == 32
+    assert tried == [64, 8, 16]
+
+
 def test_lightning_moves_the_module_away_before_the_error_comes_out(monkeypatch):
     """The explanation relies on this: at teardown the strategy frees the device."""
     module = make_module()

@@ -130,6 +130,7 @@ def test_resume_from_every_step_ends_in_the_same_bits(images, resident):
         *("--data.resident", resident, "--data.num_workers", "0", "--run.knn_k", "5"),
         *("--run.checkpoint_every", "1", "--run.keep_checkpoints", "99", "--optim.lr", "0.01"),
         *("--optim.schedule", "plateau", "--optim.plateau_patience", "0"),
+        *("--trainer.deterministic", "true"),  # without it a GPU adds numbers in any order
     ]
     run_small("whole", *arguments)
     end, expected = load("whole/checkpoints/last.ckpt"), rows("whole")
@@ -260,7 +261,10 @@ WRONG = {
     "negative temperature": (["--model.temperature", "-1"], "model.temperature is -1.0"),
     "no such devices": (["--trainer.devices", "99"], "trainer.devices is 99"),
     "no gpu": (["--trainer.accelerator", "gpu"], "trainer.accelerator is gpu"),
-    "fp16": (["--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed"),
+    "fp16": (
+        ["--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"],
+        "trainer.precision is 16-mixed",
+    ),
     "grey": (["--data.grey", "0.5"], "data.grey is 0.5"),
     "no such run": (["--resume", "nowhere"], "--resume nowhere does not exist"),
 }
