@@ -70,7 +70,8 @@ class SplitBatchNorm:
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         shape = (groups, 1, batch[1], *[1] * (len(batch) - 2))
         normed = grouped * scale.view(shape) + shift.view(shape)
-        return normed.to(images.dtype).view(batch)
+        # Last comes what is no view: a step in place on a view, such as ReLU, costs copies.
+        return normed.view(batch).to(images.dtype)
 
 
 def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:

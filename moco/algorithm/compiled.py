@@ -12,6 +12,9 @@ from torch import Tensor
 from moco.algorithm.batch import Batch
 from moco.algorithm.contrast import KeyQueue
 
+# Small kernels that do not depend on each other, such as those of BatchNorm, are launched as one.
+OPTIONS = {"inductor": {"combo_kernels": True}}
+
 
 def one_graph(
     training_step: Callable[[Batch, int], Tensor],
@@ -39,7 +42,8 @@ def one_graph(
 
     # torch counts the graphs of a code object and refuses the ninth: each run has its own.
     own = FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)
-    graph = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+    options = OPTIONS.get(backend)
+    graph = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 
     def compiled_step(images: Any, batch_idx: int) -> Tensor:
         for queue in queues:

@@ -23,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from moco.algorithm import optim
 from moco.algorithm.batch import Batch
 from moco.algorithm.batch_norm import frozen_statistics, set_batch_norm
-from moco.algorithm.compiled import one_graph
+from moco.algorithm.compiled import OPTIONS, one_graph
 from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
 from moco.algorithm.encoder import build_encoder, build_predictor, lay_channels_last
+from moco.algorithm.folded_stem import fold_stem
 from moco.config import ModelConfig, OptimConfig
 from moco.distributed import all_gather, local_rows, rank, restore
 from moco.random import stream_id
@@ -97,10 +98,13 @@ class MoCo(pl.LightningModule):
     def compile_encoders(self, backend: str) -> None:
         """Compile each encoder to fused kernels for one shape; the state dict keeps its keys."""
         for encoder in (self.query_encoder, self.key_encoder, self.predictor):
-            encoder.compile(backend=backend, dynamic=False)
+            fold_stem(encoder)
+            encoder.compile(backend=backend, dynamic=False, options=OPTIONS.get(backend))
 
     def compile_step(self, backend: str, make_batch: Callable[[Any], Batch]) -> None:
         """Compile the whole step to one graph, which replaces `training_step`: see `one_graph`."""
+        for encoder in (self.query_encoder, self.key_encoder):
+            fold_stem(encoder)
         self.training_step = one_graph(self.training_step, self.queues, make_batch, backend)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

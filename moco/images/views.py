@@ -7,10 +7,13 @@ are products with per-sample matrices. On a GPU every shape is static and nothin
 that the whole chain compiles to one graph; on a CPU the costly steps touch only the samples that
 need them.
 
-Shapes: N images, C channels (here of the image), H W their pixels, S the side of a view.
+Shapes: N images, C channels (here of the image), H W their pixels, S the side of a view; planes
+are the C channels of a batch, N x S x S each: apart they compile to fewer passes over the pixels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -102,19 +105,19 @@ def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tens
     Args:
         images: N x C x S x S float, 0-1. Hue, saturation and greyscale act on RGB only.
     """
-    images = images.clone()  # the steps may write in place
-    to_grey = images.shape[1] == 3 and recipe.grey > 0
+    planes = list(images.clone().unbind(1))  # the steps may write in place
+    to_grey = len(planes) == 3 and recipe.grey > 0
     if to_grey and recipe.grey_first:
-        images = _on_rows(colours.grey, images, _grey_like)
+        planes = _on_rows(colours.grey, planes, _grey_like)
     if recipe.jitter > 0:
-        images = _jitter(images, colours)
+        planes = _jitter(planes, colours)
     if to_grey and not recipe.grey_first:
-        images = _on_rows(colours.grey, images, _grey_like)
+        planes = _on_rows(colours.grey, planes, _grey_like)
     if recipe.blur > 0:
-        images = _on_rows(colours.blur, images, _blur, colours.sigma)
+        planes = _on_rows(colours.blur, planes, _blur, colours.sigma)
     if recipe.solarise > 0:
-        images = _on_rows(colours.solarise, images, _solarise)
-    return images
+        planes = _on_rows(colours.solarise, planes, _solarise)
+    return torch.stack(planes, 1)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -122,83 +125,88 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images - mean[:, None, None]) / std[:, None, None]
 
 
-def _on_rows(mask: Tensor, images: Tensor, step, *parameters: Tensor) -> Tensor:
-    """Return the images with `step` applied to those in `mask`; on a CPU in place.
+def _on_rows(
+    mask: Tensor, planes: list[Tensor], step: Callable[..., list[Tensor]], *parameters: Tensor
+) -> list[Tensor]:
+    """Return the planes with `step` applied to the samples in `mask`; on a CPU in place.
 
     On a GPU it is applied to all, and the result is selected: finding the rows would wait there.
     """
-    if images.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.where(mask[:, None, None, None], step(images, *parameters), images)
+    if planes[0].device.type != "cpu" or torch.compiler.is_compiling():
+        changed = step(planes, *parameters)
+        mask = mask[:, None, None]
+        return [torch.where(mask, new, old) for new, old in zip(changed, planes, strict=True)]
     rows = mask.nonzero()[:, 0]
     if len(rows) == 0:
-        return images
-    changed = step(images[rows], *(p[rows] for p in parameters))
-    return images.index_copy_(0, rows, changed)
+        return planes
+    changed = step([plane[rows] for plane in planes], *(p[rows] for p in parameters))
+    return [old.index_copy_(0, rows, new) for new, old in zip(changed, planes, strict=True)]
 
 
-def _grey(images: Tensor) -> Tensor:
-    """Return the brightness, N x 1 x S x S: weighted for RGB, else the mean of the bands."""
-    if images.shape[1] != 3:
-        return images.mean(1, keepdim=True)
-    red, green, blue = images.unbind(1)
-    weights = _GREY_WEIGHTS
-    return (weights[0] * red + weights[1] * green + weights[2] * blue)[:, None]
+def _grey(planes: list[Tensor]) -> Tensor:
+    """Return the brightness, N x S x S: weighted for RGB, else the mean of the bands."""
+    weights = _GREY_WEIGHTS if len(planes) == 3 else [1 / len(planes)] * len(planes)
+    return sum(weight * plane for weight, plane in zip(weights, planes, strict=True))
 
 
-def _grey_like(images: Tensor) -> Tensor:
-    return _grey(images).expand_as(images)
+def _grey_like(planes: list[Tensor]) -> list[Tensor]:
+    return [_grey(planes)] * len(planes)
 
 
-def _jitter(images: Tensor, colours: Colours) -> Tensor:
-    """Apply the four operations in each sample's own order; in place on a CPU."""
-    blends = _HUE if images.shape[1] == 3 else _SATURATION  # what colour needs does nothing else
+def _jitter(planes: list[Tensor], colours: Colours) -> list[Tensor]:
+    """Apply the four operations in each sample's own order."""
+    is_rgb = len(planes) == 3
+    blends = _HUE if is_rgb else _SATURATION  # what colour needs does nothing else
     for place in range(4):
         operation = colours.order[:, place]
         factor = colours.factors.gather(1, operation[:, None])[:, 0]
         mask = colours.jitter & (operation < blends)
-        images = _on_rows(mask, images, _blend, operation, factor)
-        if images.shape[1] == 3:
-            mask = colours.jitter & (operation == _HUE)
-            images = _on_rows(mask, images, _shift_hue, factor)
-    return images
+        planes = _on_rows(mask, planes, _blend, operation, factor)
+        if is_rgb:
+            planes = _on_rows(colours.jitter & (operation == _HUE), planes, _shift_hue, factor)
+    return planes
 
 
-def _blend(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+def _blend(planes: list[Tensor], operation: Tensor, factor: Tensor) -> list[Tensor]:
     """Blend with black (brightness), the mean grey (contrast) or the grey image (saturation)."""
-    operation, factor = operation[:, None, None, None], factor[:, None, None, None]
-    grey = _grey(images)
-    mean = grey.mean((1, 2, 3), keepdim=True) * (operation == _CONTRAST)
-    partner = torch.where(operation == _SATURATION, grey, mean)
-    return torch.addcmul(partner * (1 - factor), images, factor).clamp_(0, 1)
+    operation, factor = operation[:, None, None], factor[:, None, None]
+    grey = _grey(planes)
+    mean = grey.mean((1, 2), keepdim=True) * (operation == _CONTRAST)
+    partner = torch.where(operation == _SATURATION, grey, mean) * (1 - factor)
+    return [torch.addcmul(partner, plane, factor).clamp_(0, 1) for plane in planes]
 
 
-def _solarise(images: Tensor) -> Tensor:
+def _solarise(planes: list[Tensor]) -> list[Tensor]:
     """Invert what is bright, from 128 of 255 levels up, as PIL does."""
-    return torch.where(images >= 0.5, 1 - images, images)  # 127.5 rounds to 128
+    return [torch.where(plane >= 0.5, 1 - plane, plane) for plane in planes]  # 127.5 rounds to 128
 
 
-def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+def _shift_hue(planes: list[Tensor], shift: Tensor) -> list[Tensor]:
     """Turn the hue by `shift` turns (N), through HSV in closed form.
 
     The hue comes from sorting the channels, and each channel back from its distance to the hue
     around the circle: no branch per sixth.
     """
-    red, green, blue = images.unbind(1)
+    red, green, blue = planes
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
     value, middle = torch.maximum(red, high), torch.minimum(red, high)
     chroma = value - torch.minimum(middle, low)
     start = -(green < blue).float()
     start = torch.where(red < high, -1 / 3 - start, start)
     hue = (start + (middle - low) / (6 * chroma).clamp(min=1e-20)).abs() + shift[:, None, None]
-    apart = torch.stack([hue + channel / 6 for channel in (3, 1, -1)], 1)
-    apart = apart.sub_(apart.round()).abs_()  # N 3 S S, in turns: 0 where a channel is lowest
-    return torch.addcmul(value[:, None], chroma[:, None], (2 - 6 * apart).clamp_(0, 1), value=-1)
+    turned = []
+    for channel in (3, 1, -1):
+        apart = hue + channel / 6
+        apart = apart.sub_(apart.round()).abs_()  # in turns: 0 where a channel is lowest
+        apart = (2 - 6 * apart).clamp_(0, 1)
+        turned.append(torch.addcmul(value, chroma, apart, value=-1))
+    return turned
 
 
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+def _blur(planes: list[Tensor], sigma: Tensor) -> list[Tensor]:
     """Blur with a Gaussian of `sigma` pixels (N), 13 taps; beyond an edge its pixels go on."""
-    matrix = _blur_matrix(sigma, images.shape[-1])
-    return separable(images, matrix, matrix)
+    matrix = _blur_matrix(sigma, planes[0].shape[-1])
+    return list(separable(torch.stack(planes, 1), matrix, matrix).unbind(1))
 
 
 def _blur_matrix(sigma: Tensor, size: int) -> Tensor:

@@ -30,6 +30,8 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    # The loss alone is a product of float32, and is meant to be.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def say_what_was_decided(

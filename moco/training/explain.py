@@ -8,6 +8,7 @@ Shapes: N images per device, K queue, C embedding, S side of a view.
 from __future__ import annotations
 
 import copy
+import math
 import traceback
 from typing import Any
 
@@ -108,25 +109,29 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def fitting_batch(trainer: pl.Trainer, module: Any, tried: int, data: DataConfig) -> int:
-    """Measure which batch per device fits, or return 0 where not even two images do.
+    """Measure which batch per device fits, or return 0 where nothing does.
 
     The memory of a step grows along a line with the batch, so two small steps are enough. Where
-    they are not small enough, smaller ones are tried.
+    they are not small enough, smaller ones are tried; all have whole groups for BatchNorm.
     """
-    small, large = max(2, tried // 8), max(4, tried // 4)
+    unit = max(2, module.model_config.bn_splits)
+    small = tried // 8 // unit * unit or unit
     while True:
         try:
-            low, high = (peak_memory(trainer, module, count, data) for count in (small, large))
+            low, high = (peak_memory(trainer, module, count, data) for count in (small, 2 * small))
             break
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            if small == 2:
+            if small == unit:
                 return 0
-        small, large = max(2, small // 8), max(4, large // 8)
-    slope = max(high - low, 1) / (large - small)
+        small = small // 8 // unit * unit or unit
+    slope = max(high - low, 1) / small
     most = small + (0.9 * device_memory(trainer.strategy.root_device) - low) / slope
-    return max(small, min(int(most), tried - 1) // 8 * 8)
+    most = max(small, min(int(most), tried - 1))
+    even = math.lcm(8, unit)
+    fits = most // even * even or most // unit * unit
+    return fits if fits < tried else 0
 
 
 def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) -> int:
@@ -157,7 +162,8 @@ def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) 
     views = [torch.zeros(count, data.channels, size, size, device=device) for _ in range(2)]
     parts = views[:pairs]
     if module.chunks > 1:  # the activations of one part of one view are alive at a time
-        parts = [views[0][: max(2, -(-count // module.chunks))]]
+        unit = max(2, model.bn_splits)
+        parts = [views[0][: count // module.chunks // unit * unit or unit]]
     with trainer.precision_plugin.forward_context():
         queries = [normalize(encoders[0](part).float()) for part in parts]
         with torch.no_grad():

@@ -127,6 +127,7 @@ class Progress(pl.Callback):
         self.metrics = metrics
         self._bar: Any = None
         self._spoke = 0.0
+        self._first: tuple[int, float] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Open the bar."""
@@ -147,6 +148,7 @@ class Progress(pl.Callback):
         """Move the bar."""
         if not trainer.is_global_zero:
             return
+        self._first = self._first or (self.metrics.images, self.metrics.seconds)
         if self._bar is not None:
             self._bar.ncols = _width() - 2  # a terminal shows ^C behind it
             self._bar.n = trainer.global_step
@@ -168,10 +170,13 @@ class Progress(pl.Callback):
             room = _width() - _BAR_COLUMNS
             lengths = accumulate(len(part) + 2 for part in parts)
             parts = [part for part, length in zip(parts, lengths, strict=True) if length <= room]
-        elif self.metrics.rate():
+        elif step < module.total_steps:
+            images, seconds = self._first or (0, 0.0)  # the first step compiles, and tells nothing
+            images, seconds = self.metrics.images - images, self.metrics.seconds - seconds
             left = (module.total_steps - step) * module.accumulate
             left *= self.metrics.data.config.batch_size
-            parts.append(f"{left / self.metrics.rate() / 60:.1f} min left")
+            if images:
+                parts.append(f"{left * seconds / images / 60:.1f} min left")
         return ", ".join(parts)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:

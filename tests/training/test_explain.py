@@ -129,6 +129,7 @@ def test_where_an_eighth_does_not_fit_smaller_batches_are_measured(monkeypatch):
     monkeypatch.setattr(explain, "device_memory", lambda device: 500)
     assert explain.fitting_batch(a_trainer(), make_module(), 512, DATA) == 32
     assert tried == [64, 8, 16]
+    assert explain.fitting_batch(a_trainer(), make_module(), 2, DATA) == 0, "the tried one failed"
 
 
 def test_lightning_moves_the_module_away_before_the_error_comes_out(monkeypatch):

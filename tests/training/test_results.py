@@ -191,12 +191,19 @@ def test_what_the_last_readings_show_is_found(latest, words):
     assert "take model.queue_size 16" in announce._findings(run)[-1]
 
 
-def test_the_time_left_counts_all_batches_of_a_step():
+def test_the_time_left_counts_all_batches_of_a_step_and_not_what_the_first_one_took(capsys):
     data = SimpleNamespace(config=SimpleNamespace(batch_size=16))
-    progress = Progress(SimpleNamespace(latest={}, rate=lambda: 16.0, data=data))
+    metrics = SimpleNamespace(latest={}, data=data, images=16, seconds=100.0)  # it compiled
+    progress = Progress(metrics)
     module = SimpleNamespace(total_steps=10, steps_per_epoch=5, accumulate=3)
-    text = progress._text(SimpleNamespace(global_step=4), module)
-    assert text == "epoch 0.8/2, 0.3 min left"
+    trainer = SimpleNamespace(is_global_zero=True, global_step=1)
+    progress.on_train_start(trainer, module)
+    progress._spoke -= 11
+    progress.on_train_batch_end(trainer, module)
+    metrics.images, metrics.seconds, trainer.global_step = 16 + 160, 110.0, 4
+    progress._spoke -= 11
+    progress.on_train_batch_end(trainer, module)
+    assert capsys.readouterr().err.splitlines() == ["epoch 0.2/2", "epoch 0.8/2, 0.3 min left"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_the_time_left_counts_all_batches_of_a_step():
 def test_the_bar_tells_what_a_terminal_has_room_for(terminal, columns, told):
     latest = {"train/loss": 5.1234, "val/knn_top1": 97.1, "train/contrast_top1": 0.45}
     latest["train/images_per_second"] = 1050.0
-    progress = Progress(SimpleNamespace(latest=latest))
+    progress = Progress(SimpleNamespace(latest=latest, images=0, seconds=0.0))
     trainer = SimpleNamespace(is_global_zero=True, global_step=0)
     module = SimpleNamespace(total_steps=10, steps_per_epoch=5)
     screen = terminal(columns)
@@ -314,6 +321,6 @@ def test_a_rate_that_is_to_follow_knn_needs_labels(images):
 
 
 def test_less_than_an_epoch_is_told_in_the_same_digits():
-    progress = Progress(SimpleNamespace(latest={}, rate=lambda: 0.0))
+    progress = Progress(SimpleNamespace(latest={}))
     module = SimpleNamespace(total_steps=5, steps_per_epoch=19, accumulate=1)
     assert progress._text(SimpleNamespace(global_step=5), module) == "epoch 0.263/0.263"
