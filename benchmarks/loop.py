@@ -123,8 +123,8 @@ class TakeTurns(pl.Callback):
             self._count(LOOP, self.done >= self.warmup)
             self.done += 1
             progress(f"block {self.done} of {self.rounds + self.warmup}")
-        if device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda" and step:  # the first block has steps before the capture
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
         blocks = self.rounds + 1 if self.fed and not step else 0 if self.fed else 1
         for block in range(blocks if self.done <= self.rounds else 0):
             self._begin()

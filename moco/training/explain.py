@@ -21,7 +21,11 @@ from moco.algorithm.contrast import info_nce
 from moco.config import DataConfig, RunError, UserError
 from moco.training.monitor import KNNMonitor
 
-_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",  # cuDNN's, for want of room to work in
+)
 _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
 
 

@@ -148,6 +148,7 @@ def test_lightning_moves_the_module_away_before_the_error_comes_out(monkeypatch)
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "not even a small one would fit"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "not even a small"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), "not even"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out with data."),
         (MemoryError(), "data.resident_budget"),
     ],
