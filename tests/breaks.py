@@ -150,11 +150,12 @@ BREAKS = [
     ),
     ("images/draws.py", "blur=u[:, 10] < recipe.blur", "blur=u[:, 9] < recipe.blur", VIEWS),
     ("images/draws.py", "grey=u[:, 9] < recipe.grey", "grey=u[:, 9] > recipe.grey", VIEWS),
+    ("algorithm/folded_stem.py", "(1, 0, 1, 0)", "(0, 1, 0, 1)", ENCODER),
     ("images/crops.py", "columns.flip(1)", "columns.flip(2)", VIEWS),
     ("images/crops.py", "scale.clamp(min=1)", "scale", VIEWS),
     ("images/crops.py", "return part.flip(2) if flip else part", "return part", VIEWS),
     ("images/views.py", "(0.2989, 0.587, 0.114)", "(0.3333, 0.3333, 0.3333)", VIEWS),
-    ("images/views.py", "partner * (1 - factor)", "partner * factor", VIEWS),
+    ("images/views.py", "grey, mean) * (1 - factor)", "grey, mean) * factor", VIEWS),
     # order
     (
         "images/steps.py",
