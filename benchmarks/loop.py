@@ -41,6 +41,7 @@ from benchmarks.harness import (
     table,
     wait,
 )
+from moco.algorithm.compiled import OPTIONS
 from moco.checks import check
 from moco.command import cli
 from moco.config import DataConfig, TrainConfig, UserError
@@ -104,7 +105,10 @@ class TakeTurns(pl.Callback):
         """Compile the bare encoders where the loop has them inside its one graph."""
         self._encoders = module.query_encoder, module.key_encoder
         if trainer.datamodule.in_graph:
-            self._encoders = [torch.compile(encoder, dynamic=False) for encoder in self._encoders]
+            options = OPTIONS["inductor"]
+            self._encoders = [
+                torch.compile(e, dynamic=False, options=options) for e in self._encoders
+            ]
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, *_: Any) -> None:
         """Keep the first batch's views for the bare work."""

@@ -70,7 +70,7 @@ class SplitBatchNorm:
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         shape = (groups, 1, batch[1], *[1] * (len(batch) - 2))
         normed = grouped * scale.view(shape) + shift.view(shape)
-        # Last comes what is no view: a step in place on a view, such as ReLU, costs copies.
+        # In mixed precision no view comes last: ReLU in place on a view costs copies backward.
         return normed.view(batch).to(images.dtype)
 
 

@@ -76,10 +76,14 @@ def _columns(images: Tensor, weights: Tensor) -> Tensor:
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:
-    """Multiply two batches of matrices; the sums are of float32 everywhere."""
-    precision = torch.float16 if first.device.type == "cuda" else torch.float32
+    """Multiply two batches of matrices to one of float32."""
+    kind = _precision(first.device)
     with torch.autocast(first.device.type, enabled=False):  # bf16 would cost a level of grey
-        return torch.matmul(first.to(precision), second.to(precision)).float()
+        return torch.matmul(first.to(kind), second.to(kind)).float()
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def cut(

@@ -94,9 +94,11 @@ class ViewMaker:
         else:
             view = images.contiguous().float() / 255
         colours = draw_colours(recipe, colour, epoch, index)
-        view = adjust_colours(view, colours, recipe)
-        view = normalise(view, self.mean, self.std)
-        return view.contiguous(memory_format=torch.channels_last)
+        planes = _adjust(list(view.unbind(1)), colours, recipe)
+        planes = [
+            (p - mean) / std for p, mean, std in zip(planes, self.mean, self.std, strict=True)
+        ]
+        return torch.stack(planes, 3).permute(0, 3, 1, 2)
 
 
 def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tensor:
@@ -105,7 +107,11 @@ def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tens
     Args:
         images: N x C x S x S float, 0-1. Hue, saturation and greyscale act on RGB only.
     """
-    planes = list(images.clone().unbind(1))  # the steps may write in place
+    return torch.stack(_adjust(list(images.clone().unbind(1)), colours, recipe), 1)
+
+
+def _adjust(planes: list[Tensor], colours: Colours, recipe: ViewRecipe) -> list[Tensor]:
+    """Do what `adjust_colours` does, on a CPU in place."""
     to_grey = len(planes) == 3 and recipe.grey > 0
     if to_grey and recipe.grey_first:
         planes = _on_rows(colours.grey, planes, _grey_like)
@@ -117,7 +123,7 @@ def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tens
         planes = _on_rows(colours.blur, planes, _blur, colours.sigma)
     if recipe.solarise > 0:
         planes = _on_rows(colours.solarise, planes, _solarise)
-    return torch.stack(planes, 1)
+    return planes
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -146,7 +152,10 @@ def _on_rows(
 def _grey(planes: list[Tensor]) -> Tensor:
     """Return the brightness, N x S x S: weighted for RGB, else the mean of the bands."""
     weights = _GREY_WEIGHTS if len(planes) == 3 else [1 / len(planes)] * len(planes)
-    return sum(weight * plane for weight, plane in zip(weights, planes, strict=True))
+    grey = weights[0] * planes[0]
+    for weight, plane in zip(weights[1:], planes[1:], strict=True):
+        grey = grey.add_(plane, alpha=weight)
+    return grey
 
 
 def _grey_like(planes: list[Tensor]) -> list[Tensor]:

@@ -30,7 +30,7 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    # The loss alone is a product of float32, and is meant to be.
+    # Products of float32 are the loss's, or what trainer.precision 32-true asks for.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 

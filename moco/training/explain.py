@@ -21,11 +21,8 @@ from moco.algorithm.contrast import info_nce
 from moco.config import DataConfig, RunError, UserError
 from moco.training.monitor import KNNMonitor
 
-_OUT_OF_MEMORY = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "unable to find an engine to execute",  # cuDNN's, for want of room to work in
-)
+_NO_ENGINE = "unable to find an engine to execute"  # cuDNN's, for want of room, or it is broken
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", _NO_ENGINE)
 _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "gloo")
 
 
@@ -59,6 +56,8 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
         traceback.clear_frames(error.__traceback__)
         share = data.batch_size // trainer.world_size
         fits = fitting_batch(trainer, module, share, data) * trainer.world_size
+        if not fits and _NO_ENGINE in text:
+            return error
         advice = f"about {fits} would fit" if fits else "not even a small one would fit"
         return RunError(
             f"out of memory on {trainer.strategy.root_device} with data.batch_size "
@@ -113,29 +112,42 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def fitting_batch(trainer: pl.Trainer, module: Any, tried: int, data: DataConfig) -> int:
-    """Measure which batch per device fits, or return 0 where nothing does.
+    """Measure which batch per device fits, or return 0 where nothing below `tried` does.
 
     The memory of a step grows along a line with the batch, so two small steps are enough. Where
     they are not small enough, smaller ones are tried; all have whole groups for BatchNorm.
     """
-    unit = max(2, module.model_config.bn_splits)
+    unit = _least_batch(module)
     small = tried // 8 // unit * unit or unit
-    while True:
-        try:
-            low, high = (peak_memory(trainer, module, count, data) for count in (small, 2 * small))
-            break
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            if small == unit:
-                return 0
-        small = small // 8 // unit * unit or unit
+    while small < tried and (low := _measured(trainer, module, small, data)) is None:
+        small = small // 8 // unit * unit or unit if small > unit else tried
+    if small >= tried:
+        return 0
+    high = _measured(trainer, module, 2 * small, data) if 2 * small < tried else None
+    if high is None:
+        return small
     slope = max(high - low, 1) / small
-    most = small + (0.9 * device_memory(trainer.strategy.root_device) - low) / slope
-    most = max(small, min(int(most), tried - 1))
+    room = 0.9 * device_memory(trainer.strategy.root_device) - low
+    most = min(int(small + room / slope), tried - 1)
     even = math.lcm(8, unit)
-    fits = most // even * even or most // unit * unit
-    return fits if fits < tried else 0
+    return max(small, most // even * even or most // unit * unit)
+
+
+def _least_batch(module: Any) -> int:
+    """Return of what a batch per device is a multiple: two images in each group of each part."""
+    model = module.model_config
+    groups = model.bn_splits if "split" in (model.key_bn, model.query_bn) else 1
+    return 2 * groups * module.chunks
+
+
+def _measured(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) -> int | None:
+    """Return `peak_memory`, or None where it is more than there is."""
+    try:
+        return peak_memory(trainer, module, count, data)
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            return None
+        raise
 
 
 def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) -> int:
@@ -166,8 +178,7 @@ def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) 
     views = [torch.zeros(count, data.channels, size, size, device=device) for _ in range(2)]
     parts = views[:pairs]
     if module.chunks > 1:  # the activations of one part of one view are alive at a time
-        unit = max(2, model.bn_splits)
-        parts = [views[0][: count // module.chunks // unit * unit or unit]]
+        parts = [views[0][: -(-count // module.chunks)]]
     with trainer.precision_plugin.forward_context():
         queries = [normalize(encoders[0](part).float()) for part in parts]
         with torch.no_grad():

@@ -17,7 +17,6 @@ from moco.algorithm.encoder import (
     build_backbone,
     build_encoder,
 )
-from moco.algorithm.folded_stem import FoldedStem, fold_stem
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, OptimConfig, UserError
 
@@ -299,45 +298,6 @@ def test_split_equals_batch_norm_on_each_group(layout, way):
 def test_what_a_compiler_sees_of_a_split_layer_ends_in_no_view(kind):
     """ReLU works in place: on a view of the groups it costs two copies of each map backward."""
     assert not norm_layer().train()._fused(maps().to(kind))._is_view()
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize(("size", "is_folded"), [((32, 48), True), ((32, 33), False)])
-def test_a_folded_stem_is_the_plain_convolution(channels, size, is_folded, monkeypatch):
-    encoder = nn.Sequential(nn.Conv2d(channels, 5, 7, 2, 3).double())
-    images = torch.randn(2, channels, *size, dtype=torch.float64)
-    expected = encoder(images)
-    gradients = torch.autograd.grad(expected.square().sum(), [*encoder.parameters()])
-    keys = list(encoder.state_dict())
-    fold_stem(encoder)
-    assert type(encoder[0]) is FoldedStem and list(encoder.state_dict()) == keys
-    assert encoder(images).equal(expected), "without a compiler it is the plain one"
-    seen = []
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(
-        "moco.algorithm.folded_stem.conv2d", lambda *a: seen.append(1) or functional.conv2d(*a)
-    )
-    found = encoder(images)
-    assert bool(seen) == is_folded
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    others = torch.autograd.grad(found.square().sum(), [*encoder.parameters()])
-    for one, other in zip(gradients, others, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, 3, 1, 1),
-        nn.Conv2d(5, 4, 7, 2, 3),
-        nn.Conv2d(3, 4, 7, 2, 3, padding_mode="reflect"),
-        nn.Conv2d(3, 3, 7, 2, 3, groups=3),
-        nn.Conv2d(3, 4, 7, 2, 6, dilation=2),
-    ],
-)
-def test_other_convolutions_are_not_folded(layer):
-    fold_stem(nn.Sequential(layer))
-    assert type(layer) is nn.Conv2d
 
 
 def test_split_statistics_over_several_steps(way):

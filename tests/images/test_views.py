@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from moco.images import crops
 from moco.images.crops import crop_and_resize, cut
 from moco.images.draws import (
     RECIPES,
@@ -403,3 +404,18 @@ def test_faithful_to_the_pil_chain_in_distribution(name, view):
         error = ((values.var() + expected.var()) / count).sqrt()
         assert abs(values.mean() - expected.mean()) < 4.5 * error + 0.002, what
         assert abs(values.std() - expected.std()) < 0.2 * expected.std() + 0.002, what
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_of_half_precision_are_those_of_float32_to_a_third_of_a_level(
+    interpolation, monkeypatch
+):
+    """As on a GPU."""
+    given = images(16, 3, 40, 48)
+    boxes = draw_crops(ALL, CROP, 0, torch.arange(16), 40, 48)
+    made = []
+    for kind in (torch.float32, torch.float16):
+        monkeypatch.setattr(crops, "_precision", lambda device, kind=kind: kind)
+        made.append(crop_and_resize(given, boxes, 32, interpolation))
+    apart = (made[1] - made[0]).abs().max() * 255
+    assert made[1].dtype == torch.float32 and 0 < apart < 0.34

@@ -116,20 +116,51 @@ def test_the_device_named_is_the_one_that_was_full(monkeypatch):
     assert seen == [torch.device("cuda:3")]
 
 
-def test_where_an_eighth_does_not_fit_smaller_batches_are_measured(monkeypatch):
+@pytest.fixture
+def room(monkeypatch):
+    """A device on which so many images fit; returns the sizes that are measured."""
     tried = []
 
-    def measured(trainer, module, count, data):
-        tried.append(count)
-        if count > 40:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return 100 + 10 * count
+    def hold(most):
+        def measured(trainer, module, count, data):
+            tried.append(count)
+            if count > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return 100 + 10 * count
 
-    monkeypatch.setattr(explain, "peak_memory", measured)
-    monkeypatch.setattr(explain, "device_memory", lambda device: 500)
-    assert explain.fitting_batch(a_trainer(), make_module(), 512, DATA) == 32
-    assert tried == [64, 8, 16]
-    assert explain.fitting_batch(a_trainer(), make_module(), 2, DATA) == 0, "the tried one failed"
+        monkeypatch.setattr(explain, "peak_memory", measured)
+        monkeypatch.setattr(explain, "device_memory", lambda device: (100 + 10 * most) / 0.9)
+        return tried
+
+    return hold
+
+
+@pytest.mark.parametrize(
+    ("tried", "most", "chunks", "model", "fits", "sizes"),
+    [
+        (512, 40, 1, {}, 40, [64, 8, 16]),  # an eighth does not fit
+        (512, 300, 1, {}, 296, [64, 128]),
+        (2, 1, 1, {}, 0, []),  # the tried one is the smallest there is
+        (64, 10, 1, {"bn_splits": 4}, 8, [8, 16]),  # of two images a group
+        (64, 40, 1, {"bn_splits": 8}, 32, [16, 32]),
+        (512, 200, 4, {"bn_splits": 8}, 192, [64, 128]),  # whole groups in each part
+        (64, 4, 1, {"bn_splits": 8}, 0, [16]),
+        (8, 6, 1, {"bn_splits": 8, "key_bn": "plain"}, 6, [2, 4]),
+    ],
+)
+def test_the_batch_named_fits(room, tried, most, chunks, model, fits, sizes):
+    module, found = make_module(), room(most)
+    module.model_config, module.chunks = replace(MODEL, **model), chunks
+    assert explain.fitting_batch(a_trainer(), module, tried, DATA) == fits
+    assert found == sizes
+
+
+@pytest.mark.parametrize("most", [40, 0])
+def test_cudnn_without_an_engine_is_memory_only_where_less_of_it_helps(room, most):
+    room(most)
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    said = explain.explain(error, a_trainer(), make_module(), DATA)
+    assert (" would fit; or set" in str(said)) if most else said is error
 
 
 def test_lightning_moves_the_module_away_before_the_error_comes_out(monkeypatch):
@@ -148,7 +179,6 @@ def test_lightning_moves_the_module_away_before_the_error_comes_out(monkeypatch)
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "not even a small one would fit"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "not even a small"),
-        (RuntimeError("GET was unable to find an engine to execute this computation"), "not even"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out with data."),
         (MemoryError(), "data.resident_budget"),
     ],
