@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from moco.algorithm import folded_stem
+from moco.algorithm.batch_norm import set_batch_norm
 from moco.algorithm.folded_stem import FoldedStem, fold_stem
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, OptimConfig
@@ -100,3 +101,10 @@ def test_what_is_compiled_gets_the_options_of_its_backend(backend, whole, monkey
     assert seen == [(backend, expected)] * (1 if whole else 3)
     assert type(module.query_encoder.backbone.conv1) is FoldedStem
     assert type(module.key_encoder.backbone.conv1) is FoldedStem
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_what_a_compiler_sees_of_a_split_layer_ends_in_no_view(kind):
+    """ReLU works in place: on a view of the groups it costs two copies of each map backward."""
+    layer = set_batch_norm(nn.BatchNorm2d(6), "split", 4).train()
+    assert not layer._fused(torch.randn(8, 6, 3, 3).to(kind))._is_view()

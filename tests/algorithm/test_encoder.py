@@ -294,12 +294,6 @@ def test_split_equals_batch_norm_on_each_group(layout, way):
     assert (out - whole).abs().max() > 0.1  # the groups do matter
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_what_a_compiler_sees_of_a_split_layer_ends_in_no_view(kind):
-    """ReLU works in place: on a view of the groups it costs two copies of each map backward."""
-    assert not norm_layer().train()._fused(maps().to(kind))._is_view()
-
-
 def test_split_statistics_over_several_steps(way):
     split, manual = norm_layer(2, groups=2), torch.zeros(2)
     for step in range(5):
