@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from moco.algorithm.names import is_own, unknown_backbone
 from moco.algorithm.own_backbone import own_backbone
@@ -142,7 +143,7 @@ def build_backbone(
     if is_own(config.backbone):
         _check_kind(config, is_resnet=False)
         network, feature_dim = own_backbone(own, config, channels, image_size)
-        _take_strides_first(network)
+        _spare_kernels(network)
         return network, feature_dim
     import timm  # this takes 2 s, so it is left to those who build a network
 
@@ -164,7 +165,7 @@ def build_backbone(
             start_as_v3(backbone, config)
         if any(p.numel() == 0 for p in backbone.parameters()):
             raise ValueError("a layer has no channels left")
-        _take_strides_first(backbone)
+        _spare_kernels(backbone)
         return backbone, width_of_features(backbone)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -240,22 +241,33 @@ def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     return {"img_size": image_size} if fixed else {}
 
 
-def _take_strides_first(backbone: nn.Module) -> None:
-    """Have strided 1x1 convolutions of few channels skip pixels before they convolve.
+def _spare_kernels(backbone: nn.Module) -> None:
+    """Keep strided convolutions away from two faults of torch's CPU kernels; results are the same.
 
-    The result is the same. In channels-last format torch's CPU kernel writes beyond its memory in
-    their backward pass and aborts the process, for fewer than 8 channels (torch 2.14.1).
+    In channels-last format the backward pass of strided 1x1 convolutions of fewer than 8 channels
+    writes beyond its memory and aborts the process (torch 2.14.1): they skip pixels first. In bf16
+    the gradient of strided 3x3 convolutions over a single pixel is what lay in memory (2.11 to
+    2.15): they get a border of zeros.
     """
     for layer in backbone.modules():
-        if not isinstance(layer, nn.Conv2d) or layer.in_channels >= 8:
+        if not isinstance(layer, nn.Conv2d) or layer.stride == (1, 1):
             continue
-        if (layer.kernel_size, layer.padding) == ((1, 1), (0, 0)) and layer.stride != (1, 1):
+        shape = layer.kernel_size, layer.padding
+        if shape == ((1, 1), (0, 0)) and layer.in_channels < 8:
             layer.register_forward_pre_hook(partial(_skip_pixels, stride=layer.stride))
             layer.stride = (1, 1)
+        elif (*shape, layer.stride) == ((3, 3), (1, 1), (2, 2)):
+            layer.register_forward_pre_hook(_pad_pixel)
 
 
 def _skip_pixels(layer: nn.Module, inputs: tuple[Tensor], stride: tuple[int, int]) -> tuple[Tensor]:
     return (inputs[0][..., :: stride[0], :: stride[1]],)
+
+
+def _pad_pixel(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    (maps,) = inputs
+    is_at_risk = layer.training and maps.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return (pad(maps, (0, 1, 0, 1)),) if is_at_risk and maps.shape[2:] == (1, 1) else None
 
 
 def _set_stem(backbone: nn.Module, config: ModelConfig, channels: int) -> None:

@@ -3,10 +3,8 @@
 import copy
 
 import pytest
-import timm
 import torch
 import torchvision
-from processes import finish, start
 from torch import nn
 from torch.nn import functional
 
@@ -436,36 +434,6 @@ def test_a_split_batch_norm_is_the_functional_one():
         for half in batch.chunk(2)
     ]
     torch.testing.assert_close(split(batch), torch.cat(expected), atol=1e-5, rtol=1e-5)
-
-
-STRIDED_STEM = """
-import timm
-import torch
-from moco.algorithm.encoder import build_backbone
-from moco.config import ModelConfig
-network, _ = build_backbone(ModelConfig(backbone="repvgg_a0"), 3, 32)
-network.to(memory_format=torch.channels_last)
-images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
-for _ in range(2):
-    network(images).sum().backward()
-print(sum(float(p.grad.abs().sum()) for p in network.parameters()) > 0)
-"""
-
-
-def test_strided_stems_of_one_pixel_train_in_channels_last_on_a_cpu(tmp_path):
-    """Without more, torch 2.14.1 ends the process in the first backward pass."""
-    script = tmp_path / "strided.py"
-    script.write_text(STRIDED_STEM)
-    code, out, err = finish(start(script=script))
-    assert (code, out) == (0, "True\n"), err
-
-
-def test_strided_stems_of_one_pixel_compute_what_they_did():
-    theirs = timm.create_model("repvgg_a0", num_classes=0).eval()
-    ours, _ = build_backbone(config("repvgg_a0"), 3, 32)
-    ours.load_state_dict(theirs.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(copy.deepcopy(ours).eval()(pictures(2)), theirs(pictures(2)))
 
 
 def test_a_vit_that_cannot_be_built_is_refused_with_the_settings_of_vits():
