@@ -13,7 +13,7 @@ Parts, each ended after 8 minutes, in this order; the table and the record are w
     resnet50    ResNet-50, 224 px, batch 256: claimed 5,000 images/s
     views       two views of 224 px alone, compiled and not (benchmarks/views.py)
     demo        200 epochs as in `epochs`: claimed under 4 minutes and 82.6 % (published, on the
-                original images, at the head; run.knn reads the backbone); needs --cifar
+                original images, at the head); needs --cifar
     imagenette  ResNet-18, 128 px, batch 256, images as large as Imagenette's
     fed         ResNet-50 fed from JPEGs by workers: claimed 95 % of the resident rate
     symmetric   the demo with the symmetric loss: 85.3 % (published); needs --cifar

@@ -78,7 +78,7 @@ BREAKS = [
     ("algorithm/encoder.py", "bias=affine", "bias=False", FAST),
     ("algorithm/pretrain.py", 'if group.get("constant") else rate', "if False else rate", FAST),
     ("algorithm/contrast.py", "own.repeat_interleave(several, 0)", "own.repeat(several, 1)", FAST),
-    ("algorithm/pretrain.py", "self.query_encoder.parameters(), ", "self.parameters(), ", STEP),
+    ("algorithm/pretrain.py", "self.query_encoder.parameters(), ", "self.parameters(), ", V3),
     # loss and queue
     ("algorithm/contrast.py", "dim=1) / temperature", "dim=1) * temperature", CONTRAST),
     (

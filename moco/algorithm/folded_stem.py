@@ -1,4 +1,4 @@
-"""A ResNet's first convolution as a GPU computes it fast; the numbers and the weights are the same.
+"""A ResNet's first convolution as a GPU computes it fast; the weights are the same, the numbers up to rounding.
 
 Shapes: N images, C their channels, H W their pixels, O channels of the convolution.
 """
