@@ -44,8 +44,8 @@ EVALUATION = """\
 
 `eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
 whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
-`grey`, `blur` and the others of views belong to pretraining and are refused. `embed` takes the group `data` in the same
-way. `export.py`, `search`, `select` and `shards` take their own alone.
+`grey`, `blur` and the others of views belong to pretraining and are refused. `embed` takes the
+group `data` in the same way. `export.py`, `search`, `select` and `shards` take their own alone.
 """
 
 

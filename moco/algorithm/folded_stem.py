@@ -1,4 +1,4 @@
-"""A ResNet's first convolution as a GPU computes it fast; the weights are the same, the numbers up to rounding.
+"""A ResNet's first convolution as a GPU computes it fast, with the same weights.
 
 Shapes: N images, C their channels, H W their pixels, O channels of the convolution.
 """
