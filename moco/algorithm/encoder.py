@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from moco.algorithm.names import is_own, unknown_backbone
 from moco.algorithm.own_backbone import own_backbone
@@ -242,32 +241,47 @@ def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
 
 
 def _spare_kernels(backbone: nn.Module) -> None:
-    """Keep strided convolutions away from two faults of torch's CPU kernels; results are the same.
+    """Keep strided convolutions away from faults of torch's CPU kernels; results are the same.
 
     In channels-last format the backward pass of strided 1x1 convolutions of fewer than 8 channels
-    writes beyond its memory and aborts the process (torch 2.14.1): they skip pixels first. In bf16
-    the gradient of strided 3x3 convolutions over a single pixel is what lay in memory (2.11 to
-    2.15): they get a border of zeros.
+    writes beyond its memory and aborts the process (torch 2.14.1): they skip pixels first. What
+    bf16 gets wrong, `InFloat32` computes.
     """
     for layer in backbone.modules():
         if not isinstance(layer, nn.Conv2d) or layer.stride == (1, 1):
             continue
-        shape = layer.kernel_size, layer.padding
-        if shape == ((1, 1), (0, 0)) and layer.in_channels < 8:
+        if (layer.kernel_size, layer.padding) == ((1, 1), (0, 0)) and layer.in_channels < 8:
             layer.register_forward_pre_hook(partial(_skip_pixels, stride=layer.stride))
             layer.stride = (1, 1)
-        elif (*shape, layer.stride) == ((3, 3), (1, 1), (2, 2)):
-            layer.register_forward_pre_hook(_pad_pixel)
+        elif not isinstance(layer, InFloat32):
+            layer.__class__ = type(f"Spared{type(layer).__name__}", (InFloat32, type(layer)), {})
+
+
+class InFloat32:
+    """Compute a strided convolution in float32 on a CPU where its result has a single pixel.
+
+    In bf16, torch's kernels then return what lay in memory as the gradient of the weights, or,
+    where the kernel covers the map, a wrong result (2.11 to 2.15, CPUs that multiply bf16).
+    `_spare_kernels` mixes this class into that of an existing layer.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return what the layer itself does."""
+        if not torch.is_autocast_enabled("cpu") or maps.device.type != "cpu":
+            return super().forward(maps)
+        pads = (0, 0) if isinstance(self.padding, str) else self.padding
+        sides = zip(maps.shape[-2:], pads, self.kernel_size, self.dilation, strict=True)
+        if all(
+            side + 2 * pad - far * (kernel - 1) - 1 >= stride
+            for (side, pad, kernel, far), stride in zip(sides, self.stride, strict=True)
+        ):
+            return super().forward(maps)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(maps.float()).to(torch.get_autocast_dtype("cpu"))
 
 
 def _skip_pixels(layer: nn.Module, inputs: tuple[Tensor], stride: tuple[int, int]) -> tuple[Tensor]:
     return (inputs[0][..., :: stride[0], :: stride[1]],)
-
-
-def _pad_pixel(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-    (maps,) = inputs
-    is_at_risk = layer.training and maps.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return (pad(maps, (0, 1, 0, 1)),) if is_at_risk and maps.shape[2:] == (1, 1) else None
 
 
 def _set_stem(backbone: nn.Module, config: ModelConfig, channels: int) -> None:

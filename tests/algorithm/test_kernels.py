@@ -9,14 +9,16 @@ from processes import finish, start
 from torch import nn
 from torch.nn.functional import conv2d
 
-from moco.algorithm.encoder import build_backbone
-from moco.config import ModelConfig
+from moco.algorithm.encoder import InFloat32, _spare_kernels, build_backbone
+from moco.algorithm.pretrain import MoCo
+from moco.config import ModelConfig, OptimConfig
 
 STRIDED_STEM = """
 import timm
 import torch
-from moco.algorithm.encoder import build_backbone
-from moco.config import ModelConfig
+from moco.algorithm.encoder import InFloat32, _spare_kernels, build_backbone
+from moco.algorithm.pretrain import MoCo
+from moco.config import ModelConfig, OptimConfig
 network, _ = build_backbone(ModelConfig(backbone="repvgg_a0"), 3, 32)
 network.to(memory_format=torch.channels_last)
 images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -43,39 +45,72 @@ def test_strided_stems_of_one_pixel_compute_what_they_did():
         torch.testing.assert_close(copy.deepcopy(ours).eval()(images), theirs(images))
 
 
+# Channels, kernel, stride and padding of a convolution, and the side of what it sees.
+SINGLE = [
+    (32, 3, 2, 1, 1),
+    (32, 5, 2, 2, 1),
+    (32, 2, 2, 1, 1),
+    (32, 3, 3, 1, 2),
+    (16, 4, 4, 0, 4),
+    (8, 8, 8, 0, 8),
+]
+
+
 @pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
-def test_a_strided_convolution_over_one_pixel_has_its_gradient_in_bf16(form):
-    """On a CPU that multiplies bf16, torch 2.11 to 2.15 return what lay in memory."""
-    backbone, _ = build_backbone(ModelConfig("resnet18", width=0.25), 3, 16)
-    layer = backbone.layer4[0].conv1.to(memory_format=form)
-    assert layer.stride == (2, 2)
-    for seed in range(10):
-        maps = torch.randn(
-            8, layer.in_channels, 1, 1, generator=torch.Generator().manual_seed(seed)
-        )
-        layer.zero_grad()
-        left = [torch.full_like(layer.weight, float("nan"), dtype=torch.bfloat16)] * 8
+@pytest.mark.parametrize("shape", SINGLE, ids=str)
+def test_a_strided_convolution_to_one_pixel_is_right_in_bf16(shape, form):
+    """On a CPU that multiplies bf16, torch 2.11 to 2.15 get some of these wrong without a word."""
+    channels, kernel, stride, padding, side = shape
+    layer = nn.Conv2d(channels, 64, kernel, stride, padding, bias=False)
+    network = nn.Sequential(layer).to(memory_format=form)
+    names, weight = list(network.state_dict()), nn.Parameter(layer.weight.detach().clone())
+    _spare_kernels(network)
+    _spare_kernels(network)  # of a part of a network that was built by us
+    assert list(network.state_dict()) == names
+    assert type(network[0]).__name__ == "SparedConv2d" and isinstance(network[0], nn.Conv2d)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        maps = torch.randn(16, channels, side, side)
+        network.zero_grad()
+        weight.grad = None
+        left = [torch.full_like(weight, float("nan"), dtype=torch.bfloat16)] * 8
         del left
         with torch.autocast("cpu", torch.bfloat16):
-            out = layer(maps)
+            out = network(maps)
         out.float().square().sum().backward()
-        weight = nn.Parameter(layer.weight.detach().clone())
-        expected = conv2d(maps, weight, stride=2, padding=1)
+        expected = conv2d(maps, weight, stride=stride, padding=padding)
         expected.square().sum().backward()
-        assert out.shape == expected.shape
-        torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0.1)
-        apart = (layer.weight.grad - weight.grad).abs().max() / weight.grad.abs().max()
-        assert apart < 0.05
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - expected).norm() < 0.01 * expected.norm()
+        assert (layer.weight.grad - weight.grad).norm() < 0.01 * weight.grad.norm()
 
 
-def test_maps_of_one_pixel_are_padded_in_training_alone():
-    """An export knows nothing of it, and fp32 needs none of it."""
-    backbone, _ = build_backbone(ModelConfig("resnet18", width=0.25), 3, 16)
-    layer, seen = backbone.layer4[0].conv1, []
-    layer.register_forward_hook(lambda layer, inputs, out: seen.append(tuple(inputs[0].shape[2:])))
-    pixel, maps = torch.randn(4, layer.in_channels, 1, 1), torch.randn(4, layer.in_channels, 3, 3)
-    layer(pixel)
-    with torch.autocast("cpu", torch.bfloat16):
-        layer(pixel), layer(maps)
-        layer.eval()(pixel)
-    assert seen == [(1, 1), (2, 2), (3, 3), (1, 1)]
+def test_only_results_of_one_pixel_are_computed_in_float32(monkeypatch):
+    network, seen = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1)), []
+    _spare_kernels(network)
+    forward = nn.Conv2d._conv_forward
+
+    def watch(layer, maps, *given):
+        seen.append((tuple(maps.shape[2:]), torch.is_autocast_enabled("cpu")))
+        return forward(layer, maps, *given)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", watch)
+    for side in (1, 2, 3):
+        with torch.autocast("cpu", torch.bfloat16):
+            network(torch.randn(2, 3, side, side))
+    network(torch.randn(2, 3, 1, 1))
+    assert seen == [((1, 1), False), ((2, 2), False), ((3, 3), True), ((1, 1), False)]
+
+
+def test_a_network_of_the_users_own_is_spared_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 16, 8, 8)
+
+        def forward(self, images):
+            return self.layer(images).flatten(1)
+
+    module = MoCo(ModelConfig("own:Net", queue_size=8), OptimConfig(), 3, 8, backbone=Net())
+    assert isinstance(module.query_encoder.backbone.layer, InFloat32)
+    assert isinstance(module.key_encoder.backbone.layer, InFloat32)
