@@ -19,6 +19,7 @@ from moco.images.decode import decode
 from moco.images.labelled import LabelledData, RandomCrops, open_data
 from moco.images.loader import PretrainData
 from moco.images.steps import StepLoader
+from moco.random import permutation
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,7 @@ def test_an_epoch_shows_every_image_of_its_full_batches_once(folder):
     for epoch, batches in enumerate((first, second)):
         indices = torch.cat([b.index for b in batches])
         assert sorted(indices.tolist()) == list(range(40))
+        assert indices.equal(permutation(3, "order", epoch, 40)), "or no older run resumes exactly"
         assert [b.step for b in batches] == [5 * epoch + i for i in range(5)]
     assert not torch.cat([b.index for b in first]).equal(torch.cat([b.index for b in second]))
 
