@@ -18,6 +18,7 @@ from moco.images.loader import PretrainData
 from moco.images.pairs import find_partners
 from moco.images.steps import Indices
 from moco.reports.pairs import make_pairs
+from moco.reports.pictures import fitted
 from moco.training.replay import replay
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -145,3 +146,16 @@ def test_pairs_are_those_that_the_encoder_sees(images, pairs):
             # Boxes are cut to 8 bits before the colours, which may stretch a level.
             assert (pixels - made).abs().mean() < 2
     assert [pair.name.split("/")[-1] for pair in pairs] == ["05.jpg", "00.jpg", "47.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "letters", "shown"),
+    [
+        ("4.16404  train/cat/0001.jpg", 20, "4.16404  at/0001.jpg"),
+        ("4.16404  train/cat/0001.jpg", 60, "4.16404  train/cat/0001.jpg"),
+        ("train/cat/0001.jpg", 10, "t/0001.jpg"),
+        ("4.16404  a.jpg", 3, "4.16404  g"),
+    ],
+)
+def test_a_row_that_is_too_narrow_shortens_the_path_and_never_the_loss(name, letters, shown):
+    assert fitted(name, letters) == shown
