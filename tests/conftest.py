@@ -162,9 +162,9 @@ def terminal(monkeypatch):
     """Make standard error a terminal of some columns; return a function that reads its screen."""
     screens = contextlib.ExitStack()
 
-    def of(columns: int):
+    def of(columns: int, lines: int = 50):
         outer, inner = os.openpty()
-        termios.tcsetwinsize(inner, (50, columns))
+        termios.tcsetwinsize(inner, (lines, columns))
         os.set_blocking(outer, False)
         screens.callback(os.close, outer)
         stream = screens.enter_context(os.fdopen(inner, "w", encoding="utf-8", buffering=1))

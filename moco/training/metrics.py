@@ -140,6 +140,7 @@ class Progress(pl.Callback):
                 total=module.total_steps,
                 initial=trainer.global_step,
                 unit="step",
+                nrows=24,  # on a terminal that names no height tqdm draws nothing
                 bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
             )
         self._spoke = time.monotonic()

@@ -207,26 +207,27 @@ def test_the_time_left_counts_all_batches_of_a_step_and_not_what_the_first_one_t
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "lines", "told"),
     [
-        (60, "epoch 0.8/2, loss 5.123"),
-        (80, "epoch 0.8/2, loss 5.123, kNN 97.1%"),
-        (200, "epoch 0.8/2, loss 5.123, kNN 97.1%, contrast 45%, 1,050 images/s"),
+        (0, 0, "epoch 0.8/2, loss 5.123, kNN 97.1%"),  # it names no size
+        (60, 50, "epoch 0.8/2, loss 5.123"),
+        (80, 50, "epoch 0.8/2, loss 5.123, kNN 97.1%"),
+        (200, 50, "epoch 0.8/2, loss 5.123, kNN 97.1%, contrast 45%, 1,050 images/s"),
     ],
 )
-def test_the_bar_tells_what_a_terminal_has_room_for(terminal, columns, told):
+def test_the_bar_tells_what_a_terminal_has_room_for(terminal, columns, lines, told):
     latest = {"train/loss": 5.1234, "val/knn_top1": 97.1, "train/contrast_top1": 0.45}
     latest["train/images_per_second"] = 1050.0
     progress = Progress(SimpleNamespace(latest=latest, images=0, seconds=0.0))
     trainer = SimpleNamespace(is_global_zero=True, global_step=0)
     module = SimpleNamespace(total_steps=10, steps_per_epoch=5)
-    screen = terminal(columns)
+    screen = terminal(columns, lines)
     progress.on_train_start(trainer, module)
     trainer.global_step = 4
     progress.on_train_batch_end(trainer, module)
     progress.on_train_end(trainer, module)
     shown = screen().rstrip("\n").split("\r")[-1]
-    assert len(shown) == columns - 2  # a terminal shows ^C behind it
+    assert len(shown) == (columns or 80) - 2  # a terminal shows ^C behind it
     assert re.fullmatch(rf" 40%\|█+.? *\| \d\d:\d\d, \d\d:\d\d left, {re.escape(told)}", shown)
 
 
