@@ -244,8 +244,10 @@ def _spare_kernels(backbone: nn.Module) -> None:
     """Keep strided convolutions away from faults of torch's CPU kernels; results are the same.
 
     In channels-last format the backward pass of strided 1x1 convolutions of fewer than 8 channels
-    writes beyond its memory and aborts the process (torch 2.14.1): they skip pixels first. What
-    bf16 gets wrong, `InFloat32` computes.
+    writes beyond its memory and aborts the process (torch 2.14.1): they skip pixels first. In bf16,
+    where the result has a single pixel, the kernels return what lay in memory as the gradient of
+    the weights, or, where a kernel covers the map, a wrong result (2.11 to 2.15, CPUs that multiply
+    bf16): that is computed in float32.
     """
     for layer in backbone.modules():
         if not isinstance(layer, nn.Conv2d) or layer.stride == (1, 1):
@@ -253,31 +255,18 @@ def _spare_kernels(backbone: nn.Module) -> None:
         if (layer.kernel_size, layer.padding) == ((1, 1), (0, 0)) and layer.in_channels < 8:
             layer.register_forward_pre_hook(partial(_skip_pixels, stride=layer.stride))
             layer.stride = (1, 1)
-        elif not isinstance(layer, InFloat32):
-            layer.__class__ = type(f"Spared{type(layer).__name__}", (InFloat32, type(layer)), {})
+        elif in_float32 not in layer._forward_hooks.values():
+            layer.register_forward_hook(in_float32)
 
 
-class InFloat32:
-    """Compute a strided convolution in float32 on a CPU where its result has a single pixel.
-
-    In bf16, torch's kernels then return what lay in memory as the gradient of the weights, or,
-    where the kernel covers the map, a wrong result (2.11 to 2.15, CPUs that multiply bf16).
-    `_spare_kernels` mixes this class into that of an existing layer.
-    """
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Return what the layer itself does."""
-        if not torch.is_autocast_enabled("cpu") or maps.device.type != "cpu":
-            return super().forward(maps)
-        pads = (0, 0) if isinstance(self.padding, str) else self.padding
-        sides = zip(maps.shape[-2:], pads, self.kernel_size, self.dilation, strict=True)
-        if all(
-            side + 2 * pad - far * (kernel - 1) - 1 >= stride
-            for (side, pad, kernel, far), stride in zip(sides, self.stride, strict=True)
-        ):
-            return super().forward(maps)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(maps.float()).to(torch.get_autocast_dtype("cpu"))
+def in_float32(layer: nn.Conv2d, inputs: tuple[Tensor], out: Tensor) -> Tensor | None:
+    """Compute a result of a single pixel again, in float32, where a CPU computes in bf16."""
+    if not inputs or out.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return None
+    if min(out.shape[-2:]) > 1:
+        return None
+    with torch.autocast("cpu", enabled=False):
+        return layer.forward(inputs[0].float()).to(out.dtype)
 
 
 def _skip_pixels(layer: nn.Module, inputs: tuple[Tensor], stride: tuple[int, int]) -> tuple[Tensor]:
