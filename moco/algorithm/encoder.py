@@ -255,7 +255,8 @@ def _spare_kernels(backbone: nn.Module) -> None:
         if (layer.kernel_size, layer.padding) == ((1, 1), (0, 0)) and layer.in_channels < 8:
             layer.register_forward_pre_hook(partial(_skip_pixels, stride=layer.stride))
             layer.stride = (1, 1)
-        elif in_float32 not in layer._forward_hooks.values():
+        elif not hasattr(layer, "is_spared"):
+            layer.is_spared = True
             layer.register_forward_hook(in_float32)
 
 
