@@ -262,9 +262,8 @@ def _spare_kernels(backbone: nn.Module) -> None:
 
 def in_float32(layer: nn.Conv2d, inputs: tuple[Tensor], out: Tensor) -> Tensor | None:
     """Compute a result of a single pixel again, in float32, where a CPU computes in bf16."""
-    if not inputs or out.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return None
-    if min(out.shape[-2:]) > 1:
+    is_bf16 = out.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if not inputs or not is_bf16 or min(out.shape[-2:]) > 1:
         return None
     with torch.autocast("cpu", enabled=False):
         return layer.forward(inputs[0].float()).to(out.dtype)

@@ -97,14 +97,13 @@ class MoCo(pl.LightningModule):
 
     def compile_encoders(self, backend: str) -> None:
         """Compile each encoder to fused kernels for one shape; the state dict keeps its keys."""
+        fold_stem(self)
         for encoder in (self.query_encoder, self.key_encoder, self.predictor):
-            fold_stem(encoder)
             encoder.compile(backend=backend, dynamic=False, options=OPTIONS.get(backend))
 
     def compile_step(self, backend: str, make_batch: Callable[[Any], Batch]) -> None:
         """Compile the whole step to one graph, which replaces `training_step`: see `one_graph`."""
-        for encoder in (self.query_encoder, self.key_encoder):
-            fold_stem(encoder)
+        fold_stem(self)
         self.training_step = one_graph(self.training_step, self.queues, make_batch, backend)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -83,7 +83,7 @@ def draw_rows(
     temporary.replace(path)
 
 
-def fitted(name: str, letters: int) -> str:
+def shortened(name: str, letters: int) -> str:
     """Cut a name down to its end, which tells most of a path; a number before two blanks stays."""
     number, gap, path = name.partition("  ")
     if not gap:
@@ -108,7 +108,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[Tensor]]], heads: Sequence[str]) ->
         pen.text((left, _GAP), head, fill=_INK)
     for number, (name, images) in enumerate(rows):
         top = _TEXT + 2 * _GAP + number * line
-        pen.text((_GAP, top), fitted(lettered(name), size[0] // 7), fill=_INK)
+        pen.text((_GAP, top), shortened(lettered(name), size[0] // 7), fill=_INK)
         for left, tile in zip(lefts, images, strict=True):
             kind = Image.Resampling.NEAREST if tile.shape[2] <= TILE // 2 else None
             drawn.paste(picture(tile).resize((TILE, TILE), kind), (left, top + _TEXT))

@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from moco.algorithm.contrast import info_nce
-from moco.config import DataConfig, RunError, UserError
+from moco.config import DataConfig, RunError, TrainConfig, UserError
 from moco.training.monitor import KNNMonitor
+from moco.training.shares import batch_unit
 
 _NO_ENGINE = "unable to find an engine to execute"  # cuDNN's, for want of room, or it is broken
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", _NO_ENGINE)
@@ -117,11 +118,13 @@ def fitting_batch(trainer: pl.Trainer, module: Any, tried: int, data: DataConfig
     The memory of a step grows along a line with the batch, so two small steps are enough. Where
     they are not small enough, smaller ones are tried; all have whole groups for BatchNorm.
     """
-    unit = _least_batch(module)
-    small = tried // 8 // unit * unit or unit
-    while small < tried and (low := _measured(trainer, module, small, data)) is None:
-        small = small // 8 // unit * unit or unit if small > unit else tried
-    if small >= tried:
+    world = trainer.world_size
+    unit = batch_unit(TrainConfig(model=module.model_config, data=data), world) // world
+    small, low = tried, None
+    while low is None and small > unit:
+        small = small // 8 // unit * unit or unit
+        low = _measured(trainer, module, small, data)
+    if low is None:
         return 0
     high = _measured(trainer, module, 2 * small, data) if 2 * small < tried else None
     if high is None:
@@ -131,13 +134,6 @@ def fitting_batch(trainer: pl.Trainer, module: Any, tried: int, data: DataConfig
     most = min(int(small + room / slope), tried - 1)
     even = math.lcm(8, unit)
     return max(small, most // even * even or most // unit * unit)
-
-
-def _least_batch(module: Any) -> int:
-    """Return of what a batch per device is a multiple: two images in each group of each part."""
-    model = module.model_config
-    groups = model.bn_splits if "split" in (model.key_bn, model.query_bn) else 1
-    return 2 * groups * module.chunks
 
 
 def _measured(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) -> int | None:

@@ -151,7 +151,8 @@ def room(monkeypatch):
 def test_the_batch_named_fits(room, tried, most, chunks, model, fits, sizes):
     module, found = make_module(), room(most)
     module.model_config, module.chunks = replace(MODEL, **model), chunks
-    assert explain.fitting_batch(a_trainer(), module, tried, DATA) == fits
+    data = replace(DATA, chunks=chunks)
+    assert explain.fitting_batch(a_trainer(), module, tried, data) == fits
     assert found == sizes
 
 

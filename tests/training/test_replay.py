@@ -18,7 +18,7 @@ from moco.images.loader import PretrainData
 from moco.images.pairs import find_partners
 from moco.images.steps import Indices
 from moco.reports.pairs import make_pairs
-from moco.reports.pictures import fitted
+from moco.reports.pictures import shortened
 from moco.training.replay import replay
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -158,4 +158,4 @@ def test_pairs_are_those_that_the_encoder_sees(images, pairs):
     ],
 )
 def test_a_row_that_is_too_narrow_shortens_the_path_and_never_the_loss(name, letters, shown):
-    assert fitted(name, letters) == shown
+    assert shortened(name, letters) == shown
