@@ -7,6 +7,7 @@ one graph for each.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -29,12 +30,15 @@ class Growth:
         later = zip(self.sizes[1:], self.starts[1:], strict=True)
         return ", ".join([f"{self.sizes[0]} px", *(f"{s} px from step {at}" for s, at in later)])
 
-    def cost(self, total_steps: int) -> float:
-        """Return the mean area of a run's views as a share of the last ones'."""
-        ends = [*self.starts[1:], total_steps]
-        parts = zip(self.sizes, self.starts, ends, strict=True)
-        return sum(size**2 * (end - start) for size, start, end in parts) / (
-            total_steps * self.sizes[-1] ** 2
+    def work(self, start: float, stop: float) -> float:
+        """Return what the steps from `start` to `stop` cost, in steps with the last views.
+
+        A step costs in proportion to the area of its views; a part of a step counts as such.
+        """
+        parts = zip(self.sizes, self.starts, (*self.starts[1:], math.inf), strict=True)
+        return sum(
+            (size / self.sizes[-1]) ** 2 * max(min(stop, end) - max(start, begin), 0)
+            for size, begin, end in parts
         )
 
 

@@ -32,6 +32,8 @@ class MetricsLogger(pl.Callback):
         read_at: Name to the step of that reading.
         paused: Seconds spent on kNN and checkpoints; their callbacks add them.
         images, seconds: Trained on in this process, without the pauses.
+        seconds_left: Until the last step at the pace so far; None before the second step is done,
+            since the first batch compiles, and tells nothing.
     """
 
     def __init__(self, data: PretrainData, every: int) -> None:
@@ -40,8 +42,10 @@ class MetricsLogger(pl.Callback):
         self.read_at: dict[str, int] = {}
         self.paused = 0.0
         self.images, self.seconds = 0, 0.0
+        self.seconds_left: float | None = None
         self._mark = (0.0, 0.0, 0)
         self._start = 0.0
+        self._first: tuple[int, float] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Start the clock."""
@@ -64,6 +68,7 @@ class MetricsLogger(pl.Callback):
         self.images += self.data.config.batch_size
         now = time.perf_counter() - self.paused
         self.seconds = now - self._start
+        self._look_ahead(trainer.global_step, module.total_steps)
         if not module.wants_metrics:
             return
         values = torch.stack([v.float() for v in module.metrics.values()])
@@ -84,6 +89,16 @@ class MetricsLogger(pl.Callback):
         }
         self._reset()
         self.publish(trainer, module, values)
+
+    def _look_ahead(self, step: int, total_steps: int) -> None:
+        """Estimate the time left: steps with small views take less than those to come."""
+        self._first = self._first or (step, self.seconds)
+        first, seconds = self._first
+        if step > first:
+            work = self.data.growth.work
+            self.seconds_left = (
+                (self.seconds - seconds) / work(first, step) * work(step, total_steps)
+            )
 
     def publish(self, trainer: pl.Trainer, module: Any, values: dict[str, float]) -> None:
         """Send metrics to every logger and remember them."""
@@ -127,7 +142,6 @@ class Progress(pl.Callback):
         self.metrics = metrics
         self._bar: Any = None
         self._spoke = 0.0
-        self._first: tuple[int, float] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Open the bar."""
@@ -136,10 +150,10 @@ class Progress(pl.Callback):
         if sys.stderr.isatty() or in_notebook():
             from tqdm.auto import tqdm
 
+            work = self.metrics.data.growth.work  # smaller views take less time
             self._bar = tqdm(
-                total=module.total_steps,
-                initial=trainer.global_step,
-                unit="step",
+                total=work(0, module.total_steps),
+                initial=work(0, trainer.global_step),
                 nrows=24,  # on a terminal that names no height tqdm draws nothing
                 bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
             )
@@ -149,10 +163,9 @@ class Progress(pl.Callback):
         """Move the bar."""
         if not trainer.is_global_zero:
             return
-        self._first = self._first or (self.metrics.images, self.metrics.seconds)
         if self._bar is not None:
             self._bar.ncols = _width() - 2  # a terminal shows ^C behind it
-            self._bar.n = trainer.global_step
+            self._bar.n = self.metrics.data.growth.work(0, trainer.global_step)
             self._bar.set_postfix_str(self._text(trainer, module), refresh=False)
             self._bar.update(0)
         elif time.monotonic() - self._spoke > 10 or trainer.global_step >= module.total_steps:
@@ -171,13 +184,8 @@ class Progress(pl.Callback):
             room = _width() - _BAR_COLUMNS
             lengths = accumulate(len(part) + 2 for part in parts)
             parts = [part for part, length in zip(parts, lengths, strict=True) if length <= room]
-        elif step < module.total_steps:
-            images, seconds = self._first or (0, 0.0)  # the first step compiles, and tells nothing
-            images, seconds = self.metrics.images - images, self.metrics.seconds - seconds
-            left = (module.total_steps - step) * module.accumulate
-            left *= self.metrics.data.config.batch_size
-            if images:
-                parts.append(f"{left * seconds / images / 60:.1f} min left")
+        elif step < module.total_steps and self.metrics.seconds_left is not None:
+            parts.append(f"{self.metrics.seconds_left / 60:.1f} min left")
         return ", ".join(parts)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,25 +20,24 @@ class Outlook(pl.Callback):
 
     def __init__(self, data: PretrainData, metrics: MetricsLogger) -> None:
         self.data, self.metrics = data, metrics
-        self.start, self.said = (0.0, 0, 0.0), False
+        self.start, self.said = (0.0, 0.0), False
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         """Speak once; the first batch, which builds and warms up, does not count."""
-        now, step = time.perf_counter() - self.metrics.paused, trainer.global_step
-        if not self.start[1]:
-            self.start = now, step, self.data.wait_seconds
-        start, first, waited = self.start
-        if self.said or now - start < FIRST_ESTIMATE or step == first:
+        now, waited = self.metrics.seconds, self.data.wait_seconds
+        if not self.start[0]:
+            self.start = now, waited
+        took, waited = now - self.start[0], waited - self.start[1]
+        left, steps = self.metrics.seconds_left, module.total_steps - trainer.global_step
+        if self.said or took < FIRST_ESTIMATE or left is None or not steps:
             return
         self.said = True
-        seconds = (now - start) / (step - first)
-        left = seconds * (module.total_steps - step)
         log.info(
             "%s an epoch, %s left, until %s; %.0f%% of the time waiting for images",
-            duration(seconds * module.steps_per_epoch),
+            duration(left / steps * module.steps_per_epoch),
             duration(left),
             clock_time(left),
-            100 * (self.data.wait_seconds - waited) / (now - start),
+            100 * waited / took,
         )
 
 

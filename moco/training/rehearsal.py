@@ -90,7 +90,8 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
         data: Prepared; it can be used again.
     """
     endless = {"trainer.max_epochs": MOST_EPOCHS, "trainer.max_steps": -1}
-    grown = growth(config.data, MOST_EPOCHS, size_unit(module.query_encoder)).cost(MOST_EPOCHS)
+    grown = growth(config.data, MOST_EPOCHS, size_unit(module.query_encoder))
+    share = grown.work(0, MOST_EPOCHS) / MOST_EPOCHS
     config = config.changed(endless | {"data.image_size_start": 0})
     log.info("trying some steps, to see how long they take")
     set_length(module, config, data)
@@ -101,7 +102,7 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     fit(trainer, module, data)
     data.wait_seconds = 0.0
     seconds, waited = clock.pace()
-    return agreed(Pace(seconds * grown, waited, used_memory(decided.accelerator)))
+    return agreed(Pace(seconds * share, waited, used_memory(decided.accelerator)))
 
 
 def agreed(pace: Pace) -> Pace:

@@ -33,8 +33,8 @@ def test_sizes_are_few_and_multiples(first, last, unit, sizes):
 def test_the_cost_is_the_mean_area():
     config = DataConfig(image_size=32, image_size_start=16, image_size_share=0.5)
     grown = growth(config, 100, 1)
-    assert grown.cost(100) == sum(grown.size(step) ** 2 for step in range(100)) / 100 / 32**2
-    assert growth(DataConfig(image_size=32), 100, 1).cost(100) == 1
+    assert grown.work(0, 100) == sum(grown.size(step) ** 2 for step in range(100)) / 32**2
+    assert growth(DataConfig(image_size=32), 100, 1).work(0, 100) == 100
     assert grown.in_words() == "16 px, 24 px from step 25, 32 px from step 50"
 
 

@@ -23,8 +23,9 @@ from steps import SIZE, make_module
 import train
 from moco import distributed
 from moco.config import DataConfig, ModelConfig, RunConfig, UserError
+from moco.images.growth import Growth
 from moco.training import announce, metrics, monitor, saving, showing
-from moco.training.metrics import Progress
+from moco.training.metrics import MetricsLogger, Progress
 from moco.training.monitor import KNNMonitor
 from moco.training.saving import Signals
 
@@ -191,19 +192,31 @@ def test_what_the_last_readings_show_is_found(latest, words):
     assert "take model.queue_size 16" in announce._findings(run)[-1]
 
 
-def test_the_time_left_counts_all_batches_of_a_step_and_not_what_the_first_one_took(capsys):
-    data = SimpleNamespace(config=SimpleNamespace(batch_size=16))
-    metrics = SimpleNamespace(latest={}, data=data, images=16, seconds=100.0)  # it compiled
-    progress = Progress(metrics)
-    module = SimpleNamespace(total_steps=10, steps_per_epoch=5, accumulate=3)
+@pytest.mark.parametrize(
+    ("sizes", "starts", "left"), [((32,), (0,), 20.0), ((16, 32), (0, 4), 80.0)]
+)
+def test_the_time_left_counts_larger_views_to_come_and_not_what_the_first_batch_took(
+    capsys, sizes, starts, left
+):
+    data = SimpleNamespace(
+        config=SimpleNamespace(batch_size=16), growth=Growth(sizes, starts), wait_seconds=0.0
+    )
+    logger = MetricsLogger(data, every=1000)
+    progress = Progress(logger)
+    module = SimpleNamespace(total_steps=10, steps_per_epoch=5, wants_metrics=False)
     trainer = SimpleNamespace(is_global_zero=True, global_step=1)
+    logger.on_train_start(trainer, module)
     progress.on_train_start(trainer, module)
-    progress._spoke -= 11
-    progress.on_train_batch_end(trainer, module)
-    metrics.images, metrics.seconds, trainer.global_step = 16 + 160, 110.0, 4
-    progress._spoke -= 11
-    progress.on_train_batch_end(trainer, module)
-    assert capsys.readouterr().err.splitlines() == ["epoch 0.2/2", "epoch 0.8/2, 0.3 min left"]
+    for step, seconds in ((1, 100.0), (1, 104.0), (2, 107.0), (4, 110.0)):  # it compiled at first
+        trainer.global_step = step
+        logger._start = time.perf_counter() - seconds
+        progress._spoke -= 11
+        logger.on_train_batch_end(trainer, module)
+        progress.on_train_batch_end(trainer, module)
+    assert logger.seconds_left == pytest.approx(left, rel=1e-3)
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["epoch 0.2/2"] * 2
+    assert told[-1] == f"epoch 0.8/2, {left / 60:.1f} min left"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +231,8 @@ def test_the_time_left_counts_all_batches_of_a_step_and_not_what_the_first_one_t
 def test_the_bar_tells_what_a_terminal_has_room_for(terminal, columns, lines, told):
     latest = {"train/loss": 5.1234, "val/knn_top1": 97.1, "train/contrast_top1": 0.45}
     latest["train/images_per_second"] = 1050.0
-    progress = Progress(SimpleNamespace(latest=latest, images=0, seconds=0.0))
+    data = SimpleNamespace(growth=Growth((32,), (0,)))
+    progress = Progress(SimpleNamespace(latest=latest, data=data))
     trainer = SimpleNamespace(is_global_zero=True, global_step=0)
     module = SimpleNamespace(total_steps=10, steps_per_epoch=5)
     screen = terminal(columns, lines)
@@ -229,6 +243,19 @@ def test_the_bar_tells_what_a_terminal_has_room_for(terminal, columns, lines, to
     shown = screen().rstrip("\n").split("\r")[-1]
     assert len(shown) == (columns or 80) - 2  # a terminal shows ^C behind it
     assert re.fullmatch(rf" 40%\|█+.? *\| \d\d:\d\d, \d\d:\d\d left, {re.escape(told)}", shown)
+
+
+def test_the_bar_moves_by_time_where_views_grow(terminal):
+    data = SimpleNamespace(growth=Growth((16, 32), (0, 4)))
+    progress = Progress(SimpleNamespace(latest={}, data=data))
+    trainer = SimpleNamespace(is_global_zero=True, global_step=0)
+    module = SimpleNamespace(total_steps=10, steps_per_epoch=5)
+    screen = terminal(100, 50)
+    progress.on_train_start(trainer, module)
+    trainer.global_step = 4  # four quarters of a step, of seven steps
+    progress.on_train_batch_end(trainer, module)
+    progress.on_train_end(trainer, module)
+    assert re.search(r"\r 14%\|", screen())
 
 
 def test_readings_of_a_streamed_set_leave_out_torn_files_and_name_them(tmp_path, said):
