@@ -129,9 +129,11 @@ OF_TRAINING: Rules = OF_DATA | {
         "there is no momentum of SGD",
         lambda given: given["optim.name"] != "sgd" or given["optim.sgd_momentum"] == 0,
     ),
-    "optim.nesterov": ("optim.name is not sgd", _is_not("optim.name", "sgd")),
-    "optim.adam_beta1": ("optim.name is not adamw", _is_not("optim.name", "adamw")),
-    "optim.adam_beta2": ("optim.name is not adamw", _is_not("optim.name", "adamw")),
+    "optim.nesterov": ("optim.name is adamw or lars", _is("optim.name", "adamw", "lars")),
+    **dict.fromkeys(
+        ("optim.adam_beta1", "optim.adam_beta2"),
+        ("optim.name is neither adamw nor muon", _is_not("optim.name", "adamw", "muon")),
+    ),
     "optim.lars_trust": ("optim.name is not lars", _is_not("optim.name", "lars")),
     "optim.decay_norm_and_bias": (
         "LARS never decays them, and there is nothing to decay at optim.weight_decay 0",

@@ -70,7 +70,7 @@ def recipes(folder: Path) -> dict[str, list[str]]:
         "streamed": streamed,
         "accumulating": [*streamed, "--trainer.accumulate_grad_batches", "2"],
         "symmetric": [*resident, "--model.symmetric", "mean", "--model.queues", "2"],
-        "bf16": [*resident, "--trainer.precision", "bf16-mixed"],
+        "bf16": [*resident, "--trainer.precision", "bf16-mixed", "--optim.name", "muon"],
         "dropout": resident,  # `start` builds the network with it
         "v3": [*resident, *in_batch, "--model.symmetric", "sum", "--optim.name", "lars"],
         "ranks": [*resident, "--trainer.devices", "2", "--model.key_bn", "shuffle"],

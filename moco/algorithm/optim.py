@@ -1,7 +1,7 @@
 """Optimisers and schedules. Rates are pure functions of the step, so a resume restores none.
 
 Sources: 1911.05722, section 4 (steps), 2003.04297 (cosine), 2104.02057 (LARS, warm-up, key momentum
-along a cosine).
+along a cosine), 2502.16982 (Muon with the rates of AdamW).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moco.config import ModelConfig, OptimConfig
 def build_optimizer(
     encoder: Iterable[nn.Parameter], config: OptimConfig, predictor: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Build LARS, or torch's SGD or AdamW, fused where possible.
+    """Build LARS, timm's Muon, or torch's SGD or AdamW, fused where possible.
 
     Args:
         encoder: Its parameters.
@@ -34,8 +34,14 @@ def build_optimizer(
         last = [group | {"constant": True} for group in _groups(behind, config) if group["params"]]
         groups = _groups(parameters, config) + last
     parameters = [*parameters, *behind]
+    betas = (config.adam_beta1, config.adam_beta2)
     if config.name == "lars":
         return LARS(groups, config.lr, config.sgd_momentum, trust=config.lars_trust)
+    if config.name == "muon":
+        from timm.optim import Muon  # this takes 2 s, so it is left to those who want it
+
+        options = {"momentum": config.sgd_momentum, "nesterov": config.nesterov, "betas": betas}
+        return Muon(groups, config.lr, **options)
     # Gradients must be unscaled before they are clipped, which fused optimisers do too late; and
     # torch's fused SGD takes no momentum of some parameters without that of all (torch 2.14.1).
     plain = config.clip_grad_norm == 0 and config.freeze_backbone_epochs == 0
@@ -43,7 +49,6 @@ def build_optimizer(
         p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters
     )
     if config.name == "adamw":
-        betas = (config.adam_beta1, config.adam_beta2)
         return torch.optim.AdamW(groups, config.lr, betas=betas, fused=fused)
     return torch.optim.SGD(
         groups,

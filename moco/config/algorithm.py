@@ -155,8 +155,11 @@ class ModelConfig:
 class OptimConfig:
     """Optimiser and schedule. `lr` is what the optimiser gets; a number is not rescaled."""
 
-    name: Literal["sgd", "adamw", "lars"] = setting(
-        "sgd", "torch.optim.SGD, torch.optim.AdamW, or v3's LARS for large batches"
+    name: Literal["sgd", "adamw", "lars", "muon"] = setting(
+        "sgd",
+        "torch.optim.SGD, torch.optim.AdamW, v3's LARS for large batches, or timm's Muon, which "
+        "takes matrices and convolutions to their nearest orthogonal matrix, has AdamW for the "
+        "rest, and takes the rates of AdamW",
     )
     lr: float | Auto = setting(
         0.03,
@@ -164,11 +167,17 @@ class OptimConfig:
         above=0,
         at_most=1000,
     )
-    sgd_momentum: float = setting(0.9, "Momentum of SGD and LARS", at_least=0, at_most=1)
+    sgd_momentum: float = setting(0.9, "Momentum of SGD, LARS and Muon", at_least=0, at_most=1)
     dampening: float = setting(0.0, "Dampening of SGD's momentum", at_least=0, at_most=1)
-    nesterov: bool = setting(False, "Nesterov momentum; needs sgd_momentum above 0 and dampening 0")
-    adam_beta1: float = setting(0.9, "Decay of AdamW's mean", at_least=0, at_most=0.9999)
-    adam_beta2: float = setting(0.999, "Decay of AdamW's variance", at_least=0, at_most=0.99999)
+    nesterov: bool = setting(
+        False, "Nesterov momentum of SGD and Muon; needs sgd_momentum above 0 and dampening 0"
+    )
+    adam_beta1: float = setting(
+        0.9, "Decay of AdamW's mean, in Muon too", at_least=0, at_most=0.9999
+    )
+    adam_beta2: float = setting(
+        0.999, "Decay of AdamW's variance, in Muon too", at_least=0, at_most=0.99999
+    )
     weight_decay: float = setting(
         1e-4,
         "Weight decay; of every parameter unless decay_norm_and_bias is false",

@@ -165,7 +165,24 @@ def test_adamw_is_torchs_own():
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_muon_moves_convolutions_by_their_nearest_orthogonal_matrix_and_the_rest_as_adamw():
+    torch.manual_seed(0)
+    filters, gains = torch.randn(8, 4, 3, 3), torch.ones(8)
+    parameters = [nn.Parameter(filters.clone()), nn.Parameter(gains.clone())]
+    optimizer = build_optimizer(parameters, OptimConfig(name="muon", lr=0.1, weight_decay=0.0))
+    gradient = torch.randn(8, 36)
+    parameters[0].grad, parameters[1].grad = gradient.clone().view(8, 4, 3, 3), torch.randn(8)
+    optimizer.step()
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    nearest = left @ right * 0.1 * 0.2 * 36**0.5  # as large as a step of AdamW (2502.16982)
+    moved = (filters - parameters[0].detach()).view(8, 36)
+    assert torch.cosine_similarity(moved.flatten(), nearest.flatten(), dim=0) > 0.99
+    assert moved.norm().item() == pytest.approx(nearest.norm().item(), rel=0.1)
+    moved = gains - parameters[1].detach()
+    torch.testing.assert_close(moved, 0.1 * parameters[1].grad.sign(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_decay_covers_batch_norm_and_biases(name):
     net = small_net()
     config = OptimConfig(name=name, lr=0.1, weight_decay=0.5)

@@ -258,7 +258,7 @@ def test_lars_returns_the_loss_and_skips_what_has_no_gradient():
     assert not used.equal(torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_norms_and_biases_can_be_left_out_of_weight_decay(name):
     layer = nn.Linear(3, 3).double()
     nn.init.ones_(layer.bias)

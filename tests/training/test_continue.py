@@ -20,6 +20,7 @@ GROUPS = {
     "sgd": ["--optim.weight_decay", "0.1"],
     "adamw": ["--optim.name", "adamw"],
     "lars": ["--optim.name", "lars"],
+    "muon": ["--optim.name", "muon", "--optim.nesterov", "true"],
     "clipped": ["--optim.clip_grad_norm", "0.1"],
 }
 
