@@ -176,9 +176,9 @@ def lightly_loader(config: TrainConfig, workers: int) -> DataLoader:
     from lightly.data import LightlyDataset
     from lightly.transforms import MoCoV2Transform
 
-    from moco.images.draws import RECIPES
+    from moco.images.draws import view_recipes
 
-    recipe = RECIPES[config.data.views]
+    recipe, _ = view_recipes(config.data)
     brightness, contrast, saturation, hue = recipe.strengths
     transform = MoCoV2Transform(
         input_size=config.data.image_size,

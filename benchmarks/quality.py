@@ -2,10 +2,11 @@
 
     python benchmarks/quality.py --root CIFAR10_FOLDER [--epochs 15] [--seeds 1] [--rows FILE]
 
-Trains `configs/cifar10_cpu.yaml` with other rates, temperatures, crops, colours, key momenta and
-queues, one of them collapsed, measures each network on test images, trains a linear classifier on
-it, and prints the rank correlation of each measure with its accuracy (Spearman's, with a bootstrap
-interval over the runs). Measures are read on the backbone's features and on the head's output.
+Trains the network of `configs/cifar10_cpu.yaml` with SGD and whole views, and with other rates,
+temperatures, crops, colours, key momenta and queues, one of them collapsed, measures each network
+on test images, trains a linear classifier on it, and prints the rank correlation of each measure
+with its accuracy (Spearman's, with a bootstrap interval over the runs). Measures are read on the
+backbone's features and on the head's output.
 `cluster_learnability` (arXiv:2206.01251) is here alone: how often the nearest of half of the images
 lies in the same of 100 k-means clusters. The last line is one JSON object. A run takes minutes:
 with `--rows FILE` each is written there when it is measured, and not repeated at the next start.
@@ -39,7 +40,11 @@ from moco.images.loader import PretrainData
 from moco.images.sources import open_source
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ["--config", str(ROOT / "configs/cifar10_cpu.yaml")]
+RECIPE = [
+    *("--config", str(ROOT / "configs/cifar10_cpu.yaml"), "--data.image_size_start", "0"),
+    *("--optim.name", "sgd", "--optim.nesterov", "false", "--optim.lr", "0.12"),
+    *("--optim.weight_decay", "5e-4", "--data.crop_min", "0.2"),
+]
 RUNS = {
     "recipe": [],
     "rate 0.01": ["--optim.lr", "0.01"],

@@ -186,6 +186,7 @@ BREAKS = [
     ),
     ("images/loader.py", "+ number // self.accumulate)", "+ number)", GROWTH),
     ("images/growth.py", "bisect_right(self.starts, step)", "len(self.sizes)", GROWTH),
+    ("images/growth.py", "(size / self.sizes[-1]) ** 2", "size / self.sizes[-1]", GROWTH),
     # resuming and saving
     ("algorithm/pretrain.py", 'self.plateau.load_state_dict(checkpoint["plateau"])', "pass", RUN),
     (
@@ -198,7 +199,7 @@ BREAKS = [
         "training/writing.py",
         "torch.load(path, map_location=map_location, weights_only=True)",
         "torch.load(path, map_location=map_location, weights_only=weights_only)",
-        "tests/training tests/test_security.py",
+        RUN,
     ),
     ("training/stored.py", 'checkpoints" / BEFORE_DECAY', 'checkpoints" / "last.ckpt"', EXTEND),
     ("algorithm/optim.py", "(total_steps - start), 1.0)", "(total_steps - start), 2.0)", EXTEND),

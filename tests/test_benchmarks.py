@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from embedding import write_features
+from pictures import write_pictures
 from processes import ROOT, finish, start
 from torch import multiprocessing
 
@@ -338,6 +339,28 @@ def test_peers(tmp_path):
     assert small.keys() == {"lightly, fp32", "ours, fp32"} and rates_are_positive(small)
     assert len(small["lightly, fp32"]["tried"]) == 5 and small["lightly, fp32"]["best"]
     assert small["ours, fp32"]["against"]["lightly, fp32"]["target"] == 5
+
+
+@pytest.mark.parametrize(
+    "ways", [["ours"], ["ours", "lightly, our views", "lightly, its benchmark"]]
+)
+def test_race(tmp_path, ways):
+    if len(ways) > 1:
+        pytest.importorskip("lightly")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            write_pictures(tmp_path / split / name, [f"{i}.png" for i in range(32)], rng)
+    last, _ = run(
+        *("race", tmp_path, "--root", str(tmp_path), "--level", "101", "--minutes", "0.01"),
+        *("--every", "2", "--precision", "32-true", "--ways", *ways),
+        *("--data.batch_size", "16", "--model.queue_size", "32", "--data.upscale", "2"),
+    )
+    for way in ways:
+        first, *_, final = last[way]["readings"]
+        assert first["step"] <= 2 and 0 < first["seconds"] <= final["seconds"]
+        assert not last[way]["reached"] and 0 <= final["top1"] <= 100
+    assert last["ours"]["ratio"] == 1
 
 
 @pytest.mark.skipif(not find_spec("lightly"), reason="lightly is not installed")
