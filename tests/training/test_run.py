@@ -96,6 +96,7 @@ def test_every_recipe_runs_on_generated_data(recipe, images):
         arguments += ["--data.root", str(images), "--data.image_size", "16"]
         arguments += ["--data.batch_size", "16"]
         arguments += ["--model.queue_size", "32"] if "queue_size: 0" not in text else []
+    arguments += ["--data.image_size_start", "8"] if "image_size_start: " in text else []
     arguments += ["--model.width", "0.25"] if "  width: " not in text else []
     arguments += ["--model.head_hidden_dim", "64"] if "head_hidden_dim: " in text else []
     if recipe.startswith("cifar10"):
@@ -122,14 +123,15 @@ def test_every_recipe_builds_its_network_in_full_size(recipe):
     assert features.shape == (2, model.embedding_dim)
 
 
-@pytest.mark.parametrize("resident", ["memory", "off"])
-def test_resume_from_every_step_ends_in_the_same_bits(images, resident):
+@pytest.mark.parametrize(("resident", "optimizer"), [("memory", "sgd"), ("off", "muon")])
+def test_resume_from_every_step_ends_in_the_same_bits(images, resident, optimizer):
     arguments = [
         *("--data.dataset", "folder", "--data.root", str(images), "--data.channels", "3"),
         *("--data.image_size", "16", "--data.batch_size", "16", "--model.queue_size", "40"),
         *("--data.resident", resident, "--data.num_workers", "0", "--run.knn_k", "5"),
         *("--run.checkpoint_every", "1", "--run.keep_checkpoints", "99", "--optim.lr", "0.01"),
         *("--optim.schedule", "plateau", "--optim.plateau_patience", "0"),
+        *("--optim.name", optimizer),
         *("--trainer.deterministic", "true"),  # without it a GPU adds numbers in any order
     ]
     run_small("whole", *arguments)
