@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = [
     *("--config", str(ROOT / "configs/cifar10_cpu.yaml"), "--data.image_size_start", "0"),
     *("--optim.name", "sgd", "--optim.nesterov", "false", "--optim.lr", "0.12"),
-    *("--optim.weight_decay", "5e-4", "--data.crop_min", "0.2"),
+    *("--optim.weight_decay", "5e-4", "--data.crop_min", "0.08"),
 ]
 RUNS = {
     "recipe": [],

@@ -59,6 +59,8 @@ def check(config: TrainConfig) -> None:
         raise UserError(
             "optim.nesterov is true: it needs optim.sgd_momentum above 0 and optim.dampening 0"
         )
+    if optim.name == "muon" and optim.sgd_momentum == 1:
+        raise UserError("optim.sgd_momentum is 1: with optim.name muon it must be below 1")
     if config.trainer.max_steps == 0:
         raise UserError("trainer.max_steps is 0: give a number of steps, or -1 to train max_epochs")
     if optim.milestones != sorted(optim.milestones):

@@ -360,7 +360,21 @@ def test_race(tmp_path, ways):
         first, *_, final = last[way]["readings"]
         assert first["step"] <= 2 and 0 < first["seconds"] <= final["seconds"]
         assert not last[way]["reached"] and 0 <= final["top1"] <= 100
-    assert last["ours"]["ratio"] == 1
+    assert last["ours"]["ratio"] is None
+
+
+def test_a_race_that_ours_did_not_finish_claims_nothing(capsys):
+    from benchmarks.race import DOCUMENTED, GIVEN, OURS, show
+
+    def at(seconds, top1):
+        return [{"step": 1, "seconds": seconds, "top1": top1}]
+
+    show({OURS: at(300, 49.0), GIVEN: at(3600, 49.9)}, 50)
+    assert "not told" in capsys.readouterr().out.splitlines()[-1]
+    found = show({OURS: at(100, 50.1), GIVEN: at(300, 50.0), DOCUMENTED: at(3600, 44.0)}, 50)
+    assert [found[way]["ratio"] for way in (GIVEN, DOCUMENTED)] == [3, 36]
+    lines = capsys.readouterr().out.splitlines()
+    assert "4 missed" in lines[-2] and "> 36.00" in lines[-1] and "10 reached" in lines[-1]
 
 
 @pytest.mark.skipif(not find_spec("lightly"), reason="lightly is not installed")

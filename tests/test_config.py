@@ -198,6 +198,11 @@ CONTRADICTIONS = {
         "optim.nesterov",
         "optim.dampening",
     ),
+    "muon that keeps all momentum": (
+        {"optim": {"name": "muon", "sgd_momentum": 1.0}},
+        "optim.sgd_momentum",
+        "below 1",
+    ),
     "milestones out of order": ({"optim": {"milestones": [160, 120]}}, "optim.milestones", "order"),
     "plateau of no kNN": (
         {

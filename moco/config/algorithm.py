@@ -157,9 +157,9 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw", "lars", "muon"] = setting(
         "sgd",
-        "torch.optim.SGD, torch.optim.AdamW, v3's LARS for large batches, or timm's Muon, which "
-        "takes matrices and convolutions to their nearest orthogonal matrix, has AdamW for the "
-        "rest, and takes the rates of AdamW",
+        "torch.optim.SGD, torch.optim.AdamW, v3's LARS for large batches, or timm's Muon, whose "
+        "steps are orthogonal matrices, as large as those of AdamW, which norms, biases and narrow "
+        "matrices get",
     )
     lr: float | Auto = setting(
         0.03,

@@ -23,7 +23,7 @@ LARGEST = {"cuda": 224, "cpu": 64}
 SMALL_VIEW = 40  # pixels up to which a ResNet starts with a 3x3 convolution and no pooling
 BATCH, LEAST_BATCH = 256, 16
 QUEUE = {"cuda": 65536, "cpu": 4096}  # most keys
-RATES = {"sgd": 0.12, "adamw": 1.5e-4, "lars": 0.3, "muon": 0.01}  # for a batch of 256
+RATES = {"sgd": 0.12, "adamw": 1.5e-4, "lars": 0.3, "muon": 0.015}  # for a batch of 256
 FEW_EPOCHS = 10  # with more, the part of an epoch that is left of the time does not matter
 WARMUP_SHARE = 0.1  # of a run that is shorter than its warm-up
 

@@ -33,7 +33,7 @@ class MetricsLogger(pl.Callback):
         paused: Seconds spent on kNN and checkpoints; their callbacks add them.
         images, seconds: Trained on in this process, without the pauses.
         seconds_left: Until the last step at the pace so far; None before the second step is done,
-            since the first batch compiles, and tells nothing.
+            since the first one compiles, and tells nothing.
     """
 
     def __init__(self, data: PretrainData, every: int) -> None:
@@ -63,12 +63,15 @@ class MetricsLogger(pl.Callback):
         due = step % self.every == 0 or step in (1, module.total_steps)
         module.wants_metrics = due and batch_idx + 1 == module.window_end(batch_idx)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Fetch and log the metrics if they are due."""
         self.images += self.data.config.batch_size
         now = time.perf_counter() - self.paused
         self.seconds = now - self._start
-        self._look_ahead(trainer.global_step, module.total_steps)
+        if batch_idx + 1 == module.window_end(batch_idx):
+            self._look_ahead(trainer.global_step, module.total_steps)
         if not module.wants_metrics:
             return
         values = torch.stack([v.float() for v in module.metrics.values()])
@@ -165,7 +168,9 @@ class Progress(pl.Callback):
             return
         if self._bar is not None:
             self._bar.ncols = _width() - 2  # a terminal shows ^C behind it
-            self._bar.n = self.metrics.data.growth.work(0, trainer.global_step)
+            work = self.metrics.data.growth.work
+            self._bar.total = work(0, module.total_steps)  # which the clock may decide meanwhile
+            self._bar.n = work(0, trainer.global_step)
             self._bar.set_postfix_str(self._text(trainer, module), refresh=False)
             self._bar.update(0)
         elif time.monotonic() - self._spoke > 10 or trainer.global_step >= module.total_steps:

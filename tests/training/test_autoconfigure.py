@@ -185,7 +185,7 @@ def test_a_short_try_of_a_recipe_resumes_with_its_warmup(said):
     assert load("run/checkpoints/last.ckpt")["config"]["optim"]["warmup_epochs"] == 0.1
     Path("run").rename("whole")
     # Only what was asked for stands in config.yaml beside the decision.
-    assert yaml.safe_load(Path("whole/config.yaml").read_text())["optim"]["warmup_epochs"] == 5
+    assert yaml.safe_load(Path("whole/config.yaml").read_text())["optim"]["warmup_epochs"] == 2
     train.main([*short, *CPU, "--run.dir", "cut", "--run.checkpoint_every", "5",
                 "--run.keep_checkpoints", "9"])  # fmt: skip
     steps = sorted(Path("cut/checkpoints").glob("step_*.ckpt"))

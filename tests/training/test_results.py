@@ -207,11 +207,13 @@ def test_the_time_left_counts_larger_views_to_come_and_not_what_the_first_batch_
     trainer = SimpleNamespace(is_global_zero=True, global_step=1)
     logger.on_train_start(trainer, module)
     progress.on_train_start(trainer, module)
-    for step, seconds in ((1, 100.0), (1, 104.0), (2, 107.0), (4, 110.0)):  # it compiled at first
+    module.window_end = lambda batch: batch // 2 * 2 + 2  # two batches are a step
+    # The first step compiles, and within a window the step stands still.
+    for step, seconds, batch in ((1, 100.0, 1), (1, 104.0, 2), (2, 107.0, 3), (4, 110.0, 7)):
         trainer.global_step = step
         logger._start = time.perf_counter() - seconds
         progress._spoke -= 11
-        logger.on_train_batch_end(trainer, module)
+        logger.on_train_batch_end(trainer, module, None, None, batch)
         progress.on_train_batch_end(trainer, module)
     assert logger.seconds_left == pytest.approx(left, rel=1e-3)
     told = capsys.readouterr().err.splitlines()
