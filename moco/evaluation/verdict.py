@@ -267,7 +267,7 @@ def _settle(row: Row) -> str:
             f"{max(row.draws) - min(row.draws):.1f} points, so draw more (evaluation takes "
             f"--untrained_draws {4 * len(row.draws)})"
         )
-    times = (FACTOR * row.ahead_error / row.ahead) ** 2
+    times = math.floor(10 * (FACTOR * row.ahead_error / row.ahead) ** 2 + 1) / 10
     return f"score {times:.1f} times as many test images"
 
 
