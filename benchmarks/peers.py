@@ -204,16 +204,15 @@ def lightly_loader(config: TrainConfig, workers: int) -> DataLoader:
 
 
 def fit_lightly(
-    module: LightlyMoCo, workers: int, threads: int, turns: Turns, max_steps: int = -1
+    module: LightlyMoCo, workers: int, threads: int, callback: pl.Callback, **length: int
 ) -> None:
-    """Train in a Trainer that does nothing else."""
+    """Train in a Trainer that does nothing else, for so many `max_steps` or `max_epochs`."""
     torch.set_num_threads(threads)
     trainer = pl.Trainer(
         accelerator="cpu",
         precision=module.config.trainer.precision,
-        max_epochs=-1,
-        max_steps=max_steps,
-        callbacks=[turns],
+        callbacks=[callback],
+        **length,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -235,7 +234,7 @@ def train_lightly(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]
             return warmup, timed
 
         # One step more, at whose start the last turn ends.
-        fit_lightly(module, workers, threads, Turns(note), warmup + timed + 1)
+        fit_lightly(module, workers, threads, Turns(note), max_steps=warmup + timed + 1)
         rates[workers, threads] = contender.batch * timed / seconds[1]
     best = max(rates, key=rates.get)
     tried = {f"{w} workers, {t} threads": round(rate, 1) for (w, t), rate in rates.items()}
@@ -246,7 +245,7 @@ def train_lightly(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]
             "trial_seconds": time.perf_counter() - start,
         }
     )
-    fit_lightly(module, *best, Turns(ask))
+    fit_lightly(module, *best, Turns(ask), max_epochs=-1)
 
 
 def train_ours(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]], None]) -> None:

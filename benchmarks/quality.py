@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval_linear
 import train
 from benchmarks.harness import arguments, print_columns, progress, report
+from benchmarks.race import RECIPE, SGD
 from moco.checkpoints.load import load_encoder
 from moco.config import DataConfig
 from moco.evaluation.measures import MEASURES
@@ -39,12 +40,7 @@ from moco.evaluation.quality import view_features
 from moco.images.loader import PretrainData
 from moco.images.sources import open_source
 
-ROOT = Path(__file__).parent.parent
-RECIPE = [
-    *("--config", str(ROOT / "configs/cifar10_cpu.yaml"), "--data.image_size_start", "0"),
-    *("--optim.name", "sgd", "--optim.nesterov", "false", "--optim.lr", "0.12"),
-    *("--optim.weight_decay", "5e-4", "--data.crop_min", "0.08"),
-]
+WITH_SGD = [*RECIPE, *SGD, "--data.crop_min", "0.08"]
 RUNS = {
     "recipe": [],
     "rate 0.01": ["--optim.lr", "0.01"],
@@ -129,7 +125,7 @@ def study(options: Any, folder: Path) -> dict[str, Any]:
             if f"{name}, seed {seed}" in rows:
                 continue
             where = folder / f"{name} {seed}".replace(" ", "_")
-            words = [*RECIPE, *options.words, *words, "--run.dir", str(where)]
+            words = [*WITH_SGD, *options.words, *words, "--run.dir", str(where)]
             words += ["--data.root", options.root]
             words += ["--trainer.max_epochs", str(options.epochs), "--run.knn_first", "false"]
             words += ["--run.knn_every", "1000", "--run.seed", str(seed)]

@@ -22,13 +22,11 @@ than `--minutes` is stopped there. The last line is one JSON object.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +37,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import ROOT, arguments, print_columns, progress, report
-from benchmarks.peers import LightlyMoCo, lightly_loader
+from benchmarks.peers import LightlyMoCo, fit_lightly
 from moco.algorithm.batch_norm import set_batch_norm
+from moco.algorithm.optim import learning_rate
 from moco.command import cli
 from moco.config import TrainConfig
 from moco.evaluation.features import extract_features
 from moco.evaluation.knn import knn_predict
-from moco.images.labelled import LabelledData
+from moco.images.labelled import open_data
 from moco.images.sources import open_source
 from moco.training import run
 
@@ -64,6 +63,7 @@ SGD = [
 ]
 WAYS = {OURS: [], GIVEN: SGD, DOCUMENTED: [*SGD, *BENCHMARK]}
 EPOCHS = 15  # of lightly's cosine
+CPU = torch.device("cpu")
 
 
 class Readings(pl.Callback):
@@ -76,10 +76,10 @@ class Readings(pl.Callback):
 
     def __init__(self, config: TrainConfig, options: Any) -> None:
         self.options, self.every = options, options.every
-        self.images = []
-        for split in ("train", "test"):
-            source = open_source(replace(config.data, channels=3), split)
-            self.images.append(LabelledData(source, config.data))
+        self.images = [
+            open_data(open_source(config.data, split), config.data, CPU, None)
+            for split in ("train", "test")
+        ]
         self.paused, self.start = 0.0, 0.0
 
     def on_train_start(self, *_: Any) -> None:
@@ -102,9 +102,8 @@ class Readings(pl.Callback):
     @torch.no_grad()
     def accuracy(self, backbone: nn.Module) -> float:
         """Return kNN top-1 in percent."""
-        device = torch.device("cpu")
         (bank, rows), (queries, query_rows) = (
-            extract_features(backbone, images.batches(device)) for images in self.images
+            extract_features(backbone, images.batches(CPU)) for images in self.images
         )
         labels, targets = self.images[0].labels(rows), self.images[1].labels(query_rows)
         classes, k = len(self.images[0].source.classes), min(200, len(labels))
@@ -119,9 +118,8 @@ class Scheduled(LightlyMoCo):
     mean of two losses whose keys both enter the memory bank.
     """
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.steps_per_epoch = steps_per_epoch
         if config.model.symmetric == "mean":
             for encoder in (self.query_encoder, self.key_encoder):
                 set_batch_norm(encoder, "split", config.model.bn_splits)
@@ -144,15 +142,10 @@ class Scheduled(LightlyMoCo):
 
     def configure_optimizers(self) -> Any:
         """Build SGD, and its rate by step or by epoch."""
-        optim = self.config.optim
-        per = 1 if optim.schedule_per == "step" else self.steps_per_epoch
-        warm, total = optim.warmup_epochs * self.steps_per_epoch, EPOCHS * self.steps_per_epoch
+        optim, total = self.config.optim, int(self.trainer.estimated_stepping_batches)
 
         def share(step: int) -> float:
-            if step < warm:
-                return step / warm
-            done = (step // per * per - warm) / (total - warm)
-            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+            return learning_rate(optim, step, total // EPOCHS, total) / optim.lr
 
         optimizer = super().configure_optimizers()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
@@ -177,18 +170,7 @@ def train(way: str, options: Any) -> None:
         return
     torch.manual_seed(config.run.seed)
     config.data.root = str(Path(options.root) / "train")
-    loader = lightly_loader(config, workers=0)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        precision=config.trainer.precision,
-        max_epochs=EPOCHS,
-        callbacks=[readings],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Scheduled(config, len(loader)), loader)
+    fit_lightly(Scheduled(config), 0, 1, readings, max_epochs=EPOCHS)
 
 
 def race(options: Any) -> dict[str, list[dict[str, float]]]:

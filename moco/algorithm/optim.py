@@ -77,7 +77,7 @@ def _groups(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[st
 def _muon() -> type[torch.optim.Optimizer]:
     """Return timm's Muon, which iterates in fp32 on a CPU.
 
-    It always iterates in bf16, which costs a CPU that does not multiply it twelve times as much.
+    By itself it iterates in bf16, twelve times as slow where a CPU does not multiply bf16.
     """
     import timm.optim.muon as library  # this takes 2 s, so it is left to those who want it
 
