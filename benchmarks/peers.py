@@ -250,13 +250,13 @@ def train_lightly(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]
 
 def train_ours(contender: Contender, ask: Ask, tell: Callable[[dict[str, Any]], None]) -> None:
     """Train with the program itself until the end."""
-    from moco import config as settings
+    from moco.checks import check
     from moco.training import run
 
     config = contender.settings()
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
-        settings.check(config)
+        check(config)
         run.pretrain(config, callbacks=[Turns(ask)])
 
 
