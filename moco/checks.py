@@ -126,10 +126,16 @@ def _check_together(config: TrainConfig) -> None:
             f"trainer.max_epochs {config.trainer.max_epochs}, so kNN is not read while the rate "
             "could follow it: set run.knn_every to 1, or train longer"
         )
-    if data.image_size_start >= data.image_size:
+    if data.image_size_end > data.image_size:
         raise UserError(
-            f"data.image_size_start {data.image_size_start} is not below data.image_size "
-            f"{data.image_size}: lower it, or take 0 for views that do not grow"
+            f"data.image_size_end {data.image_size_end} is above data.image_size "
+            f"{data.image_size}: lower it, or take 0 for views of data.image_size"
+        )
+    if data.image_size_start >= data.view_side:
+        last = "image_size_end" if data.image_size_end else "image_size"
+        raise UserError(
+            f"data.image_size_start {data.image_size_start} is not below data.{last} "
+            f"{data.view_side}: lower it, or take 0 for views that do not grow"
         )
     _check_queues(config)
     _check_patches(config)
@@ -168,8 +174,9 @@ def _check_queues(config: TrainConfig) -> None:
 
 def _check_patches(config: TrainConfig) -> None:
     """Raise UserError where views do not divide into patches, or patches do not combine."""
-    patches, combine, size = config.model.patches, config.model.combine, config.data.image_size
-    for name, side in (("image_size", size), ("image_size_start", config.data.image_size_start)):
+    patches, combine, data = config.model.patches, config.model.combine, config.data
+    for name in ("image_size", "image_size_start", "image_size_end"):
+        side = getattr(data, name)
         if side % patches:
             raise UserError(
                 f"data.{name} {side} does not divide into model.patches {patches} along a side: "

@@ -84,13 +84,20 @@ class DataConfig:
     )
     image_size: int | Auto = setting(
         224,
-        "Side of a view in pixels; auto: by the images and the hardware",
+        "Side of images and views in pixels; auto: by the images and the hardware",
         at_least=LEAST_VIEW,
         at_most=8192,
     )
     image_size_start: int = setting(
         0,
-        "Side of the first views in pixels, which grow to image_size in two steps; 0: they do not",
+        "Side of the first views in pixels, which grow in two steps; 0: they do not",
+        at_least=0,
+        at_most=8192,
+    )
+    image_size_end: int = setting(
+        0,
+        "Side of the last views, where images are judged, embedded and exported for at a larger "
+        "one, image_size; 0: image_size",
         at_least=0,
         at_most=8192,
     )
@@ -103,7 +110,7 @@ class DataConfig:
     reduce_jpegs: bool = setting(
         True,
         "Of streamed images: decode a JPEG at 1/4 or 1/8 of its size where the boxes of both "
-        "views keep image_size pixels a side. Large photographs are read several times faster",
+        "views keep the view's pixels a side. Large photographs are read several times faster",
     )
     upscale: float = setting(
         1.0,
@@ -208,6 +215,11 @@ class DataConfig:
         at_least=0,
         at_most=604_800,  # a week; a timer refuses what is far beyond
     )
+
+    @property
+    def view_side(self) -> int:
+        """Side of the largest views."""
+        return int(self.image_size_end or self.image_size)
 
 
 def per_view(value: float | list[float], name: str = "") -> tuple[float, float]:

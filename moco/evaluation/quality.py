@@ -106,7 +106,7 @@ def fresh_views(
     source: ImageSource, data: DataConfig, seed: int, own_views: OwnViews | None = None
 ) -> PretrainData:
     """Build what makes views of images that are measured; they are no views of training."""
-    settings = replace(data, num_workers=0, pairs="", image_size_start=0)
+    settings = replace(data, num_workers=0, pairs="", image_size_start=0, image_size_end=0)
     seed = stream_id(seed, "held out") % 2**32
     return PretrainData(settings, seed, False, False, source, own_views)
 

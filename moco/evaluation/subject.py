@@ -42,7 +42,8 @@ ReadData = Callable[[dict[str, Any]], DataConfig]
 PIXEL_SIDE = 32
 # Settings that only pretraining uses; judging refuses them rather than ignoring them.
 PRETRAINING_ONLY = (
-    *("views", "batch_size", "chunks", "pairs", "image_size_start", "image_size_share"),
+    *("views", "batch_size", "chunks", "pairs"),
+    *("image_size_start", "image_size_end", "image_size_share"),
     *("crop_min", "interpolation", "jitter", "grey", "blur", "solarise"),
 )
 
@@ -224,7 +225,7 @@ def data_settings(loaded: Loaded, read_data: ReadData) -> DataConfig:
     for name in PRETRAINING_ONLY:
         if getattr(data, name) != stored.get(name, getattr(DataConfig(), name)):
             raise UserError(f"data.{name} is a setting of pretraining: leave it out here")
-    config = TrainConfig(data=replace(data, batch_size=2, image_size_start=0))
+    config = TrainConfig(data=replace(data, batch_size=2, image_size_start=0, image_size_end=0))
     if undecided := config.undecided():
         raise UserError(f"{undecided[0]} is auto: leave it out, the checkpoint has it")
     check(config)

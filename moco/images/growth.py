@@ -43,7 +43,7 @@ class Growth:
 
 
 def growth(config: DataConfig, total_steps: int, unit: int) -> Growth:
-    """Say how views grow from image_size_start to image_size, with one size between them.
+    """Say how views grow from image_size_start to the last size, with one size between them.
 
     Args:
         config: Settings.
@@ -57,7 +57,7 @@ def growth(config: DataConfig, total_steps: int, unit: int) -> Growth:
 
 def view_sizes(config: DataConfig, unit: int) -> tuple[int, ...]:
     """Return the sizes that the views have in turn; `unit` as of `growth`."""
-    first, last = config.image_size_start, config.image_size
+    first, last = config.image_size_start, config.view_side
     if not first:
         return (last,)
     between = round((first + last) / 2 / unit) * unit

@@ -91,7 +91,7 @@ class PretrainData(pl.LightningDataModule):
         self.wait_seconds = 0.0
         self.in_graph = False
         self.loader: StepLoader | None = None
-        self.growth, self.accumulate = Growth((config.image_size,), (0,)), 1
+        self.growth, self.accumulate = Growth((config.view_side,), (0,)), 1
         check_batch(config, len(self.source))
 
     @property
@@ -127,7 +127,7 @@ class PretrainData(pl.LightningDataModule):
         self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path, remedy)
         self.device = device
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
-        size = self.config.image_size
+        size = self.config.view_side
         self.order = None
         if self.source.is_sharded:
             config, counts = self.config, torch.from_numpy(self.source.paths.counts)

@@ -46,7 +46,7 @@ class OwnCuts(Dataset):
                 return self._make(chosen, epoch, index)
             except BadImage as error:
                 bad.append((chosen, error.reason))
-        size = int(self.config.image_size)
+        size = self.config.view_side
         shape = self.shape or (self.source.channels, size, size)
         return torch.full((2, *shape), 128, dtype=torch.uint8)
 

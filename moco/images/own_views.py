@@ -106,7 +106,7 @@ def check_views(own: OwnViews, source: ImageSource, config: DataConfig) -> None:
             numbers = uniform(stream_id(0, f"own-{number}"), torch.arange(2), view.draws)
             made = _of_batch(view, image[None].repeat(2, 1, 1, 1), numbers)
             _as_asked(partial(_check_range, made.min().item(), made.max().item()))
-            _check_batch(made, 2, source.channels, int(config.image_size))
+            _check_batch(made, 2, source.channels, config.view_side)
         else:
             _as_asked(lambda view=view: made_view(view, image, 0, config))
 
@@ -148,12 +148,13 @@ def made_view(view: Any, image: Tensor, seed: int, config: DataConfig) -> Tensor
         image: C x H x W uint8.
         seed: Of all that it draws.
     """
-    made, size = call_view(view, image, seed), config.image_size
+    made, size = call_view(view, image, seed), config.view_side
     if made.shape[1:] != (size, size):
         height, width = made.shape[1:]
+        end = "_end" if config.image_size_end else ""
         raise _WrongView(
-            f"views give {height} x {width} pixels, and data.image_size is {size}: have them end "
-            f"in a resize to {size} x {size}, or set data.image_size"
+            f"views give {height} x {width} pixels, and data.image_size{end} is {size}: have them "
+            f"end in a resize to {size} x {size}, or set data.image_size{end}"
         )
     pixels = fit_bands("views", made.numpy(), len(image))
     return torch.from_numpy(np.ascontiguousarray(pixels))

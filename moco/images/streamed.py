@@ -31,7 +31,7 @@ class Cuts(Dataset):
     """
 
     def __init__(self, source: ImageSource, config: DataConfig, seed: int) -> None:
-        self.source, self.size, self.recipes = source, config.image_size, view_recipes(config)
+        self.source, self.size, self.recipes = source, config.view_side, view_recipes(config)
         self.reduces = config.reduce_jpegs
         self.streams = [view_streams(seed, view)[0] for view in (0, 1)]
         self.substitutes = stream_id(seed, "substitute")

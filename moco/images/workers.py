@@ -213,7 +213,7 @@ def fitting_workers(config: DataConfig, count: int, local_ranks: int, world: int
     Raises:
         UserError: `data.num_workers` was set to more.
     """
-    batch = config.batch_size // world * 2 * config.channels * config.image_size**2
+    batch = config.batch_size // world * 2 * config.channels * config.view_side**2
     free = free_shared_memory()
     fits = min(count, int(free // (local_ranks * (PREFETCH + 1) * batch)))
     if fits == count:

@@ -87,7 +87,7 @@ def build_module(
     model = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
     size, seed = data.image_size, config.run.seed
     module = MoCo(model, config.optim, data.channels, size, seed, data.chunks, own.backbone)
-    if data.image_size_start:
+    if data.image_size_start or data.image_size_end:
         for encoder in (module.query_encoder, module.key_encoder):
             take_any_size(encoder.backbone)
     if init_from:

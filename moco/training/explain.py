@@ -170,7 +170,7 @@ def peak_memory(trainer: pl.Trainer, module: Any, count: int, data: DataConfig) 
     size_of_queue = model.queue_size * model.queues or count * trainer.world_size
     negatives = torch.zeros(size_of_queue, model.embedding_dim, device=device)
     pairs = 1 if model.symmetric == "none" else 2
-    size = data.image_size
+    size = data.view_side
     views = [torch.zeros(count, data.channels, size, size, device=device) for _ in range(2)]
     parts = views[:pairs]
     if module.chunks > 1:  # the activations of one part of one view are alive at a time

@@ -44,5 +44,5 @@ def preview(config: TrainConfig, output: Path) -> dict[str, Any]:
         raise UserError("none of the images that were looked at can be read")
     heads = ["image", *(f"epoch {n + 1}, view {v}" for n in _EPOCHS for v in "12")]
     draw_rows(output, [(pair.name, [pair.image, *pair.views]) for pair in pairs], heads)
-    log.info("views of %d px by data.views %s: %s", data.image_size, data.views, output)
-    return {"views": str(output), "images": len(pairs), "image_size": data.image_size}
+    log.info("views of %d px by data.views %s: %s", data.view_side, data.views, output)
+    return {"views": str(output), "images": len(pairs), "image_size": data.view_side}

@@ -28,8 +28,10 @@ def check_encoder(encoder: Encoder, config: TrainConfig) -> None:
     Raises:
         UserError: The backbone cannot take images of this size, or would leave a part of them out.
     """
-    for size in view_sizes(config.data, size_unit(encoder))[::-1]:
-        name = "image_size" if size == config.data.image_size else "image_size_start"
+    data, names = config.data, ("image_size", "image_size_end", "image_size_start")
+    sizes = data.image_size, *view_sizes(data, size_unit(encoder))[::-1]
+    for size in dict.fromkeys(sizes):
+        name = next((name for name in names if getattr(data, name) == size), names[-1])
         _check_size(encoder, config, name, size)
 
 

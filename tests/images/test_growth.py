@@ -36,6 +36,9 @@ def test_the_cost_is_the_mean_area():
     assert grown.work(0, 100) == sum(grown.size(step) ** 2 for step in range(100)) / 32**2
     assert growth(DataConfig(image_size=32), 100, 1).work(0, 100) == 100
     assert grown.in_words() == "16 px, 24 px from step 25, 32 px from step 50"
+    config = DataConfig(image_size=32, image_size_start=16, image_size_end=24, image_size_share=0.5)
+    assert growth(config, 100, 1).in_words() == "16 px, 20 px from step 25, 24 px from step 50"
+    assert growth(DataConfig(image_size=32, image_size_end=24), 100, 1).in_words() == "24 px"
 
 
 @pytest.mark.parametrize("resident", ["memory", "off"])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from pictures import write_pictures
 from runs import STREAMED, assert_same_end, load, run_tiny, trained
+from timm.models.resnet import ResNet
 
 import moco
 import train
@@ -27,6 +30,27 @@ VIT = [
 def test_views_grow_as_the_log_says(images, said):
     run_tiny(images, *GROWING)
     assert any("views v2 at 8 px, 12 px from step 2, 16 px from step 4," in line for line in said)
+
+
+@pytest.mark.parametrize("streamed", [[], STREAMED])
+@pytest.mark.parametrize("start", [0, 8])
+def test_images_are_judged_at_a_larger_size_than_the_views(images, monkeypatch, streamed, start):
+    sides = {True: set(), False: set()}  # by whether the backbone trains
+    forward = ResNet.forward
+
+    def noted(self, images):
+        if images.device.type != "meta":
+            sides[self.training].add(images.shape[-1])
+        return forward(self, images)
+
+    monkeypatch.setattr(ResNet, "forward", noted)
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        write_pictures(Path(folder), [f"{n}.png" for n in range(9)], np.random.default_rng(0))
+    words = ["--data.image_size_end", "12", "--data.image_size_start", str(start)]
+    run_tiny(images, *words, *streamed, "--run.knn_every", "1", "--run.knn_root", ".")
+    assert sides == {True: {8, 10, 12} if start else {12}, False: {16}}
+    backbone = moco.load_backbone("run/checkpoints/last.ckpt")
+    assert [*backbone.pretrained_cfg["input_size"]] == [3, 16, 16]
 
 
 @pytest.mark.parametrize("streamed", [[], STREAMED])
@@ -70,6 +94,12 @@ def test_a_vit_resamples_its_positions(images, positions):
     ("words", "message"),
     [
         (["--data.image_size_start", "16"], "data.image_size_start 16 is not below"),
+        (["--data.image_size_end", "17"], "data.image_size_end 17 is above data.image_size 16"),
+        (
+            ["--data.image_size_end", "12", "--data.image_size_start", "12"],
+            "data.image_size_start 12 is not below data.image_size_end 12",
+        ),
+        (["--data.image_size_end", "6", *VIT], "data.image_size_end 6 is no multiple of the 4"),
         (["--data.image_size_start", "6", *VIT], "data.image_size_start 6 is no multiple of the 4"),
         (
             ["--data.image_size_start", "7", "--model.patches", "2"],
