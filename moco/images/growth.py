@@ -1,8 +1,9 @@
 """Growth: views that are small at first and grow while a run trains, in a few steps.
 
-Small views cost little and teach what is coarse (arXiv:2212.05611). The size is a pure function of
-the optimiser step, so nothing about it is saved. It takes few values, since a compiled encoder is
-one graph for each.
+Small views cost little and teach what is coarse (arXiv:2212.05611); the last ones may stay below
+the size of the images that are judged, whose contents crops enlarge (arXiv:1906.06423). The size is
+a pure function of the optimiser step, so nothing about it is saved. It takes few values, since a
+compiled encoder is one graph for each.
 """
 
 from __future__ import annotations
