@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moco.config import TrainConfig, UserError
 from moco.config.data import PER_VIEW, DataConfig, per_view
+from moco.config.setting import LEAST_VIEW
 
 MOST_COMBINATIONS = 1024  # of a view's patches; Fast-MoCo has 6
 
@@ -126,16 +127,19 @@ def _check_together(config: TrainConfig) -> None:
             f"trainer.max_epochs {config.trainer.max_epochs}, so kNN is not read while the rate "
             "could follow it: set run.knn_every to 1, or train longer"
         )
+    for name in ("image_size_start", "image_size_end"):
+        if 0 < (side := getattr(data, name)) < LEAST_VIEW:
+            raise UserError(f"data.{name} {side} is below {LEAST_VIEW} pixels: raise it, or take 0")
     if data.image_size_end > data.image_size:
         raise UserError(
             f"data.image_size_end {data.image_size_end} is above data.image_size "
             f"{data.image_size}: lower it, or take 0 for views of data.image_size"
         )
     if data.image_size_start >= data.view_side:
-        last = "image_size_end" if data.image_size_end else "image_size"
         raise UserError(
-            f"data.image_size_start {data.image_size_start} is not below data.{last} "
-            f"{data.view_side}: lower it, or take 0 for views that do not grow"
+            f"data.image_size_start {data.image_size_start} is not below "
+            f"{data.view_side_setting} {data.view_side}: lower it, or take 0 for views that do not "
+            "grow"
         )
     _check_queues(config)
     _check_patches(config)
@@ -175,11 +179,11 @@ def _check_queues(config: TrainConfig) -> None:
 def _check_patches(config: TrainConfig) -> None:
     """Raise UserError where views do not divide into patches, or patches do not combine."""
     patches, combine, data = config.model.patches, config.model.combine, config.data
-    for name in ("image_size", "image_size_start", "image_size_end"):
-        side = getattr(data, name)
+    start = "data.image_size_start", data.image_size_start
+    for name, side in ((data.view_side_setting, data.view_side), start):
         if side % patches:
             raise UserError(
-                f"data.{name} {side} does not divide into model.patches {patches} along a side: "
+                f"{name} {side} does not divide into model.patches {patches} along a side: "
                 f"take {max(side // patches, 4) * patches}"
             )
     if combine > patches**2:

@@ -77,7 +77,7 @@ def build_encoder(
     Args:
         config: Names the backbone, its stem and width, and the head.
         channels: Of the images, any number.
-        image_size: Side of the views in pixels.
+        image_size: Side of the images in pixels.
         own: The user's module, where `config` names no backbone of timm's; it is copied.
 
     Raises:

@@ -39,7 +39,7 @@ class MoCo(pl.LightningModule):
         model_config: Encoders, queue and loss; `key_bn` already decided (not auto).
         optim_config: Optimiser and schedule.
         channels: Of the images.
-        image_size: Side of the views in pixels.
+        image_size: Side of the images in pixels.
         seed: Of the queue's first, random keys, and of what the networks draw themselves.
         chunks: Parts in which a batch is encoded.
         backbone: The user's own, which is copied; `model_config.backbone` then is own:NAME.

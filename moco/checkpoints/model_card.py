@@ -53,7 +53,10 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
     return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
 
 
-_DATA_ON_CARD = ("dataset", "channels", "image_size", "batch_size", "views", "mean", "std")
+_DATA_ON_CARD = (
+    *("dataset", "channels", "image_size", "image_size_start", "image_size_end", "batch_size"),
+    *("views", "mean", "std"),
+)
 _SCORE = re.compile(r"top1|top5|accuracy|knn|linear|shot|loss", re.IGNORECASE)
 
 

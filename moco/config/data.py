@@ -96,8 +96,8 @@ class DataConfig:
     )
     image_size_end: int = setting(
         0,
-        "Side of the last views, where images are judged, embedded and exported for at a larger "
-        "one, image_size; 0: image_size",
+        "Side of the last views, to stay below image_size, at which images are judged, embedded "
+        "and exported; 0: image_size",
         at_least=0,
         at_most=8192,
     )
@@ -114,7 +114,7 @@ class DataConfig:
     )
     upscale: float = setting(
         1.0,
-        "How many times larger than the images a view may be; 1 refuses to enlarge",
+        "How many times larger than the images image_size may be; 1 refuses to enlarge",
         at_least=1,
         at_most=1024,
     )
@@ -220,6 +220,11 @@ class DataConfig:
     def view_side(self) -> int:
         """Side of the largest views."""
         return int(self.image_size_end or self.image_size)
+
+    @property
+    def view_side_setting(self) -> str:
+        """Name of the setting that decides `view_side`."""
+        return "data.image_size_end" if self.image_size_end else "data.image_size"
 
 
 def per_view(value: float | list[float], name: str = "") -> tuple[float, float]:

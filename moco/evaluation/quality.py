@@ -105,8 +105,12 @@ def open_views(
 def fresh_views(
     source: ImageSource, data: DataConfig, seed: int, own_views: OwnViews | None = None
 ) -> PretrainData:
-    """Build what makes views of images that are measured; they are no views of training."""
-    settings = replace(data, num_workers=0, pairs="", image_size_start=0, image_size_end=0)
+    """Build what makes views of images that are measured; they are no views of training.
+
+    They are as large as images that are judged, but for own views, which have the size they have.
+    """
+    end = data.image_size_end if own_views else 0
+    settings = replace(data, num_workers=0, pairs="", image_size_start=0, image_size_end=end)
     seed = stream_id(seed, "held out") % 2**32
     return PretrainData(settings, seed, False, False, source, own_views)
 

@@ -151,10 +151,10 @@ def made_view(view: Any, image: Tensor, seed: int, config: DataConfig) -> Tensor
     made, size = call_view(view, image, seed), config.view_side
     if made.shape[1:] != (size, size):
         height, width = made.shape[1:]
-        end = "_end" if config.image_size_end else ""
+        name = config.view_side_setting
         raise _WrongView(
-            f"views give {height} x {width} pixels, and data.image_size{end} is {size}: have them "
-            f"end in a resize to {size} x {size}, or set data.image_size{end}"
+            f"views give {height} x {width} pixels, and {name} is {size}: have them end in a "
+            f"resize to {size} x {size}, or set {name}"
         )
     pixels = fit_bands("views", made.numpy(), len(image))
     return torch.from_numpy(np.ascontiguousarray(pixels))
@@ -228,7 +228,8 @@ def _check_batch(made: Tensor, count: int, channels: int, size: int) -> None:
     if made.shape != (count, channels, size, size):
         raise UserError(
             f"views give {' x '.join(map(str, made.shape))} of {count} images: have them return "
-            f"{count} x {channels} x {size} x {size}, or set data.image_size"
+            f"{count} x {channels} x {size} x {size}, or set the "
+            "side of the views (data.image_size, or data.image_size_end where that is set)"
         )
 
 

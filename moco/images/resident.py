@@ -90,10 +90,11 @@ def check_view_size(config: DataConfig, sizes: list[tuple[int, int]]) -> None:
             f"data.image_size {config.image_size} is above {whose} {middle} pixels: {lower}allow "
             f"enlarging with data.upscale {config.image_size / middle:.3g}"
         )
+    what = "what is judged" if config.image_size_end else "the views"
     log.info(
-        "%d of %d images looked at are smaller than the views of %d pixels and are enlarged, the "
+        "%d of %d images looked at are smaller than %s of %d pixels and are enlarged, the "
         "smallest from %d: leave them out, or lower data.image_size",
-        len(small), len(sides), config.image_size, small[0],
+        len(small), len(sides), what, config.image_size, small[0],
     )  # fmt: skip
 
 

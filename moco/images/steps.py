@@ -31,7 +31,7 @@ class Indices:
             scalars where the step is one graph.
         index: B int64, the global batch in rank order.
         crops: N x 2 x C x S x S uint8 of this rank, two cuts of each image; None for resident sets.
-        size: S; 0: image_size.
+        size: S; 0: that of the largest views.
     """
 
     epoch: int | Tensor

@@ -137,6 +137,12 @@ def _load(facts: Facts) -> nn.Module:
     return load_encoder(facts.checkpoint).backbone
 
 
+def _sides(data: DataConfig) -> str:
+    """Say how large views are, and images where they are larger."""
+    larger = f", judged at {data.image_size} px" if data.view_side != data.image_size else ""
+    return f"{data.view_side} px{larger}"
+
+
 def _about(facts: Facts, source: ImageSource | None) -> list[tuple[str, str]]:
     """List what was run, for people."""
     config, result = facts.config, facts.result
@@ -150,7 +156,7 @@ def _about(facts: Facts, source: ImageSource | None) -> list[tuple[str, str]]:
         "resumed": ", ".join(f"after step {step:,}" for step in facts.resumed_at),
         "images": f"{len(source):,} of {shown(source.name)}" if source else config.data.root,
         "classes": f"{len(source.classes):,}" if source and source.classes else "no labels",
-        "network": f"{config.model.backbone}, views of {config.data.image_size} px",
+        "network": f"{config.model.backbone}, views of {_sides(config.data)}",
         "contrast": f"queue {config.model.queue_size}, temperature {config.model.temperature:g}, "
         f"batch {config.data.batch_size}",
         "steps": f"{facts.rows[-1]['step']:,.0f}" if facts.rows else "none read",

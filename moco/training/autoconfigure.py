@@ -101,14 +101,14 @@ def _choose_views(own: Settings, facts: Facts) -> None:
     why = f"the short side of nine in ten images is {facts.side} px or more"
     why += f", and a {facts.accelerator} takes {most} px at most" if facts.side > most else ""
     own.take("data.image_size", size, why)
-    size = own.config.data.image_size
+    size = own.config.data.view_side
     views = "cifar" if size < 64 else "v2"
     blur = "without blur, which would hide all" if size < 64 else "with blur"
     own.take("data.views", views, f"{blur} at {size} px")
 
 
 def _choose_network(own: Settings, facts: Facts) -> None:
-    size, on_gpu = own.config.data.image_size, facts.accelerator == "cuda"
+    size, on_gpu = own.config.data.view_side, facts.accelerator == "cuda"
     small = size <= SMALL_VIEW
     chosen = own.config.model.backbone == "auto"
     if chosen or _is_resnet(own.config.model.backbone):

@@ -20,7 +20,7 @@ from moco.algorithm.optim import step_before_decay
 from moco.algorithm.pretrain import MoCo
 from moco.algorithm.vit import side_of_patches, take_any_size
 from moco.checkpoints.start import restore_pretraining
-from moco.config import TrainConfig
+from moco.config import DataConfig, TrainConfig
 from moco.config.setting import MOST_EPOCHS
 from moco.images.growth import growth
 from moco.images.image_source import ImageSource
@@ -87,9 +87,7 @@ def build_module(
     model = replace(config.model, key_bn=decided.key_bn, query_bn=decided.query_bn)
     size, seed = data.image_size, config.run.seed
     module = MoCo(model, config.optim, data.channels, size, seed, data.chunks, own.backbone)
-    if data.image_size_start or data.image_size_end:
-        for encoder in (module.query_encoder, module.key_encoder):
-            take_any_size(encoder.backbone)
+    allow_sizes(module, data)
     if init_from:
         state, report = restore_pretraining(
             init_from, module.state_dict(), module.query_encoder.backbone, allow_partial
@@ -97,6 +95,13 @@ def build_module(
         module.load_state_dict(state)
         log.info("starts from %s: %s", init_from, report)
     return module
+
+
+def allow_sizes(module: MoCo, data: DataConfig) -> None:
+    """Let ViTs take views of other sides than image_size, where there are such."""
+    if data.image_size_start or data.image_size_end:
+        for encoder in (module.query_encoder, module.key_encoder):
+            take_any_size(encoder.backbone)
 
 
 def build_data(

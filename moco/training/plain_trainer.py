@@ -19,7 +19,7 @@ from moco.images import sources
 from moco.images.loader import PretrainData
 from moco.run_directory import VERSION
 from moco.training.agreement import Agreement
-from moco.training.build import set_length
+from moco.training.build import allow_sizes, set_length
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.quality import Quality
@@ -91,6 +91,7 @@ class Preparation(pl.Callback):
             accumulate_grad_batches=trainer.accumulate_grad_batches,
         )
         config = replace(self.config, trainer=own)
+        allow_sizes(pl_module, config.data)
         set_length(pl_module, config, data)
         self.saver.before_decay = step_before_decay(config.optim, pl_module.total_steps)
         reading = data.source.reading

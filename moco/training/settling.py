@@ -41,7 +41,7 @@ def settle(
         sides = sorted(min(size) for size in estimate_bytes(source)[1])
         side = sides[len(sides) // 10] if sides else 0
         found = len(source), side, source.channels, accelerator(config), devices * num_nodes
-        if own.views and config.data.image_size == "auto":
+        if own.views and config.data.image_size == "auto" and not config.data.image_size_end:
             found = *found, view_size(own.views, source)
         settings = autoconfigure(config, Facts(*found))
     check(settings.config)

@@ -28,28 +28,30 @@ def check_encoder(encoder: Encoder, config: TrainConfig) -> None:
     Raises:
         UserError: The backbone cannot take images of this size, or would leave a part of them out.
     """
-    data, names = config.data, ("image_size", "image_size_end", "image_size_start")
-    sizes = data.image_size, *view_sizes(data, size_unit(encoder))[::-1]
-    for size in dict.fromkeys(sizes):
-        name = next((name for name in names if getattr(data, name) == size), names[-1])
+    data = config.data
+    for size in view_sizes(data, size_unit(encoder))[::-1]:
+        is_last = size == data.view_side
+        name = data.view_side_setting if is_last else "data.image_size_start"
         _check_size(encoder, config, name, size)
+    if data.view_side != data.image_size:  # which the backbone alone takes
+        _check_size(encoder.backbone, config, "data.image_size", data.image_size)
 
 
-def _check_size(encoder: Encoder, config: TrainConfig, name: str, size: int) -> None:
-    """Try one size of the views, which follows from the setting data.NAME."""
+def _check_size(network: nn.Module, config: TrainConfig, name: str, size: int) -> None:
+    """Try one size of the images, which follows from the setting NAME."""
     backbone = config.model.backbone
-    for layer in encoder.backbone.modules():
+    for layer in network.modules():
         if isinstance(layer, PatchEmbed) and layer.proj.in_channels == config.data.channels:
             _check_patches(backbone, name, size, layer)
     try:
-        _pass(encoder, config, size, "meta")
+        _pass(network, config, size, "meta")
     except Exception:  # some networks do what only real tensors can
         try:
-            _pass(encoder, config, size, "cpu")
+            _pass(network, config, size, "cpu")
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"model.backbone {backbone} cannot take images of data.{name} {size} "
+                f"model.backbone {backbone} cannot take images of {name} {size} "
                 f"({reason}): take another size or backbone"
             ) from error
 
@@ -62,15 +64,15 @@ def _check_patches(backbone: str, name: str, size: int, layer: PatchEmbed) -> No
     below = size // patch * patch
     near = f"{below} or {below + patch}" if below else str(patch)
     raise UserError(
-        f"data.{name} {size} is no multiple of the {patch} pixels of a patch of "
+        f"{name} {size} is no multiple of the {patch} pixels of a patch of "
         f"model.backbone {backbone}, so the last {size % patch} rows and columns would never reach "
         f"it: take {near}"
     )
 
 
-def _pass(encoder: Encoder, config: TrainConfig, side: int, device: str) -> None:
+def _pass(network: nn.Module, config: TrainConfig, side: int, device: str) -> None:
     """Take one training pass of two images for each BatchNorm group on a copy."""
-    trial = copy.deepcopy(encoder).to(device).train()
+    trial = copy.deepcopy(network).to(device).train()
     for layer in trial.modules():
         if isinstance(layer, nn.SyncBatchNorm):
             layer.eval()  # it would ask for other ranks

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from door import PIXELS, STREAMED, TINY, assert_resumes, pretrain, pretrain_on_rank
+from pictures import write_pictures
 from PIL import Image
 from runs import assert_same_end, load, same
 from torch import nn
@@ -187,6 +188,18 @@ def test_own_views_resume_to_the_same_bits_with_other_workers(kind, held):
     assert_resumes(pictures, views=VIEWS[kind](), **{"data.num_workers": 0})
     with pytest.raises(moco.UserError, match="data.views is own, callables of the user's"):
         moco.pretrain(pictures, resume="run", extend=1, yes=True)
+
+
+@pytest.mark.parametrize("kind", ["two callables", "batched"])
+def test_own_views_may_stay_smaller_than_the_images_that_are_judged(kind):
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        names = [f"{n}.png" for n in range(16)]
+        write_pictures(Path("labelled", folder), names, np.random.default_rng(0), size=(40, 40))
+    settings = TINY | {"data.image_size": "auto", "data.image_size_end": 16, "run.knn_every": 1}
+    run = moco.pretrain("labelled", views=VIEWS[kind](), dir="run", **settings)
+    stored = load(run.checkpoint)
+    assert stored["decided"]["settings"]["data.image_size"] == 32
+    assert run.metrics["quality"]["rankme"] > 1, "measured, on views of their own size"
 
 
 def test_own_views_see_their_own_draws_and_leave_the_generators_alone():

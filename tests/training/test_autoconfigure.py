@@ -120,6 +120,11 @@ def test_what_is_chosen_passes_every_check(seed, caplog):
         ({"model.backbone": "vit_tiny_patch16_224"}, 1000, {"model.stem": "imagenet"}),
         ({"model.backbone": "resnet34"}, 1000, {"model.stem": "cifar"}),
         ({"model.stem": "patch"}, 1000, {"model.width": 0.5}),
+        (
+            {"data.image_size": 96, "data.image_size_end": 32, "data.upscale": 3.0},
+            1000,
+            {"model.stem": "cifar", "data.views": "cifar"},
+        ),
         ({"model.patches": 3}, 1000, {"data.image_size": 24}),
         ({"model.patches": 5}, 1000, {"data.image_size": 160}),
         ({"model.patches": 11}, 1000, {"data.image_size": 33}),

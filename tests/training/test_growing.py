@@ -94,6 +94,13 @@ def test_a_vit_resamples_its_positions(images, positions):
     ("words", "message"),
     [
         (["--data.image_size_start", "16"], "data.image_size_start 16 is not below"),
+        (["--data.image_size_end", "3"], "data.image_size_end 3 is below 4 pixels"),
+        (["--data.image_size_start", "2"], "data.image_size_start 2 is below 4 pixels"),
+        (
+            ["--data.image_size_end", "10", "--model.patches", "3"],
+            "data.image_size_end 10 does not divide into model.patches 3",
+        ),
+        (["--data.image_size", "18", "--data.image_size_end", "16", *VIT], "data.image_size 18 is"),
         (["--data.image_size_end", "17"], "data.image_size_end 17 is above data.image_size 16"),
         (
             ["--data.image_size_end", "12", "--data.image_size_start", "12"],
@@ -122,6 +129,15 @@ def test_what_cannot_grow_is_refused(images, words, message):
     with pytest.raises(UserError, match=message):
         run_tiny(images, *words)
     assert not Path("run/checkpoints").exists()
+
+
+def test_views_alone_divide_into_patches(images):
+    run_tiny(images, "--data.image_size_end", "12", "--model.patches", "3", "--model.combine", "1")
+
+
+def test_the_page_tells_views_from_images(images):
+    run_tiny(images, "--data.image_size_end", "12", "--run.report", "true")
+    assert "views of 12 px, judged at 16 px" in Path("run/report.html").read_text()
 
 
 def test_small_views_shorten_the_plan(images, monkeypatch):

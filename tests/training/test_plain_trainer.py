@@ -19,9 +19,13 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 def fit(folder, checkpoint=None, **options):
     """Train two epochs of three steps as docs/python.md does."""
     pl.seed_everything(0)
-    size = options.pop("image_size", 16)
-    config = moco.DataConfig(dataset="own", image_size=size, batch_size=16, views="cifar")
-    module = moco.MoCo(MODEL, moco.OptimConfig(lr=0.01), channels=3, image_size=16)
+    size, end = options.pop("image_size", 16), options.pop("image_size_end", 0)
+    config = moco.DataConfig(
+        dataset="own", image_size=size, image_size_end=end, batch_size=16, views="cifar"
+    )
+    module = moco.MoCo(
+        options.pop("model", MODEL), moco.OptimConfig(lr=0.01), channels=3, image_size=16
+    )
     data = moco.PretrainData(config, seed=0, shuffle=True, symmetric=False, source=PIXELS)
     own = moco.callbacks(module, data, folder, log_every=1, checkpoint_every=1, keep_checkpoints=9)
     trainer = pl.Trainer(
@@ -44,6 +48,15 @@ def test_a_plain_trainer_resumes_to_the_same_bits_in_and_between_epochs(step):
     fit("again", f"whole/checkpoints/step_{step:09d}.ckpt")
     whole, again = (load(f"{run}/checkpoints/last.ckpt") for run in ("whole", "again"))
     assert [part for part in PARTS if not same(whole[part], again[part])] == []
+
+
+def test_a_vit_takes_views_that_are_smaller_than_its_images():
+    vit = moco.ModelConfig(
+        backbone="vit_tiny_patch16_224", width=0.25, patch_size=4, depth=1, num_heads=2,
+        embedding_dim=16, queue_size=32, key_bn="split", bn_splits=2,
+    )  # fmt: skip
+    _, module = fit("run", image_size_end=12, model=vit, max_steps=1)
+    assert module.query_encoder.backbone.pos_embed.shape[1] == 1 + 4 * 4
 
 
 def test_its_checkpoints_tell_their_network():
