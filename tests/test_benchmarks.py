@@ -342,7 +342,11 @@ def test_peers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ways", [["ours"], ["ours", "lightly, our views", "lightly, its benchmark"]]
+    "ways",
+    [
+        ["ours"],
+        ["ours", "lightly, our views", "lightly, our views, short", "lightly, its benchmark"],
+    ],
 )
 def test_race(tmp_path, ways):
     if len(ways) > 1:
