@@ -61,7 +61,7 @@ BENCHMARK = [
 ]
 SGD = [
     *("--optim.name", "sgd", "--optim.nesterov", "false", "--optim.weight_decay", "5e-4"),
-    *("--optim.lr", "0.12", "--data.image_size_start", "0"),
+    *("--optim.lr", "0.12", "--data.image_size_start", "0", "--data.image_size_end", "0"),
 ]
 WAYS = {OURS: [], GIVEN: SGD, SHORT: SGD, DOCUMENTED: [*SGD, *BENCHMARK]}
 EPOCHS = {OURS: 2, GIVEN: 15, SHORT: 4, DOCUMENTED: 15}  # of the schedule

@@ -238,8 +238,9 @@ def run_shortened(name, arguments):
         assert end.value.code == 0
         return
     if name == "train" and "--resume" not in arguments:
-        grows = "cifar10_cpu" in " ".join(arguments)  # from 16 pixels, which TINY ends with
-        arguments += [*TINY, *(["--data.image_size_start", "12"] if grows else [])]
+        arguments += TINY
+        if "cifar10_cpu" in " ".join(arguments):  # whose views grow from the 16 pixels of TINY
+            arguments += ["--data.image_size_start", "12", "--data.image_size_end", "14"]
     if name in ("knn", "linear"):
         arguments += BARE
     if name == "linear":

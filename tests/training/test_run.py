@@ -96,7 +96,8 @@ def test_every_recipe_runs_on_generated_data(recipe, images):
         arguments += ["--data.root", str(images), "--data.image_size", "16"]
         arguments += ["--data.batch_size", "16"]
         arguments += ["--model.queue_size", "32"] if "queue_size: 0" not in text else []
-    arguments += ["--data.image_size_start", "8"] if "image_size_start: " in text else []
+    if "image_size_start: " in text:
+        arguments += ["--data.image_size_start", "8", "--data.image_size_end", "12"]
     arguments += ["--model.width", "0.25"] if "  width: " not in text else []
     arguments += ["--model.head_hidden_dim", "64"] if "head_hidden_dim: " in text else []
     if recipe.startswith("cifar10"):
