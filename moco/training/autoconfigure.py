@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from moco.config import TrainConfig
@@ -74,14 +76,19 @@ class Settings:
         log.info("%s: %s (%s)", name, value, reason)
 
 
-def autoconfigure(config: TrainConfig, facts: Facts) -> Settings:
+def autoconfigure(
+    config: TrainConfig, facts: Facts, given: Mapping[str, Any] = MappingProxyType({})
+) -> Settings:
     """Decide all settings left to `auto` but the epochs, which the speed decides.
 
     Args:
         config: Settings as they were asked for.
         facts: About images and hardware.
+        given: Settings that follow from the weights that a run starts from.
     """
     own = Settings(config)
+    for name, value in given.items():
+        own.replace(name, value, "as the weights of --init_from have it")
     own.take("data.channels", facts.channels, "what the images hold")
     _choose_views(own, facts)
     _choose_network(own, facts)

@@ -127,7 +127,7 @@ def _pretrain(
                 if source.images is None and config.data.channels != "auto":
                     source = replace(source, channels=config.data.channels)  # as it was decided
             source, held_out = _set_aside(config, source, stored)
-            settings = settle(config, source, stored, own)
+            settings = settle(config, source, stored, own, init_from=weights[0])
             if stored and more[0]:
                 extend(settings, stored, len(source), *more)
         start_step = stored.step if stored else 0

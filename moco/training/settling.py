@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from moco import distributed
+from moco.algorithm.names import is_own
+from moco.checkpoints.start import describe
 from moco.checks import check
-from moco.config import TrainConfig, UserError
+from moco.config import ModelConfig, TrainConfig, UserError
 from moco.images.image_source import ImageSource
 from moco.images.own_views import view_size
 from moco.images.resident import estimate_bytes
+from moco.pixels import normalisation
 from moco.training.autoconfigure import Facts, Settings, autoconfigure, choose_length
 from moco.training.build import (
     total_steps,
@@ -22,13 +27,25 @@ from moco.training.own import NOTHING, Own
 from moco.training.shares import check_queue
 from moco.training.stored import Stored
 
+# Settings that say which network a backbone is.
+NETWORK = ("backbone", "stem", "width", "patch_size", "depth", "num_heads", "positions")
 STEPS_PER_SECOND = 20  # a guess, before a run has taken any
 
 
 def settle(
-    config: TrainConfig, source: ImageSource, stored: Stored | None, own: Own = NOTHING
+    config: TrainConfig,
+    source: ImageSource,
+    stored: Stored | None,
+    own: Own = NOTHING,
+    init_from: str = "",
 ) -> Settings:
     """Decide what is left to the images and the hardware, but what the speed decides.
+
+    Args:
+        config, own: Settings as they were asked for.
+        source: The images to train on.
+        stored: Of a run that goes on.
+        init_from: A checkpoint whose weights a new run starts from, or empty.
 
     Raises:
         UserError: The settings contradict each other, or do not fit the images.
@@ -40,15 +57,40 @@ def settle(
         devices, num_nodes = choose_devices(config)
         sides = sorted(min(size) for size in estimate_bytes(source)[1])
         side = sides[len(sides) // 10] if sides else 0
-        found = len(source), side, source.channels, accelerator(config), devices * num_nodes
+        channels = source.channels if config.data.channels == "auto" else config.data.channels
+        found = len(source), side, channels, accelerator(config), devices * num_nodes
         if own.views and config.data.image_size == "auto" and not config.data.image_size_end:
             found = *found, view_size(own.views, source)
-        settings = autoconfigure(config, Facts(*found))
+        given = _as_weights(config, channels, init_from) if init_from else {}
+        settings = autoconfigure(config, Facts(*found), given)
     check(settings.config)
     check_queue(settings.config, len(source))
     if not stored and not settings.config.undecided():
         choose_length(settings, len(source) // settings.config.data.batch_size)
     return settings
+
+
+def _as_weights(config: TrainConfig, channels: int, init_from: str) -> dict[str, Any]:
+    """Return settings that follow from the file that a run starts from: what the user leaves open.
+
+    Args:
+        config: Settings as they were asked for.
+        channels: Of the images.
+        init_from: The file.
+    """
+    model, pixels = describe(init_from)
+    found: dict[str, Any] = {}
+    if config.model.backbone == "auto" and model.backbone and not is_own(model.backbone):
+        for name in NETWORK:
+            value, asked = getattr(model, name), getattr(config.model, name)
+            if asked in ("auto", getattr(ModelConfig(), name)) and value != asked:
+                found[f"model.{name}"] = value
+    if not config.data.mean and not config.data.std:
+        usual = normalisation(replace(config.data, channels=channels))
+        for name, values in zip(("mean", "std"), usual, strict=True):
+            if len(other := pixels.get(name, values)) == channels and other != values:
+                found[f"data.{name}"] = other
+    return found
 
 
 def expected_steps(config: TrainConfig, count: int) -> int:

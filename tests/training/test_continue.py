@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_end, at, run_tiny, trained
+from runs import assert_same_end, at, load, run_tiny, trained
 
+import moco
 import train
 from moco.algorithm.optim import learning_rate
-from moco.config import OptimConfig, TrainConfig
+from moco.config import OptimConfig, TrainConfig, UserError
 from moco.training.autoconfigure import Settings, choose_length
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -83,6 +84,29 @@ def test_it_resumes_in_and_after_the_frozen_epochs(images, started, step):
     assert_same_end("whole", "run")
 
 
+def test_images_are_normalised_as_the_weights_take_them(images, started, said):
+    cifar = ["--data.mean", "[0.5,0.4,0.3]", "--data.std", "[0.2,0.2,0.1]"]
+    run_tiny(images, *cifar, "--trainer.max_epochs", "1", run_dir="first")
+    first = "first/checkpoints/last.ckpt"
+    run_tiny(images, "--init_from", first)
+    assert "data.mean: [0.5, 0.4, 0.3] (as the weights of --init_from have it)" in said
+    seen = moco.load_backbone("run/checkpoints/last.ckpt").transform
+    assert [seen.mean, seen.std] == [[0.5, 0.4, 0.3], [0.2, 0.2, 0.1]]
+    run_tiny(images, *cifar, "--init_from", first, run_dir="told")
+    assert_same_end("run", "told")
+    shutil.copytree("run", "again")
+    for step in (4, 5, 6):
+        Path(f"again/checkpoints/step_{step:09d}.ckpt").unlink()
+    Path("again/checkpoints/last.ckpt").unlink()
+    train.main(["--resume", "again"])
+    assert_same_end("run", "again")
+    said.clear()
+    own = ["--data.mean", "[0.1,0.1,0.1]", "--trainer.max_steps", "1"]
+    run_tiny(images, *own, "--init_from", first, run_dir="own")
+    run_tiny(images, "--init_from", str(started), "--trainer.max_steps", "1", run_dir="usual")
+    assert not any(line.startswith("data.mean") for line in said)
+
+
 def test_the_warm_up_begins_where_the_backbone_thaws():
     config = OptimConfig(
         lr=1.0, freeze_backbone_epochs=1, warmup_epochs=1, warmup_start=0.2, schedule="constant"
@@ -103,3 +127,22 @@ def test_a_short_try_freezes_shortly(asked, epochs, come_to):
     own = Settings(TrainConfig().changed(wanted))
     choose_length(own, 100)
     assert tuple(own.config.value(name) for name in names) == come_to
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_the_network_is_that_of_the_weights_where_it_is_auto(images, kind, said):
+    vit = [
+        *("--model.backbone", "vit_tiny_patch16_224", "--model.stem", "imagenet"),
+        *("--model.patch_size", "4", "--model.depth", "1", "--model.num_heads", "2"),
+    ]
+    run_tiny(images, *(vit if kind == "vit" else []), "--trainer.max_steps", "1", run_dir="first")
+    auto = [word for name in ("backbone", "stem", "width") for word in (f"--model.{name}", "auto")]
+    words = ["--init_from", "first/checkpoints/last.ckpt", "--trainer.max_steps", "1"]
+    run_tiny(images, *auto, *words)
+    before, after = (load(f"{run}/checkpoints/last.ckpt") for run in ("first", "run"))
+    shapes = [{n: v.shape for n, v in c["state_dict"].items()} for c in (before, after)]
+    assert shapes[0] == shapes[1]
+    assert "model.width: 0.125 (as the weights of --init_from have it)" in said
+    assert moco.load_backbone("run/checkpoints/last.ckpt").num_features
+    with pytest.raises(UserError, match="set model.backbone, stem and width as in the file"):
+        run_tiny(images, *words, "--model.backbone", "resnet18", run_dir="other")
