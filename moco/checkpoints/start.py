@@ -14,25 +14,10 @@ from moco.algorithm.names import is_own
 from moco.checkpoints.architecture import attention_heads, look, named_heads
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import State, match_state, shape_text, take
-from moco.config import ModelConfig, UserError
+from moco.config import UserError
 
 # Layouts whose checkpoints hold heads and a queue as ours do.
 _WITH_HEADS = ("moco", "official", "official-v3", "openselfsup", "mmpretrain")
-
-
-def describe(path: str | Path) -> tuple[ModelConfig, dict[str, list[float]]]:
-    """Say what network a file's weights are of, and how its images are normalised.
-
-    Returns:
-        Settings of the network, whose backbone is empty where the file does not tell it; `mean` and
-        `std`, on a 0-1 scale, or nothing.
-
-    Raises:
-        UserError: As for `load_encoder`.
-    """
-    contents = read_contents(path)
-    model, said, *_ = look(contents, contents.backbone("query"))
-    return model, {name: said[name] for name in ("mean", "std") if said.get(name)}
 
 
 def restore_pretraining(

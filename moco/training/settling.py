@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,9 @@ from typing import Any
 import torch
 
 from moco import distributed
-from moco.algorithm.names import is_own
-from moco.checkpoints.start import describe
+from moco.checkpoints.origin import describe
 from moco.checks import check
-from moco.config import ModelConfig, TrainConfig, UserError
+from moco.config import TrainConfig, UserError
 from moco.images.image_source import ImageSource
 from moco.images.own_views import view_size
 from moco.images.resident import estimate_bytes
@@ -27,8 +27,7 @@ from moco.training.own import NOTHING, Own
 from moco.training.shares import check_queue
 from moco.training.stored import Stored
 
-# Settings that say which network a backbone is.
-NETWORK = ("backbone", "stem", "width", "patch_size", "depth", "num_heads", "positions")
+log = logging.getLogger("moco")
 STEPS_PER_SECOND = 20  # a guess, before a run has taken any
 
 
@@ -78,18 +77,16 @@ def _as_weights(config: TrainConfig, channels: int, init_from: str) -> dict[str,
         channels: Of the images.
         init_from: The file.
     """
-    model, pixels = describe(init_from)
-    found: dict[str, Any] = {}
-    if config.model.backbone == "auto" and model.backbone and not is_own(model.backbone):
-        for name in NETWORK:
-            value, asked = getattr(model, name), getattr(config.model, name)
-            if asked in ("auto", getattr(ModelConfig(), name)) and value != asked:
-                found[f"model.{name}"] = value
-    if not config.data.mean and not config.data.std:
-        usual = normalisation(replace(config.data, channels=channels))
-        for name, values in zip(("mean", "std"), usual, strict=True):
-            if len(other := pixels.get(name, values)) == channels and other != values:
-                found[f"data.{name}"] = other
+    origin, data = describe(init_from), config.data
+    found = origin.settings(config.model)
+    usual = dict(zip(("mean", "std"), normalisation(replace(data, channels=channels)), strict=True))
+    for name, values in origin.pixels.items():
+        if getattr(data, name) not in ([], "auto"):
+            continue  # as the user says
+        if name in usual and len(values) == channels and values != usual[name]:
+            found[f"data.{name}"] = values
+        elif name not in usual or len(values) != channels:
+            log.info("data.%s is %s in %s, and is not taken", name, values, init_from)
     return found
 
 
