@@ -82,6 +82,7 @@ class TrainConfig:
 AUTOMATIC = (
     "data.channels",
     "data.image_size",
+    "data.image_size_end",
     "data.views",
     "model.stem",
     "model.backbone",

@@ -108,10 +108,30 @@ def _choose_views(own: Settings, facts: Facts) -> None:
     why = f"the short side of nine in ten images is {facts.side} px or more"
     why += f", and a {facts.accelerator} takes {most} px at most" if facts.side > most else ""
     own.take("data.image_size", size, why)
+    _choose_end(own, facts)
     size = own.config.data.view_side
     views = "cifar" if size < 64 else "v2"
     blur = "without blur, which would hide all" if size < 64 else "with blur"
     own.take("data.views", views, f"{blur} at {size} px")
+
+
+def _choose_end(own: Settings, facts: Facts) -> None:
+    """Choose the side of the last views, which divides into patches as all views do."""
+    size, patches = own.config.data.image_size, own.config.model.patches
+    end = size * 3 // 4 // patches * patches
+    backbone = own.config.model.backbone
+    if facts.view:
+        end = facts.view if facts.view < size else 0
+        why = "what the views give"
+    elif facts.accelerator != "cpu":
+        end, why = 0, "smaller views are measured on CPUs alone"
+    elif end < LEAST_VIEW or end <= own.config.data.image_size_start:
+        end, why = 0, "the images are small"
+    elif backbone != "auto" and not _is_resnet(backbone):
+        end, why = 0, "the backbone is no ResNet"
+    else:
+        why = "crops show things larger than the whole images that are judged"
+    own.take("data.image_size_end", end, why)
 
 
 def _choose_network(own: Settings, facts: Facts) -> None:

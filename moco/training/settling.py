@@ -58,7 +58,8 @@ def settle(
         side = sides[len(sides) // 10] if sides else 0
         channels = source.channels if config.data.channels == "auto" else config.data.channels
         found = len(source), side, channels, accelerator(config), devices * num_nodes
-        if own.views and config.data.image_size == "auto" and not config.data.image_size_end:
+        size, end = config.data.image_size, config.data.image_size_end
+        if own.views and (end == "auto" or (size == "auto" and not end)):
             found = *found, view_size(own.views, source)
         given = _as_weights(config, channels, init_from) if init_from else {}
         settings = autoconfigure(config, Facts(*found), given)

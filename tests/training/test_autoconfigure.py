@@ -65,7 +65,8 @@ def two_steps(monkeypatch):
         (
             Facts(50_000, 32, 3, "cpu", 1),
             {
-                "data.image_size": 32, "data.views": "cifar", "model.stem": "cifar",
+                "data.image_size": 32, "data.image_size_end": 24, "data.views": "cifar",
+                "model.stem": "cifar",
                 "model.backbone": "resnet10t", "model.width": 0.25, "data.batch_size": 256,
                 "model.queue_size": 4096, "optim.lr": 0.12,
             },
@@ -73,14 +74,15 @@ def two_steps(monkeypatch):
         (
             Facts(250, 300, 3, "cpu", 1),
             {
-                "data.image_size": 64, "data.views": "v2", "model.stem": "imagenet",
+                "data.image_size": 64, "data.image_size_end": 48, "model.stem": "imagenet",
                 "model.width": 0.5, "data.batch_size": 16, "model.queue_size": 16,
             },
         ),
         (
             Facts(1_281_167, 300, 3, "cuda", 8),
             {
-                "data.image_size": 224, "model.backbone": "resnet18", "model.width": 1.0,
+                "data.image_size": 224, "data.image_size_end": 0, "model.backbone": "resnet18",
+                "model.width": 1.0, "data.views": "v2",
                 "data.batch_size": 256, "model.queue_size": 65536,
             },
         ),
@@ -117,7 +119,11 @@ def test_what_is_chosen_passes_every_check(seed, caplog):
 @pytest.mark.parametrize(
     ("asked", "count", "expected"),
     [
-        ({"model.backbone": "vit_tiny_patch16_224"}, 1000, {"model.stem": "imagenet"}),
+        (
+            {"model.backbone": "vit_tiny_patch16_224"},
+            1000,
+            {"model.stem": "imagenet", "data.image_size_end": 0},
+        ),
         ({"model.backbone": "resnet34"}, 1000, {"model.stem": "cifar"}),
         ({"model.stem": "patch"}, 1000, {"model.width": 0.5}),
         (
@@ -125,7 +131,9 @@ def test_what_is_chosen_passes_every_check(seed, caplog):
             1000,
             {"model.stem": "cifar", "data.views": "cifar"},
         ),
-        ({"model.patches": 3}, 1000, {"data.image_size": 24}),
+        ({"model.patches": 3}, 1000, {"data.image_size": 24, "data.image_size_end": 18}),
+        ({"data.image_size": 5}, 1000, {"data.image_size_end": 0}),
+        ({"data.image_size_start": 24}, 1000, {"data.image_size_end": 0}),
         ({"model.patches": 5}, 1000, {"data.image_size": 160}),
         ({"model.patches": 11}, 1000, {"data.image_size": 33}),
         ({"model.key_bn": "shuffle", "model.bn_splits": 6}, 10_000, {"data.batch_size": 252}),
