@@ -26,7 +26,7 @@ NEVER_IDLE = {
     *("optim.name", "optim.lr", "optim.weight_decay", "optim.warmup_epochs"),
     "optim.freeze_backbone_epochs",
     *("data.dataset", "data.channels", "data.image_size", "data.batch_size"),
-    *("data.views", "data.pairs", "data.image_size_start"),
+    *("data.views", "data.pairs", "data.image_size_start", "data.image_size_end"),
     *("data.mean", "data.std"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.accelerator", "trainer.devices"),
     *("trainer.num_nodes", "trainer.precision", "trainer.accumulate_grad_batches"),
