@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ OF_VIT = ("patch_size", "depth", "num_heads", "positions")
 NETWORK = ("backbone", "stem", "width", *OF_VIT)
 # Arguments that `restore_pretraining` compares with the run's network.
 _COMPARED = ("stem_padding", "stem_relu", "num_heads")
+# Arguments of timm's that change no feature of an image.
+_NO_FUNCTION = re.compile(".*drop.*|dynamic_img_(size|pad)|strict_img_size")
 
 
 @dataclass
@@ -34,12 +37,14 @@ class Origin:
         network: Values of the settings NETWORK; empty where the file does not tell its network.
         pixels: `mean` and `std` on a 0-1 scale, `min_value` and `max_value`, those that it tells.
         problem: Why a run cannot build its network from this alone, or empty.
+        remedy: What the user can do then.
     """
 
     path: str | Path
     network: dict[str, Any] = field(default_factory=dict)
     pixels: dict[str, list[float]] = field(default_factory=dict)
     problem: str = ""
+    remedy: str = "name the network with model.backbone, model.stem and model.width"
 
     def settings(self, asked: ModelConfig) -> dict[str, Any]:
         """Return what the file gives to settings of the network that the user leaves open.
@@ -49,10 +54,7 @@ class Origin:
         """
         if asked.backbone == "auto":
             if self.problem and not ("attention heads" in self.problem and asked.num_heads):
-                raise UserError(
-                    f"{self.path} {self.problem}: name the network with model.backbone, model.stem "
-                    "and model.width"
-                )
+                raise UserError(f"{self.path} {self.problem}: {self.remedy}")
         elif asked.backbone != self.network.get("backbone"):
             return {}
         usual, found = ModelConfig(), {}
@@ -81,14 +83,16 @@ def describe(path: str | Path) -> Origin:
     origin = Origin(path, pixels=pixels)
     if is_own(model.backbone):
         origin.problem = f"is of {model.backbone}, a module that only Python has"
+        origin.remedy = "give it to moco.pretrain(images, backbone=module, init_from=FILE)"
     elif not timm.is_model(model.backbone):
         origin.problem = "does not tell its network"
     else:
-        model, beyond = _translated(model, known, part)
+        model, beyond = translated(model, known, part)
         origin.network = {name: getattr(model, name) for name in NETWORK}
         if beyond:
             what = ", ".join(f"{name} {value}" for name, value in beyond.items())
             origin.problem = f"is of a network with {what}, which no setting of a run has"
+            origin.remedy = "give --model.backbone to start from its weights all the same"
         elif questions:
             words = {"num_heads": "attention heads", "stem_padding": "padding of a 3x3 stem"}
             missing = " and ".join(words.get(name, name) for name in questions)
@@ -97,7 +101,7 @@ def describe(path: str | Path) -> Origin:
     return origin
 
 
-def _translated(
+def translated(
     model: ModelConfig, known: dict[str, Any], part: State
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Put the arguments of timm's constructor into our settings; return what has none."""
@@ -110,4 +114,8 @@ def _translated(
         if fixed_positions(part) == "v3":
             given["positions"] = "sincos"
         model = dataclasses.replace(model, **given)
-    return model, {name: value for name, value in beyond.items() if name not in _COMPARED}
+    return model, {
+        name: value
+        for name, value in beyond.items()
+        if name not in _COMPARED and not _NO_FUNCTION.fullmatch(name)
+    }

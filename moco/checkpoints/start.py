@@ -14,6 +14,7 @@ from moco.algorithm.names import is_own
 from moco.checkpoints.architecture import attention_heads, look, named_heads
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import State, match_state, shape_text, take
+from moco.checkpoints.origin import translated
 from moco.config import UserError
 
 # Layouts whose checkpoints hold heads and a queue as ours do.
@@ -92,6 +93,8 @@ def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool
             "builds: take another, or give --allow_partial to start from its weights all the same"
         )
     unclear = [f"the file does not tell its {name}" for name in questions]
+    beyond = translated(model, known, contents.backbone("query"))[1] if model.backbone else {}
+    unclear += [f"not kept: {name} {value}" for name, value in beyond.items()]
     return "; ".join([*(f"not kept: {text}" for text in found), *unclear])
 
 

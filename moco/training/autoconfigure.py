@@ -109,7 +109,7 @@ def _choose_views(own: Settings, facts: Facts) -> None:
     why += f", and a {facts.accelerator} takes {most} px at most" if facts.side > most else ""
     own.take("data.image_size", size, why)
     _choose_end(own, facts)
-    size = own.config.data.view_side
+    size = own.config.data.image_size
     views = "cifar" if size < 64 else "v2"
     blur = "without blur, which would hide all" if size < 64 else "with blur"
     own.take("data.views", views, f"{blur} at {size} px")
@@ -122,11 +122,13 @@ def _choose_end(own: Settings, facts: Facts) -> None:
     backbone = own.config.model.backbone
     if facts.view:
         end = facts.view if facts.view < size else 0
-        why = "what the views give"
+        why = "what the views give" if end else "the views are as large"
     elif facts.accelerator != "cpu":
         end, why = 0, "smaller views are measured on CPUs alone"
-    elif end < LEAST_VIEW or end <= own.config.data.image_size_start:
+    elif end < LEAST_VIEW:
         end, why = 0, "the images are small"
+    elif end <= (start := own.config.data.image_size_start):
+        end, why = 0, f"the first views have {start} px"
     elif backbone != "auto" and not _is_resnet(backbone):
         end, why = 0, "the backbone is no ResNet"
     else:
@@ -135,11 +137,11 @@ def _choose_end(own: Settings, facts: Facts) -> None:
 
 
 def _choose_network(own: Settings, facts: Facts) -> None:
-    size, on_gpu = own.config.data.view_side, facts.accelerator == "cuda"
+    size, on_gpu = own.config.data.image_size, facts.accelerator == "cuda"
     small = size <= SMALL_VIEW
     chosen = own.config.model.backbone == "auto"
     if chosen or _is_resnet(own.config.model.backbone):
-        own.take("model.stem", "cifar" if small else "imagenet", f"views of {size} px")
+        own.take("model.stem", "cifar" if small else "imagenet", f"images of {size} px")
     own.take("model.stem", "imagenet", "the backbone has a stem of its own")
     own.take(
         "model.backbone",

@@ -92,7 +92,10 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     endless = {"trainer.max_epochs": MOST_EPOCHS, "trainer.max_steps": -1}
     grown = growth(config.data, MOST_EPOCHS, size_unit(module.query_encoder))
     share = grown.work(0, MOST_EPOCHS) / MOST_EPOCHS
-    config = config.changed(endless | {"data.image_size_start": 0})
+    # All of the network trains, as it does in most of a run.
+    usual = {"data.image_size_start": 0, "optim.freeze_backbone_epochs": 0}
+    config = config.changed(endless | usual)
+    module.optim_config = config.optim
     log.info("trying some steps, to see how long they take")
     set_length(module, config, data)
     own = compile_parts(config, decided, module, data)

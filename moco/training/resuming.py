@@ -38,6 +38,8 @@ _SHAPE |= {"model.num_heads", "data.channels"}
 def check_same(config: TrainConfig, stored: dict[str, dict[str, Any]], where: Path) -> None:
     """Raise UserError when a run would go on with another recipe; name the differences.
 
+    What is `auto` now is as the run has it: a recipe may leave more open than it did.
+
     Args:
         config: The settings to go on with.
         stored: Those of the run; what it left to the images is compared with its checkpoint.
@@ -51,7 +53,7 @@ def check_same(config: TrainConfig, stored: dict[str, dict[str, Any]], where: Pa
         if value != before[group][field]
         and f"{group}.{field}" not in _MAY_DIFFER
         and (group != "run" or field in ("seed", "held_out"))
-        and not (before[group][field] == "auto" and f"{group}.{field}" in AUTOMATIC)
+        and not ("auto" in (value, before[group][field]) and f"{group}.{field}" in AUTOMATIC)
     }
     if not changes:
         return

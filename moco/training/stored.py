@@ -95,6 +95,9 @@ def read_stored(
     asked, decided = stored_groups(run_dir), Decided.from_dict(stored.get("decided"))
     if decided:
         config = _as_decided(config, decided.settings, asked)
+    begun = TrainConfig.from_dict(stored["config"])  # a recipe may leave more open since then
+    left = {name: begun.value(name) for name in config.undecided()}
+    config = config.changed({name: value for name, value in left.items() if value != "auto"})
     check_same(config, stored["config"], checkpoint)
     check_images(images, stored.get("images"), config, checkpoint)
     if run_dir.exists() and not asked:
@@ -116,7 +119,7 @@ def read_stored(
         )
     if decided is None:
         log.info("%s keeps no decisions, of an older version: `auto` is decided anew", run_dir)
-    return config, Stored(stored["global_step"], decided, TrainConfig.from_dict(stored["config"]))
+    return config, Stored(stored["global_step"], decided, begun)
 
 
 def say_finished(settings: Settings, checkpoint: str, step: int) -> None:

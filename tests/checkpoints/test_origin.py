@@ -14,6 +14,7 @@ from moco.algorithm.encoder import build_backbone
 from moco.checkpoints.export import export
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.origin import describe
+from moco.checkpoints.start import restore_pretraining
 from moco.config import ModelConfig, TrainConfig, UserError
 from moco.training.settling import _as_weights
 
@@ -86,7 +87,8 @@ def unclear(folder: Path, kind: str) -> Path:
         torch.save(content, path)
     elif kind == "activation":
         network = timm.create_model("test_vit", num_classes=0)
-        save = {"architecture": "test_vit", "model_args": {"act_layer": "relu"}, "num_classes": 0}
+        arguments = {"act_layer": "relu", "drop_path_rate": 0.1}
+        save = {"architecture": "test_vit", "model_args": arguments, "num_classes": 0}
         (folder / "hub").mkdir()
         (folder / "hub/config.json").write_text(json.dumps(save))
         torch.save(network.state_dict(), folder / "hub/pytorch_model.bin")
@@ -104,9 +106,9 @@ def unclear(folder: Path, kind: str) -> Path:
             "does not tell its attention heads, which model.num_heads sets: name the network",
         ),
         ("padding", "does not tell its padding of a 3x3 stem: name the network with"),
-        ("own", "is of own:Net, a module that only Python has"),
+        ("own", "is of own:Net, a module that only Python has: give it to moco.pretrain"),
         ("wrong", "describes itself wrongly"),
-        ("activation", "is of a network with act_layer relu, which no setting of a run has"),
+        ("activation", "act_layer relu, which no setting of a run has: give --model.backbone to"),
         ("nothing", "does not tell its network|holds no"),
     ],
 )
@@ -118,6 +120,15 @@ def test_what_a_file_leaves_open_is_asked_and_not_guessed(tmp_path, kind, line):
         assert "model.backbone" in describe(path).settings(
             ModelConfig(**vars(AUTO) | {"num_heads": 12})
         )
+    if kind == "activation":
+        network, _ = build_backbone(ModelConfig(backbone="test_vit"), 3, 160)
+        state = {
+            f"{side}_encoder.backbone.{name}": value
+            for side in ("query", "key")
+            for name, value in network.state_dict().items()
+        }
+        _, report = restore_pretraining(path, state, network)
+        assert "not kept: act_layer relu" in report and "drop" not in report
     if kind in ("padding", "activation"):
         assert describe(path).settings(ModelConfig()) == {}, "the user names a network"
         assert load_encoder(path, stem_padding=1 if kind == "padding" else 0)

@@ -74,7 +74,8 @@ def two_steps(monkeypatch):
         (
             Facts(250, 300, 3, "cpu", 1),
             {
-                "data.image_size": 64, "data.image_size_end": 48, "model.stem": "imagenet",
+                "data.image_size": 64, "data.image_size_end": 48, "data.views": "v2",
+                "model.stem": "imagenet",
                 "model.width": 0.5, "data.batch_size": 16, "model.queue_size": 16,
             },
         ),
@@ -126,11 +127,6 @@ def test_what_is_chosen_passes_every_check(seed, caplog):
         ),
         ({"model.backbone": "resnet34"}, 1000, {"model.stem": "cifar"}),
         ({"model.stem": "patch"}, 1000, {"model.width": 0.5}),
-        (
-            {"data.image_size": 96, "data.image_size_end": 32, "data.upscale": 3.0},
-            1000,
-            {"model.stem": "cifar", "data.views": "cifar"},
-        ),
         ({"model.patches": 3}, 1000, {"data.image_size": 24, "data.image_size_end": 18}),
         ({"data.image_size": 5}, 1000, {"data.image_size_end": 0}),
         ({"data.image_size_start": 24}, 1000, {"data.image_size_end": 0}),

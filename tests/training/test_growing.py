@@ -153,3 +153,14 @@ def test_a_longer_run_would_have_grown_later(images):
     with pytest.raises(UserError, match="the size of the views follows from the length of the run"):
         train.main(["--resume", "run", "--extend", "1"])
     assert train.main(["--resume", "run", "--extend", "1", "--yes"])["steps"] == 9
+
+
+def test_what_a_recipe_leaves_open_since_then_is_as_the_run_has_it(images):
+    run_tiny(images, "--trainer.max_steps", "2")
+    words = ["--data.image_size_end", "auto", "--data.image_size", "auto", "--optim.lr", "auto"]
+    for path in Path("run/checkpoints").glob("*2.ckpt"):
+        path.unlink()
+    Path("run/checkpoints/last.ckpt").unlink()
+    run_tiny(images, "--trainer.max_steps", "2", *words, "--resume", "run")
+    config = load("run/checkpoints/last.ckpt")["config"]
+    assert [config["data"]["image_size_end"], config["optim"]["lr"]] == [0, 0.01]

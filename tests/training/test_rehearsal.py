@@ -123,6 +123,21 @@ def test_too_many_bad_files_end_a_rehearsal_too(asked, two_steps):
         train.main([*asked, *STREAMED, "--run.plan", "true"])
 
 
+def test_a_rehearsal_trains_the_whole_network(asked, two_steps, monkeypatch):
+    trained = []
+    end = rehearsal._Clock.on_train_batch_end
+
+    def noted(clock, trainer, module, *rest) -> None:
+        first = next(module.query_encoder.backbone.parameters())
+        trained.append(first in trainer.optimizers[0].state)
+        end(clock, trainer, module, *rest)
+
+    monkeypatch.setattr(rehearsal._Clock, "on_train_batch_end", noted)
+    frozen = ["--optim.freeze_backbone_epochs", "1", "--optim.warmup_epochs", "0.1"]
+    train.main([*asked, *frozen, "--run.plan", "true"])
+    assert trained and all(trained)
+
+
 def test_a_rehearsal_computes_as_the_run_will(asked, two_steps, monkeypatch):
     monkeypatch.setattr("moco.training.hardware.choose_compile", lambda *_: ("eager", "for once"))
     real, taken, compiled = MoCo.training_step, [], []
