@@ -120,9 +120,8 @@ def _choose_end(own: Settings, facts: Facts) -> None:
     size, patches = own.config.data.image_size, own.config.model.patches
     end = size * 3 // 4 // patches * patches
     backbone = own.config.model.backbone
-    if facts.view:
-        end = facts.view if facts.view < size else 0
-        why = "what the views give" if end else "the views are as large"
+    if own.config.data.views == "own":
+        end, why = 0, "own views are as large as the images unless this says otherwise"
     elif facts.accelerator != "cpu":
         end, why = 0, "smaller views are measured on CPUs alone"
     elif end < LEAST_VIEW:

@@ -59,7 +59,7 @@ def settle(
         channels = source.channels if config.data.channels == "auto" else config.data.channels
         found = len(source), side, channels, accelerator(config), devices * num_nodes
         size, end = config.data.image_size, config.data.image_size_end
-        if own.views and (end == "auto" or (size == "auto" and not end)):
+        if own.views and size == "auto" and end in (0, "auto"):
             found = *found, view_size(own.views, source)
         given = _as_weights(config, channels, init_from) if init_from else {}
         settings = autoconfigure(config, Facts(*found), given)
