@@ -9,10 +9,9 @@ with the settings of its own CIFAR-10 benchmark needs 10 times as long as the re
 `configs/cifar10_cpu.yaml` with two epochs, and 4 times with the views, temperature, queue and key
 momentum of that recipe, and SGD with its warm-up.
 
-lightly's cosine ends after 15 epochs, which its benchmark would take for a short run, and in one
-more row after 4, as few as reach 50. Its keys have plain BatchNorm with our views, as in its
-examples, and BatchNorm of 8 groups in its benchmark's way. Of options it takes those of `model`,
-`data` and `optim.lr`, `optim.warmup_epochs`, `optim.schedule_per`.
+lightly's cosine ends after 15 epochs, and in one more row after 4. Its keys have plain BatchNorm
+with our views, as in its examples, and BatchNorm of 8 groups in its benchmark's way. Of options it
+takes those of `model`, `data` and `optim.lr`, `optim.warmup_epochs`, `optim.schedule_per`.
 
 Every way trains in a process with one thread and no workers, all at the same time. Time is the
 processor's, of the whole process, so that a neighbour does not count; readings of kNN are left out,

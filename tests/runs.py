@@ -104,6 +104,14 @@ def same(a, b) -> bool:
     return a == b
 
 
+def as_after(step: int, whole: str, run_dir: str = "run") -> None:
+    """Copy a run as it was after a step: with the checkpoint of that step alone."""
+    shutil.copytree(whole, run_dir)
+    for path in Path(run_dir, "checkpoints").iterdir():
+        if path.name != f"step_{step:09d}.ckpt":
+            path.unlink()
+
+
 def assert_same_end(first: str, second: str) -> None:
     a, b = load(f"{first}/checkpoints/last.ckpt"), load(f"{second}/checkpoints/last.ckpt")
     assert [part for part in PARTS if not same(a[part], b[part])] == []

@@ -29,16 +29,20 @@ def vit_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     return {"img_size": image_size} | shape_arguments(config) | first_weights
 
 
-def shape_arguments(config: ModelConfig) -> dict[str, int]:
-    """Return in timm's words how the shape of a ViT differs from the one of its name."""
+def published_width(name: str) -> int:
+    """Return D of the ViT that timm knows by a name."""
     import timm
 
+    with torch.device("meta"):  # only its width is asked for
+        return timm.create_model(name, pretrained=False).embed_dim
+
+
+def shape_arguments(config: ModelConfig) -> dict[str, int]:
+    """Return in timm's words how the shape of a ViT differs from the one of its name."""
     given = {"patch_size": config.patch_size, "depth": config.depth, "num_heads": config.num_heads}
     arguments = {name: value for name, value in given.items() if value}
     if config.width != 1:
-        with torch.device("meta"):  # only its width is asked for
-            published = timm.create_model(config.backbone, pretrained=False).embed_dim
-        arguments["embed_dim"] = max(4, int(published * config.width))
+        arguments["embed_dim"] = max(4, int(published_width(config.backbone) * config.width))
     return arguments
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
 from moco.algorithm.names import is_own
-from moco.algorithm.vit import is_vit
+from moco.algorithm.vit import is_vit, published_width
 from moco.checkpoints.architecture import RANGE, look
 from moco.checkpoints.layouts import read_contents
 from moco.checkpoints.matching import State
@@ -109,8 +108,7 @@ def translated(
     if is_vit(model.backbone):
         given = {name: beyond.pop(name) for name in OF_VIT if name in beyond}
         if width := beyond.pop("embed_dim", None):
-            with torch.device("meta"):  # only its width is asked for
-                given["width"] = width / timm.create_model(model.backbone).embed_dim
+            given["width"] = width / published_width(model.backbone)
         if fixed_positions(part) == "v3":
             given["positions"] = "sincos"
         model = dataclasses.replace(model, **given)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from runs import assert_same_end, at, load, run_tiny, trained
+from runs import as_after, assert_same_end, at, load, run_tiny, trained
 
 import moco
 import train
@@ -76,10 +73,7 @@ def test_the_key_encoder_stays_with_it(images, started):
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_it_resumes_in_and_after_the_frozen_epochs(images, started, step):
     trained(images, *FREEZE, "--init_from", str(started), run_dir="whole")
-    shutil.copytree("whole", "run")
-    for path in Path("run/checkpoints").glob("*.ckpt"):
-        if path.name != f"step_{step:09d}.ckpt":
-            path.unlink()
+    as_after(step, "whole")
     train.main(["--resume", "run"])
     assert_same_end("whole", "run")
 
@@ -94,10 +88,7 @@ def test_images_are_normalised_as_the_weights_take_them(images, started, said):
     assert [seen.mean, seen.std] == [[0.5, 0.4, 0.3], [0.2, 0.2, 0.1]]
     run_tiny(images, *cifar, "--init_from", first, run_dir="told")
     assert_same_end("run", "told")
-    shutil.copytree("run", "again")
-    for step in (4, 5, 6):
-        Path(f"again/checkpoints/step_{step:09d}.ckpt").unlink()
-    Path("again/checkpoints/last.ckpt").unlink()
+    as_after(3, "run", "again")
     train.main(["--resume", "again"])
     assert_same_end("run", "again")
     said.clear()

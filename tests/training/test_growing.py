@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pictures import write_pictures
-from runs import STREAMED, assert_same_end, load, run_tiny, trained
+from runs import STREAMED, as_after, assert_same_end, load, run_tiny, trained
 from timm.models.resnet import ResNet
 
 import moco
@@ -57,10 +56,7 @@ def test_images_are_judged_at_a_larger_size_than_the_views(images, monkeypatch, 
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_resumed_run_grows_at_the_same_steps(images, streamed, step):
     trained(images, *GROWING, *streamed, run_dir="whole")
-    shutil.copytree("whole", "run")
-    for path in Path("run/checkpoints").glob("*.ckpt"):
-        if path.name != f"step_{step:09d}.ckpt":
-            path.unlink()
+    as_after(step, "whole")
     train.main(["--resume", "run"])
     assert_same_end("whole", "run")
 
@@ -68,10 +64,7 @@ def test_a_resumed_run_grows_at_the_same_steps(images, streamed, step):
 @pytest.mark.parametrize("positions", ["learned", "sincos"])
 def test_a_vit_resamples_its_positions(images, positions):
     run_tiny(images, *GROWING, *VIT, "--model.positions", positions, run_dir="whole")
-    shutil.copytree("whole", "run")
-    for step in (4, 5, 6):
-        Path(f"run/checkpoints/step_{step:09d}.ckpt").unlink()
-    Path("run/checkpoints/last.ckpt").unlink()
+    as_after(3, "whole")
     train.main(["--resume", "run"])
     assert_same_end("whole", "run")
     backbone = moco.load_backbone("run/checkpoints/last.ckpt")
@@ -156,11 +149,9 @@ def test_a_longer_run_would_have_grown_later(images):
 
 
 def test_what_a_recipe_leaves_open_since_then_is_as_the_run_has_it(images):
-    run_tiny(images, "--trainer.max_steps", "2")
+    run_tiny(images, "--trainer.max_steps", "2", run_dir="whole")
+    as_after(1, "whole")
     words = ["--data.image_size_end", "auto", "--data.image_size", "auto", "--optim.lr", "auto"]
-    for path in Path("run/checkpoints").glob("*2.ckpt"):
-        path.unlink()
-    Path("run/checkpoints/last.ckpt").unlink()
     run_tiny(images, "--trainer.max_steps", "2", *words, "--resume", "run")
     config = load("run/checkpoints/last.ckpt")["config"]
     assert [config["data"]["image_size_end"], config["optim"]["lr"]] == [0, 0.01]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import write_pictures
-from runs import TINY, assert_same_end, load, run_tiny
+from runs import TINY, as_after, assert_same_end, load, run_tiny
 
 import train
 from moco.command import views
@@ -73,16 +73,8 @@ def test_readings_change_no_bit_of_the_run(many, done):
     assert "val/rankme" in rows()[0] and not rows("silent")
 
 
-def as_after_step_3(done):
-    """Copy a run as it was in the middle of its first epoch."""
-    shutil.copytree(done, "run")
-    for path in Path("run/checkpoints").iterdir():
-        if path.name != "step_000000003.ckpt":
-            path.unlink()
-
-
 def test_a_resumed_run_reads_what_a_whole_one_does(done):
-    as_after_step_3(done)
+    as_after(3, str(done))
     train.main(["--resume", "run"])
     assert rows() == rows(str(done))
     assert_same_end("run", str(done))
@@ -107,7 +99,7 @@ def test_a_bad_file_among_the_held_out_counts_in_the_whole_set(many, done, budge
 
 
 def test_a_run_keeps_its_images_whatever_it_is_measured_on_later(done):
-    as_after_step_3(done)
+    as_after(3, str(done))
     rng = np.random.default_rng(1)
     for folder in ("train/a", "train/b", "test/a", "test/b"):
         write_pictures(Path("labelled", folder), ["0.png", "1.png"], rng)
