@@ -381,6 +381,29 @@ def test_a_race_that_ours_did_not_finish_claims_nothing(capsys):
     assert "4 missed" in lines[-2] and "> 36.00" in lines[-1] and "10 reached" in lines[-1]
 
 
+def test_ablations(tmp_path):
+    rng, kept = np.random.default_rng(0), tmp_path / "rows.json"
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            write_pictures(tmp_path / split / name, [f"{i}.png" for i in range(32)], rng)
+    start, end, options = "the recipe", "symmetric, two queues", ["--rows", str(kept)]
+    options += ["--root", str(tmp_path), "--steps", "4", "--rounds", "1", "--seeds", "2"]
+    options += ["--precision", "32-true", "--only", start, end, "--words", "data.batch_size=16"]
+    options += ["model.queue_size=32", "data.upscale=2", "data.image_size_start=8"]
+    found = run("ablations", tmp_path, *options, "data.image_size_end=12")[0]["rows"]
+    # Both views go through both encoders: the same time has room for fewer steps.
+    assert found[start]["steps"] == 4 and 2 <= found[end]["steps"] < 4
+    for row in found.values():
+        assert len(row["knn"]) == 2 and row["mean"] == pytest.approx(sum(row["knn"]) / 2)
+    rows = json.loads(kept.read_text())
+    assert all(row["seconds"] > 0 for row in rows.values())
+    for row in rows.values():  # what is judged is taken as it stands
+        row["knn"] = 12.5
+    kept.write_text(json.dumps(rows))
+    found = run("ablations", tmp_path, *options, "data.image_size_end=12")[0]["rows"]
+    assert [row["mean"] for row in found.values()] == [12.5, 12.5]
+
+
 @pytest.mark.skipif(not find_spec("lightly"), reason="lightly is not installed")
 def test_python_door(tmp_path):
     last, _ = run(

@@ -6,15 +6,15 @@ along a cosine), 2502.16982 (Muon with the rates of AdamW).
 
 from __future__ import annotations
 
-import functools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from moco.algorithm.muon import muon
 from moco.config import ModelConfig, OptimConfig
 
 
@@ -40,7 +40,7 @@ def build_optimizer(
         return LARS(groups, config.lr, config.sgd_momentum, trust=config.lars_trust)
     if config.name == "muon":
         options = {"momentum": config.sgd_momentum, "nesterov": config.nesterov, "betas": betas}
-        return _muon()(groups, config.lr, **options)
+        return muon()(groups, config.lr, **options)
     # Gradients must be unscaled before they are clipped, which fused optimisers do too late; and
     # torch's fused SGD takes no momentum of some parameters without that of all (torch 2.14.1).
     plain = config.clip_grad_norm == 0 and config.freeze_backbone_epochs == 0
@@ -71,24 +71,6 @@ def _groups(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[st
     if config.name == "lars":
         groups[1]["trust"] = None
     return groups
-
-
-@functools.cache
-def _muon() -> type[torch.optim.Optimizer]:
-    """Return timm's Muon, which iterates in fp32 on a CPU.
-
-    By itself it iterates in bf16, twelve times as slow where a CPU does not multiply bf16.
-    """
-    import timm.optim.muon as library  # this takes 2 s, so it is left to those who want it
-
-    iterate = library.zeropower_via_newtonschulz
-
-    def by_device(matrix: Tensor, *args: Any, **options: Any) -> Tensor:
-        dtype = torch.float32 if matrix.device.type == "cpu" else torch.bfloat16
-        return iterate(matrix, *args, **options, dtype=dtype)
-
-    library.zeropower_via_newtonschulz = by_device
-    return library.Muon
 
 
 class LARS(torch.optim.Optimizer):

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from timm.optim import muon
 from torch import nn
 
 from moco.algorithm.optim import Plateau, build_optimizer, key_momentum, learning_rate
@@ -164,39 +163,6 @@ def test_adamw_is_torchs_own():
     plain = torch.optim.AdamW(theirs.parameters(), 0.01, betas=(0.8, 0.95), weight_decay=0.1)
     for a, b in zip(mine, train(theirs, plain, [0.01] * 4), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-
-
-def test_muon_moves_convolutions_by_their_nearest_orthogonal_matrix_and_the_rest_as_adamw():
-    torch.manual_seed(0)
-    filters, gains = torch.randn(8, 4, 3, 3), torch.ones(8)
-    parameters = [nn.Parameter(filters.clone()), nn.Parameter(gains.clone())]
-    optimizer = build_optimizer(parameters, OptimConfig(name="muon", lr=0.1, weight_decay=0.0))
-    gradient = torch.randn(8, 36)
-    parameters[0].grad, parameters[1].grad = gradient.clone().view(8, 4, 3, 3), torch.randn(8)
-    optimizer.step()
-    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
-    nearest = left @ right * 0.1 * 0.2 * 36**0.5  # as large as a step of AdamW (2502.16982)
-    moved = (filters - parameters[0].detach()).view(8, 36)
-    assert torch.cosine_similarity(moved.flatten(), nearest.flatten(), dim=0) > 0.99
-    assert moved.norm().item() == pytest.approx(nearest.norm().item(), rel=0.1)
-    moved = gains - parameters[1].detach()
-    torch.testing.assert_close(moved, 0.1 * parameters[1].grad.sign(), rtol=1e-3, atol=0)
-
-
-def test_muon_iterates_in_fp32_on_a_cpu(monkeypatch):
-    """In bf16 it is twelve times as slow where the CPU does not multiply that."""
-    weight = nn.Parameter(torch.zeros(8, 16))
-    weight.grad = torch.randn(8, 16)
-    optimizer = build_optimizer([weight], OptimConfig(name="muon", lr=0.1))
-    iterate, kinds = muon.zeropower_via_newtonschulz, []
-
-    def watched(*args, **options):
-        kinds.append((found := iterate(*args, **options)).dtype)
-        return found
-
-    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", watched)
-    optimizer.step()
-    assert kinds == [torch.float32]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
