@@ -29,6 +29,7 @@ from typing import TextIO
 import yaml
 
 from moco.config import TrainConfig, UserError
+from moco.whole_files import whole_file
 
 log = logging.getLogger("moco")
 RUNS = Path("runs")
@@ -247,11 +248,10 @@ def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path)
     Raises:
         UserError: The directory takes no file.
     """
-    target, temporary = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
+    content = {**asdict(config), "decided": decided}
     try:
-        content = {**asdict(config), "decided": decided}
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        os.replace(temporary, target)
+        with whole_file(run_dir / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     except (OSError, ValueError) as error:
         raise _unwritable(run_dir, error) from None
 

@@ -20,6 +20,7 @@ STEP = "tests/algorithm/test_pretrain.py"
 COMPILED = "tests/algorithm/test_compiled.py"
 CONTRAST = "tests/algorithm/test_contrast.py"
 OPTIM = "tests/algorithm/test_optim.py"
+MUON = "tests/algorithm/test_muon.py"
 ENCODER = "tests/algorithm/test_encoder.py"
 RANKS = "tests/test_distributed.py"
 VIEWS = "tests/images"
@@ -190,11 +191,12 @@ BREAKS = [
     # resuming and saving
     ("algorithm/pretrain.py", 'self.plateau.load_state_dict(checkpoint["plateau"])', "pass", RUN),
     (
-        "training/writing.py",
-        "os.replace(temporary, target)",
-        "shutil.copyfile(temporary, target)",
-        "tests/training/test_disk.py",
+        "whole_files.py",
+        'path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+        "path",
+        "tests/test_whole_files.py",
     ),
+    ("algorithm/muon.py", "factor @ gram @ factor", "factor @ gram", MUON),
     (
         "training/writing.py",
         "torch.load(path, map_location=map_location, weights_only=True)",

@@ -22,6 +22,7 @@ GROUND = (
     "distributed",
     "rendezvous",
     "run_directory",
+    "whole_files",
     "slurm",
     "log",
 )
@@ -42,7 +43,7 @@ WITHOUT_LIGHTNING = (
 )
 WITHOUT_TORCH = (
     *("slurm", "config", "pixels", "judge_config", "checks", "idle", "run_directory", "log"),
-    "command",
+    *("whole_files", "command"),
     *("algorithm.names", "checkpoints.places", "training.resuming", "reports.facts"),
     *("images.folders", "images.splits", "images.formats", "images.labels", "images.dicom"),
     *("reports.table", "reports.index", "reports.mapping", "reports.projection"),
@@ -123,6 +124,7 @@ def test_a_wing_imports_only_wings_below_it(path):
         allowed = {("distributed", "random"), ("distributed", "config"), ("idle", "config")}
         allowed |= {("rendezvous", "distributed"), ("rendezvous", "config")}
         allowed |= {("run_directory", "config"), ("slurm", "config"), ("idle", "judge_config")}
+        allowed |= {("run_directory", "whole_files"), ("whole_files", "config")}
         allowed |= {("judge_config", "config"), ("checks", "config"), ("pixels", "config")}
         name = on_ground(module(path))
         found = {(name, on_ground(room)) for room in rooms(path)} - {(name, name)}

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from moco.checkpoints.describe import Features, Files, loading_line, obstacle
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.official import CLASSIFIER
-from moco.checkpoints.places import GraphOptions, check_request, explained
+from moco.checkpoints.places import GraphOptions, check_request
 from moco.checkpoints.write import FORMATS
 from moco.config import UserError
+from moco.whole_files import explained
 
 FP16_TOLERANCE = 0.02  # of the largest feature; 11 bits round each value to 0.0005 of its size
 
@@ -53,7 +54,7 @@ def export(
 
     Raises:
         UserError: Wrong input, a format that cannot hold this network, or features that differ.
-        DiskError: The disk is full or broken.
+        RunError: The disk is full or broken.
     """
     output, graph = Path(output), graph or GraphOptions()
     if form not in FORMATS:
@@ -113,7 +114,7 @@ def _one_line(what: str) -> Iterator[None]:
 def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
     """Write files beside `output`, yield them to be checked, and rename them if no error came."""
     beside = {"prefix": ".export-", "dir": output.parent, "ignore_cleanup_errors": True}
-    with explained(output), tempfile.TemporaryDirectory(**beside) as room:
+    with explained(f"--output {output}"), tempfile.TemporaryDirectory(**beside) as room:
         written, old = Path(room, output.name), Path(room, f"{output.name}.old")
         if "" not in files:
             written.mkdir()

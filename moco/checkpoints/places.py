@@ -5,16 +5,14 @@ This room needs no torch, so wrong places are told before it is imported.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from moco.config import UserError
+from moco.whole_files import explained
 
 REQUEST = ("checkpoint", "form", "output", "overwrite", "licence")  # what `check_request` takes
 TIMM_FILES = ("config.json", "model.safetensors", "README.md")
@@ -39,10 +37,6 @@ class GraphOptions:
     def image_sizes(self, side: int) -> list[tuple[int, int]]:
         """Return the H and W with which the graph is compared with a network of that image size."""
         return [(side, side), (2 * side, side)] if self.free_size else [(side, side)]
-
-
-class DiskError(OSError):
-    """The disk failed, through no fault of the user: it is full, over quota, or broken."""
 
 
 def check_place(checkpoint: str | Path) -> None:
@@ -79,7 +73,7 @@ def check_request(
     if absent := " ".join(name for name in needed if find_spec(name) is None):
         listed = absent.replace(" ", ", ")
         raise UserError(f"--format {form} needs {listed}: pip install {absent}")
-    with explained(output):
+    with explained(f"--output {output}"):
         _check_output(Path(checkpoint), form, output, overwrite)
 
 
@@ -105,15 +99,3 @@ def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) ->
         fault = f"also holds {min(foreign)}, which no export wrote"
     if fault:
         raise UserError(f"--output {output} {fault}: choose another")
-
-
-@contextlib.contextmanager
-def explained(output: Path) -> Iterator[None]:
-    """Raise a DiskError for a failure of the disk, a UserError for a wrong place."""
-    try:
-        yield
-    except OSError as error:
-        text = f"--output {output} cannot be written: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise DiskError(f"{text}; make room, nothing was left behind") from None
-        raise UserError(f"{text}: choose another place") from None

@@ -12,7 +12,6 @@ from moco.checks import check_ranges
 from moco.command.cli import build_parser, parse
 from moco.command.early import check_name
 from moco.command.judge import flat_options, take
-from moco.config import RunError
 from moco.judge_config import ExportConfig
 
 
@@ -35,17 +34,14 @@ def write(argv: Sequence[str], module: Any = None) -> dict[str, Any]:
     _, options = parse(parser, Nothing, argv)
     check_ranges(take(ExportConfig, options))
     options["form"], options["licence"] = options.pop("format"), options.pop("license")
-    from moco.checkpoints.places import REQUEST, DiskError, GraphOptions, check_request
+    from moco.checkpoints.places import REQUEST, GraphOptions, check_request
 
     choices = {item.name: options.pop(item.name) for item in fields(GraphOptions)}
     options["graph"] = GraphOptions(**choices)
-    try:
-        options["graph"].check(options["form"])
-        check_name(options["backbone"], "backbone")
-        check_request(**{name: options[name] for name in REQUEST})
-        from moco.checkpoints.export import export  # imports torch, so it waits for the settings
+    options["graph"].check(options["form"])
+    check_name(options["backbone"], "backbone")
+    check_request(**{name: options[name] for name in REQUEST})
+    from moco.checkpoints.export import export  # imports torch, so it waits for the settings
 
-        options["backbone"] = options["backbone"] if module is None else module
-        return export(**options)
-    except DiskError as error:
-        raise RunError(str(error)) from None
+    options["backbone"] = options["backbone"] if module is None else module
+    return export(**options)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -30,6 +29,7 @@ from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
 from moco.evaluation.verdict import RAW_PIXELS, REFERENCE, UNTRAINED, Comparison, compare
 from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 from moco.pixels import normalisation
+from moco.whole_files import explained, whole_file
 
 log = logging.getLogger("moco")
 
@@ -236,7 +236,6 @@ def _describe(subject: Subject) -> dict[str, Any]:
 def _write(result: dict[str, Any], judge: JudgeConfig, name: str) -> None:
     """Write the result whole or not at all."""
     path = output_path(judge, f"{name}.json")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with explained(path), whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     log.info("written to %s", path)

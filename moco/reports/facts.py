@@ -22,6 +22,7 @@ from typing import Any
 
 from moco.config import TrainConfig, UserError
 from moco.run_directory import last_whole, read_config
+from moco.whole_files import whole_file
 
 NOTE = "run.json"
 
@@ -163,10 +164,9 @@ def _dicts(values: Any) -> list[dict[str, Any]]:
 
 
 def _write_note(run_dir: Path, note: dict[str, Any]) -> None:
-    temporary = run_dir / f".{NOTE}.tmp"
-    with contextlib.suppress(OSError):  # a full disk; nothing else depends on the note
+    # A disk may be full; nothing else depends on the note.
+    with contextlib.suppress(OSError), whole_file(run_dir / NOTE) as temporary:
         temporary.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, run_dir / NOTE)
 
 
 def _commit() -> str:

@@ -6,7 +6,6 @@ a class is escaped: text in the page, and plain values in the charts.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from moco.config import UserError
 from moco.reports import charts
 from moco.reports.facts import Facts, read_facts
 from moco.reports.panel import Panel, as_text, make_panel
+from moco.whole_files import explained, whole_file
 
 
 def write_report(
@@ -43,12 +42,8 @@ def write_report(
     panels = [make_panel(facts, images // len(runs), root, seed) for facts in runs]
     path = Path(output or run_dirs[0] / "report.html")
     text = render(panels)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with explained(path), whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): take --output") from None
     return {
         "report": str(path),
         "bytes": path.stat().st_size,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from moco.images.formats import lettered
+from moco.whole_files import explained, whole_file
 
 TILE = 96  # pixels at most
 _GAP, _TEXT = 6, 14
@@ -78,9 +79,8 @@ def draw_rows(
 ) -> None:
     """Draw a `sheet` as a PNG that is whole or absent."""
     drawn = sheet(rows, heads)
-    temporary = path.with_name(f".{path.name}.tmp")
-    drawn.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    with explained(path), whole_file(path) as temporary:
+        drawn.save(temporary, format="PNG", optimize=True)
 
 
 def shortened(name: str, letters: int) -> str:

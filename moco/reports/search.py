@@ -28,7 +28,8 @@ from moco.reports.index import (
     open_features,
     open_index,
 )
-from moco.reports.table import Features, whole
+from moco.reports.table import Features
+from moco.whole_files import explained, whole_file
 
 log = logging.getLogger("moco")
 _SAID, _DRAWN = 10, 12  # pairs in the log, neighbours in the picture
@@ -155,7 +156,11 @@ def _duplicates(features: Features, config: SearchConfig) -> dict[str, Any]:
     pairs = near_duplicates(features, open_index(features), config.above)
     paths = features.column("path")
     target = Path(config.output or features.folder / "duplicates.csv")
-    with whole(target) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with (
+        explained(target),
+        whole_file(target) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
         (_write_json if target.suffix == ".json" else _write_csv)(file, pairs, paths)
     for one, other, cosine in zip(*(each[:_SAID].tolist() for each in pairs[:3]), strict=True):
         log.info("%8.4f  %s  %s", cosine, shown(paths[one]), shown(paths[other]))

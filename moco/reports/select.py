@@ -22,7 +22,8 @@ from moco.config import UserError
 from moco.judge_config import SelectConfig
 from moco.log import log_to_stderr
 from moco.reports.index import open_features, some
-from moco.reports.table import Features, unit, whole
+from moco.reports.table import Features, unit
+from moco.whole_files import explained, whole_file
 
 log = logging.getLogger("moco")
 MOST_CLUSTERS, _FEWEST = 500, 5  # clusters, and images in each; as in the paper, section 4
@@ -46,7 +47,11 @@ def select(config: SelectConfig) -> dict[str, Any]:
     chosen, cluster, typicality = typical_and_diverse(features, config.count, config.seed)
     paths = features.column("path")
     target = Path(config.output or features.folder / "selected.csv")
-    with whole(target) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with (
+        explained(target),
+        whole_file(target) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(("path", "id", "cluster", "typicality"))
         for number in chosen.tolist():

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moco.config import RunError, UserError
+from moco.config import UserError
+from moco.whole_files import explained, whole_file
 
 FILE, INDEX = "features.parquet", "features.faiss"
 _ESSENTIAL = {"id", "path", "vector"}
@@ -131,7 +132,8 @@ def writing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     plain = [name for name in schema.names if name in ("split", "label")]
     others = {name: "zstd" for name in schema.names if name != "vector"}
     with (
-        whole(path) as temporary,
+        explained(path),
+        whole_file(path) as temporary,
         pq.ParquetWriter(
             temporary,
             schema,
@@ -141,25 +143,3 @@ def writing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         ) as writer,
     ):
         yield writer
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary name for a file, which gets its own name once it lies on the disk.
-
-    Raises:
-        RunError: The file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())[:100]
-        text = f"{path} cannot be written ({reason}): make room, and give the command again"
-        raise RunError(text, local=True) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

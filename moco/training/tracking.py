@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from moco import distributed
 from moco.config import RunConfig, UserError
 from moco.evaluation.measures import MEASURES
+from moco.whole_files import whole_file
 
 log = logging.getLogger("moco")
 IDS = "loggers.json"
@@ -99,12 +100,10 @@ class MetricsFile(Logger):
             whole = text[: text.rfind("\n") + 1].splitlines()
             rows = [row for row in csv.DictReader(whole) if _step(row) <= self._resume_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(self.path) as place, place.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.path)
         self._ready = True
 
 
@@ -197,9 +196,8 @@ def _read_ids(run_dir: Path) -> dict[str, str]:
 @rank_zero_only
 def _write_ids(run_dir: Path, kept: dict[str, str]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f".{IDS}.tmp"
-    temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / IDS)
+    with whole_file(run_dir / IDS) as temporary:
+        temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
 def finish() -> None:

@@ -19,6 +19,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from moco.whole_files import whole_file
+
 log = logging.getLogger("moco")
 
 
@@ -57,18 +59,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         A failure is logged and not raised, since training goes on.
         """
-        temporary = target.with_name(f".{target.name}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with whole_file(target) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
         except (OSError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
             reason = why_not(error, target.parent)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             before = any(target.parent.glob("*.ckpt"))
             rest = "the one before stays" if before else "and there is none before it"
             log.warning("checkpoint %s was not written, %s: %s", target, rest, reason)

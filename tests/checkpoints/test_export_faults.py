@@ -17,10 +17,9 @@ from processes import ROOT, finish, start, start_command
 from moco.checkpoints import export as room
 from moco.checkpoints import places
 from moco.checkpoints.load import load_encoder
-from moco.checkpoints.places import DiskError
 from moco.command import cli
 from moco.command import export as script
-from moco.config import UserError
+from moco.config import RunError, UserError
 from moco.judge_config import ExportConfig
 
 
@@ -152,7 +151,7 @@ def test_export_that_reads_back_otherwise_leaves_nothing(source, monkeypatch, ha
     formats = {"safetensors": (harmed, crash if harm == "crash" else read, tolerance)}
     monkeypatch.setattr(room, "FORMATS", formats)
     before = files_below(source.parent)
-    with pytest.raises((UserError, DiskError), match=r"features differ by|cannot be written"):
+    with pytest.raises((UserError, RunError), match=r"features differ by|cannot be written"):
         room.export(source, "safetensors", source.parent / "out" / "a")
     assert files_below(source.parent) == before
 

@@ -26,7 +26,7 @@ from moco.reports.index import (
     write_index,
 )
 from moco.reports.projection import project
-from moco.reports.table import Features, unit, whole
+from moco.reports.table import Features, unit
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -138,18 +138,6 @@ def test_what_is_no_file_of_features_is_one_line():
     write(blobs(3, 3), "maps", shape=[4, 2, 2])
     with pytest.raises(UserError, match=r"holds maps of the shape \[4, 2, 2\]"):
         open_features("maps")
-
-
-def test_a_file_that_cannot_be_written_leaves_the_one_before():
-    path = Path("a.txt")
-    path.write_text("before")
-    with pytest.raises(RunError, match="a.txt cannot be written"), whole(path) as temporary:
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
-    with pytest.raises(KeyError), whole(path) as temporary:
-        temporary.write_text("half")
-        raise KeyError
-    assert path.read_text() == "before" and [*Path().iterdir()] == [path]
 
 
 def test_a_map_keeps_neighbours_together_and_is_the_same_each_time():

@@ -1,0 +1,54 @@
+"""Whole files: what is written is whole at its place or not there, whenever the power fails.
+
+All that a run and a command leave on the disk goes through here, but for lines that are added to a
+log. This room needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from moco.config import RunError, UserError
+
+# Of a disk that is full, over quota or broken; a library may raise an OSError without a number.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`, which becomes `path` once its file lies on the disk.
+
+    Raises:
+        OSError: It cannot be written; then nothing is left of it, and a file before it stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Say in one line that `path` cannot be written.
+
+    Raises:
+        RunError: The disk is full or broken, which is no fault of the user's.
+        UserError: The place takes no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())[:100]
+        text = f"{path} cannot be written: {reason}"
+        if error.errno in _DISK:
+            raise RunError(f"{text}; make room, and give the command again", local=True) from None
+        raise UserError(f"{text}: choose another place") from None
