@@ -13,6 +13,14 @@ from moco.config.setting import LEAST_VIEW
 MOST_COMBINATIONS = 1024  # of a view's patches; Fast-MoCo has 6
 
 
+def check_decided(config: TrainConfig) -> None:
+    """Raise UserError for settings left to `auto`, for parts that no run has decided for."""
+    if names := config.undecided():
+        raise UserError(
+            f"{', '.join(names)} is auto, which a run decides (moco.pretrain): give its value"
+        )
+
+
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Raise UserError for the first field outside its declared range or choices."""
     hints = get_type_hints(type(config))

@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 
 from moco import distributed
 from moco.algorithm.batch import Batch
-from moco.config import DataConfig, UserError
+from moco.checks import check_decided
+from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources, views
 from moco.images.bad_files import BadFiles
 from moco.images.draws import view_recipes
@@ -72,6 +73,7 @@ class PretrainData(pl.LightningDataModule):
         naming: Naming | None = None,
     ) -> None:
         super().__init__()
+        check_decided(TrainConfig(data=config))
         self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
         self.own_views, self.naming = own_views, naming
         if own_views is None and config.views == "own":

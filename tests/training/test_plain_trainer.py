@@ -59,6 +59,13 @@ def test_a_vit_takes_views_that_are_smaller_than_its_images():
     assert module.query_encoder.backbone.pos_embed.shape[1] == 1 + 4 * 4
 
 
+def test_what_is_left_to_auto_is_named():
+    with pytest.raises(moco.UserError, match="data.image_size_end is auto, .* give its value"):
+        fit("run", image_size_end="auto")
+    with pytest.raises(moco.UserError, match="optim.lr is auto, .* give its value"):
+        moco.MoCo(MODEL, moco.OptimConfig(lr="auto"), channels=3, image_size=16)
+
+
 def test_its_checkpoints_tell_their_network():
     _, module = fit("run", max_steps=2)
     network = moco.load_backbone("run/checkpoints/last.ckpt")
