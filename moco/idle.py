@@ -127,12 +127,14 @@ OF_TRAINING: Rules = OF_DATA | {
     "optim.sgd_momentum": ("optim.name is adamw", _is("optim.name", "adamw")),
     "optim.dampening": (
         "there is no momentum of SGD",
-        lambda given: given["optim.name"] != "sgd" or given["optim.sgd_momentum"] == 0,
+        lambda given: (
+            given["optim.name"] not in ("auto", "sgd") or given["optim.sgd_momentum"] == 0
+        ),
     ),
     "optim.nesterov": ("optim.name is adamw or lars", _is("optim.name", "adamw", "lars")),
     **dict.fromkeys(
         ("optim.adam_beta1", "optim.adam_beta2"),
-        ("optim.name is neither adamw nor muon", _is_not("optim.name", "adamw", "muon")),
+        ("optim.name is neither adamw nor muon", _is_not("optim.name", "auto", "adamw", "muon")),
     ),
     "optim.lars_trust": ("optim.name is not lars", _is_not("optim.name", "lars")),
     "optim.decay_norm_and_bias": (

@@ -87,6 +87,7 @@ AUTOMATIC = (
     "model.stem",
     "model.backbone",
     "model.width",
+    "optim.name",
     "data.batch_size",
     "model.queue_size",
     "optim.lr",

@@ -155,11 +155,12 @@ class ModelConfig:
 class OptimConfig:
     """Optimiser and schedule. `lr` is what the optimiser gets; a number is not rescaled."""
 
-    name: Literal["sgd", "adamw", "lars", "muon"] = setting(
+    name: Literal["auto", "sgd", "adamw", "lars", "muon"] = setting(
         "sgd",
         "torch.optim.SGD, torch.optim.AdamW, v3's LARS for large batches, or timm's Muon, whose "
         "steps are orthogonal matrices, as large as those of AdamW, which norms, biases and narrow "
-        "matrices get",
+        "matrices get; auto: muon for the small network that model.backbone auto is on a CPU, "
+        "else sgd",
     )
     lr: float | Auto = setting(
         0.03,

@@ -151,6 +151,9 @@ def _choose_network(own: Settings, facts: Facts) -> None:
     width = narrow if chosen and not on_gpu else 1.0
     why = "a CPU then sees each image more often" if width < 1 else "the published network"
     own.take("model.width", width, why)
+    is_small = chosen and not on_gpu
+    why = "a small network learns more from its steps" if is_small else "as published"
+    own.take("optim.name", "muon" if is_small else "sgd", why)
 
 
 def _is_resnet(backbone: str) -> bool:

@@ -319,7 +319,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(ckpt, images, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("moco.reports.table.os.fsync", full)
-    with pytest.raises(RunError, match=r"No space left on device\): make room, and give the com"):
+    with pytest.raises(RunError, match="No space left on device; make room, and give the command"):
         embed(ckpt, images, "out")
     assert [path.name for path in Path("out").rglob("*") if path.is_file()] == []
 

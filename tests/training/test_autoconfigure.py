@@ -68,7 +68,7 @@ def two_steps(monkeypatch):
                 "data.image_size": 32, "data.image_size_end": 24, "data.views": "cifar",
                 "model.stem": "cifar",
                 "model.backbone": "resnet10t", "model.width": 0.25, "data.batch_size": 256,
-                "model.queue_size": 4096, "optim.lr": 0.12,
+                "model.queue_size": 4096, "optim.name": "muon", "optim.lr": 0.015,
             },
         ),
         (
@@ -84,7 +84,8 @@ def two_steps(monkeypatch):
             {
                 "data.image_size": 224, "data.image_size_end": 0, "model.backbone": "resnet18",
                 "model.width": 1.0, "data.views": "v2",
-                "data.batch_size": 256, "model.queue_size": 65536,
+                "data.batch_size": 256, "model.queue_size": 65536, "optim.name": "sgd",
+                "optim.lr": 0.12,
             },
         ),
         (Facts(6000, 64, 16, "cpu", 1), {"data.channels": 16, "model.queue_size": 512}),
@@ -125,7 +126,8 @@ def test_what_is_chosen_passes_every_check(seed, caplog):
             1000,
             {"model.stem": "imagenet", "data.image_size_end": 0},
         ),
-        ({"model.backbone": "resnet34"}, 1000, {"model.stem": "cifar"}),
+        ({"model.backbone": "resnet34"}, 1000, {"model.stem": "cifar", "optim.name": "sgd"}),
+        ({"optim.name": "sgd"}, 50_000, {"optim.lr": 0.12}),
         ({"model.stem": "patch"}, 1000, {"model.width": 0.5}),
         ({"model.patches": 3}, 1000, {"data.image_size": 24, "data.image_size_end": 18}),
         ({"data.image_size": 5}, 1000, {"data.image_size_end": 0}),
