@@ -1,7 +1,7 @@
 """Whole files: what is written is whole at its place or not there, whenever the power fails.
 
-All that a run and a command leave on the disk goes through here, but for lines that are added to a
-log. This room needs no torch.
+Single files of runs and commands go through here. Exports of several files, shards and the cache
+move their own, since they check them first or share them. This room needs no torch.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """Do as `whole_file` for what a command writes: errors are those of `explained`."""
+    with explained(path), whole_file(path) as temporary:
+        yield temporary
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from moco.images.crops import cut
 from moco.images.draws import centre_crops
 from moco.images.formats import lettered
 from moco.images.labelled import LabelledData
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 _ROWS, _NEIGHBOURS = 10, 8
 SIDE, _GAP, _TEXT = 72, 6, 12  # pixels
@@ -77,7 +77,7 @@ def draw_sheet(path: Path, lines: list[list[Cell]]) -> str:
             pen.rectangle((x - 3, y - 3, x + SIDE + 2, y + SIDE + 2), fill=frame)
             sheet.paste(picture, (x, y))
             pen.text((x, y + SIDE + 2), text[:12], fill=frame)
-    with explained(path), whole_file(path) as temporary:
+    with output_file(path) as temporary:
         sheet.save(temporary, format="PNG")
     return str(path)
 

@@ -29,7 +29,7 @@ from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
 from moco.evaluation.verdict import RAW_PIXELS, REFERENCE, UNTRAINED, Comparison, compare
 from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 from moco.pixels import normalisation
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 log = logging.getLogger("moco")
 
@@ -236,6 +236,6 @@ def _describe(subject: Subject) -> dict[str, Any]:
 def _write(result: dict[str, Any], judge: JudgeConfig, name: str) -> None:
     """Write the result whole or not at all."""
     path = output_path(judge, f"{name}.json")
-    with explained(path), whole_file(path) as temporary:
+    with output_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     log.info("written to %s", path)

@@ -18,7 +18,7 @@ import numpy as np
 
 from moco.config import RunError, UserError
 from moco.reports.table import INDEX, Features, unit
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 log = logging.getLogger("moco")
 EXACT = 100_000  # images up to which all are compared
@@ -75,7 +75,7 @@ def write_index(features: Features) -> Path:
     if path.is_file():
         return path
     index = build_index(features)
-    with explained(path), whole_file(path) as temporary:
+    with output_file(path) as temporary:
         try:
             faiss.write_index(index, str(temporary))
         except RuntimeError as error:  # faiss raises nothing else where a disk is full

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from moco.reports import charts
 from moco.reports.facts import Facts, read_facts
 from moco.reports.panel import Panel, as_text, make_panel
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 
 def write_report(
@@ -42,7 +42,7 @@ def write_report(
     panels = [make_panel(facts, images // len(runs), root, seed) for facts in runs]
     path = Path(output or run_dirs[0] / "report.html")
     text = render(panels)
-    with explained(path), whole_file(path) as temporary:
+    with output_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return {
         "report": str(path),

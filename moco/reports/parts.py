@@ -32,7 +32,7 @@ from moco.images.labelled import LabelledData
 from moco.judge_config import EmbedConfig
 from moco.reports.listing import Listing
 from moco.reports.table import FILE, INDEX, as_text, vectors_of, writing
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 log = logging.getLogger("moco")
 PARTS, BAD_FILES = ".parts", "bad_files.txt"  # inside the directory of the features
@@ -110,7 +110,7 @@ def is_done(job: Job) -> bool:
         for path in (target, job.folder / INDEX, job.folder / BAD_FILES):
             path.unlink(missing_ok=True)
         os.makedirs(plan.parent, exist_ok=True)
-        with explained(plan), whole_file(plan) as temporary:
+        with output_file(plan) as temporary:
             temporary.write_text(json.dumps(about), encoding="utf-8")
     return False
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from moco.images.formats import lettered
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 TILE = 96  # pixels at most
 _GAP, _TEXT = 6, 14
@@ -79,7 +79,7 @@ def draw_rows(
 ) -> None:
     """Draw a `sheet` as a PNG that is whole or absent."""
     drawn = sheet(rows, heads)
-    with explained(path), whole_file(path) as temporary:
+    with output_file(path) as temporary:
         drawn.save(temporary, format="PNG", optimize=True)
 
 

@@ -29,7 +29,7 @@ from moco.reports.index import (
     open_index,
 )
 from moco.reports.table import Features
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 log = logging.getLogger("moco")
 _SAID, _DRAWN = 10, 12  # pairs in the log, neighbours in the picture
@@ -157,8 +157,7 @@ def _duplicates(features: Features, config: SearchConfig) -> dict[str, Any]:
     paths = features.column("path")
     target = Path(config.output or features.folder / "duplicates.csv")
     with (
-        explained(target),
-        whole_file(target) as temporary,
+        output_file(target) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
         (_write_json if target.suffix == ".json" else _write_csv)(file, pairs, paths)

@@ -23,7 +23,7 @@ from moco.judge_config import SelectConfig
 from moco.log import log_to_stderr
 from moco.reports.index import open_features, some
 from moco.reports.table import Features, unit
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 log = logging.getLogger("moco")
 MOST_CLUSTERS, _FEWEST = 500, 5  # clusters, and images in each; as in the paper, section 4
@@ -48,8 +48,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
     paths = features.column("path")
     target = Path(config.output or features.folder / "selected.csv")
     with (
-        explained(target),
-        whole_file(target) as temporary,
+        output_file(target) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.writer(file)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moco.config import UserError
-from moco.whole_files import explained, whole_file
+from moco.whole_files import output_file
 
 FILE, INDEX = "features.parquet", "features.faiss"
 _ESSENTIAL = {"id", "path", "vector"}
@@ -132,8 +132,7 @@ def writing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     plain = [name for name in schema.names if name in ("split", "label")]
     others = {name: "zstd" for name in schema.names if name != "vector"}
     with (
-        explained(path),
-        whole_file(path) as temporary,
+        output_file(path) as temporary,
         pq.ParquetWriter(
             temporary,
             schema,

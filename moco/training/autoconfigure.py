@@ -148,10 +148,10 @@ def _choose_network(own: Settings, facts: Facts) -> None:
         f"what a {facts.accelerator} trains",
     )
     narrow = 0.25 if own.config.model.stem == "cifar" else 0.5
-    width = narrow if chosen and not on_gpu else 1.0
+    is_small = chosen and not on_gpu
+    width = narrow if is_small else 1.0
     why = "a CPU then sees each image more often" if width < 1 else "the published network"
     own.take("model.width", width, why)
-    is_small = chosen and not on_gpu
     why = "a small network learns more from its steps" if is_small else "as published"
     own.take("optim.name", "muon" if is_small else "sgd", why)
 
