@@ -27,13 +27,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.harness import arguments, interleave, print_columns, progress, report
+from benchmarks.harness import (
+    arguments,
+    interleave,
+    print_columns,
+    progress,
+    report,
+    train_settings,
+)
 from benchmarks.loop import random_source
 from benchmarks.race import RECIPE
-from moco.command import cli
-from moco.config import DataConfig, TrainConfig
+from moco.config import DataConfig
 from moco.training import run
-from moco.training.own import Own
+from moco.training.own import NOTHING, Own
 
 BASE = "the recipe"
 PATCHES = ["--model.patches", "2", "--model.combine", "2"]
@@ -68,19 +74,18 @@ class StepTimes(pl.Callback):
 
 
 def train(
-    name: str, steps: int, words: list[str], options: Any, own: Own | None = None
+    name: str, steps: int, words: list[str], options: Any, own: Own = NOTHING
 ) -> tuple[dict[str, Any], float]:
     """Train a row for some steps; return what the run found and the processor seconds of a step."""
     words = [*RECIPE, *ROWS[name][0], "--trainer.accelerator", "cpu", "--run.report", "false",
              *("--run.knn_first", "false", "--trainer.precision", options.precision),
              *("--trainer.max_steps", str(steps), *(f"--{word}" for word in options.words)),
              *words]  # fmt: skip
-    parser = cli.build_parser("train.py's options", TrainConfig, {})
-    config, _ = cli.parse(parser, TrainConfig, words)
+    config = train_settings(words)
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
-        found = run.pretrain(config, own=own or Own(), callbacks=[times])
+        found = run.pretrain(config, own=own, callbacks=[times])
     return found, (times.ends[-1] - times.ends[0]) / (steps - 1)
 
 

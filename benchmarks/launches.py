@@ -36,14 +36,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.harness import arguments, print_columns, report
+from benchmarks.harness import arguments, print_columns, report, train_settings
 from moco import distributed
 from moco.algorithm import pretrain
 from moco.algorithm.contrast import KeyQueue
 from moco.algorithm.pretrain import MoCo
 from moco.checks import check
-from moco.command import cli
-from moco.config import TrainConfig, UserError
+from moco.config import UserError
 from moco.images import loader, sources, views
 from moco.training import hardware, run
 from moco.training.guard import NonFiniteGuard
@@ -204,12 +203,11 @@ def count(words: list[str]) -> CountTwoSteps:
         "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.precision": "bf16-mixed",
         "trainer.log_every_n_steps": READING,
     }  # fmt: skip
-    parser = cli.build_parser("train.py's options", TrainConfig, {})
     given = [word for name, value in always.items() for word in (f"--{name}", str(value))]
     launches = Launches()
     counted = CountTwoSteps(launches)
     with tempfile.TemporaryDirectory() as folder:
-        config, _ = cli.parse(parser, TrainConfig, [*words, *given])
+        config = train_settings([*words, *given])
         config.run.dir = str(Path(folder) / "run")
         check(config)
         with patched(launches):

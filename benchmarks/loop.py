@@ -33,17 +33,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import (
     ROOT,
     Row,
-    add_profile,
     arguments,
-    profiled,
     progress,
     report,
     table,
+    train_settings,
     wait,
 )
+from benchmarks.profiles import add_profile, profiled
 from moco.algorithm.compiled import OPTIONS
 from moco.checks import check
-from moco.command import cli
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources
 from moco.images.image_source import ImageSource
@@ -195,8 +194,7 @@ def settings(options: Any, rest: list[str]) -> TrainConfig:
         *("--optim.schedule", "constant"),
     ]
     always += ["--data.resident", "off"] if options.feed else []
-    parser = cli.build_parser("train.py's options", TrainConfig, {})
-    config, _ = cli.parse(parser, TrainConfig, [*arguments, *always, *rest])
+    config = train_settings([*arguments, *always, *rest])
     if torch.cuda.is_available() and config.model.compile == "auto":
         config.model.compile = "on"  # as a long run has it
     return config

@@ -36,11 +36,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.harness import ROOT, arguments, print_columns, progress, report
+from benchmarks.harness import ROOT, arguments, print_columns, progress, report, train_settings
 from benchmarks.peers import LightlyMoCo, fit_lightly
 from moco.algorithm.batch_norm import set_batch_norm
 from moco.algorithm.optim import learning_rate
-from moco.command import cli
 from moco.config import TrainConfig
 from moco.evaluation.features import extract_features
 from moco.evaluation.knn import knn_predict
@@ -163,8 +162,7 @@ def train(way: str, options: Any) -> None:
     words = [*RECIPE, *WAYS[way], "--data.root", options.root, "--trainer.accelerator", "cpu"]
     words += ["--trainer.precision", options.precision, "--run.knn_every", "0"]
     words += ["--trainer.max_epochs", str(EPOCHS[way]), *options.words]
-    parser = cli.build_parser("train.py's options", TrainConfig, {})
-    config, _ = cli.parse(parser, TrainConfig, [*words, "--run.report", "false"])
+    config = train_settings([*words, "--run.report", "false"])
     readings = Readings(config, options)
     if way == OURS:
         with tempfile.TemporaryDirectory() as folder:

@@ -29,10 +29,8 @@ import pytorch_lightning as pl
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.harness import ROOT, Row, arguments, progress, report, table
+from benchmarks.harness import ROOT, Row, arguments, progress, report, table, train_settings
 from moco.checks import check
-from moco.command import cli
-from moco.config import TrainConfig
 
 AS_TORCH_COMES = "as torch comes"
 DEFAULT = {"GOMP_SPINCOUNT": "300000"}  # the library's own, which keeps the run from changing it
@@ -83,8 +81,7 @@ def train(seconds: list[float], words: list[str]) -> None:
 
     always = ["--config", str(ROOT / "configs/quickstart.yaml"), "--run.knn_every", "0"]
     always += ["--trainer.accelerator", "cpu", "--run.checkpoint_every", "1000000"]
-    parser = cli.build_parser("train.py's options", TrainConfig, {})
-    config, _ = cli.parse(parser, TrainConfig, [*always, "--trainer.max_epochs", "9999", *words])
+    config = train_settings([*always, "--trainer.max_epochs", "9999", *words])
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
         check(config)

@@ -15,7 +15,7 @@ from pictures import write_pictures
 from processes import ROOT, finish, start
 from torch import multiprocessing
 
-from benchmarks import gpu, harness, loop, shared, traffic, views
+from benchmarks import gpu, harness, loop, profiles, shared, traffic, views
 from benchmarks.harness import Row
 from moco.images.image_source import ImageSource
 
@@ -30,6 +30,14 @@ def run(name, path, *options):
     assert last == {"benchmark": name, **record["results"]}
     assert record["command"].startswith(f"python benchmarks/{name}.py")
     return last, record
+
+
+def write_labelled(folder):
+    """Write 32 pictures of each of two classes, in train/ and in test/."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            write_pictures(folder / split / name, [f"{i}.png" for i in range(32)], rng)
 
 
 def rates_are_positive(table):
@@ -110,13 +118,13 @@ def test_record_goes_to_the_results_folder(tmp_path, monkeypatch):
 
 
 def test_busy_and_idle_count_overlaps_once():
-    assert harness.busy_and_idle([(0, 10), (5, 12), (20, 30), (22, 25)]) == (22, 8)
-    assert harness.busy_and_idle([(3, 4)]) == (1, 0)
+    assert profiles.busy_and_idle([(0, 10), (5, 12), (20, 30), (22, 25)]) == (22, 8)
+    assert profiles.busy_and_idle([(3, 4)]) == (1, 0)
 
 
 def test_profile_finds_operators_and_waits(tmp_path, capsys):
     trace = tmp_path / "trace.json"
-    with harness.profiled(str(trace)) as found:
+    with profiles.profiled(str(trace)) as found:
         weights = torch.randn(64, 64, requires_grad=True)
         (weights @ weights).sum().backward()
         weights.sum().item()
@@ -143,7 +151,7 @@ def test_profile_of_a_device_counts_gaps_and_only_the_step():
             self_cpu_time_total=end - start,
         )
 
-    found = harness.Profile()
+    found = profiles.Profile()
     events = [
         event("profiled step", 0, 100, host),
         event("profiled step", 10, 130, device, note=True),
@@ -152,14 +160,14 @@ def test_profile_of_a_device_counts_gaps_and_only_the_step():
         event("cudaStreamSynchronize", 60, 80, host),
         event("cudaDeviceSynchronize", 110, 140, host),  # after the step: the profile's own
     ]
-    harness._read_profile(events, found)
+    profiles._read_profile(events, found)
     assert (found.device_ms, found.idle_share) == (0.08, pytest.approx(1 / 3))
     assert found.waits == {"cudaStreamSynchronize": 1}
     assert [name for name, *_ in found.operators] == ["gemm", "add"]
 
 
 def test_profile_is_off_unless_asked(capsys):
-    with harness.profiled(None) as found:
+    with profiles.profiled(None) as found:
         pass
     assert found is None and capsys.readouterr().out == ""
 
@@ -351,10 +359,7 @@ def test_peers(tmp_path):
 def test_race(tmp_path, ways):
     if len(ways) > 1:
         pytest.importorskip("lightly")
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in ("a", "b"):
-            write_pictures(tmp_path / split / name, [f"{i}.png" for i in range(32)], rng)
+    write_labelled(tmp_path)
     last, _ = run(
         *("race", tmp_path, "--root", str(tmp_path), "--level", "101", "--minutes", "0.01"),
         *("--every", "2", "--precision", "32-true", "--ways", *ways),
@@ -382,10 +387,8 @@ def test_a_race_that_ours_did_not_finish_claims_nothing(capsys):
 
 
 def test_ablations(tmp_path):
-    rng, kept = np.random.default_rng(0), tmp_path / "rows.json"
-    for split in ("train", "test"):
-        for name in ("a", "b"):
-            write_pictures(tmp_path / split / name, [f"{i}.png" for i in range(32)], rng)
+    write_labelled(tmp_path)
+    kept = tmp_path / "rows.json"
     start, end, options = "the recipe", "symmetric, two queues", ["--rows", str(kept)]
     options += ["--root", str(tmp_path), "--steps", "4", "--rounds", "1", "--seeds", "2"]
     options += ["--precision", "32-true", "--only", start, end, "--words", "data.batch_size=16"]

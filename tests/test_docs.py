@@ -268,8 +268,11 @@ def assert_known_to_pip(words):
 
 
 def assert_options_exist(words):
-    """A script that exists, with options that it or its harness declares."""
-    declared = text(ROOT / words[0]) + text(ROOT / "benchmarks" / "harness.py")
+    """A script that exists, with options that it, its harness or its profiles declare."""
+    declared = text(ROOT / words[0])
+    for room in ("harness", "profiles"):
+        if f"from benchmarks.{room} import" in declared:
+            declared += text(ROOT / "benchmarks" / f"{room}.py")
     for word in words[1:]:
         assert not word.startswith("--") or f'"{word}"' in declared
 
