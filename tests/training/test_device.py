@@ -1,0 +1,88 @@
+"""A step on a GPU that is pretended: all tensors are on it, and the host reads none of them.
+
+torch's fake tensors have a shape and a device but no numbers, so they need no GPU. An operation on
+two devices raises, and so does whatever the host would have to wait for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from steps import MODEL, SIZE, make_module
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from moco.algorithm import pretrain
+from moco.config import DataConfig
+from moco.images.loader import PretrainData
+from moco.images.steps import Indices
+from moco.images.views import ViewMaker
+
+COUNT = 16
+V3 = replace(MODEL, queue_size=0, predictor="mlp", key_bn="plain")
+CASES = {
+    "queue": MODEL,
+    "two queues, predictor, patches": replace(
+        MODEL, queues=2, symmetric="mean", predictor="bottleneck", patches=2, combine=2
+    ),
+    "v3": replace(V3, symmetric="sum"),
+}
+
+
+def like(tensor: torch.Tensor) -> torch.Tensor:
+    """Make one of this shape and type on the GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+def on_gpu(module: torch.nn.Module) -> torch.nn.Module:
+    """Put fake tensors on a GPU in the place of all parameters and buffers."""
+    for part in module.modules():
+        for name, parameter in [*part.named_parameters(recurse=False)]:
+            moved = torch.nn.Parameter(like(parameter), parameter.requires_grad)
+            part.register_parameter(name, moved)
+        for name, buffer in [*part.named_buffers(recurse=False)]:
+            setattr(part, name, like(buffer))
+    return module
+
+
+def take_step(model, whole: bool = True):
+    """Make a batch of views and take a step, on a GPU that is pretended; return its loss."""
+    views = DataConfig(dataset="digits", image_size=SIZE, upscale=2.0, batch_size=COUNT, views="v3")
+    data = PretrainData(views, 3, shuffle=True, symmetric=model.symmetric != "none")
+    data.prepare(torch.device("cpu"))
+    module = make_module(model).float()
+    with FakeTensorMode():
+        data.source = replace(data.source, images=like(data.source.images))
+        mean, std = torch.empty(2, 3, device="cuda")
+        data._make_view = ViewMaker(data.recipes, 0, SIZE, mean, std)
+        index, crops = torch.arange(COUNT, device="cuda"), None
+        if not whole:
+            shape = COUNT, 2, 3, SIZE, SIZE
+            crops = torch.zeros(shape, dtype=torch.uint8, device="cuda")
+        size = SIZE - 4 if whole else 0  # of views that grow
+        batch = data.make_batch(Indices(0, 0, index, crops, size))
+        return on_gpu(module).training_step(batch, 0), module
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("whole", [True, False], ids=["resident", "streamed"])
+def test_a_step_stays_on_its_device_and_asks_nothing_of_it(case, whole):
+    loss, module = take_step(CASES[case], whole)
+    assert loss.device.type == "cuda"
+    assert {value.device.type for value in module.metrics.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (lambda keys: keys + torch.zeros(keys.shape[1]), RuntimeError, "two .*devices"),
+        (lambda keys: keys * keys.max().item(), DataDependentOutputException, "scalar_dense"),
+    ],
+    ids=["another device", "a number that the host reads"],
+)
+def test_the_control_is_noticed(monkeypatch, change, error, words):
+    restore = pretrain.restore
+    monkeypatch.setattr(pretrain, "restore", lambda *given: change(restore(*given)))
+    with pytest.raises(error, match=words):
+        take_step(MODEL)
