@@ -249,16 +249,24 @@ def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path)
         UserError: The directory takes no file.
     """
     content = {**asdict(config), "decided": decided}
-    try:
-        with whole_file(run_dir / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise _unwritable(run_dir, error) from None
+    _write(run_dir / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
 
 
 def write_names(run_dir: Path, paths: list[str]) -> None:
-    """Write held_out.txt: the images that are not trained on, one a line."""
-    (run_dir / HELD_OUT).write_bytes(b"".join(os.fsencode(path) + b"\n" for path in paths))
+    """Write held_out.txt, whole or not at all: the images that are not trained on, one a line.
+
+    Raises:
+        UserError: The directory takes no file.
+    """
+    _write(run_dir / HELD_OUT, b"".join(os.fsencode(path) + b"\n" for path in paths))
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content)
+    except (OSError, ValueError) as error:
+        raise _unwritable(path.parent, error) from None
 
 
 def _unwritable(run_dir: Path, error: Exception) -> UserError:

@@ -7,6 +7,7 @@ import socket
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from moco.run_directory import (
     new_run,
     sole_run,
     write_config,
+    write_names,
 )
 
 
@@ -270,6 +272,19 @@ def test_config_is_written_whole_and_reads_back():
     stored = yaml.safe_load(Path("runs/new/config.yaml").read_text(encoding="utf-8"))
     assert TrainConfig.from_dict(stored) == config
     assert stored == {**asdict(config), "decided": {"precision": "bf16-mixed"}}
+
+
+def test_the_names_of_images_set_aside_are_written_whole(monkeypatch):
+    run = Path("run")
+    run.mkdir()
+    write_names(run, ["a.png", "\udcff b.png"])
+    assert (run / "held_out.txt").read_bytes() == b"a.png\n\xff b.png\n"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=full))
+    with pytest.raises(UserError, match="run cannot be written .No space left.*make room"):
+        write_names(run, ["c.png"])
+    assert (run / "held_out.txt").read_bytes() == b"a.png\n\xff b.png\n"
+    assert [path.name for path in run.iterdir()] == ["held_out.txt"]
 
 
 def test_a_directory_in_which_nothing_came_to_lie_is_removed_and_no_other():
