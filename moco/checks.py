@@ -6,19 +6,34 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from moco.config import TrainConfig, UserError
+from moco.config import OptimConfig, TrainConfig, UserError
 from moco.config.data import PER_VIEW, DataConfig, per_view
 from moco.config.setting import LEAST_VIEW
 
 MOST_COMBINATIONS = 1024  # of a view's patches; Fast-MoCo has 6
 
 
-def check_decided(config: TrainConfig) -> None:
-    """Raise UserError for settings left to `auto`, for parts that no run has decided for."""
-    if names := config.undecided():
+def check_parts(config: TrainConfig, *groups: str) -> None:
+    """Check groups of settings for a part that is built without a run.
+
+    Args:
+        config: Settings; the other groups as they are by default.
+        groups: The part's: model, optim, data.
+
+    Raises:
+        UserError: A setting is left to `auto`, is out of range, or contradicts another.
+    """
+    names = [*config.undecided(), *(["model.key_bn"] if config.model.key_bn == "auto" else [])]
+    if left := [name for name in names if name.partition(".")[0] in groups]:
         raise UserError(
-            f"{', '.join(names)} is auto, which a run decides (moco.pretrain): give its value"
+            f"{', '.join(left)} is auto, which a run decides (moco.pretrain): give its value"
         )
+    for group in groups:
+        check_ranges(getattr(config, group), f"{group}.")
+    _check_optim(config.optim)
+    if "data" in groups:
+        _check_data(config.data)
+        _check_sizes(config.data)
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
@@ -37,8 +52,12 @@ def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
         raise UserError(f"{name} is null: give a value, or leave the line out for the default")
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise UserError(f"{name} is {value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
-    if isinstance(value, str) and Literal["auto"] in get_args(kind) and value != "auto":
-        raise UserError(f"{name} is {value!r}: give a number, a list of numbers, or auto")
+    others = get_args(kind) or (kind,)
+    if isinstance(value, str) and get_origin(kind) is not Literal and str not in others:
+        has_auto = Literal["auto"] in others
+        if not (has_auto and value == "auto"):
+            numbers = "a number, a list of numbers, or auto" if has_auto else "a number"
+            raise UserError(f"{name} is {value!r}: give {numbers}")
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name} is {value}: give finite numbers")
@@ -63,17 +82,9 @@ def _check_number(name: str, value: Any, number: float, limits: Any) -> None:
 def check(config: TrainConfig) -> None:
     """Raise UserError for values out of range and for settings that contradict each other."""
     check_ranges(config)
-    optim, data = config.optim, config.data
-    if optim.nesterov and (optim.sgd_momentum == 0 or optim.dampening != 0):
-        raise UserError(
-            "optim.nesterov is true: it needs optim.sgd_momentum above 0 and optim.dampening 0"
-        )
-    if optim.name == "muon" and optim.sgd_momentum == 1:
-        raise UserError("optim.sgd_momentum is 1: with optim.name muon it must be below 1")
+    _check_optim(config.optim)
     if config.trainer.max_steps == 0:
         raise UserError("trainer.max_steps is 0: give a number of steps, or -1 to train max_epochs")
-    if optim.milestones != sorted(optim.milestones):
-        raise UserError(f"optim.milestones is {optim.milestones}: list the epochs in rising order")
     if "trainer.max_epochs" in config.undecided() and not config.run.minutes:
         raise UserError(
             "trainer.max_epochs is auto and run.minutes 0: give the minutes that the run may take, "
@@ -81,25 +92,41 @@ def check(config: TrainConfig) -> None:
         )
     if config.ends_by_clock:
         _check_clock(config)
+    _check_data(config.data)
+    check_root(config.data)
+    if not config.undecided():
+        _check_together(config)
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    if optim.nesterov and (optim.sgd_momentum == 0 or optim.dampening != 0):
+        raise UserError(
+            "optim.nesterov is true: it needs optim.sgd_momentum above 0 and optim.dampening 0"
+        )
+    if optim.name == "muon" and optim.sgd_momentum == 1:
+        raise UserError("optim.sgd_momentum is 1: with optim.name muon it must be below 1")
+    if optim.milestones != sorted(optim.milestones):
+        raise UserError(f"optim.milestones is {optim.milestones}: list the epochs in rising order")
+
+
+def _check_data(data: DataConfig) -> None:
     for name in PER_VIEW:
         if getattr(data, name) is not None:
             per_view(getattr(data, name), f"data.{name}")
     if any(value <= 0 for value in data.std):
         raise UserError(f"data.std is {data.std}: give positive values")
-    if data.dataset not in ("digits", "own") and not data.root:
+
+
+def check_root(data: DataConfig) -> None:
+    """Raise UserError where no images are named, and for an address that holds credentials.
+
+    These would stand in logs, in config.yaml and in every checkpoint; the text is never repeated.
+    """
+    root = data.root
+    if data.dataset not in ("digits", "own") and not root:
         raise UserError(
             f"data.root is empty: give the directory of {data.dataset}, as in --data.root PATH"
         )
-    check_root(data.root)
-    if not config.undecided():
-        _check_together(config)
-
-
-def check_root(root: str) -> None:
-    """Raise UserError for an address that holds credentials; its text is never repeated.
-
-    They would stand in logs, in config.yaml and in every checkpoint.
-    """
     scheme, _, rest = root.partition("://")
     if rest and "@" in rest.split("/")[0]:
         raise UserError(
@@ -135,6 +162,13 @@ def _check_together(config: TrainConfig) -> None:
             f"trainer.max_epochs {config.trainer.max_epochs}, so kNN is not read while the rate "
             "could follow it: set run.knn_every to 1, or train longer"
         )
+    _check_sizes(data)
+    _check_queues(config)
+    _check_patches(config)
+
+
+def _check_sizes(data: DataConfig) -> None:
+    """Raise UserError where sizes of views, channels and their values contradict each other."""
     for name in ("image_size_start", "image_size_end"):
         if 0 < (side := getattr(data, name)) < LEAST_VIEW:
             raise UserError(f"data.{name} {side} is below {LEAST_VIEW} pixels: raise it, or take 0")
@@ -149,8 +183,6 @@ def _check_together(config: TrainConfig) -> None:
             f"{data.view_side_setting} {data.view_side}: lower it, or take 0 for views that do not "
             "grow"
         )
-    _check_queues(config)
-    _check_patches(config)
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values and len(values) != data.channels:

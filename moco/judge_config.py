@@ -195,7 +195,7 @@ class SearchConfig:
     index: str = setting(MISSING, "Directory that `moco embed` wrote")
     query: str = setting("", "Image whose neighbours are wanted")
     k: int = setting(10, "Neighbours of the image", at_least=1, at_most=10_000)
-    picture: str = setting("", "PNG that shows the image beside its neighbours")
+    picture: str = setting("", "Picture to write, .png: the image beside its neighbours")
     checkpoint: str = setting(
         "", "Checkpoint that made the features; empty: where it lay when they were made"
     )
@@ -216,7 +216,7 @@ class SelectConfig:
     index: str = _as_in(SearchConfig, "index")
     count: int = setting(MISSING, "Images to choose", at_least=1, at_most=MOST_ROWS)
     seed: int = setting(0, "Seed of the clusters", at_least=0, at_most=2**31 - 1)
-    output: str = setting("", "CSV to write; empty: selected.csv beside the features")
+    output: str = setting("", "File to write, .csv; empty: selected.csv beside the features")
 
 
 @dataclass
@@ -248,7 +248,7 @@ class ReportConfig:
         at_least=1,
         at_most=MOST_ROWS,
     )
-    output: str = setting("", "Page to write; empty: report.html in the first directory")
+    output: str = setting("", "Page to write, .html; empty: report.html in the first directory")
     root: str = setting("", "Directory of the images, where they have moved since the run")
     seed: int = setting(0, "Seed of the choice of images", at_least=0, at_most=2**32 - 1)
 
@@ -260,7 +260,7 @@ class ReplayConfig:
     step: int = setting(
         MISSING, "Which step, as metrics.csv counts them", at_least=1, at_most=MOST_STEPS
     )
-    output: str = setting("", "Picture to write; empty: replay_STEP.png in the directory")
+    output: str = setting("", "Picture to write, .png; empty: replay_STEP.png in the directory")
     root: str = setting("", "Directory of the images, where they have moved since the run")
 
 
@@ -268,7 +268,7 @@ class ReplayConfig:
 class ViewsConfig:
     """What the command `views` takes besides the settings of training."""
 
-    output: str = setting("views.png", "Picture to write")
+    output: str = setting("views.png", "Picture to write, .png")
 
 
 @dataclass

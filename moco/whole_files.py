@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: It cannot be written; then nothing is left of it, and a file before it stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")  # a long name has no room
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -38,9 +39,22 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """Do as `whole_file` for what a command writes: errors are those of `explained`."""
-    with explained(path), whole_file(path) as temporary:
-        yield temporary
+    """Do as `whole_file` for what a command writes: errors are those of `explained`.
+
+    A link is followed, and a file that was there keeps its permissions.
+
+    Raises:
+        UserError: As `explained`; also where a device or a pipe would become a file.
+    """
+    with explained(path):
+        place = Path(os.path.realpath(path))
+        if place.exists() and not place.is_file():
+            raise UserError(f"{path} is no regular file: choose another place")
+        with whole_file(place) as temporary:
+            yield temporary
+            if place.exists():
+                with contextlib.suppress(OSError):  # some file systems have none
+                    shutil.copymode(place, temporary)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Whole files: whole at their place or not there, and one line that says why."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from moco.config import RunError, UserError
 from moco.evaluation.gallery import Cell, draw_sheet
 from moco.reports.pictures import draw_rows
-from moco.whole_files import explained, whole_file
+from moco.whole_files import explained, output_file, whole_file
 
 
 def test_a_file_is_there_when_it_is_whole(tmp_path):
@@ -30,6 +31,35 @@ def test_a_failure_leaves_the_file_before(tmp_path, failure):
         temporary.write_text("half")
         raise failure
     assert path.read_text() == "before" and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_link_is_followed_and_permissions_stay(tmp_path):
+    target, link, new = tmp_path / "real.csv", tmp_path / "link.csv", tmp_path / "new.csv"
+    target.write_text("before")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    new.symlink_to(tmp_path / "made.csv")
+    for path in (link, new):
+        with output_file(path) as temporary:
+            temporary.write_text("after")
+        assert path.is_symlink() and path.resolve().read_text() == "after"
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    place = pytest.raises(UserError, match="pipe is no regular file: choose another place")
+    with place, output_file(tmp_path / "pipe") as temporary:
+        temporary.write_text("lost")
+    assert (tmp_path / "pipe").is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("letter", ["a", "\N{EURO SIGN}"])
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path, letter):
+    path = tmp_path / (letter * (255 // len(letter.encode())))
+    with output_file(path) as temporary:
+        temporary.write_text("content")
+    assert path.read_text() == "content"
 
 
 def test_what_never_wrote_is_an_error(tmp_path):

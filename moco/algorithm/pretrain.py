@@ -27,7 +27,7 @@ from moco.algorithm.compiled import OPTIONS, one_graph
 from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
 from moco.algorithm.encoder import build_encoder, build_predictor, lay_channels_last
 from moco.algorithm.folded_stem import fold_stem
-from moco.checks import check_decided
+from moco.checks import check_parts
 from moco.config import ModelConfig, OptimConfig, TrainConfig
 from moco.distributed import all_gather, local_rows, rank, restore
 from moco.random import stream_id
@@ -68,7 +68,7 @@ class MoCo(pl.LightningModule):
         backbone: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        check_decided(TrainConfig(model_config, optim_config))
+        check_parts(TrainConfig(model_config, optim_config), "model", "optim")
         self.model_config, self.optim_config, self.seed = model_config, optim_config, seed
         self.chunks = chunks
         encoder = build_encoder(model_config, channels, image_size, backbone)

@@ -112,8 +112,12 @@ def _one_line(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
-    """Write files beside `output`, yield them to be checked, and rename them if no error came."""
-    beside = {"prefix": ".export-", "dir": output.parent, "ignore_cleanup_errors": True}
+    """Write files beside `output`, yield them to be checked, and rename them if no error came.
+
+    A link is followed.
+    """
+    place = Path(os.path.realpath(output))  # where a link leads to
+    beside = {"prefix": ".export-", "dir": place.parent, "ignore_cleanup_errors": True}
     with explained(f"--output {output}"), tempfile.TemporaryDirectory(**beside) as room:
         written, old = Path(room, output.name), Path(room, f"{output.name}.old")
         if "" not in files:
@@ -124,15 +128,15 @@ def _place(output: Path, files: Files, overwrite: bool) -> Iterator[Path]:
                 stream.flush()
                 os.fsync(stream.fileno())
         yield written
-        if output.exists() and not overwrite:
+        if place.exists() and not overwrite:
             raise UserError(f"--output {output} exists by now: choose another")
-        if output.is_dir():
-            os.rename(output, old)
+        if place.is_dir():
+            os.rename(place, old)
         try:
-            os.replace(written, output)
+            os.replace(written, place)
         except OSError:
             if old.exists():
-                os.rename(old, output)
+                os.rename(old, place)
             raise
 
 

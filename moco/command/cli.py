@@ -195,13 +195,24 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         launch.wait_for_others(CONSEQUENCE_S)
         raise
     signal_number = result.pop("stopped_by", 0) if result else 0
-    if result:
-        print(json.dumps(result), flush=True)
+    is_told = not result or _printed(result)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Python shuts down
     if signal_number:
         sys.exit(128 + signal_number)
-    if result and result.get("verdict") == "diverged":
+    if not is_told or (result and result.get("verdict") == "diverged"):
         sys.exit(1)
+
+
+def _printed(result: dict[str, Any]) -> bool:
+    """Print a result as one line; tell whether standard output took it."""
+    try:
+        print(json.dumps(result), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python holds back for its end
+        if not isinstance(error, BrokenPipeError):
+            launch.say(f"error: standard output does not take the result: {error.strerror}")
+        return False
+    return True
 
 
 def _leave_garbage() -> None:

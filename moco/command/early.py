@@ -108,20 +108,33 @@ def check_new_folder(folder: str) -> None:
     check_output(there)
 
 
-def check_output(folder: Path) -> None:
-    """Raise UserError when no file can be made in the directory of an evaluation's results."""
+def check_output(folder: Path, named: str = "--output DIR") -> None:
+    """Raise UserError when no file can be made in a directory; `named` is what to name instead."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return
     except OSError as error:
         raise UserError(
-            f"{folder} is no directory to write in ({error.strerror}): name one with --output DIR"
+            f"{folder} is no directory to write in ({error.strerror}): give another {named}"
         ) from None
 
 
-def check_file(file: str | Path) -> None:
-    """Raise UserError when no file of this name can be made."""
+def check_file(option: str, file: str | Path, *endings: str) -> None:
+    """Raise UserError when no file of this name can be made.
+
+    What a command writes has an ending, so that no photograph, checkpoint or recipe that was named
+    by mistake is replaced by it.
+
+    Args:
+        option: That names the file.
+        endings: With which it may end.
+    """
     path = Path(file)
     if path.is_dir():
-        raise UserError(f"{file} is a directory: name a file, such as {path / 'NAME'}")
-    check_output(path.absolute().parent)
+        hint = path / f"NAME{endings[0]}"
+        raise UserError(f"{option} {file} is a directory: name a file, such as {hint}")
+    if path.suffix.lower() not in endings:
+        raise UserError(f"{option} {file}: give a name that ends in {' or '.join(endings)}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option} {file} is no regular file: choose another")
+    check_output(path.absolute().parent, f"{option} FILE")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from moco.checks import check_ranges
+from moco.command import launch
 from moco.command.cli import build_parser, parse
 from moco.command.early import check_name
 from moco.command.judge import flat_options, take
@@ -22,7 +21,7 @@ class Nothing:
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, export, and return what was written."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
+    launch.end_cleanly()  # so that temporary files go
     return write(argv)
 
 

@@ -62,6 +62,18 @@ def stop(number: int, frame: Any) -> None:
     os._exit(128 + number)
 
 
+def end_cleanly() -> None:
+    """From here on, end by SIGTERM and SIGHUP as by an error: what is open is closed."""
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        say_stopped(number)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, leave)
+
+
 def say_stopped(number: int, hint: str = "") -> None:
     """Print the last line of a command that a signal ends; a terminal has shown ^C before it."""
     by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from moco.reports.facts import read_facts
 
     read_facts(run)
-    check_file(config.output or run / "replay.png")
+    check_file("--output", config.output or run / "replay.png", ".png")
     log_to_stderr()
     from moco.training.replay import replay  # imports torch, so it waits for the settings
 

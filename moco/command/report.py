@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     for run in runs:
         read_facts(run)
-    check_file(config.output or runs[0] / "report.html")
+    check_file("--output", config.output or runs[0] / "report.html", ".html", ".htm")
     log_to_stderr()
     from moco.reports.page import write_report  # imports torch, so it waits for the settings
 

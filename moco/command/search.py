@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from moco.checks import check_ranges
@@ -30,10 +29,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     if config.query and not os.path.isfile(split_frame(config.query)[0]):
         raise UserError(f"--query {config.query} is no file: check the path")
-    for target in filter(None, (config.picture, config.output)):
-        check_file(target)
-    if Path(config.output).suffix not in ("", ".csv", ".json"):
-        raise UserError(f"--output {config.output}: give a name that ends in .csv or .json")
+    if config.picture:
+        check_file("--picture", config.picture, ".png")
+        if os.path.realpath(config.picture) == os.path.realpath(config.query):
+            raise UserError(f"--picture {config.picture} is the image of --query: choose another")
+    if config.output:
+        check_file("--output", config.output, ".csv", ".json")
     from moco.reports.search import search  # imports torch only where an image is encoded
 
     return search(config)

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_ranges(config)
     check_package("pyarrow", "select")
     if config.output:
-        check_file(config.output)
+        check_file("--output", config.output, ".csv")
     from moco.reports.select import select  # no torch, but libraries that take a second
 
     return select(config)

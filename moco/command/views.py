@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     config, extra = cli.parse(parser, TrainConfig, argv)
     check(config)
     output = Path(extra["output"])
-    check_file(output)
+    check_file("--output", output, ".png")
     check_images(config.data)
     log_to_stderr()
     from moco.training.preview import preview  # imports torch, so it waits for the settings

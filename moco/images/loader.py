@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from moco import distributed
 from moco.algorithm.batch import Batch
-from moco.checks import check_decided
+from moco.checks import check_parts, check_root
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import sources, views
 from moco.images.bad_files import BadFiles
@@ -73,7 +73,7 @@ class PretrainData(pl.LightningDataModule):
         naming: Naming | None = None,
     ) -> None:
         super().__init__()
-        check_decided(TrainConfig(data=config))
+        check_parts(TrainConfig(data=config), "data")
         self.config, self.seed, self.shuffle, self.symmetric = config, seed, shuffle, symmetric
         self.own_views, self.naming = own_views, naming
         if own_views is None and config.views == "own":
@@ -87,6 +87,7 @@ class PretrainData(pl.LightningDataModule):
         self.order: Order | None = None
         self.device = torch.device("cpu")
         if source is None:
+            check_root(config)
             source = sources.open_source(config, "train")
         self.source = open_own(source, config)
         self.resident = "memory"

@@ -37,7 +37,7 @@ def find_shards(data: DataConfig) -> Splits:
     Raises:
         UserError: None is there, or the store does not answer.
     """
-    check_root(data.root)
+    check_root(data)
     ending = ENDINGS[data.dataset]
     addresses = _addresses(data.root, ending)
     if not addresses:

@@ -88,27 +88,30 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def is_done(job: Job) -> bool:
     """Tell whether the features are there; where not, prepare the directory of the parts.
 
+    Features that are to be replaced stay until the new ones are whole; parts of others go.
+
     Raises:
         UserError: It holds other features, or parts of others.
     """
     os.makedirs(job.folder, exist_ok=True)
     target, plan = job.folder / FILE, job.folder / PARTS / "plan.json"
     about = {**job.about, "rows": job.rows}
-    there = [(path, read(path)) for path, read in ((target, _told), (plan, _planned))
-             if path.is_file()]  # fmt: skip
-    other = next((path for path, found in there if not _same(found, about)), None)
+    is_there, goes_on = target.is_file(), plan.is_file() and _same(_planned(plan), about)
+    is_other = is_there and not _same(_told(target), about)
+    other = target if is_other else None
+    if plan.is_file() and not goes_on and any(plan.parent.glob("*.parquet")):
+        other = plan
     if other and not job.config.overwrite:
         raise UserError(
             f"{other} is of other features (another encoder, other or changed images, other labels "
             "or options): name another --output, or give --overwrite"
         )
-    if target.is_file() and not other:
+    if is_there and not is_other:
         log.info("%s holds these features already", target)
         return True
-    if other or not plan.is_file():
+    if not goes_on:
         remove_parts(job)  # without a plan they may be of anything
-        for path in (target, job.folder / INDEX, job.folder / BAD_FILES):
-            path.unlink(missing_ok=True)
+        (job.folder / BAD_FILES).unlink(missing_ok=True)
         os.makedirs(plan.parent, exist_ok=True)
         with output_file(plan) as temporary:
             temporary.write_text(json.dumps(about), encoding="utf-8")
@@ -194,6 +197,7 @@ def join(job: Job) -> None:
     known = [pa.field(name, values.type) for name, values in columns.items()]
     schema = pa.schema([pa.field("id", pa.int64()), *known, vector])
     schema = schema.with_metadata({"moco": json.dumps(job.about)})
+    (job.folder / INDEX).unlink(missing_ok=True)  # of features before
     with writing(job.folder / FILE, schema) as writer:
         for start in job.starts:
             part = pq.read_table(job.part(start))

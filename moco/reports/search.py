@@ -160,7 +160,7 @@ def _duplicates(features: Features, config: SearchConfig) -> dict[str, Any]:
         output_file(target) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
-        (_write_json if target.suffix == ".json" else _write_csv)(file, pairs, paths)
+        (_write_json if target.suffix.lower() == ".json" else _write_csv)(file, pairs, paths)
     for one, other, cosine in zip(*(each[:_SAID].tolist() for each in pairs[:3]), strict=True):
         log.info("%8.4f  %s  %s", cosine, shown(paths[one]), shown(paths[other]))
     images = len(np.unique(np.concatenate([pairs.first, pairs.second])))

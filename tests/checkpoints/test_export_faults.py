@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,29 @@ def test_broken_checkpoints_end_with_code_2_and_one_line(source, monkeypatch, ca
         assert captured.err.count("\n") == 1, captured.err
     assert not list((folder / "out").iterdir()) and not (folder / "EXPLODED").exists()
     assert Bomb("true").__reduce__()[0] is os.system
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_behind(source, monkeypatch, capfd, number):
+    before = files_below(source.parent)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(room, "_difference", lambda *_: os.kill(os.getpid(), number))
+    words = ["--checkpoint", source, "--format", "safetensors", "--output"]
+    try:
+        assert run_script(monkeypatch, *words, source.parent / "out" / "a") == 128 + number
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert capfd.readouterr().err.endswith(f"stopped by {number.name}\n")
+    assert files_below(source.parent) == before
+
+
+def test_a_link_is_followed(source, monkeypatch, capfd):
+    (source.parent / "real").write_text("before")
+    (source.parent / "link").symlink_to("real")
+    words = ["--checkpoint", source, "--format", "safetensors", "--overwrite", "--output"]
+    assert run_script(monkeypatch, *words, source.parent / "link") == 0
+    assert (source.parent / "link").is_symlink() and load_encoder(source.parent / "real")
 
 
 def files_below(folder):

@@ -438,7 +438,7 @@ def test_room_is_made_at_the_cost_of_what_is_needed_last(cache):
 )
 def test_an_address_with_credentials_is_refused_and_not_repeated(root):
     with pytest.raises(UserError, match="environment") as caught:
-        check_root(root)
+        check_root(DataConfig(dataset="shards", root=root))
     assert "c0ffee" not in str(caught.value)
 
 

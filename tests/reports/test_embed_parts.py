@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
 
 
 HELD = """
+import shutil
 import signal
 from pathlib import Path
 from moco.command import cli
@@ -112,3 +114,27 @@ def test_parts_of_other_features_are_refused(ckpt, images, monkeypatch):
         embed(ckpt, images, "out")
     with pytest.raises(UserError, match=r"out/.parts/plan.json is of other features"):
         embed(ckpt, images, "out", "--encoder", "key")
+
+
+def test_features_stay_until_those_that_replace_them_are_whole(ckpt, images, monkeypatch, said):
+    embed(ckpt, images, "out", "--index")
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    other = ("--features", "head", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr("moco.reports.embed.join", stop)
+        with pytest.raises(Stopped):
+            embed(ckpt, images, "out", *other)
+    assert {p.name: p.read_bytes() for p in Path("out").iterdir() if p.is_file()} == before
+    assert embed(ckpt, images, "out", *other)["shape"] == [16]
+    assert "going on: 1 of 1 parts are there" in said
+    assert [path.name for path in Path("out").iterdir()] == ["features.parquet"]
+
+
+def test_a_plan_without_parts_holds_nobody_up(ckpt, images, tmp_path):
+    """As where an image could not be read: it was to be mended, and the command given again."""
+    root = shutil.copytree(images, tmp_path / "set")
+    (root / "00.jpg").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        embed(ckpt, root, "out")
+    shutil.copyfile(images / "00.jpg", root / "00.jpg")
+    assert embed(ckpt, root, "out")["images"] == 48

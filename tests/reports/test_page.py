@@ -212,7 +212,9 @@ def test_the_command_writes_where_it_is_told_to(run, tmp_path):
     assert "map" in read(told["report"]).ids() and not (run / "report.html").exists()
     with pytest.raises(UserError, match="images is 0"):
         command.main([str(run), "--images", "0"])
-    with pytest.raises(UserError, match="no directory to write in"):
+    with pytest.raises(UserError, match=r"config.yaml: give a name that ends in .html"):
+        command.main([str(run), "--output", str(run / "config.yaml")])
+    with pytest.raises(UserError, match="no directory to write in .* give another --output FILE"):
         command.main([str(run), "--output", str(tmp_path / "missing/page.html")])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,10 @@ def test_settings_that_do_nothing_are_said(features, said):
         (["--query", "text", "--k", "0"], "k is 0: it must be at least 1"),
         (["--query", "text", "--picture", "no/sheet.png"], "no is no directory to write in"),
         (["--query", "text", "--picture", "."], "a directory: name a file"),
+        (["--query", "text.png", "--picture", "photo.jpg"], "a name that ends in .png"),
+        (["--query", "text.png", "--picture", "./text.png"], "is the image of --query"),
+        (["--duplicates", "--output", "pipe.csv"], "--output pipe.csv is no regular file"),
+        (["--duplicates", "--output", "features/features.parquet"], "ends in .csv or .json"),
         (["--duplicates", "--output", "."], "a directory: name a file"),
         (["--duplicates", "--above", "1.5"], "above is 1.5: it must be at most 1"),
         (["--duplicates", "--output", "pairs.txt"], "a name that ends in .csv or .json"),
@@ -168,7 +173,9 @@ def test_settings_that_do_nothing_are_said(features, said):
     ],
 )
 def test_wrong_input(features, words, message):
-    Path("text").write_text("no image")
+    for name in ("text", "text.png"):
+        Path(name).write_text("no image")
+    os.mkfifo("pipe.csv")
     with pytest.raises(UserError, match=message):
         search(features, "--accelerator", "cpu", *words)
 

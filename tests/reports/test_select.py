@@ -102,6 +102,7 @@ def test_the_list_is_a_csv_in_order():
         (["--count", "41"], "--count 41 is above the 40 images: lower it"),
         (["--count", "4", "--seed", "-1"], "seed is -1: it must be at least 0"),
         (["--count", "4", "--index", "absent"], "absent holds no features.parquet"),
+        (["--count", "4", "--output", "features.parquet"], "a name that ends in .csv"),
         (["--count", "4", "--output", "."], "a directory: name a file"),
         (["--count", "4", "--output", "no/list.csv"], "no is no directory to write in"),
         ([], "count"),

@@ -1,6 +1,8 @@
 """MoCo in a Trainer of the user's own: it trains, saves, resumes to the same bits, and loads."""
 
+import re
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +66,39 @@ def test_what_is_left_to_auto_is_named():
         fit("run", image_size_end="auto")
     with pytest.raises(moco.UserError, match="optim.lr is auto, .* give its value"):
         moco.MoCo(MODEL, moco.OptimConfig(lr="auto"), channels=3, image_size=16)
+
+
+@pytest.mark.parametrize(
+    ("group", "setting", "value", "message"),
+    [
+        ("model", "key_bn", "auto", "model.key_bn is auto, which a run decides"),
+        ("model", "key_bn", "spilt", "model.key_bn is 'spilt': choose one of"),
+        ("model", "width", -1.0, "model.width is -1.0: it must be"),
+        ("optim", "name", "muno", "optim.name is 'muno': choose one of"),
+        ("optim", "schedule", "cosin", "optim.schedule is 'cosin': choose one of"),
+        ("optim", "lr", "0.06", "optim.lr is '0.06': give a number"),
+        ("optim", "lr", None, "optim.lr is null"),
+        ("optim", "nesterov", True, "optim.nesterov is true: it needs"),
+        ("data", "dataset", "foldr", "data.dataset is 'foldr': choose one of"),
+        ("data", "crop_min", 5, "data.crop_min is 5: it must be"),
+        ("data", "crop_min", "wide", "data.crop_min is 'wide': give a number"),
+        ("data", "batch_size", 0, "data.batch_size is 0: it must be"),
+        ("data", "image_size_end", 64, "data.image_size_end 64 is above data.image_size 32"),
+        ("data", "views", "cifra", "data.views is 'cifra': choose one of"),
+        ("data", "mean", [0.5], "data.mean has 1 values for data.channels 3"),
+        ("data", "root", "", "data.root is empty"),
+    ],
+)
+def test_settings_are_checked_where_no_run_does_it(group, setting, value, message):
+    settings = {
+        "model": MODEL,
+        "optim": moco.OptimConfig(sgd_momentum=0),
+        "data": moco.DataConfig(root="images", image_size=32),
+    }
+    settings[group] = replace(settings[group], **{setting: value})
+    with pytest.raises(moco.UserError, match=re.escape(message)):
+        moco.MoCo(settings["model"], settings["optim"], channels=3, image_size=16)
+        moco.PretrainData(settings["data"], seed=0, shuffle=True, symmetric=False)
 
 
 def test_its_checkpoints_tell_their_network():

@@ -92,6 +92,8 @@ def test_what_cannot_be_replayed_is_said(images, tmp_path):
         command.main(["run", "--step", "0"])
     with pytest.raises(UserError, match="run is a directory: name a file"):
         command.main(["run", "--step", "2", "--output", "run"])
+    with pytest.raises(UserError, match="last.ckpt: give a name that ends in .png"):
+        command.main(["run", "--step", "2", "--output", "run/checkpoints/last.ckpt"])
     shutil.copytree(images, "other")
     Path("other/00.jpg").rename("other/zero.jpg")
     with pytest.raises(UserError, match="holds other images than those of the run"):
@@ -128,6 +130,8 @@ def test_views_are_drawn_before_a_run(images, monkeypatch):
         views.main(["--data.root", "nowhere"])
     with pytest.raises(UserError, match=r"\. is a directory: name a file"):
         views.main([*TINY, "--data.root", str(images), "--output", "."])
+    with pytest.raises(UserError, match="--output photo.jpg: give a name that ends in .png"):
+        views.main([*TINY, "--data.root", str(images), "--output", "photo.jpg"])
 
 
 @pytest.mark.parametrize("pairs", ["", "([0-9])[0-9].jpg"], ids=["one image", "partners"])
