@@ -66,7 +66,7 @@ def test_a_folded_stem_is_exported_as_it_is():
 
 
 def test_compiled_encoders_fold_their_stem_and_compute_the_same(monkeypatch):
-    model = ModelConfig("resnet10t", width=0.125, embedding_dim=8, queue_size=16)
+    model = ModelConfig("resnet10t", width=0.125, embedding_dim=8, queue_size=16, key_bn="plain")
     module = MoCo(model, OptimConfig(), 3, 32).double().eval()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = module.query_encoder(images)
@@ -92,7 +92,7 @@ def test_what_is_compiled_gets_the_options_of_its_backend(backend, whole, monkey
 
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr(nn.Module, "compile", compile_)
-    module = MoCo(ModelConfig("resnet18", queue_size=16), OptimConfig(), 3, 32)
+    module = MoCo(ModelConfig("resnet18", queue_size=16, key_bn="plain"), OptimConfig(), 3, 32)
     if whole:
         module.compile_step(backend, lambda images: images)
     else:

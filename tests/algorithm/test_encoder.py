@@ -458,7 +458,7 @@ class WithThreeAxes(nn.Module):
 
 
 def test_a_network_with_weights_of_three_axes_trains():
-    model = ModelConfig(backbone="own:WithThreeAxes", queue_size=8)
+    model = ModelConfig(backbone="own:WithThreeAxes", queue_size=8, key_bn="plain")
     module = MoCo(model, OptimConfig(), 3, 16, backbone=WithThreeAxes())
     for encoder in (module.query_encoder, module.key_encoder):
         assert encoder.backbone.flat.weight.is_contiguous(memory_format=torch.channels_last)

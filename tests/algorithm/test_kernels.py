@@ -113,6 +113,8 @@ def test_a_network_of_the_users_own_is_spared_too():
         def forward(self, images):
             return self.layer(images).flatten(1)
 
-    module = MoCo(ModelConfig("own:Net", queue_size=8), OptimConfig(), 3, 8, backbone=Net())
+    module = MoCo(
+        ModelConfig("own:Net", queue_size=8, key_bn="plain"), OptimConfig(), 3, 8, backbone=Net()
+    )
     for encoder in (module.query_encoder, module.key_encoder):
         assert [*encoder.backbone.layer._forward_hooks.values()] == [in_float32]
