@@ -224,7 +224,7 @@ class QualityConfig:
     """What `moco quality` takes."""
 
     checkpoint: str = _as_in(ExportConfig, "checkpoint")
-    images: int = setting(
+    count: int = setting(
         2000, "Images that are measured, of the test split if there is one", at_least=2,
         at_most=MOST_ROWS,
     )  # fmt: skip

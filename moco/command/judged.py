@@ -112,7 +112,7 @@ def quality(
         checkpoint: In any layout, or what `pretrain` has returned.
         images: As of `pretrain`. None: those of the checkpoint's run.
         backbone, column: As of `knn`.
-        settings: Others of `moco quality`, such as views=8.
+        settings: Others of `moco quality`, such as count=500 and views=8.
 
     Returns:
         How many images and views, and of each network its measures by name.

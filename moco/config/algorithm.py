@@ -159,8 +159,7 @@ class OptimConfig:
         "sgd",
         "torch.optim.SGD, torch.optim.AdamW, v3's LARS for large batches, or timm's Muon, whose "
         "steps are orthogonal matrices, as large as those of AdamW, which norms, biases and narrow "
-        "matrices get; auto: muon for the small network that model.backbone auto is on a CPU, "
-        "else sgd",
+        "matrices get; auto: muon on a CPU for a ResNet-10 of half its width or less, else sgd",
     )
     lr: float | Auto = setting(
         0.03,

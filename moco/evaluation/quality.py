@@ -89,7 +89,7 @@ def open_views(
         source = sources.open_source(data, "train")
         log.info("%s has no test split: the network may have been trained on these images",
                  source.name)  # fmt: skip
-    source = some(source, config.images, config.seed)
+    source = some(source, config.count, config.seed)
     views = fresh_views(source, replace(data, batch_size=1), config.seed)
     views.prepare(device)
     source = views.source  # bad files are left out by now

@@ -148,10 +148,11 @@ def _choose_network(own: Settings, facts: Facts) -> None:
         f"what a {facts.accelerator} trains",
     )
     narrow = 0.25 if own.config.model.stem == "cifar" else 0.5
-    is_small = chosen and not on_gpu
-    width = narrow if is_small else 1.0
+    width = narrow if chosen and not on_gpu else 1.0
     why = "a CPU then sees each image more often" if width < 1 else "the published network"
     own.take("model.width", width, why)
+    model = own.config.model
+    is_small = not on_gpu and model.backbone == "resnet10t" and model.width <= 0.5
     why = "a small network learns more from its steps" if is_small else "as published"
     own.take("optim.name", "muon" if is_small else "sgd", why)
 

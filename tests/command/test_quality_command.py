@@ -30,17 +30,16 @@ def folder(tmp_path):
 
 
 def test_backbone_head_and_untrained_network_are_measured_on_the_same_views(folder, said):
-    found = quality.main([*LAST, "--data.root", str(folder), "--images", "100", "--views", "6"])
+    found = quality.main([*LAST, "--data.root", str(folder), "--count", "100", "--views", "6"])
     assert (found["images"], found["views"]) == (100, 6)
     for name in ("backbone", "head", "untrained"):
         assert found[name].keys() == MEASURES.keys()
         assert 1 <= found[name]["rankme"] <= 600 and 0 <= found[name]["retrieval"] <= 100
     assert found["backbone"] != found["untrained"] != found["head"]
     assert (
-        quality.main([*LAST, "--data.root", str(folder), "--images", "100", "--views", "6"])
-        == found
+        quality.main([*LAST, "--data.root", str(folder), "--count", "100", "--views", "6"]) == found
     )
-    other = quality.main([*LAST, "--images", "100", "--views", "6", "--seed", "1"])  # the run's
+    other = quality.main([*LAST, "--count", "100", "--views", "6", "--seed", "1"])  # the run's
     assert other["data"] == found["data"] and other["backbone"] != found["backbone"]
     assert any(line.startswith("rankme") and "higher is better" in line for line in said)
 
@@ -65,7 +64,7 @@ def test_a_bad_file_leaves_each_image_beside_its_own_views(folder, monkeypatch):
         return make(data, batch)
 
     monkeypatch.setattr(PretrainData, "make_batch", noted)
-    words = ["--data.root", str(folder), "--images", "96", "--data.max_bad_fraction", "0.1"]
+    words = ["--data.root", str(folder), "--count", "96", "--data.max_bad_fraction", "0.1"]
     found = quality.main([*LAST, *words])
     assert seen == {0: {*range(64)}, 1: {*range(64)}} and found["images"] == 64
 
