@@ -6,7 +6,8 @@
 Trains `configs/cifar10_cpu.yaml` for `--steps` optimiser steps (975 are 5 epochs), and with one
 setting changed for as many steps as take the same time, and prints kNN (k 200, T 0.1, backbone)
 beside what the setting's paper found. A step's cost is the processor's time of short runs that take
-turns, with views that grow as in the long ones, so that a neighbour does not count.
+turns, with views that grow as in the long ones. The seconds of the long runs follow one another, so
+that other work on the machine makes them differ more than the costs do.
 
 One thread, bf16. With `--rows FILE` each run is written there when it is judged, and not repeated
 at the next start. The last line is one JSON object.
@@ -40,6 +41,7 @@ from benchmarks.race import RECIPE
 from moco.config import DataConfig
 from moco.training import run
 from moco.training.own import NOTHING, Own
+from moco.whole_files import whole_file
 
 BASE = "the recipe"
 PATCHES = ["--model.patches", "2", "--model.combine", "2"]
@@ -77,15 +79,18 @@ def train(
     name: str, steps: int, words: list[str], options: Any, own: Own = NOTHING
 ) -> tuple[dict[str, Any], float]:
     """Train a row for some steps; return what the run found and the processor seconds of a step."""
-    words = [*RECIPE, *ROWS[name][0], "--trainer.accelerator", "cpu", "--run.report", "false",
+    words = [*RECIPE, *(f"--{word}" for word in options.words), *ROWS[name][0],
+             *("--trainer.max_epochs", str(steps)),  # at least one step each
+             "--trainer.accelerator", "cpu", "--run.report", "false",
              *("--run.knn_first", "false", "--trainer.precision", options.precision),
-             *("--trainer.max_steps", str(steps), *(f"--{word}" for word in options.words)),
-             *words]  # fmt: skip
+             *("--trainer.max_steps", str(steps), *words)]  # fmt: skip
     config = train_settings(words)
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = str(Path(folder) / "run")
         found = run.pretrain(config, own=own, callbacks=[times])
+    if found["steps"] != steps:
+        raise RuntimeError(f"{name} took {found['steps']} steps, and not {steps}")
     return found, (times.ends[-1] - times.ends[0]) / (steps - 1)
 
 
@@ -103,7 +108,11 @@ def lengths(options: Any) -> dict[str, int]:
 
 def study(options: Any, kept: Path) -> dict[str, dict[str, Any]]:
     """Train and judge every row with every seed; return what was found, by row and seed."""
-    rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    told = {name: getattr(options, name) for name in ("root", "steps", "precision", "words")}
+    content = json.loads(kept.read_text()) if kept.exists() else {"options": told, "rows": {}}
+    if content["options"] != told:
+        raise SystemExit(f"{kept} holds runs of {content['options']}: name another file")
+    rows: dict[str, dict[str, Any]] = content["rows"]
     asked = [(name, seed) for seed in range(options.seeds) for name in options.only]
     missing = [each for each in asked if f"{each[0]}, seed {each[1]}" not in rows]
     steps = {row["name"]: row["steps"] for row in rows.values()}  # of an earlier start
@@ -116,7 +125,8 @@ def study(options: Any, kept: Path) -> dict[str, dict[str, Any]]:
         seconds = round(cost * steps[name], 1)
         row = {"name": name, "steps": steps[name], "seconds": seconds, "knn": found["knn_top1"]}
         rows[f"{name}, seed {seed}"] = row
-        kept.write_text(json.dumps(rows, indent=1))
+        with whole_file(kept) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
     return rows
 
 
@@ -128,10 +138,11 @@ def show(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         own = [row for row in rows.values() if row["name"] == name]
         knn = [row["knn"] for row in own]
         results[name] = {"steps": own[0]["steps"], "knn": knn, "mean": statistics.mean(knn)}
-        gain = results[name]["mean"] - results[BASE]["mean"] if BASE in results else 0.0
+        has_gain = name != BASE and BASE in results
+        gain = f"{results[name]['mean'] - results[BASE]['mean']:+.1f}" if has_gain else ""
         seconds = statistics.mean(row["seconds"] for row in own)
         cells = [f"{own[0]['steps']:,}", f"{results[name]['mean']:.1f}"]
-        cells += ["" if name == BASE else f"{gain:+.1f}", f"{seconds:.0f}", ROWS[name][1]]
+        cells += [gain, f"{seconds:.0f}", ROWS[name][1]]
         lines.append([name, *cells])
     print_columns(lines)
     return results

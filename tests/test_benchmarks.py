@@ -15,7 +15,7 @@ from pictures import write_pictures
 from processes import ROOT, finish, start
 from torch import multiprocessing
 
-from benchmarks import gpu, harness, loop, profiles, shared, traffic, views
+from benchmarks import ablations, gpu, harness, loop, profiles, shared, traffic, views
 from benchmarks.harness import Row
 from moco.images.image_source import ImageSource
 
@@ -398,13 +398,15 @@ def test_ablations(tmp_path):
     assert found[start]["steps"] == 4 and 2 <= found[end]["steps"] < 4
     for row in found.values():
         assert len(row["knn"]) == 2 and row["mean"] == pytest.approx(sum(row["knn"]) / 2)
-    rows = json.loads(kept.read_text())
-    assert all(row["seconds"] > 0 for row in rows.values())
-    for row in rows.values():  # what is judged is taken as it stands
+    content = json.loads(kept.read_text())
+    assert all(row["seconds"] > 0 for row in content["rows"].values())
+    for row in content["rows"].values():  # what is judged is taken as it stands
         row["knn"] = 12.5
-    kept.write_text(json.dumps(rows))
+    kept.write_text(json.dumps(content))
     found = run("ablations", tmp_path, *options, "data.image_size_end=12")[0]["rows"]
     assert [row["mean"] for row in found.values()] == [12.5, 12.5]
+    with pytest.raises(SystemExit, match="holds runs of .*'steps': 4.*: name another file"):
+        ablations.main([*options, "data.image_size_end=12", "--steps", "400"])
 
 
 @pytest.mark.skipif(not find_spec("lightly"), reason="lightly is not installed")

@@ -30,14 +30,26 @@ def muon() -> type[torch.optim.Optimizer]:
     def by_device(matrix: Tensor, steps: int, coefficients: Any, **options: Any) -> Tensor:
         if matrix.device.type != "cpu":  # in bf16 the Gram matrix loses what is small
             return iterate(matrix, steps, coefficients, **options)
-        # timm iterates in bf16, twelve times as slow where a CPU does not multiply bf16.
-        short, long = sorted(matrix.shape)
-        if matrix.ndim == 2 and long >= WIDE * short:
+        if is_wide(matrix) and has_usual_options(steps, coefficients, **options):
             return nearest_orthogonal(matrix.float(), coefficients[:steps], options["eps"])
-        return iterate(matrix, steps, coefficients, **options, dtype=torch.float32)
+        # timm iterates in bf16, twelve times as slow where a CPU does not multiply bf16.
+        return iterate(matrix, steps, coefficients, **options | {"dtype": torch.float32})
 
     library.zeropower_via_newtonschulz = by_device
     return library.Muon
+
+
+def is_wide(matrix: Tensor) -> bool:
+    """Tell whether the Gram matrix is the faster way: a stack of matrices is left to timm."""
+    return matrix.ndim == 2 and max(matrix.shape) >= WIDE * min(matrix.shape)
+
+
+def has_usual_options(
+    steps: int, coefficients: Any, eps: float, safety_factor: float = 1.0,
+    scale_eps: bool = False, **_: Any,
+) -> bool:  # fmt: skip
+    """Tell whether timm is asked for what `nearest_orthogonal` does; others may use it too."""
+    return steps <= len(coefficients) and safety_factor == 1 and not scale_eps
 
 
 def nearest_orthogonal(

@@ -76,6 +76,7 @@ def write_index(features: Features) -> Path:
         return path
     index = build_index(features)
     with output_file(path) as temporary:
+        temporary.touch()  # of a place that takes no file faiss does not say why
         try:
             faiss.write_index(index, str(temporary))
         except RuntimeError as error:  # faiss raises nothing else where a disk is full

@@ -182,8 +182,12 @@ def _choose_batch(own: Settings, facts: Facts) -> None:
     if size > room:
         why = f"the keys of a step, though more than an eighth of those of {count} images"
     own.take("model.queue_size", size, why)
-    rate = RATES[own.config.optim.name] * batch / 256
-    own.take("optim.lr", float(f"{rate:.4g}"), f"{RATES[own.config.optim.name]:g} x batch / 256")
+    name, asked = own.config.optim.name, own.config.optim.lr
+    rate = float(f"{RATES[name] * batch / 256:.4g}")
+    own.take("optim.lr", rate, f"{RATES[name]:g} x batch / 256")
+    if "optim.name" in own.chosen and asked not in ("auto", rate):
+        log.info("optim.lr: %g as given, of %s, to which optim.name auto has come; its own would "
+                 "be %g", asked, name, rate)  # fmt: skip
 
 
 def choose_length(own: Settings, batches: int, seconds: float = 0.0) -> None:

@@ -97,7 +97,11 @@ def read_stored(
         config = _as_decided(config, decided.settings, asked)
     begun = TrainConfig.from_dict(stored["config"])  # a recipe may leave more open since then
     left = {name: begun.value(name) for name in config.undecided()}
-    config = config.changed({name: value for name, value in left.items() if value != "auto"})
+    left = {name: value for name, value in left.items() if value != "auto"}
+    config = config.changed(left)
+    if decided:  # so that config.yaml, which holds the recipe of now, tells them as well
+        decided.settings = left | decided.settings
+        decided.reasons = dict.fromkeys(left, "as the run began") | decided.reasons
     check_same(config, stored["config"], checkpoint)
     check_images(images, stored.get("images"), config, checkpoint)
     if run_dir.exists() and not asked:

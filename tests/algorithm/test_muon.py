@@ -7,11 +7,13 @@ import torch
 from timm.optim import muon as library
 from torch import nn
 
+from moco.algorithm import muon as ours
 from moco.algorithm.muon import nearest_orthogonal
 from moco.algorithm.optim import build_optimizer
 from moco.config import OptimConfig
 
 COEFFICIENTS = library._COEFFICIENTS["quintic"]
+solved = nearest_orthogonal
 plain = inspect.unwrap(library.zeropower_via_newtonschulz)
 
 
@@ -49,18 +51,45 @@ def test_no_gradient_is_no_step():
     assert (nearest_orthogonal(torch.zeros(4, 36), COEFFICIENTS, 1e-7) == 0).all()
 
 
-@pytest.mark.parametrize(("columns", "by_gram"), [(15, False), (16, True), (3, True)])
-def test_muon_iterates_in_fp32_on_a_cpu(monkeypatch, columns, by_gram):
+@pytest.mark.parametrize(
+    ("shape", "by_gram"), [((8, 15), False), ((8, 16), True), ((16, 8), True), ((15, 8), False)]
+)
+def test_muon_iterates_in_fp32_on_a_cpu(monkeypatch, shape, by_gram):
     """In bf16 it is twelve times as slow where the CPU does not multiply that."""
-    kinds = []
+    kinds, by_ours = [], []
+    monkeypatch.setattr(ours, "nearest_orthogonal", lambda *a: by_ours.append(1) or solved(*a))
 
     def watched(*args, dtype=torch.bfloat16, **options):
         kinds.append(dtype)
         return plain(*args, **options, dtype=dtype)
 
     monkeypatch.setattr(library, "zeropower_via_newtonschulz", watched)
-    weight = nn.Parameter(torch.zeros(8, columns))
-    weight.grad = torch.randn(8, columns)
+    weight = nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape)
     optimizer = build_optimizer([weight], OptimConfig(name="muon", lr=0.1))
     optimizer.step()
-    assert kinds == ([] if by_gram else [torch.float32])
+    assert kinds == ([] if by_gram else [torch.float32]) and bool(by_ours) == by_gram
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ns_coefficients": "original"}, {"ns_steps": 10}, {"scale_eps": True, "eps": 1.0},
+     {"safety_factor": 3.0}, {"conv_mode": "batched"}],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_what_others_ask_of_timms_muon_is_left_to_it(options):
+    """The function is replaced in timm's room, which other code of the process may use."""
+    torch.manual_seed(0)
+    gradient = torch.randn(8, 4, 3, 3) if "conv_mode" in options else torch.randn(8, 32)
+
+    def stepped(kind):
+        weight = nn.Parameter(torch.zeros(gradient.shape))
+        weight.grad = gradient.clone()
+        kind([weight], lr=1.0, weight_decay=0.0, **options).step()
+        return weight.detach()
+
+    in_fp32 = {"dtype": torch.float32}
+    library.zeropower_via_newtonschulz = lambda *given, **other: plain(*given, **other | in_fp32)
+    truth = stepped(library.Muon)
+    library.zeropower_via_newtonschulz = plain
+    torch.testing.assert_close(stepped(ours.muon()), truth, atol=1e-6, rtol=1e-6)

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import at, run_tiny, trained
 
 import train
@@ -139,3 +140,17 @@ def test_what_may_differ_names_real_settings():
         for item in fields(getattr(TrainConfig(), group.name))
     }
     assert real >= resuming._MAY_DIFFER
+
+
+def test_what_a_recipe_leaves_open_since_then_stays_as_the_run_began(images):
+    """Of each resume, and of a new run from the config.yaml that it writes."""
+    trained(images, "--trainer.max_epochs", "1")
+    open_now = ["--optim.name", "auto", "--model.width", "auto"]
+    for _ in range(2):
+        longer = ["--trainer.max_epochs", "1", "--resume", "run", "--extend", "1", "--yes"]
+        run_tiny(images, *open_now, *longer)
+        written = yaml.safe_load(Path("run/config.yaml").read_text(encoding="utf-8"))
+        assert written["optim"]["name"] == "auto"
+        assert written["decided"]["settings"]["optim.name"] == "sgd"
+        assert written["decided"]["settings"]["model.width"] == 0.125
+        assert written["decided"]["reasons"]["optim.name"] == "as the run began"
