@@ -57,6 +57,11 @@ def output_file(path: Path) -> Iterator[Path]:
                     shutil.copymode(place, temporary)
 
 
+def is_of_the_disk(error: OSError) -> bool:
+    """Tell whether a disk is full or broken, which is no fault of the user's."""
+    return error.errno in _DISK
+
+
 @contextlib.contextmanager
 def explained(path: str | Path) -> Iterator[None]:
     """Say in one line that `path` cannot be written.
@@ -70,6 +75,6 @@ def explained(path: str | Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())[:100]
         text = f"{path} cannot be written: {reason}"
-        if error.errno in _DISK:
+        if is_of_the_disk(error):
             raise RunError(f"{text}; make room, and give the command again", local=True) from None
         raise UserError(f"{text}: choose another place") from None

@@ -80,6 +80,8 @@ def check_request(
 def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) -> None:
     if not output.name or output.name == "..":
         raise UserError(f"--output {output} is no name for an export: give a new path")
+    if output.parent.is_file():
+        raise UserError(f"--output {output}: {output.parent} is a file: give another path")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.parent}: make it first")
     with tempfile.TemporaryFile(dir=output.parent):  # whether a file can be made there

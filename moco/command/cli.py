@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -141,7 +142,7 @@ def _check_arguments(argv: Sequence[str], names: list[str]) -> None:
         if word == f"--{name}" and re.match(r"-(?!h$)[^-\d.]", following):
             raise UserError(
                 f"{word} {following} could be two options: where {following} is the value, write "
-                f"{word}={following}"
+                f"{shlex.quote(f'{word}={following}')}"
             )
 
 

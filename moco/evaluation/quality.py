@@ -90,16 +90,22 @@ def open_views(
         log.info("%s has no test split: the network may have been trained on these images",
                  source.name)  # fmt: skip
     source = some(source, config.count, config.seed)
-    views = fresh_views(source, replace(data, batch_size=1), config.seed)
+    _check_count(source)
+    views = fresh_views(source, replace(data, batch_size=2), config.seed)
+    views.config = replace(views.config, batch_size=1)  # so that what is left is told below
     views.prepare(device)
     source = views.source  # bad files are left out by now
-    if len(source) < 2:
-        raise UserError(f"{source.name} holds {len(source)} image to measure: give two or more")
+    _check_count(source)
     batch = min(BATCH, len(source))
     # Each epoch shall have the same images, so they fill whole batches.
     views.source = source.rows(torch.arange(len(source) // batch * batch))
     views.config = replace(views.config, batch_size=batch)
     return views
+
+
+def _check_count(source: ImageSource) -> None:
+    if len(source) < 2:
+        raise UserError(f"{source.name} holds {len(source)} image to measure: give two or more")
 
 
 def fresh_views(

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from moco.config import DataConfig, UserError
+from moco.config import DataConfig, RunError, UserError
 from moco.images.dicom import split_frame
 from moco.images.folders import expanded, list_images
 from moco.images.formats import extension, shown
 from moco.images.labels import by_folder, read_table
 from moco.images.splits import split_folders
 from moco.log import track
+from moco.whole_files import is_of_the_disk
 
 log = logging.getLogger("moco")
 _BLOCK = 512  # bytes of a header; members begin at multiples
@@ -44,6 +45,7 @@ def pack(folder: str, output: str, shard_mib: float, labels: str = "") -> dict[s
 
     Raises:
         UserError: There are no images, one cannot be read, or the output cannot be written.
+        RunError: The disk is full or broken.
     """
     data = DataConfig(dataset="folder", root=folder, labels=labels)
     target = Path(expanded(output))
@@ -68,7 +70,8 @@ def pack(folder: str, output: str, shard_mib: float, labels: str = "") -> dict[s
         target.rmdir() if target.exists() else None
         part.rename(target)
     except OSError as error:
-        raise UserError(
+        kind = RunError if is_of_the_disk(error) else UserError
+        raise kind(
             f"{shown(str(error.filename or output))}: {error.strerror or error}: mend that; "
             f"nothing was written to {output}"
         ) from None

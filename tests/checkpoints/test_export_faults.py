@@ -56,6 +56,7 @@ def test_nothing_is_overwritten_unless_asked_for(source, monkeypatch, capsys):
         (source, "is the checkpoint itself"),
         (out, "is no regular file"),
         (out / "b" / "c", "there is no directory"),
+        (out / "a" / "c", "a is a file: give another path"),
         (Path("/dev/null"), "is no regular file"),
         (Path(".."), "is no name"),
     ):

@@ -134,7 +134,7 @@ def test_shards_are_whole_or_absent(folder, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="No space left"):
         patch.setattr(Path, "read_bytes", full)
         pack(str(folder), str(tmp_path / "out"), 1)
     assert list(tmp_path.iterdir()) == []
