@@ -37,6 +37,7 @@ REFERENCES = "tests/evaluation/test_references.py"
 VERDICT = "tests/evaluation/test_verdict.py"
 GRAPH = "tests/training/test_one_graph.py"
 RESUME = "tests/training/test_resume.py"
+RESUMING = "tests/training/test_resuming.py"
 STREAMS = "tests/images/test_streams.py"
 SHARDS = "tests/images/test_shards.py"
 STORES = "tests/images/test_stores.py"
@@ -197,6 +198,20 @@ BREAKS = [
         "tests/test_whole_files.py",
     ),
     ("algorithm/muon.py", "factor @ gram @ factor", "factor @ gram", MUON),
+    ("algorithm/muon.py", "steps <= len(coefficients)", "True", MUON),
+    (
+        "reports/parts.py",
+        "    if not goes_on:",
+        "    if True:",
+        "tests/reports/test_embed_parts.py",
+    ),
+    (
+        "command/early.py",
+        "path.suffix.lower() not in endings",
+        "False",
+        "tests/reports/test_select.py",
+    ),
+    ("training/stored.py", "left | decided.settings", "decided.settings", RESUMING),
     (
         "training/writing.py",
         "torch.load(path, map_location=map_location, weights_only=True)",
