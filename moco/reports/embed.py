@@ -201,6 +201,8 @@ def _finish(job: Job) -> dict[str, Any]:
     unread = len(job.images) - len(features)
     if unread:
         log.info("%d of %d images were read", len(features), len(job.images))
+    else:  # what a failed start has listed is mended by now
+        (job.folder / BAD_FILES).unlink(missing_ok=True)
     result = {
         "command": "embed",
         "features": str(target),

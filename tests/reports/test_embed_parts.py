@@ -138,3 +138,16 @@ def test_a_plan_without_parts_holds_nobody_up(ckpt, images, tmp_path):
         embed(ckpt, root, "out")
     shutil.copyfile(images / "00.jpg", root / "00.jpg")
     assert embed(ckpt, root, "out")["images"] == 48
+    assert [path.name for path in Path("out").iterdir()] == ["features.parquet"]
+
+
+def test_features_outlive_a_failed_start_of_others(ckpt, images, tmp_path):
+    """The list of what it could not read goes when the features are asked for again."""
+    embed(ckpt, images, "out")
+    root = shutil.copytree(images, tmp_path / "set")
+    (root / "00.jpg").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        embed(ckpt, root, "out", "--overwrite")
+    assert Path("out/bad_files.txt").exists()
+    assert embed(ckpt, images, "out")["images"] == 48
+    assert [path.name for path in Path("out").iterdir()] == ["features.parquet"]
