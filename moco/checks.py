@@ -56,8 +56,12 @@ def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
     if isinstance(value, str) and get_origin(kind) is not Literal and str not in others:
         has_auto = Literal["auto"] in others
         if not (has_auto and value == "auto"):
-            numbers = "a number, a list of numbers, or auto" if has_auto else "a number"
-            raise UserError(f"{name} is {value!r}: give {numbers}")
+            wanted = "true or false" if bool in others else "a number"
+            if any(get_origin(other) is list for other in others):
+                wanted = "a number or a list of numbers"
+            wanted = "a list of numbers" if get_origin(kind) is list else wanted
+            wanted = "a number, a list of numbers, or auto" if has_auto else wanted
+            raise UserError(f"{name} is {value!r}: give {wanted}")
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name} is {value}: give finite numbers")

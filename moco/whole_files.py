@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +20,12 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, mode: int | None = None) -> Iterator[Path]:
     """Give a temporary name beside `path`, which becomes `path` once its file lies on the disk.
+
+    Args:
+        path: Of the file.
+        mode: Its permissions; None: the usual ones.
 
     Raises:
         OSError: It cannot be written; then nothing is left of it, and a file before it stays.
@@ -31,6 +35,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if mode is not None:
+            with contextlib.suppress(OSError):  # some file systems have none
+                temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
@@ -50,11 +57,9 @@ def output_file(path: Path) -> Iterator[Path]:
         place = Path(os.path.realpath(path))
         if place.exists() and not place.is_file():
             raise UserError(f"{path} is no regular file: choose another place")
-        with whole_file(place) as temporary:
+        mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
+        with whole_file(place, mode) as temporary:
             yield temporary
-            if place.exists():
-                with contextlib.suppress(OSError):  # some file systems have none
-                    shutil.copymode(place, temporary)
 
 
 def is_of_the_disk(error: OSError) -> bool:

@@ -36,14 +36,14 @@ def test_a_failure_leaves_the_file_before(tmp_path, failure):
 def test_a_link_is_followed_and_permissions_stay(tmp_path):
     target, link, new = tmp_path / "real.csv", tmp_path / "link.csv", tmp_path / "new.csv"
     target.write_text("before")
-    target.chmod(0o600)
+    target.chmod(0o400)
     link.symlink_to(target)
     new.symlink_to(tmp_path / "made.csv")
     for path in (link, new):
         with output_file(path) as temporary:
             temporary.write_text("after")
         assert path.is_symlink() and path.resolve().read_text() == "after"
-    assert target.stat().st_mode & 0o777 == 0o600
+    assert target.stat().st_mode & 0o777 == 0o400
 
 
 def test_a_pipe_is_refused(tmp_path):

@@ -30,7 +30,8 @@ def muon() -> type[torch.optim.Optimizer]:
     def by_device(matrix: Tensor, steps: int, coefficients: Any, **options: Any) -> Tensor:
         if matrix.device.type != "cpu":  # in bf16 the Gram matrix loses what is small
             return iterate(matrix, steps, coefficients, **options)
-        if is_wide(matrix) and has_usual_options(steps, coefficients, **options):
+        usual = "eps" in options and has_usual_options(steps, coefficients, **options)
+        if usual and is_wide(matrix):
             return nearest_orthogonal(matrix.float(), coefficients[:steps], options["eps"])
         # timm iterates in bf16, twelve times as slow where a CPU does not multiply bf16.
         return iterate(matrix, steps, coefficients, **options | {"dtype": torch.float32})

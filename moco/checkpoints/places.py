@@ -5,6 +5,7 @@ This room needs no torch, so wrong places are told before it is imported.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def _check_output(checkpoint: Path, form: str, output: Path, overwrite: bool) ->
         raise UserError(f"--output {output}: {output.parent} is a file: give another path")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.parent}: make it first")
-    with tempfile.TemporaryFile(dir=output.parent):  # whether a file can be made there
+    with tempfile.TemporaryFile(dir=Path(os.path.realpath(output)).parent):  # if it takes a file
         pass
     if not output.exists() and not output.is_symlink():
         return

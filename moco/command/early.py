@@ -122,8 +122,8 @@ def check_output(folder: Path, named: str = "--output DIR") -> None:
 def check_file(option: str, file: str | Path, *endings: str) -> None:
     """Raise UserError when no file of this name can be made.
 
-    What a command writes has an ending, so that no photograph, checkpoint or recipe that was named
-    by mistake is replaced by it.
+    What a command writes has an ending, so that no file of another kind that was named by mistake
+    is replaced by it.
 
     Args:
         option: That names the file.
@@ -135,6 +135,9 @@ def check_file(option: str, file: str | Path, *endings: str) -> None:
         raise UserError(f"{option} {file} is a directory: name a file, such as {hint}")
     if path.suffix.lower() not in endings:
         raise UserError(f"{option} {file}: give a name that ends in {' or '.join(endings)}")
+    target = Path(os.path.realpath(path))  # where a link leads to
+    if target.suffix.lower() not in endings:
+        raise UserError(f"{option} {file} leads to {target}: give another name")
     if path.exists() and not path.is_file():
         raise UserError(f"{option} {file} is no regular file: choose another")
-    check_output(path.absolute().parent, f"{option} FILE")
+    check_output(target.parent, f"{option} FILE")

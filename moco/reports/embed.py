@@ -91,6 +91,7 @@ def embed(config: EmbedConfig, read_data: ReadData, given: Given = NOTHING) -> d
         return {}
     if not is_there:
         join(job)
+        remove_parts(job)
     return _finish(job) | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
@@ -195,7 +196,6 @@ def _finish(job: Job) -> dict[str, Any]:
     from moco.reports.mapping import add_map
     from moco.reports.table import Features
 
-    remove_parts(job)
     target = job.folder / FILE
     features = Features(job.folder)
     unread = len(job.images) - len(features)

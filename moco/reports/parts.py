@@ -98,6 +98,11 @@ def is_done(job: Job) -> bool:
     about = {**job.about, "rows": job.rows}
     is_there, goes_on = target.is_file(), plan.is_file() and _same(_planned(plan), about)
     is_other = is_there and not _same(_told(target), about)
+    if is_there and not is_other:
+        log.info("%s holds these features already", target)
+        if goes_on:
+            remove_parts(job)
+        return True
     other = target if is_other else None
     if plan.is_file() and not goes_on and any(plan.parent.glob("*.parquet")):
         other = plan
@@ -106,9 +111,6 @@ def is_done(job: Job) -> bool:
             f"{other} is of other features (another encoder, other or changed images, other labels "
             "or options): name another --output, or give --overwrite"
         )
-    if is_there and not is_other:
-        log.info("%s holds these features already", target)
-        return True
     if not goes_on:
         remove_parts(job)  # without a plan they may be of anything
         (job.folder / BAD_FILES).unlink(missing_ok=True)

@@ -81,7 +81,7 @@ def test_what_is_left_to_auto_is_named():
         ("optim", "nesterov", True, "optim.nesterov is true: it needs"),
         ("data", "dataset", "foldr", "data.dataset is 'foldr': choose one of"),
         ("data", "crop_min", 5, "data.crop_min is 5: it must be"),
-        ("data", "crop_min", "wide", "data.crop_min is 'wide': give a number"),
+        ("data", "crop_min", "wide", "data.crop_min is 'wide': give a number or a list"),
         ("data", "batch_size", 0, "data.batch_size is 0: it must be"),
         ("data", "image_size_end", 64, "data.image_size_end 64 is above data.image_size 32"),
         ("data", "views", "cifra", "data.views is 'cifra': choose one of"),

@@ -130,6 +130,9 @@ def test_views_are_drawn_before_a_run(images, monkeypatch):
         views.main(["--data.root", "nowhere"])
     with pytest.raises(UserError, match=r"\. is a directory: name a file"):
         views.main([*TINY, "--data.root", str(images), "--output", "."])
+    Path("link.png").symlink_to("photo.jpg")
+    with pytest.raises(UserError, match="--output link.png leads to .*/photo.jpg: give another"):
+        views.main([*TINY, "--data.root", str(images), "--output", "link.png"])
     with pytest.raises(UserError, match="--output photo.jpg: give a name that ends in .png"):
         views.main([*TINY, "--data.root", str(images), "--output", "photo.jpg"])
 
