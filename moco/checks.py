@@ -52,22 +52,28 @@ def _check_value(name: str, value: Any, limits: Any, kind: Any) -> None:
         raise UserError(f"{name} is null: give a value, or leave the line out for the default")
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise UserError(f"{name} is {value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
-    others = get_args(kind) or (kind,)
-    if isinstance(value, str) and get_origin(kind) is not Literal and str not in others:
-        has_auto = Literal["auto"] in others
-        if not (has_auto and value == "auto"):
-            wanted = "true or false" if bool in others else "a number"
-            if any(get_origin(other) is list for other in others):
-                wanted = "a number or a list of numbers"
-            wanted = "a list of numbers" if get_origin(kind) is list else wanted
-            wanted = "a number, a list of numbers, or auto" if has_auto else wanted
-            raise UserError(f"{name} is {value!r}: give {wanted}")
+    if isinstance(value, str) and (wanted := _instead_of_text(value, kind)):
+        raise UserError(f"{name} is {value!r}: give {wanted}")
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name} is {value}: give finite numbers")
     for number in numbers:
         if isinstance(number, int | float) and not isinstance(number, bool):
             _check_number(name, value, number, limits)
+
+
+def _instead_of_text(text: str, kind: Any) -> str:
+    """Say what a field of this kind takes in the place of a text; empty where it takes that."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal or str in kinds:
+        return ""
+    if Literal["auto"] in kinds:
+        return "" if text == "auto" else "a number, a list of numbers, or auto"
+    if get_origin(kind) is list:
+        return "a list of numbers"
+    if any(get_origin(each) is list for each in kinds):
+        return "a number or a list of numbers"
+    return "true or false" if bool in kinds else "a number"
 
 
 def _check_number(name: str, value: Any, number: float, limits: Any) -> None:

@@ -55,9 +55,10 @@ def output_file(path: Path) -> Iterator[Path]:
     """
     with explained(path):
         place = Path(os.path.realpath(path))
-        if place.exists() and not place.is_file():
+        is_there = place.exists()
+        if is_there and not place.is_file():
             raise UserError(f"{path} is no regular file: choose another place")
-        mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
+        mode = stat.S_IMODE(place.stat().st_mode) if is_there else None
         with whole_file(place, mode) as temporary:
             yield temporary
 

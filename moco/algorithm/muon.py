@@ -30,8 +30,7 @@ def muon() -> type[torch.optim.Optimizer]:
     def by_device(matrix: Tensor, steps: int, coefficients: Any, **options: Any) -> Tensor:
         if matrix.device.type != "cpu":  # in bf16 the Gram matrix loses what is small
             return iterate(matrix, steps, coefficients, **options)
-        usual = "eps" in options and has_usual_options(steps, coefficients, **options)
-        if usual and is_wide(matrix):
+        if is_wide(matrix) and has_usual_options(steps, coefficients, options):
             return nearest_orthogonal(matrix.float(), coefficients[:steps], options["eps"])
         # timm iterates in bf16, twelve times as slow where a CPU does not multiply bf16.
         return iterate(matrix, steps, coefficients, **options | {"dtype": torch.float32})
@@ -45,12 +44,10 @@ def is_wide(matrix: Tensor) -> bool:
     return matrix.ndim == 2 and max(matrix.shape) >= WIDE * min(matrix.shape)
 
 
-def has_usual_options(
-    steps: int, coefficients: Any, eps: float, safety_factor: float = 1.0,
-    scale_eps: bool = False, **_: Any,
-) -> bool:  # fmt: skip
+def has_usual_options(steps: int, coefficients: Any, options: dict[str, Any]) -> bool:
     """Tell whether timm is asked for what `nearest_orthogonal` does; others may use it too."""
-    return steps <= len(coefficients) and safety_factor == 1 and not scale_eps
+    is_scaled = options.get("safety_factor", 1) != 1 or options.get("scale_eps", False)
+    return steps <= len(coefficients) and "eps" in options and not is_scaled
 
 
 def nearest_orthogonal(

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from moco import slurm
@@ -69,9 +70,14 @@ def end_cleanly() -> None:
         say_stopped(number)
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
-            signal.signal(number, leave)
+    _handle((signal.SIGTERM, signal.SIGHUP), leave)
+
+
+def _handle(numbers: tuple[int, ...], handler: Callable[[int, Any], None]) -> None:
+    """Set the handler of signals, but for a hangup that nohup has had ignored."""
+    for number in numbers:
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):
+            signal.signal(number, handler)
 
 
 def say_stopped(number: int, hint: str = "") -> None:
@@ -183,7 +189,5 @@ def _pass_signals_on(agent: Any) -> set[int]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.id, number)
 
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
-        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # by nohup
-            signal.signal(number, pass_on)
+    _handle((signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1), pass_on)
     return passed_on

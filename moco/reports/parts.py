@@ -96,14 +96,13 @@ def is_done(job: Job) -> bool:
     os.makedirs(job.folder, exist_ok=True)
     target, plan = job.folder / FILE, job.folder / PARTS / "plan.json"
     about = {**job.about, "rows": job.rows}
-    is_there, goes_on = target.is_file(), plan.is_file() and _same(_planned(plan), about)
-    is_other = is_there and not _same(_told(target), about)
-    if is_there and not is_other:
+    goes_on = plan.is_file() and _same(_planned(plan), about)
+    if target.is_file() and _same(_told(target), about):
         log.info("%s holds these features already", target)
         if goes_on:
             remove_parts(job)
         return True
-    other = target if is_other else None
+    other = target if target.is_file() else None
     if plan.is_file() and not goes_on and any(plan.parent.glob("*.parquet")):
         other = plan
     if other and not job.config.overwrite:

@@ -96,8 +96,8 @@ def read_stored(
     if decided:
         config = _as_decided(config, decided.settings, asked)
     begun = TrainConfig.from_dict(stored["config"])  # a recipe may leave more open since then
-    left = {name: begun.value(name) for name in config.undecided()}
-    left = {name: value for name, value in left.items() if value != "auto"}
+    names = config.undecided()
+    left = {name: value for name in names if (value := begun.value(name)) != "auto"}
     config = config.changed(left)
     if decided:  # so that config.yaml, which holds the recipe of now, tells them as well
         decided.settings = left | decided.settings

@@ -47,7 +47,6 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
 
 
 HELD = """
-import shutil
 import signal
 from pathlib import Path
 from moco.command import cli
