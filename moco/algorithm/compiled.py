@@ -1,19 +1,45 @@
-"""The compiled step: views, shuffle, key update, encoders, loss and queue as one graph."""
+"""What is compiled: the step with its views, shuffle, key update, encoders, loss and queue as one
+graph, or encoders and views alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.compiler.config
+from torch import Tensor, nn
 
 from moco.algorithm.batch import Batch
 from moco.algorithm.contrast import KeyQueue
 
 # Small kernels that do not depend on each other, such as those of BatchNorm, are launched as one.
 OPTIONS = {"inductor": {"combo_kernels": True}}
+# A process may train many times, with a graph for each network and each size of views. torch keeps
+# eight for a piece of code, and computes uncompiled from then on or, of whole graphs, raises.
+_MOST_GRAPHS = 256
+
+
+def compile_network(network: nn.Module, backend: str) -> None:
+    """Compile a network in place; its state dict keeps its keys."""
+    _allow_graphs()
+    network.compile(backend=backend, dynamic=False, options=OPTIONS.get(backend))
+
+
+def whole_graph(function: Callable[..., Any], backend: str, **options: Any) -> Callable[..., Any]:
+    """Compile a function to one graph for each shape of its tensors.
+
+    Args:
+        function: In tensors alone.
+        backend, options: Of torch.compile.
+    """
+    _allow_graphs()
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, **options)
+
+
+def _allow_graphs() -> None:
+    config = torch.compiler.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
 
 
 def one_graph(
@@ -40,10 +66,7 @@ def one_graph(
     def step(images: Any) -> Tensor:
         return training_step(make_batch(images), 0)
 
-    # torch counts the graphs of a code object and refuses the ninth: each run has its own.
-    own = FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)
-    options = OPTIONS.get(backend)
-    graph = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
+    graph = whole_graph(step, backend, options=OPTIONS.get(backend))
 
     def compiled_step(images: Any, batch_idx: int) -> Tensor:
         for queue in queues:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from moco.algorithm import optim
 from moco.algorithm.batch import Batch
 from moco.algorithm.batch_norm import frozen_statistics, set_batch_norm
-from moco.algorithm.compiled import OPTIONS, one_graph
+from moco.algorithm.compiled import compile_network, one_graph
 from moco.algorithm.contrast import KeyQueue, at_least_fp32, contrast_accuracy, info_nce
 from moco.algorithm.encoder import build_encoder, build_predictor, lay_channels_last
 from moco.algorithm.folded_stem import fold_stem
@@ -98,10 +98,10 @@ class MoCo(pl.LightningModule):
         lay_channels_last(self)
 
     def compile_encoders(self, backend: str) -> None:
-        """Compile each encoder to fused kernels for one shape; the state dict keeps its keys."""
+        """Compile each encoder to fused kernels for one shape."""
         fold_stem(self)
         for encoder in (self.query_encoder, self.key_encoder, self.predictor):
-            encoder.compile(backend=backend, dynamic=False, options=OPTIONS.get(backend))
+            compile_network(encoder, backend)
 
     def compile_step(self, backend: str, make_batch: Callable[[Any], Batch]) -> None:
         """Compile the whole step to one graph, which replaces `training_step`: see `one_graph`."""

@@ -214,7 +214,7 @@ class Stack:
         log_p = self._scores(features).log_softmax(1)
         target = labels.expand(len(self.rates), 1, -1)
         losses = -log_p.gather(1, target).sum((1, 2))
-        minus_one = log_p.new_tensor(-1.0).expand(target.shape)
+        minus_one = log_p.new_full((), -1.0).expand(target.shape)
         error = log_p.exp_().scatter_add_(1, target, minus_one).flatten(0, 1)
         scale = self._row_rates / total
         self.weight.grad = (error @ features).mul_(scale)

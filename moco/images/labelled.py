@@ -88,20 +88,26 @@ class LabelledData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this rank's share, centre-cropped: every W-th image that can be read, none twice.
 
+        After the last one all ranks agree on what cannot be read.
+
         Yields:
             Images N x C x S x S, normalised, on `device`, and their rows, N int64.
         """
-        mine = torch.arange(distributed.rank(), len(self), distributed.world_size())
+        stored = self.source.images
+        place = "cpu" if stored is None else stored.device
+        rank, world = distributed.rank(), distributed.world_size()
+        mine = torch.arange(rank, len(self), world, device=place)
         for images, rows in self.cut(mine.split(batch_size), device):
             if len(rows):
                 yield images, rows
+        self.bad.agree()
 
     def cut(
         self, batches: Iterable[Tensor], device: torch.device, draw: Draw | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the crops that `draw` chooses, by default the centres, of each batch of rows.
 
-        Ranks give equally many batches: after the last one all agree on what cannot be read.
+        A rank may do so alone; where all do, `bad.agree` tells them what cannot be read.
 
         Yields:
             Images n x C x S x S, normalised, on `device`, and their rows, n; n may be 0.
@@ -116,7 +122,6 @@ class LabelledData:
             for rows, cuts in self._streamed(batches, choose, device.type == "cuda"):
                 images = cuts.to(device, non_blocking=True).float() / 255
                 yield _prepared(images, mean, std), rows
-            self.bad.agree()
             return
         for rows in batches:
             images = stored[rows.to(stored.device)].to(device)
@@ -181,9 +186,14 @@ class RandomCrops:
     def batches(
         self, epoch: int, batches: Sequence[Tensor], device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's share of each global batch of rows, every W-th, as `cut` does."""
+        """Yield this rank's share of each global batch of rows, every W-th, as `cut` does.
+
+        Ranks give equally many batches: after the last one all agree on what cannot be read.
+        """
         shares = [rows[distributed.rank() :: distributed.world_size()] for rows in batches]
-        return self.images.cut(shares, device, partial(draw_crops, self.recipe, self.stream, epoch))
+        draw = partial(draw_crops, self.recipe, self.stream, epoch)
+        yield from self.images.cut(shares, device, draw)
+        self.images.bad.agree()
 
 
 class _Cuts(Dataset):

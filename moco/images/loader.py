@@ -83,7 +83,8 @@ class PretrainData(pl.LightningDataModule):
             )
         self.recipes = view_recipes(config) if own_views is None else None
         self._shuffle_stream = stream_id(seed, "shuffle")
-        self.partners: Partners | None = None
+        self.partners: Partners | None = None  # for workers and pictures
+        self._partners_near: Partners | None = None  # where the indices are
         self.order: Order | None = None
         self.device = torch.device("cpu")
         if source is None:
@@ -129,6 +130,8 @@ class PretrainData(pl.LightningDataModule):
         remedy = "mend them, and go on with --resume if the run has begun"
         self.bad = BadFiles(self.source, self.config.max_bad_fraction, report_path, remedy)
         self.device = device
+        near = torch.device("cpu") if self.looks_up_on_host else device
+        self._partners_near = self.partners and self.partners.to(near)
         mean, std = (torch.tensor(v, device=device) for v in normalisation(self.config))
         size = self.config.view_side
         self.order = None
@@ -175,6 +178,20 @@ class PretrainData(pl.LightningDataModule):
         if self.loader is not None:
             self.loader.close()
 
+    @property
+    def looks_up_on_host(self) -> bool:
+        """Tell whether the images stay in main memory where a GPU makes the views."""
+        images = self.source.images
+        return images is not None and images.device.type != self.device.type
+
+    def transfer_batch_to_device(
+        self, batch: Indices, device: torch.device, dataloader_idx: int
+    ) -> Indices:
+        """Leave the indices where the images are, so that the host does not wait for a GPU."""
+        if self.looks_up_on_host:
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_after_batch_transfer(self, batch: Indices, dataloader_idx: int) -> Batch | Indices:
         """Make the views on the device, or leave that to the graph of the step."""
         if not self.in_graph:
@@ -199,28 +216,34 @@ class PretrainData(pl.LightningDataModule):
         index = distributed.local_rows(batch.index, count)
         moment = batch.epoch, batch.size
         query_views = [self._view(moment, index, crops, n) for n in numbers]
+        places = None if order is None else self._here(order)
         if self.symmetric and world == 1:  # the keys are these same views in other places
             swapped = query_views[::-1]
-            key_views = swapped if order is None else [view[order] for view in swapped]
+            key_views = swapped if places is None else [view[places] for view in swapped]
         else:
             if order is not None:
                 index = distributed.local_rows(batch.index[order], count)
                 crops = None if crops is None else distributed.exchange(crops, order)
             key_views = [self._view(moment, index, crops, 1 - n) for n in numbers]
-        return Batch(query_views, key_views, order)
+        return Batch(query_views, key_views, places)
 
     def _view(
         self, moment: tuple[int, int], index: Tensor, crops: Tensor | None, number: int
     ) -> Tensor:
         """Make one view, N x C x S x S, of N images or of their cuts; in this epoch with this S."""
         epoch, size = moment
-        if self.partners is not None and number == 1:
-            index = self.partners(epoch, index)
+        if self._partners_near is not None and number == 1:
+            index = self._partners_near(epoch, index)
         if crops is not None:
             return self._make_view(crops[:, number], epoch, index, number, whole=False)
-        images = self.source.images
-        images = images[index.to(images.device)].to(index.device)
+        images, index = self._here(self.source.images[index]), self._here(index)
         return self._make_view(images, epoch, index, number, whole=True, size=size)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device, without waiting for what that computes."""
+        if tensor.device.type == self.device.type:
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def check_batch(config: DataConfig, count: int) -> None:

@@ -7,6 +7,7 @@ Shapes: M images in the set, N images of a batch, G groups.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -49,13 +50,17 @@ class Partners:
 
     def __call__(self, epoch: int, index: Tensor) -> Tensor:
         """Return the partners of N images, on their device."""
-        if self.order.device != index.device:
-            for name in ("order", "size", "start", "within"):
-                setattr(self, name, getattr(self, name).to(index.device))
         size, within = self.size[index], self.within[index]
         drawn = uniform(self.stream, combine(epoch, index), 1)[:, 0].double()
         step = 1 + (drawn * (size - 1)).long().clamp(max=(size - 2).clamp(min=0))
         return self.order[self.start[index] + (within + step) % size]
+
+    def to(self, device: torch.device) -> Partners:
+        """Return a copy on a device; workers have their own, since none may touch a GPU."""
+        moved = copy.copy(self)
+        for name in ("order", "size", "start", "within"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
 
 class PairedCuts(Dataset):

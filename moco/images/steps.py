@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,8 @@ from moco import distributed
 from moco.images.ahead import Ahead
 from moco.images.workers import as_it_is, end_workers, fetched, worker_loader
 from moco.random import permutations, stream_id
+
+_AHEAD = 3  # steps that a GPU may be behind the loader of streamed images
 
 
 @dataclass
@@ -56,6 +59,7 @@ class StepLoader:
         self._planned = _Shares()
         self._ahead: Ahead | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._begun: deque[torch.cuda.Event] = deque()  # of steps, where the GPU comes to them
 
     def __len__(self) -> int:
         return self.data.steps_per_epoch
@@ -70,7 +74,17 @@ class StepLoader:
             self.data.wait_seconds += time.perf_counter() - start
             if batch is None:
                 return
+            self._stay_close()
             yield batch
+
+    def _stay_close(self) -> None:
+        """Wait until the GPU is at most some steps behind, since batches that it is given take its
+        memory, and those that workers have made are used up."""
+        if self._stream is None:
+            return
+        self._begun.append(torch.cuda.current_stream(self.data.device).record_event())
+        if len(self._begun) > _AHEAD:
+            self._begun.popleft().synchronize()
 
     def _place(self) -> tuple[int, int]:
         """Return the epoch in which the run stands, and its next batch there."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moco.algorithm.compiled import whole_graph
 from moco.images.crops import crop_and_resize, separable
 from moco.images.draws import Colours, ViewRecipe, draw_colours, draw_crops, view_streams
 
@@ -52,7 +53,7 @@ class ViewMaker:
         self.streams = [view_streams(seed, view) for view in (0, 1)]
         self._chain, self._part = self._make, 0
         if backend:
-            self._chain = torch.compile(self._make, fullgraph=True, dynamic=False, backend=backend)
+            self._chain = whole_graph(self._make, backend)
         elif mean.device.type == "cpu":
             self._part = max(1, _CPU_BYTES // (4 * len(mean) * size**2))
 

@@ -68,7 +68,7 @@ class Sample:
 def look(
     network: nn.Module, source: ImageSource, data: DataConfig, count: int, seed: int
 ) -> Sample:
-    """Take features and small pictures of a random sample.
+    """Take features and small pictures of a random sample, in this process alone.
 
     A network that is slow on this machine sees fewer images than `count`.
 
@@ -88,7 +88,7 @@ def look(
     mean, std = (torch.tensor(values, device=device) for values in normalisation(data))
     features, rows, small, end = [], [], [], time.monotonic() + SECONDS
     with torch.inference_mode():
-        for batch, places in images.batches(device, 64):
+        for batch, places in images.cut(torch.arange(len(images)).split(64), device):
             features.append(network(batch).float().cpu())
             rows.append(chosen[places.cpu()])
             small.append(tiles(batch, mean, std))

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from moco import distributed
 from moco.algorithm.encoder import Encoder
 from moco.algorithm.optim import step_before_decay
 from moco.algorithm.pretrain import MoCo
@@ -241,8 +242,10 @@ def assemble(
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
     signals, agreement = Signals(), Agreement()
-    monitor = KNNMonitor(open_labelled(config, data), config.run, metrics, signals)
-    held = held or (monitor.data and monitor.data[1].source) or open_test_images(config, data)
+    with distributed.together():  # the ranks meet in `held_out_views`
+        labelled = open_labelled(config, data)
+        held = held or (labelled and labelled[1].source) or open_test_images(config, data)
+    monitor = KNNMonitor(labelled, config.run, metrics, signals)
     views = held_out_views(config, data, held)
     check_select(config, monitor.data is not None, views is not None)
     quality = Quality(views, config, metrics, monitor.about)

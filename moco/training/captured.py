@@ -60,6 +60,10 @@ class CapturedStep(pl.Callback):
     What the run's own callbacks see between backward pass and optimiser, they now see after both:
     gradients and statistics are those of the step, and the weights are updated already.
     Where the capture fails, nothing of the step was computed, and the run goes on without it.
+
+    Attributes:
+        taken: Steps so far.
+        graph: What was captured; None before, where that failed, and once the run has ended.
     """
 
     def __init__(self) -> None:
@@ -102,13 +106,16 @@ class CapturedStep(pl.Callback):
         return loss.detach()
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, main = torch.cuda.CUDAGraph(), self._stream and torch.cuda.current_stream()
+        # Threads that pin memory or write a checkpoint may do what a capture forbids.
+        capture = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         try:
-            # Threads that pin memory or write a checkpoint may do what a capture forbids.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            # What is not allowed in a capture fails at its end once more, which leaves its stream
+            # as the current one.
+            with torch.cuda.stream(main), capture:
                 self.loss = self._whole_step()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error.__context__ or error).split())[:200]
             log.warning("the step cannot be captured here and goes on compiled (%s)", reason)
             return
         self.graph = graph
@@ -122,6 +129,10 @@ class CapturedStep(pl.Callback):
             self._images = replace(images, **{name: t.clone() for name, t in tensors.items()})
         for name, value in tensors.items():
             getattr(self._images, name).copy_(value)
+
+    def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        """Give back the graph's memory, which nobody else can have."""
+        self.graph = self._images = None
 
     @contextlib.contextmanager
     def _rates_in_tensors(self) -> Iterator[None]:

@@ -31,7 +31,8 @@ MOST_MARKS = 256  # of the time that steps took
 class Clock(pl.Callback):
     """Fix the last step of a run from its minutes and its speed; it stands before `Checkpoints`.
 
-    The decay is predicted to take as long as the last so many steps took. Rank 0 decides.
+    The decay is predicted to take as long as the last so many steps took, but for the run's first
+    one, which compiles and waits for the first images. Rank 0 decides.
 
     Args:
         config: Settings of the run.
@@ -55,7 +56,8 @@ class Clock(pl.Callback):
         self.config, self.decided, self.metrics = config, decided, metrics
         self.saver, self.agreement = saver, agreement
         self.keep: Callable[[], None] = lambda: None
-        self._before, self._marks = 0.0, [(0, 0.0)]  # (step, seconds of training until its end)
+        self._before = 0.0
+        self._marks: list[tuple[int, float]] = []  # (step, seconds of training until its end)
 
     @property
     def seconds(self) -> float:
@@ -93,22 +95,32 @@ class Clock(pl.Callback):
 
     def _mark(self, step: int) -> None:
         """Note when a step ended, of more and more steps only every second."""
-        every = self._marks[1][0] if len(self._marks) > 1 else step
-        if step % every == 0:
+        first, every = step, 1
+        if len(self._marks) > 1:
+            first, every = self._marks[0][0], self._marks[1][0] - self._marks[0][0]
+        if (step - first) % every == 0:
             self._marks.append((step, self.seconds))
         if len(self._marks) > MOST_MARKS:
             self._marks = self._marks[::2]
 
     def _pace(self, step: int) -> float:
-        """Return the seconds of a step, over as many of the last ones as the decay will have."""
+        """Return the seconds of a step, over as many of the last ones as the decay will have.
+
+        Until a second step has ended, the first one is all that is known.
+        """
         first = max(2 * step - whole(self.config.optim, step), 0)
-        mark, before = self._marks[bisect_right(self._marks, (first, math.inf)) - 1]
-        return (self.seconds - before) / max(step - mark, 1)
+        place = bisect_right(self._marks, (first, math.inf)) - 1
+        mark, before = self._marks[max(place, 0)]
+        return (self.seconds - before) / (step - mark) if mark < step else self.seconds / step
 
     def _is_due(self, step: int) -> bool:
-        """Tell whether the run would be late if its rate fell from the next step on."""
+        """Tell whether the run would be late if its rate fell from the next step on.
+
+        One that cannot be told from what the compiler took is not.
+        """
         rest = whole(self.config.optim, step + 1) - step
-        return self.seconds + rest * self._pace(step) > 60 * self.config.run.minutes
+        late = self.seconds + rest * self._pace(step) > 60 * self.config.run.minutes
+        return late and step > self._marks[0][0]
 
     def _expect(self, step: int, module: Any) -> None:
         """Tell the module about how long the run is; its rate is constant until that is fixed."""

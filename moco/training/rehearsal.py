@@ -30,6 +30,7 @@ from moco.training.outlook import clock_time, duration
 
 log = logging.getLogger("moco")
 BATCHES, AT_LEAST = 20, 6  # of a rehearsal
+FIRST = 5  # batches that do not count: they compile, and choose kernels
 SECONDS = 30.0  # after which it ends, with at least so many batches
 
 
@@ -63,18 +64,23 @@ class _Clock(pl.Callback):
             signal.signal(signal.SIGTERM, self._sigterm)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Note when a batch ended, and what was waited until then."""
-        if trainer.strategy.root_device.type == "cuda":
+        """Note when a batch ended, and what was waited until then.
+
+        The host waits for a GPU where a time is read, and else goes ahead of it as in a run.
+        """
+        number = len(self.ends) + 1
+        is_long = number >= AT_LEAST and time.perf_counter() - self.ends[0][0] > SECONDS
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(
+            number >= BATCHES or is_long, all=False
+        )
+        is_read = number <= FIRST or trainer.should_stop
+        if trainer.strategy.root_device.type == "cuda" and is_read:
             torch.cuda.synchronize()
         self.ends.append((time.perf_counter(), self.data.wait_seconds))
-        long = self.ends[-1][0] - self.ends[0][0] > SECONDS
-        trainer.should_stop = trainer.strategy.reduce_boolean_decision(
-            len(self.ends) >= BATCHES or (long and len(self.ends) >= AT_LEAST), all=False
-        )
 
     def pace(self) -> tuple[float, float]:
         """Return seconds per batch and the share of waiting, without the first few batches."""
-        ends = self.ends[min(4, len(self.ends) - 2) :]
+        ends = self.ends[min(FIRST - 1, len(self.ends) - 2) :]
         (start, waited), (end, waited_then) = ends[0], ends[-1]
         seconds = max(end - start, 1e-9)
         return seconds / (len(ends) - 1), (waited_then - waited) / seconds
@@ -103,7 +109,7 @@ def rehearse(config: TrainConfig, decided: Decided, module: MoCo, data: Pretrain
     clock = _Clock(data)
     trainer = build_trainer(config, decided, logger=False, callbacks=[*own, clock])
     fit(trainer, module, data)
-    data.wait_seconds = 0.0
+    data.wait_seconds, data.trainer = 0.0, None
     seconds, waited = clock.pace()
     return agreed(Pace(seconds * share, waited, used_memory(decided.accelerator)))
 

@@ -43,7 +43,7 @@ from moco.training.build import (
 )
 from moco.training.decide import Decided, check_held
 from moco.training.explain import fit
-from moco.training.hardware import name_device, own_device
+from moco.training.hardware import free_memory, name_device, own_device
 from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
 from moco.training.settling import decide_how, expected_steps, settle
@@ -211,7 +211,8 @@ def _build(
     pace = None
     if settings.config.run.plan or settings.config.undecided():
         pace = rehearse(settings.config, decided, module, data)
-        del module  # its memory serves the next
+        del module
+        free_memory()  # for the next
         with distributed.together():
             if settings.config.undecided():
                 decided.is_open = settings.config.ends_by_clock

@@ -350,6 +350,9 @@ def test_partners_are_others_of_the_group_and_change_from_epoch_to_epoch():
     assert all((each == index).equal(alone) for each in found), "only those alone are their own"
     assert {int(each[0]) for each in found} == {4, 5, 6}, "each of the group is drawn"
     assert partners(3, index.flip(0)).flip(0).equal(found[3])
+    there = partners.to(torch.device("meta"))  # as on a GPU, which no worker may touch
+    assert there(3, index.to("meta")).device.type == "meta"
+    assert partners.order.device.type == "cpu" and partners(3, index).equal(found[3])
 
 
 @pytest.mark.parametrize("resident", ["memory", "off"])

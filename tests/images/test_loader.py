@@ -5,6 +5,7 @@ batches.
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,3 +236,25 @@ def test_a_file_that_one_rank_cannot_read_is_told_on_both(two_ranks, folder, tmp
 def test_a_batch_above_the_set_is_refused(folder):
     with pytest.raises(UserError, match="data.batch_size 41 is above the 40 images"):
         make_data(folder, batch_size=41)
+
+
+def test_a_gpu_is_at_most_some_steps_behind_the_loader(monkeypatch):
+    """Each batch that waits there takes its memory."""
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            waited.append((self.number, len(begun)))
+
+    waited, begun = [], []
+    stream = SimpleNamespace(record_event=lambda: begun.append(Event(len(begun))) or begun[-1])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    loader = StepLoader(SimpleNamespace(device="cuda"), lambda: 0)
+    loader._stay_close()
+    assert not begun, "images that are resident take no memory"
+    loader._stream = stream
+    for _ in range(6):
+        loader._stay_close()
+    assert waited == [(0, 4), (1, 5), (2, 6)]

@@ -3,12 +3,14 @@
 import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from pictures import save
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moco.config import DataConfig, UserError
 from moco.images import resident, sources
@@ -163,3 +165,37 @@ def test_a_set_of_one_value_is_warned_of(tmp_path, caplog, where):
         words = "warning: every pixel of the 6 images looked at is 128: nothing can be learnt"
         assert sum(line.startswith(words) for line in caplog.messages) == count
         Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "5.png")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "budget", "total", "place"),
+    [
+        ("auto", 1.0, 0, "device"),
+        ("auto", 1e-6, 1 << 20, "device"),  # a quarter of the GPU holds them
+        ("auto", 1e-6, 1 << 10, "memory"),
+        ("device", 1e-6, 0, "device"),
+        ("memory", 1.0, 1 << 20, "memory"),
+    ],
+)
+def test_arrays_lie_on_a_gpu_that_has_room(monkeypatch, wanted, budget, total, place):
+    """Here 192 KiB of them, and a pretended GPU."""
+    gpu = SimpleNamespace(total_memory=total)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    settings = DataConfig(dataset="own", image_size=32, resident=wanted, resident_budget=budget)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        source = ImageSource("own", images, [], None, [], 3)
+        source, found = make_resident(source, settings, torch.device("cuda"), None)
+    assert found == place
+    assert source.images.device.type == ("cuda" if place == "device" else "cpu")
+
+
+def test_what_does_not_fit_on_a_gpu_is_said(monkeypatch):
+    def full(*_) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    source = ImageSource("own", torch.zeros(64, 3, 32, 32, dtype=torch.uint8), [], None, [], 3)
+    settings = DataConfig(dataset="own", image_size=32, resident="device")
+    with pytest.raises(UserError, match="data.resident is device, and 0.000183 GiB of images do"):
+        make_resident(source, settings, torch.device("cuda"), None)

@@ -95,6 +95,7 @@ def test_it_is_the_run_of_the_epochs_that_it_came_to(runs):
         ((20.0,), 6, 4),
         ((5.0,) * 4 + (20.0,), 9, 7),  # a neighbour came
         ((20.0,) * 2 + (4.0,), 22, 16),  # one left
+        ((50.0, 4.0), 19, 14),  # the first step compiles
     ],
 )
 def test_it_ends_in_time_whatever_the_speed(images, paces, steps, start):
@@ -107,6 +108,11 @@ def test_it_ends_in_time_whatever_the_speed(images, paces, steps, start):
     assert 123 - 2 * paces[-1] < spent < 123
     rates = [at(step)["optimizer_states"][0]["param_groups"][0]["lr"] for step in (start, steps)]
     assert rates == [0.01, pytest.approx(0.01 / (steps - start))]
+
+
+def test_a_first_step_beyond_the_minutes_lets_the_rate_fall_at_once(images):
+    assert on_machine(200.0, 4.0, words=asked(images))["steps"] == 3
+    assert load("run/checkpoints/before_decay.ckpt")["global_step"] == 2
 
 
 @pytest.mark.parametrize("step", [9, 10, 11])

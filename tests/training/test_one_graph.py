@@ -130,12 +130,20 @@ def test_one_graph_computes_what_the_plain_step_does(case):
     assert COUNTERS["stats"]["unique_graphs"] == 1 and not COUNTERS["graph_break"]
 
 
-def test_runs_of_one_process_do_not_use_up_what_torch_compiles():
+@pytest.mark.parametrize("is_whole", [True, False], ids=["as one graph", "in parts"])
+def test_runs_of_one_process_do_not_use_up_what_torch_compiles(is_whole):
     [batch] = make_batches(make_views(COUNT, steps=1), 1, 0, True, False)
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for _ in range(2):
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for seed in range(3):
             module = make_module(SMALL, backbone=Small())
-            module.compile_step("eager", lambda batch: batch)
+            if is_whole:
+                module.compile_step("eager", lambda batch: batch)
+            else:
+                module.compile_encoders("eager")
+                data = make_data(False, **PLAIN_VIEWS)
+                data.seed = seed
+                data.prepare(torch.device("cpu"), backend="eager")
+                data.make_batch(indices()[0])
             assert module.training_step(batch, 0).isfinite()
 
 
@@ -348,9 +356,11 @@ def test_a_captured_run_computes_what_a_compiled_one_does(tmp_path, monkeypatch)
         config.optim = replace(config.optim, lr=1e-4)
         config.trainer.max_steps, recorder = 20, Recorder()
         monkeypatch.setattr("moco.training.build.capturable", lambda *_, can=can: can)
-        recorder.on_train_end = lambda trainer, _: steps.extend(trainer.callbacks)
+        recorder.on_train_end = lambda trainer, _: steps.extend(
+            c.graph for c in trainer.callbacks if isinstance(c, CapturedStep)
+        )
         run.pretrain(config, callbacks=[recorder])
         found.append(recorder.losses)
-    [step] = [callback for callback in steps if isinstance(callback, CapturedStep)]
-    assert step.graph is not None
+    [graph] = steps
+    assert graph is not None
     assert found[0] == pytest.approx(found[1], abs=1e-5) and len(found[0]) == 20

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import write_pictures
-from runs import TINY, as_after, assert_same_end, load, run_tiny
+from runs import TINY, as_after, assert_same_end, load, main_on_rank, run_tiny
 
 import train
 from moco.command import views
@@ -165,3 +165,32 @@ def test_labelled_sets_are_measured_on_their_test_images():
     result = train.main([*TINY, *small, *READ, "--data.batch_size", "400", "--run.knn_k", "5",
                          "--model.queue_size", "400", "--trainer.max_epochs", "1"])  # fmt: skip
     assert result["quality"]["rankme"] > 1 and not list(Path("runs").glob(f"*/{HELD_OUT}"))
+
+
+def _without_labels(words, folder):
+    """Open the labelled images on ranks, of which the second cannot; return what each raises."""
+    from moco.distributed import rank
+
+    def gone(*_):
+        raise UserError("run.knn_root is not on this machine")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == 1:
+            patch.setattr("moco.training.build.open_labelled", gone)
+        try:
+            main_on_rank("train", words, folder)
+        except UserError as error:
+            return str(error)
+
+
+def test_what_one_rank_cannot_open_ends_all_before_they_meet(two_ranks, tmp_path):
+    for split, count in (("train", 48), ("test", 16)):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        names = [f"{split}/{number:02d}.png" for number in range(count)]
+        write_pictures(tmp_path / "images", names, np.random.default_rng(0))
+    words = [*TINY, "--data.root", str(tmp_path / "images"), "--run.dir", "run"]
+    words += ["--model.key_bn", "plain", "--run.knn_every", "1"]
+    assert (
+        two_ranks.run(_without_labels, words, str(tmp_path))
+        == ["rank 1: run.knn_root is not on this machine"] * 2
+    )

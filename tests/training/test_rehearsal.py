@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from pictures import write_pictures
 from runs import STREAMED, assert_same_end, load
@@ -16,7 +19,7 @@ import train
 from moco.algorithm.pretrain import MoCo
 from moco.config import RunError, UserError
 from moco.distributed import rank
-from moco.training import rehearsal
+from moco.training import rehearsal, run
 from moco.training.rehearsal import Pace
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -95,6 +98,44 @@ def test_a_run_goes_on_again_and_again_by_the_same_command_line(asked, two_steps
         assert after["optim"] == before["optim"] and after["data"] == before["data"]
         settings = load("cut/checkpoints/last.ckpt")["decided"]["settings"]
         assert settings["optim.warmup_epochs"] == 0.4
+
+
+def test_a_run_has_the_memory_of_its_rehearsal(asked, two_steps, monkeypatch):
+    """On a GPU a captured step holds as much as the run's own."""
+    built, alive = [], []
+    real, assemble = run.build_module, run.assemble
+
+    def build(*arguments):
+        built.append(weakref.ref(module := real(*arguments)))
+        return module
+
+    def look(*arguments, **options):
+        alive.extend(module() is not None for module in built)
+        return assemble(*arguments, **options)
+
+    monkeypatch.setattr(run, "build_module", build)
+    monkeypatch.setattr(run, "assemble", look)
+    train.main([*asked, "--run.dir", "run"])
+    assert alive == [False, True]
+
+
+class _Trainer:
+    """Stand in for Lightning's, on a GPU."""
+
+    strategy = SimpleNamespace(
+        root_device=torch.device("cuda"), reduce_boolean_decision=lambda decision, all: decision
+    )
+    should_stop = False
+
+
+def test_the_host_waits_for_a_gpu_where_the_pace_is_read(monkeypatch):
+    """Between two readings it goes ahead, as in a run."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(clock.ends)))
+    clock, trainer = rehearsal._Clock(SimpleNamespace(wait_seconds=0.0)), _Trainer()
+    while not trainer.should_stop:
+        clock.on_train_batch_end(trainer)
+    assert waits == [0, 1, 2, 3, 4, rehearsal.BATCHES - 1] and len(clock.ends) == rehearsal.BATCHES
 
 
 def test_ranks_take_one_pace(two_ranks):

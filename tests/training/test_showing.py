@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pictures import write_pictures
 from pytorch_lightning.loggers import MLFlowLogger
-from runs import run_tiny
+from runs import STREAMED, TINY, main_on_rank, run_tiny
 
 import train
 from moco.config import RunConfig, UserError
@@ -41,6 +41,16 @@ def test_tensorboard_gets_settings_views_and_neighbours(folder):
     assert "train/loss" in tags["scalars"]
     settings = Path("run/tensorboard/hparams.yaml").read_text(encoding="utf-8")
     assert "optim.lr: 0.01" in settings
+
+
+def test_rank_0_draws_alone(folder, two_ranks, tmp_path):
+    """What it streams for a picture, the others do not see: it must not wait for them."""
+    pytest.importorskip("tensorboard")
+    words = [*TINY, *STREAMED, "--data.root", str(folder), "--run.dir", "run"]
+    words += ["--model.key_bn", "plain", "--run.tensorboard", "true"]
+    (found, said), _ = two_ranks.run(main_on_rank, "train", words, str(tmp_path))
+    assert found["steps"] == 6
+    assert not [line for line in said if "lack" in line]
 
 
 @pytest.fixture
