@@ -152,10 +152,7 @@ def measure(case: str, rounds: int, images: int | None) -> dict[str, Any]:
         way: [a - b for a, b in zip(seconds[way], seconds[f"{way}, one batch"], strict=True)]
         for way in ("bare", "embed")
     }
-    rows = [
-        Row("bare", rest["bare"], count),
-        Row("embed", rest["embed"], count, {"bare": 0.95}),
-    ]
+    rows = [Row("bare", rest["bare"], count), Row("embed", rest["embed"], count, {"bare": 0.95})]
     return table(f"{case}: {backbone}, files of {side} px, network of {size} px", rows, "images/s")
 
 

@@ -54,7 +54,7 @@ PLAIN, READING, LAST = 2, 3, 4  # the steps that are counted, and one more
 REST = "Lightning and hooks"
 # The parts of a step: their names, and where they are asked for.
 PARTS = [
-    ("key order", distributed, "block_shuffle"),
+    ("key order", distributed, "key_order"),
     ("views", views.ViewMaker, "__call__"),
     ("views", loader.PretrainData, "on_after_batch_transfer"),
     ("EMA", MoCo, "update_key_encoder"),

@@ -30,16 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.harness import (
-    ROOT,
-    Row,
-    arguments,
-    progress,
-    report,
-    table,
-    train_settings,
-    wait,
-)
+from benchmarks.harness import ROOT, Row, arguments, progress, report, table, train_settings, wait
 from benchmarks.profiles import add_profile, profiled
 from moco.algorithm.compiled import OPTIONS
 from moco.checks import check

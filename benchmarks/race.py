@@ -150,10 +150,7 @@ class Scheduled(LightlyMoCo):
 
         optimizer = super().configure_optimizers()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def train(way: str, options: Any) -> None:

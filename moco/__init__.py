@@ -37,35 +37,23 @@ if TYPE_CHECKING:  # type checkers read these, and Python the table below
     from moco.images.own_views import BatchedView as BatchedView
     from moco.training.plain_trainer import callbacks as callbacks
 
-_HOME = {
-    "pretrain": "moco.command.door",
-    "Pretrained": "moco.command.door",
-    "knn": "moco.command.judged",
-    "linear": "moco.command.judged",
-    "quality": "moco.command.judged",
-    "embed": "moco.command.judged",
-    "export": "moco.command.judged",
-    "search": "moco.command.asked",
-    "select": "moco.command.asked",
-    "report": "moco.command.asked",
-    "BatchedView": "moco.images.own_views",
-    "MoCo": "moco.algorithm.pretrain",
-    "KeyQueue": "moco.algorithm.contrast",
-    "info_nce": "moco.algorithm.contrast",
-    "callbacks": "moco.training.plain_trainer",
-    "TrainConfig": "moco.config",
-    "ModelConfig": "moco.config",
-    "OptimConfig": "moco.config",
-    "DataConfig": "moco.config",
-    "UserError": "moco.config",
-    "RunError": "moco.config",
-    "PretrainData": "moco.images.loader",
-    "LabelledData": "moco.images.labelled",
-    "load_backbone": "moco.checkpoints.load",
-    "extract_features": "moco.evaluation.features",
-    "knn_predict": "moco.evaluation.knn",
-    "LinearProbe": "moco.evaluation.probe",
+_ROOMS = {
+    "moco.command.door": "pretrain Pretrained",
+    "moco.command.judged": "knn linear quality embed export",
+    "moco.command.asked": "search select report",
+    "moco.images.own_views": "BatchedView",
+    "moco.algorithm.pretrain": "MoCo",
+    "moco.algorithm.contrast": "KeyQueue info_nce",
+    "moco.training.plain_trainer": "callbacks",
+    "moco.config": "TrainConfig ModelConfig OptimConfig DataConfig UserError RunError",
+    "moco.images.loader": "PretrainData",
+    "moco.images.labelled": "LabelledData",
+    "moco.checkpoints.load": "load_backbone",
+    "moco.evaluation.features": "extract_features",
+    "moco.evaluation.knn": "knn_predict",
+    "moco.evaluation.probe": "LinearProbe",
 }
+_HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 __all__ = sorted(_HOME)
 __version__ = "1.0.0"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from operator import ge, gt, le
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moco.config import OptimConfig, TrainConfig, UserError
@@ -78,15 +79,10 @@ def _instead_of_text(text: str, kind: Any) -> str:
 
 def _check_number(name: str, value: Any, number: float, limits: Any) -> None:
     """Raise UserError when a number, the value of a field or one of its list, is out of range."""
-    if "above" in limits and not number > limits["above"]:
-        problem = f"above {limits['above']}"
-    elif "at_least" in limits and number < limits["at_least"]:
-        problem = f"at least {limits['at_least']}"
-    elif "at_most" in limits and number > limits["at_most"]:
-        problem = f"at most {limits['at_most']}"
-    else:
-        return
-    raise UserError(f"{name} is {value}: it must be {problem} ({limits['meaning']})")
+    for bound, holds in (("above", gt), ("at_least", ge), ("at_most", le)):
+        if bound in limits and not holds(number, limits[bound]):
+            need = f"{bound.replace('_', ' ')} {limits[bound]}"
+            raise UserError(f"{name} is {value}: it must be {need} ({limits['meaning']})")
 
 
 def check(config: TrainConfig) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from moco.config import UserError
-from moco.random import permutations, stream_id
+from moco.random import permutations
 
 T = TypeVar("T")
 # torch 2.14 warns of the older name, on every rank.
@@ -113,9 +113,9 @@ def local_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def key_order(
-    seed: int, step: int, count: int, world: int, device: torch.device | str = "cpu"
+    stream: int, step: int | Tensor, count: int, world: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Say which key stands where after the shuffle.
+    """Say which key stands where after the shuffle, in tensors alone: it compiles.
 
     Each rank permutes its rows and deals one block of count/world to every rank, so that each
     BatchNorm group of keys holds an equal share of every rank's queries. A ring shift would keep
@@ -123,7 +123,7 @@ def key_order(
     matters where the batch is split into several groups.
 
     Args:
-        seed: The run's seed.
+        stream: Of random numbers, from `moco.random.stream_id`.
         step: Number of the batch since the start of the run.
         count: N; a multiple of `world`.
         world: W.
@@ -132,13 +132,6 @@ def key_order(
     Returns:
         B int64: place p (on rank p // N) gets the key of row `order[p]`.
     """
-    return block_shuffle(stream_id(seed, "shuffle"), step, count, world, device)
-
-
-def block_shuffle(
-    stream: int, step: int | Tensor, count: int, world: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Compute `key_order`, from a stream of random numbers and in tensors alone: it compiles."""
     if count % world:
         raise ValueError(f"{count} images per device do not split into {world} equal blocks")
     senders = torch.arange(world, device=device)

@@ -5,7 +5,6 @@ A setting that stands in no table of this room always does something. This room 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -76,8 +75,7 @@ OF_DATA: Rules = {
         ),
     ),
     **dict.fromkeys(
-        ("data.streams", "data.window"),
-        ("there are no shards", _is_not("data.dataset", *_SHARDS)),
+        ("data.streams", "data.window"), ("there are no shards", _is_not("data.dataset", *_SHARDS))
     ),
     "data.cache_gib": ("all images are read where they lie", _nothing_cached),
     "data.resident_budget": (
@@ -179,9 +177,7 @@ OF_TRAINING: Rules = OF_DATA | {
     "run.knn_temperature": ("run.knn_every is 0", _is("run.knn_every", 0)),
     "run.wandb_project": ("run.wandb is false", _is("run.wandb", False)),
 }
-OF_JUDGING: Rules = OF_DATA | {
-    "untrained_draws": ("baselines is false", _is("baselines", False)),
-}
+OF_JUDGING: Rules = OF_DATA | {"untrained_draws": ("baselines is false", _is("baselines", False))}
 OF_LINEAR: Rules = OF_JUDGING | {
     "data.flip": ("only crops are mirrored", _is("protocol", "cached")),
     "milestones": (
@@ -199,8 +195,7 @@ OF_KNN: Rules = OF_JUDGING | {
 OF_EMBED: Rules = OF_DATA | {
     "data.flip": ("nothing is mirrored", lambda given: True),
     **dict.fromkeys(
-        ("data.resident", "data.resident_budget"),
-        ("each image is read once", lambda given: True),
+        ("data.resident", "data.resident_budget"), ("each image is read once", lambda given: True)
     ),
     **dict.fromkeys(
         ("data.num_workers", "data.worker_timeout"),
@@ -235,7 +230,7 @@ def idle_settings(given: dict[str, Any], usual: dict[str, Any], rules: Rules) ->
 
 def idle_in_training(config: TrainConfig) -> str:
     """Name the idle settings of a run, in one line."""
-    given, usual = (_flat(dataclasses.asdict(each)) for each in (config, TrainConfig()))
+    given, usual = (each.flat() for each in (config, TrainConfig()))
     return idle_settings(given, usual, OF_TRAINING)
 
 
@@ -250,8 +245,8 @@ def idle_in_evaluation(
     """
     rules = OF_LINEAR if isinstance(own, LinearConfig) else OF_KNN
     given, usual = (
-        vars(judge) | vars(own) | _flat({"data": vars(data)}),
-        vars(JudgeConfig()) | vars(type(own)()) | _flat({"data": vars(DataConfig()) | stored}),
+        vars(judge) | vars(own) | _of_data(vars(data)),
+        vars(JudgeConfig()) | vars(type(own)()) | _of_data(vars(DataConfig()) | stored),
     )
     return idle_settings(given, usual, rules)
 
@@ -259,8 +254,8 @@ def idle_in_evaluation(
 def idle_in_embedding(config: EmbedConfig, data: DataConfig, stored: dict[str, Any]) -> str:
     """Name the idle settings of `moco embed`, in one line; arguments as of `idle_in_evaluation`."""
     given, usual = (
-        vars(config) | _flat({"data": vars(data)}),
-        vars(config) | _flat({"data": vars(DataConfig()) | stored}),
+        vars(config) | _of_data(vars(data)),
+        vars(config) | _of_data(vars(DataConfig()) | stored),
     )
     return idle_settings(given, usual, OF_EMBED)
 
@@ -270,9 +265,5 @@ def idle_in_search(config: SearchConfig) -> str:
     return idle_settings(vars(config), vars(SearchConfig(index=config.index)), OF_SEARCH)
 
 
-def _flat(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        f"{group}.{name}": value
-        for group, fields in groups.items()
-        for name, value in fields.items()
-    }
+def _of_data(fields: dict[str, Any]) -> dict[str, Any]:
+    return {f"data.{name}": value for name, value in fields.items()}

@@ -14,6 +14,12 @@ from moco.config.setting import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, setting
 NAMING = ("dataset", "root", "files", "labels")  # settings of `data` that name images
 
 
+def _as_in(kind: type, name: str) -> Any:
+    """Declare a field as another dataclass declares it."""
+    item = kind.__dataclass_fields__[name]
+    return field(default=item.default, metadata=item.metadata)
+
+
 @dataclass
 class JudgeConfig:
     """What `eval_linear.py` and `eval_knn.py` share: which encoder, and where results go."""
@@ -124,7 +130,7 @@ class ExportConfig:
         "torch-export",
     ] = setting(MISSING, "Layout to write")
     output: str = setting(MISSING, "File to write; for timm a directory")
-    encoder: Literal["query", "key"] = setting("query", "Which encoder")
+    encoder: Literal["query", "key"] = _as_in(JudgeConfig, "encoder")
     overwrite: bool = setting(False, "Replace an earlier export")
     opset: int = setting(
         0, "Operator set of onnx, 17 and up; 0: the one that torch takes", at_least=0, at_most=99
@@ -134,29 +140,13 @@ class ExportConfig:
     )
     free_size: bool = setting(False, "Let onnx take images of any size, where the network does")
     license: str = setting("", "For the model card: mit, cc-by-4.0, other")
-    allow_partial: bool = setting(False, "Take a file that fits only in part")
-    backbone: str = setting("", "timm name, where the file does not tell it")
+    allow_partial: bool = _as_in(JudgeConfig, "allow_partial")
+    backbone: str = _as_in(JudgeConfig, "backbone")
     image_size: int = setting(
         0, "Side in pixels; 0: as in the checkpoint", at_least=0, at_most=8192
     )
-    stem_padding: int = setting(
-        0,
-        "Padding of a 3x3 stem: 2 in solo-learn, 1 in most other code; 0: as in the file",
-        at_least=0,
-        at_most=3,
-    )
-    num_heads: int = setting(
-        0,
-        "Attention heads of a ViT, where the file does not tell them; 0: as in the file",
-        at_least=0,
-        at_most=1024,
-    )
-
-
-def _as_in(kind: type, name: str) -> Any:
-    """Declare a field as another dataclass declares it."""
-    item = kind.__dataclass_fields__[name]
-    return field(default=item.default, metadata=item.metadata)
+    stem_padding: int = _as_in(JudgeConfig, "stem_padding")
+    num_heads: int = _as_in(JudgeConfig, "num_heads")
 
 
 @dataclass

@@ -27,11 +27,26 @@ class _StandardError(logging.StreamHandler[Any]):
             super().emit(record)
 
 
+def have_standard_error() -> None:
+    """Open a standard error that takes all and keeps nothing where there is none, as with 2>&-.
+
+    The next file that is opened would stand in its place, and get what others write there.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, it stays open
+
+
+def is_terminal() -> bool:
+    """Tell whether standard error is a terminal; what a program puts in its place may not say."""
+    return getattr(sys.stderr, "isatty", lambda: False)()
+
+
 def log_to_stderr() -> None:
     """Send our own lines to standard error, on rank 0 alone those that are no warnings.
 
     A caller who has handlers of its own gets the lines there.
     """
+    have_standard_error()
     if not log.handlers:
         handler = _StandardError()
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -45,7 +60,7 @@ def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterabl
     from tqdm import tqdm
 
     quiet = os.environ.get("RANK", "0") != "0"
-    if sys.stderr.isatty():
+    if is_terminal():
         return tqdm(items, label, total, disable=quiet)
     times = {"delay": 20, "mininterval": 20, "maxinterval": 20}
     return tqdm(items, label, total, leave=False, disable=quiet, ascii=True, **times)
@@ -53,7 +68,7 @@ def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterabl
 
 def columns() -> int:
     """Return the width of the terminal that standard error is, or 0 where it is none."""
-    if not sys.stderr.isatty():
+    if not is_terminal():
         return 0
     with contextlib.suppress(OSError, ValueError):
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: it knows no width

@@ -20,7 +20,7 @@ import os
 import socket
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -162,6 +162,8 @@ def find_run(resume: str, run_dir: str) -> tuple[Path | None, Path] | None:
         raise UserError(
             f"--resume {path} does not exist: name a run directory, a checkpoint, or auto"
         )
+    if path.name == "checkpoints" and (path.parent / "config.yaml").is_file():
+        raise UserError(f"--resume {path} lies in a run: name the run, {path.parent}")
     last = last_whole(path)
     if last is None:
         raise UserError(
@@ -223,6 +225,11 @@ def is_whole(path: Path) -> bool:
             return named and archive.testzip() is None
     except Exception:  # a damaged or foreign file can make zipfile raise anything
         return False
+
+
+def same_images(found: Mapping[str, object], stored: Mapping[str, object]) -> bool:
+    """Tell whether images are those of a checkpoint; an older version noted less about them."""
+    return all(found.get(name) == value for name, value in stored.items())
 
 
 def stored_groups(run_dir: Path) -> dict[str, dict[str, object]]:

@@ -63,12 +63,7 @@ BREAKS = [
         "zip(keys[:1], cycle(self.queues), strict=False)",
         STEP,
     ),
-    (
-        "algorithm/pretrain.py",
-        '0.5 if model_config.symmetric == "mean" else 1.0',
-        "1.0",
-        STEP,
-    ),
+    ("algorithm/pretrain.py", '0.5 if model_config.symmetric == "mean" else 1.0', "1.0", STEP),
     (
         "algorithm/pretrain.py",
         "restore(normalize(at_least_fp32(keys)), key_order)",

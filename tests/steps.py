@@ -14,6 +14,7 @@ from moco import distributed
 from moco.algorithm.batch import Batch
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, OptimConfig
+from moco.random import stream_id
 
 SIZE, STEPS, PER_RANK = 16, 10, 8
 MODEL = ModelConfig(
@@ -70,7 +71,8 @@ def make_batches(pairs, world: int, rank: int, shuffled: bool, symmetric: bool) 
     for step, (first, second) in enumerate(pairs):
         count = len(first) // world
         rows = slice(rank * count, (rank + 1) * count)
-        order = distributed.key_order(0, step, count, world) if shuffled else None
+        stream = stream_id(0, "shuffle")
+        order = distributed.key_order(stream, step, count, world) if shuffled else None
         views = [(first, second), (second, first)] if symmetric else [(first, second)]
         queries = [query[rows] for query, _ in views]
         keys = [(key if order is None else key[order])[rows] for _, key in views]

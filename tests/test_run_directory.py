@@ -235,6 +235,9 @@ def test_what_cannot_be_resumed_is_refused_with_a_remedy():
     folder = run("torn", last=True)
     with pytest.raises(UserError, match=r"--resume runs/torn holds no whole checkpoint"):
         find_run(str(folder), "")
+    (folder / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"torn/checkpoints lies in a run: name the run, runs/torn"):
+        find_run(str(folder / "checkpoints"), "")
     with pytest.raises(UserError, match=r"last\.ckpt is torn.*run directory"):
         find_run(str(folder / "checkpoints" / "last.ckpt"), "")
 

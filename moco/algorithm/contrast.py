@@ -15,11 +15,7 @@ from torch.nn import functional
 
 
 def info_nce(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor,
-    temperature: float,
-    own_rows: int | None = None,
+    query: Tensor, key: Tensor, negatives: Tensor, temperature: float, own_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Score each query against its own key and the negatives.
 

@@ -14,12 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from moco.algorithm.encoder import (
-    build_backbone,
-    build_encoder,
-    timm_arguments,
-    width_of_features,
-)
+from moco.algorithm.encoder import build_backbone, build_encoder, timm_arguments, width_of_features
 from moco.algorithm.names import OF_KNOWN
 from moco.algorithm.own_backbone import own_name
 from moco.checkpoints.layouts import Contents

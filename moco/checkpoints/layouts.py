@@ -115,8 +115,10 @@ class Contents:
         """Return the tensors of one encoder's backbone.
 
         Raises:
-            UserError: The file has none.
+            UserError: The file has none, or there is no such encoder.
         """
+        if encoder not in ("query", "key"):
+            raise UserError(f"encoder is {encoder!r}: give query or key")
         part = self.take(f"{encoder}_encoder.backbone.")
         if not part:
             other = "key" if encoder == "query" else "query"

@@ -15,11 +15,7 @@ import torch
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
-from moco.checkpoints.architecture import (
-    Architecture,
-    build,
-    identify,
-)
+from moco.checkpoints.architecture import Architecture, build, identify
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state
 from moco.checkpoints.preparation import Preparation, preparation, pretrained_cfg

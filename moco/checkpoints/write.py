@@ -26,12 +26,7 @@ from moco.checkpoints.describe import (
     tensors,
     variant,
 )
-from moco.checkpoints.graphs import (
-    read_onnx,
-    read_torch_export,
-    write_onnx,
-    write_torch_export,
-)
+from moco.checkpoints.graphs import read_onnx, read_torch_export, write_onnx, write_torch_export
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.model_card import model_card
 from moco.checkpoints.official import (

@@ -29,6 +29,7 @@ from moco.command import launch
 from moco.command.paths import PATHS, expanded
 from moco.command.recipe import as_option, known_settings, nearest, one_line, with_contents
 from moco.config import RunError, UserError, with_former_ways
+from moco.log import have_standard_error
 
 # Seconds that a rank waits before it ends with an error that another rank may have caused, and with
 # one that rank 0 tells.
@@ -72,16 +73,8 @@ def build_parser(description: str, config: type, extras: dict[str, dict[str, Any
 
 def option_help(metadata: Any) -> str:
     """Return the help of an option: what its field means, and its range."""
-    limits = [
-        text
-        for key, text in (
-            ("above", "above {}"),
-            ("at_least", "at least {}"),
-            ("at_most", "at most {}"),
-        )
-        if key in metadata
-        for text in [text.format(metadata[key])]
-    ]
+    bounds = ("above", "at_least", "at_most")
+    limits = [f"{key.replace('_', ' ')} {metadata[key]}" for key in bounds if key in metadata]
     return metadata["meaning"].replace("%", "%%") + (f" [{', '.join(limits)}]" if limits else "")
 
 
@@ -167,6 +160,7 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
 
     When all ranks raise the same error, rank 0 prints it; a `local` error is printed by its rank.
     """
+    have_standard_error()
     atexit.register(_leave_garbage)
     launch.end_with_launcher()
     slurm.answer_warnings()

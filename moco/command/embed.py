@@ -16,13 +16,8 @@ from moco.judge_config import EmbedConfig, EvalDataConfig
 from moco.run_directory import run_of, stored_groups
 
 
-def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Parse the command line, embed, and return what was written."""
-    return write(argv)
-
-
-def write(argv: Sequence[str], *given: Any) -> dict[str, Any]:
-    """Parse a command line and embed.
+def main(argv: Sequence[str], *given: Any) -> dict[str, Any]:
+    """Parse the command line, embed, and return what was written.
 
     Args:
         argv: Words.

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
-from moco.checks import check_ranges
 from moco.command import launch
-from moco.command.cli import build_parser, parse
 from moco.command.early import check_name
-from moco.command.judge import flat_options, take
+from moco.command.judge import read_own
 from moco.judge_config import ExportConfig
-
-
-@dataclass
-class Nothing:
-    """The groups of settings of a command that has only options of its own."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -28,10 +21,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def write(argv: Sequence[str], module: Any = None) -> dict[str, Any]:
     """Parse a command line and export; `module` is a backbone that Python gives."""
     about = "Write a backbone in another layout."
-    parser = build_parser(about, Nothing, flat_options(ExportConfig))
-    parser.usage = "%(prog)s --checkpoint ANY --format FORMAT --output PATH [--OPTION VALUE ...]"
-    _, options = parse(parser, Nothing, argv)
-    check_ranges(take(ExportConfig, options))
+    usage = "--checkpoint ANY --format FORMAT --output PATH"
+    _, options = read_own(argv, ExportConfig, about, usage)
     options["form"], options["licence"] = options.pop("format"), options.pop("license")
     from moco.checkpoints.places import REQUEST, GraphOptions, check_request
 

@@ -133,6 +133,34 @@ def check_knn(config: KNNConfig) -> None:
             )
 
 
+class Nothing:
+    """The groups of settings of a command that has only options of its own."""
+
+
+def read_own(
+    argv: Sequence[str], kind: type, about: str, usage: str, **words: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Parse and check a command line that has no groups of settings.
+
+    Args:
+        argv: The words after the command's name.
+        kind: Dataclass of the options.
+        about, usage: First line of the help, and what the command is given.
+        words: Positional arguments: name to the keyword arguments of `add_argument`.
+
+    Returns:
+        The options, and all values by name.
+    """
+    parser = cli.build_parser(about, Nothing, flat_options(kind))
+    parser.usage = f"%(prog)s {usage} [--OPTION VALUE ...]"
+    for name, options in words.items():
+        parser.add_argument(name, **options)
+    _, given = cli.parse(parser, Nothing, argv)
+    config = take(kind, given)
+    check_ranges(config)
+    return config, given
+
+
 def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
     """Return the fields of dataclasses as options without a group, in the form of `extras`."""
     options = {}

@@ -125,7 +125,7 @@ def quality(
     name, module = _name_or_module(backbone)
     where, own = _named(images)
     given = {"checkpoint": _place(checkpoint), "backbone": name, **where}
-    return quality.read(words_of({**given, **settings}), own, module, column)
+    return quality.main(words_of({**given, **settings}), own, module, column)
 
 
 def embed(
@@ -160,7 +160,7 @@ def embed(
     launch.end_with_launcher()
     slurm.join()
     words = words_of({**given, "output": os.fspath(output), **settings})
-    return embed.write(words, own, module, column)
+    return embed.main(words, own, module, column)
 
 
 def _judged(

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from moco import slurm
 from moco.config import RunError, UserError
-from moco.log import fitted
+from moco.log import fitted, is_terminal
 
 _ROLE = "moco"  # torchrun's own ranks have another role
 
@@ -83,7 +83,7 @@ def _handle(numbers: tuple[int, ...], handler: Callable[[int, Any], None]) -> No
 def say_stopped(number: int, hint: str = "") -> None:
     """Print the last line of a command that a signal ends; a terminal has shown ^C before it."""
     by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    new_line = "\n" if number == signal.SIGINT and sys.stderr.isatty() else ""
+    new_line = "\n" if number == signal.SIGINT and is_terminal() else ""
     say(f"{new_line}stopped by {by}{hint}")
 
 

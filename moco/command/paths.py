@@ -76,10 +76,13 @@ def check_recipe(path: Path) -> None:
     """Raise UserError when a recipe is no file, and name the recipe that may be meant."""
     if path.is_dir():
         raise UserError(f"--config {path} is a directory: name a YAML file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--config {path} is no regular file: write it to one, and name that")
     if not path.is_file():
         folders = (Path("configs"), path.parent)
         there = {name: name for name in recipes()}
-        there |= {p.stem: str(p) for f in folders for p in sorted(f.glob("*.yaml"))}
+        found = (p for folder in folders for p in sorted(folder.glob("[!.]*.yaml")))
+        there |= {p.stem: str(p) for p in found}
         near = difflib.get_close_matches(path.stem, there, n=1)
         listed = f"there are {', '.join(there)}" if there else "give the path of a YAML file"
         hint = f"did you mean {there[near[0]]}?" if near else listed

@@ -13,13 +13,8 @@ from moco.config import UserError
 from moco.judge_config import EvalDataConfig, QualityConfig
 
 
-def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Parse the command line, measure, and return the measures of each network by name."""
-    return read(argv)
-
-
-def read(argv: Sequence[str], *given: Any) -> dict[str, Any]:
-    """Parse a command line and measure.
+def main(argv: Sequence[str], *given: Any) -> dict[str, Any]:
+    """Parse the command line, measure, and return the measures of each network by name.
 
     Args:
         argv: Words.

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moco.checks import check_ranges
-from moco.command import cli
 from moco.command.early import check_file
-from moco.command.export import Nothing
-from moco.command.judge import flat_options, take
+from moco.command.judge import read_own
 from moco.judge_config import ReplayConfig
 from moco.log import log_to_stderr
 
@@ -18,12 +15,9 @@ from moco.log import log_to_stderr
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, replay the step, and return its losses."""
     about = "Make the batch of any step of a run again: its files, its views and its losses."
-    parser = cli.build_parser(about, Nothing, flat_options(ReplayConfig))
-    parser.usage = "%(prog)s RUN_DIR --step N [--OPTION VALUE ...]"
-    parser.add_argument("run", help="Directory of the run")
-    _, options = cli.parse(parser, Nothing, argv)
-    config, run = take(ReplayConfig, options), Path(options["run"])
-    check_ranges(config)
+    words = {"run": {"help": "Directory of the run"}}
+    config, given = read_own(argv, ReplayConfig, about, "RUN_DIR --step N", **words)
+    run = Path(given["run"])
     from moco.reports.facts import read_facts
 
     read_facts(run)

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moco.checks import check_ranges
-from moco.command import cli
 from moco.command.early import check_file
-from moco.command.export import Nothing
-from moco.command.judge import flat_options, take
+from moco.command.judge import read_own
 from moco.config import UserError
 from moco.judge_config import ReportConfig
 from moco.log import log_to_stderr
@@ -19,12 +16,9 @@ from moco.log import log_to_stderr
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, write the page, and return where it is."""
     about = "Show what one run has learnt, or several side by side, on one page."
-    parser = cli.build_parser(about, Nothing, flat_options(ReportConfig))
-    parser.usage = "%(prog)s RUN_DIR [RUN_DIR ...] [--OPTION VALUE ...]"
-    parser.add_argument("runs", nargs="+", help="Directories of runs")
-    _, options = cli.parse(parser, Nothing, argv)
-    config, runs = take(ReportConfig, options), [Path(run) for run in options["runs"]]
-    check_ranges(config)
+    words = {"runs": {"nargs": "+", "help": "Directories of runs"}}
+    config, given = read_own(argv, ReportConfig, about, "RUN_DIR [RUN_DIR ...]", **words)
+    runs = [Path(run) for run in given["runs"]]
     if config.root and len(runs) > 1:
         raise UserError("root is of one run: make the pages of several apart, or leave it out")
     from moco.reports.facts import read_facts

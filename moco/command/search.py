@@ -6,11 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from moco.checks import check_ranges
-from moco.command.cli import build_parser, parse
 from moco.command.early import check_file, check_package
-from moco.command.export import Nothing
-from moco.command.judge import flat_options, take
+from moco.command.judge import read_own
 from moco.config import UserError
 from moco.judge_config import SearchConfig
 
@@ -18,10 +15,8 @@ from moco.judge_config import SearchConfig
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, search, and return what was found."""
     about = "Find images like one, or pairs of images that are nearly the same."
-    parser = build_parser(about, Nothing, flat_options(SearchConfig))
-    parser.usage = "%(prog)s --index DIR (--query IMAGE | --duplicates) [--OPTION VALUE ...]"
-    config = take(SearchConfig, parse(parser, Nothing, argv)[1])
-    check_ranges(config)
+    usage = "--index DIR (--query IMAGE | --duplicates)"
+    config, _ = read_own(argv, SearchConfig, about, usage)
     if bool(config.query) == config.duplicates:
         raise UserError("give one of --query IMAGE, for images like it, and --duplicates")
     check_package("pyarrow", "search")

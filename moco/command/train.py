@@ -33,11 +33,7 @@ EXTRAS = {
         "help": "With --resume: go on for so many epochs more; from before its decay with "
         "optim.schedule stable",
     },
-    "yes": {
-        "action": "store_true",
-        "default": False,
-        "help": "Extend although the rate jumps",
-    },
+    "yes": {"action": "store_true", "default": False, "help": "Extend although the rate jumps"},
     "init_from": {
         "type": str,
         "default": "",
@@ -53,6 +49,9 @@ EXTRAS = {
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line, train, and return the results."""
+    for name in ("--resume", "--init_from"):
+        if "" in cli.option_values(argv, name):  # as of a variable that the shell does not know
+            raise UserError(f"{name} is empty: name a run or a file, or leave it out")
     slurm.restartable = True
     arguments = settle(argv)
     from moco.training.run import pretrain  # imports torch, so it waits until the settings stand

@@ -29,7 +29,7 @@ def words_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return numbers of NumPy and tuples as YAML knows them."""
-    if isinstance(value, tuple | list):
+    """Return arrays, tensors, ranges, tuples and numbers of NumPy as YAML knows them."""
+    if isinstance(value, tuple | list | range):
         return [_plain(each) for each in value]
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value

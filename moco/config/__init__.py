@@ -55,6 +55,11 @@ class TrainConfig:
         group, _, field = name.partition(".")
         return getattr(getattr(self, group), field)
 
+    def flat(self) -> dict[str, Any]:
+        """Return the value of each setting by its dotted name."""
+        groups = dataclasses.asdict(self).items()
+        return {f"{group}.{name}": value for group, own in groups for name, value in own.items()}
+
     def changed(self, settings: dict[str, Any]) -> TrainConfig:
         """Return a copy with other values of some settings, given by their dotted names."""
         groups = {name: vars(group) for name, group in vars(self).items()}

@@ -16,15 +16,7 @@ class DataConfig:
     """Images, views and batches."""
 
     dataset: Literal[
-        "digits",
-        "cifar10",
-        "cifar100",
-        "stl10",
-        "folder",
-        "imagenet",
-        "shards",
-        "parquet",
-        "own",
+        "digits", "cifar10", "cifar100", "stl10", "folder", "imagenet", "shards", "parquet", "own"
     ] = setting(
         "folder",
         "Where images come from; `folder` takes any tree of images, `digits` needs no files, "

@@ -139,11 +139,7 @@ def _step(stack: Stack, features: Tensor, labels: Tensor, factor: float, total: 
 
 
 def train_whole(
-    network: nn.Module,
-    crops: RandomCrops,
-    rate: float,
-    config: LinearConfig,
-    device: torch.device,
+    network: nn.Module, crops: RandomCrops, rate: float, config: LinearConfig, device: torch.device
 ) -> tuple[nn.Module, RateResult]:
     """Fine-tune a copy of a network, and a linear classifier on it, with labels.
 

@@ -272,5 +272,9 @@ def choose(results: list[RateResult]) -> int:
     places = [n for n, result in enumerate(results) if alone or not result.diverged]
     if not places:
         rates = ", ".join(f"{result.rate:g}" for result in results)
-        raise UserError(f"every learning rate diverged ({rates}): give smaller --learning_rates")
+        raise UserError(
+            f"no learning rate ended below the loss of a classifier that knows nothing ({rates}): "
+            "they diverged, so give smaller --learning_rates, or the smallest got nowhere in so "
+            "few steps, so give more --epochs"
+        )
     return max(places, key=lambda n: (results[n].held_out_top1 or 0.0, -results[n].rate))

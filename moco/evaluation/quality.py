@@ -68,10 +68,7 @@ def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) 
 
 
 def open_views(
-    config: QualityConfig,
-    data: DataConfig,
-    device: torch.device,
-    source: ImageSource | None = None,
+    config: QualityConfig, data: DataConfig, device: torch.device, source: ImageSource | None = None
 ) -> PretrainData:
     """Prepare fresh views of some images: of the test split, or of the only one there is.
 

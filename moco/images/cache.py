@@ -13,21 +13,21 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import logging
 import math
 import os
 import re
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moco.config import RunError, UserError
-from moco.images.formats import one_line
-from moco.images.shard_index import image_column, parquet_package
+from moco.images.parquet import is_whole, unpack
 from moco.images.stores import Facts, check_unchanged, download, is_remote
 
+log = logging.getLogger("moco")
 PART = ".part"
 _FILE = re.compile(r"[0-9a-f]{24}-\d+(\.raw)?(\.part)?")
 _SLOTS = 256  # locks; two shards that share one only wait for each other
@@ -73,8 +73,19 @@ class Cache:
         return self.folder / shard.name
 
     def has(self, shard: Shard) -> bool:
-        """Tell whether a shard is there, whole."""
+        """Tell whether a shard is there."""
         return self.path(shard).exists()
+
+    def _has_whole(self, shard: Shard) -> bool:
+        """Tell whether a shard is there as it was fetched; one that was cut short since goes."""
+        path = self.path(shard)
+        if not path.exists():
+            return False
+        if is_whole(path, shard.facts.size, shard.is_parquet):
+            return True
+        log.info("warning: %s was cut short and is fetched again", path)
+        path.unlink(missing_ok=True)
+        return False
 
     def bring(self, shard: Shard) -> Path:
         """Return a shard's file, which is fetched if it is not there.
@@ -85,7 +96,7 @@ class Cache:
         path = self.path(shard)
         with contextlib.suppress(OSError):
             os.utime(path)  # it was used now
-        if path.exists():
+        if self._has_whole(shard):
             return path
         self._wait_for_room(shard)  # without the lock, for which those wait who have room
         with self._locked(f"{int(shard.name[:8], 16) % _SLOTS:02x}.lock"):
@@ -154,10 +165,7 @@ class Cache:
             return True
 
     def _evict(
-        self,
-        size: float,
-        use: Callable[[Path], float] | None = None,
-        after: float = -math.inf,
+        self, size: float, use: Callable[[Path], float] | None = None, after: float = -math.inf
     ) -> int:
         """Remove whole files, those used last first, until `size` bytes are free; return these."""
         freed = 0
@@ -204,6 +212,7 @@ class Cache:
     def _check_writable(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "room.lock").touch()
         except OSError as error:
             raise UserError(
                 f"{self.folder} cannot hold shards ({error.strerror}): set MOCO_CACHE to a folder "
@@ -251,39 +260,9 @@ def _copy(shard: Shard, target: Path) -> None:
         raw = target.with_name(f"{target.stem}.raw{PART}")
         try:
             download(shard.address, raw, shard.facts)
-            _unpack(str(raw), target, shard.address)
+            unpack(str(raw), target, shard.address)
         finally:
             raw.unlink(missing_ok=True)
     else:
-        _unpack(shard.address, target, shard.address)
+        unpack(shard.address, target, shard.address)
         check_unchanged(shard.address, shard.facts)
-
-
-def _unpack(source: str, target: Path, name: str) -> None:
-    """Write the images of a Parquet file one behind the other, after a table of their places.
-
-    The table is int64: their number, and where each begins and the last one ends.
-    """
-    table = parquet_package().ParquetFile(source)
-    column = image_column(table.schema_arrow, name)
-    places = array("q", [8 * (table.metadata.num_rows + 2)])  # after the number and the table
-    batches = table.iter_batches(64, columns=[column])
-    with open(target, "wb") as file:
-        file.seek(places[0])
-        while (batch := _next(batches, name)) is not None:
-            values = batch.column(0)
-            for value in values.field("bytes") if column.endswith(".bytes") else values:
-                content = value.as_py() or b""
-                file.write(content)
-                places.append(places[-1] + len(content))
-        file.seek(0)
-        file.write(array("q", [len(places) - 1]).tobytes() + places.tobytes())
-
-
-def _next(batches: Iterator[Any], name: str) -> Any:
-    """Return the next rows of a Parquet file, or None; raise RunError where they are damaged."""
-    try:
-        return next(batches, None)
-    except (ValueError, OSError) as error:  # of pyarrow
-        reason = one_line(str(error))
-        raise RunError(f"{name} is damaged: {reason}: put a whole one there", local=True) from None

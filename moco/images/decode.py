@@ -143,7 +143,7 @@ def _opened(path: str, channels: int, reading: Reading, whole: bool = False) -> 
     """Open a file's header and check its size; whatever a decoder raises becomes BadImage."""
     try:
         file = io.BytesIO(path.content(whole)) if isinstance(path, Member) else path
-        with _reader(path, file, channels, reading) as image:
+        with contextlib.closing(_reader(path, file, channels, reading)) as image:
             _check_pixels(path, image.height, image.width, reading.max_pixels)
             if image.dtype.kind not in "buif":
                 raise BadImage(

@@ -91,11 +91,8 @@ class DicomImage:
         is_ready = eight or self.windowed or self._has_palette
         self.dtype = np.dtype(np.uint8 if is_ready else np.int32)
 
-    def __enter__(self) -> DicomImage:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
+    def close(self) -> None:
+        """Do nothing: no file is open."""
 
     def read(self) -> np.ndarray:
         """Return the values, C H W; floats where the units are no whole numbers."""

@@ -47,7 +47,7 @@ _SAME = {
     "cifar": ViewRecipe(0.08, 0.5, 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.0),  # the official demo
 }
 RECIPES = {name: (recipe, recipe) for name, recipe in _SAME.items()} | {
-    "v3": (_V3, replace(_V3, blur=0.1, solarise=0.2)),  # 2104.02057
+    "v3": (_V3, replace(_V3, blur=0.1, solarise=0.2))  # 2104.02057
 }
 
 

@@ -30,7 +30,7 @@ class ImageSource:
         channels: C of every image.
         reading: How files become uint8.
         items: What the images are read from where they are neither held nor files, else None.
-        places: Where these images stand in the array that they are part of; None for all of it.
+        places: Which images of the array or the items these are, in their order; None: all.
     """
 
     name: str
@@ -46,18 +46,19 @@ class ImageSource:
     def __len__(self) -> int:
         if self.images is not None:
             return len(self.images)
-        return len(self.paths) if self.items is None else len(self.items)
+        if self.items is not None:
+            return len(self.items if self.places is None else self.places)
+        return len(self.paths)
 
     def called(self, index: int) -> str:
         """Return what an image is called: the path of a file, or its place."""
         if self.paths:
             return self.paths[index]
-        return f"image {self.place(index)}" if self.items is None else self.items.name(index)
+        place = self.place(index)
+        return f"image {place}" if self.items is None else self.items.name(place)
 
     def place(self, index: int) -> int:
         """Return where an image that is no file stands in what it was given in."""
-        if self.items is not None:
-            return self.items.place(index)
         return index if self.places is None else int(self.places[index])
 
     @property
@@ -68,7 +69,7 @@ class ImageSource:
     def header(self, index: int) -> Header:
         """Return what an image that is not held says of itself; raise BadImage as `decode` does."""
         if self.items is not None:
-            return self.items.header(index, self.channels)
+            return self.items.header(self.place(index), self.channels)
         return read_header(self.paths[index], self.channels, self.reading)
 
     def read(self, index: int) -> Tensor:
@@ -80,7 +81,7 @@ class ImageSource:
         if self.images is not None:
             return Decoded(self.images[index], *self.images.shape[2:], 1)
         if self.items is not None:
-            image = self.items.read(index, self.channels)
+            image = self.items.read(self.place(index), self.channels)
             return Decoded(image, *image.shape[1:], 1)
         return decode_reduced(self.paths[index], self.channels, self.reading, reduction)
 
@@ -103,7 +104,6 @@ class ImageSource:
             self,
             images=None if self.images is None else self.images[rows.to(self.images.device)],
             paths=paths,
-            items=None if self.items is None else self.items.rows(rows),
             places=rows.cpu() if self.places is None else self.places[rows.cpu()],
             labels=None if self.labels is None else self.labels[rows],
         )

@@ -33,33 +33,23 @@ class Items:
         data: What is indexed by 0, 1, 2 and so on.
         column: Of the image where items are dictionaries, else empty.
         turn: Whether PIL images are turned upright as their EXIF orientation says.
-        places: The items that are taken, in their order; None for all.
     """
 
     data: Any
     column: str = ""
     turn: bool = False
-    places: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.data) if self.places is None else len(self.places)
-
-    def place(self, index: int) -> int:
-        """Return where an image stands in the data."""
-        return index if self.places is None else int(self.places[index])
+        return len(self.data)
 
     def name(self, index: int) -> str:
         """Name an image for people."""
-        return f"item {self.place(index)}"
-
-    def rows(self, rows: Tensor) -> Items:
-        """Keep only some images, in the order of `rows`."""
-        return replace(self, places=rows if self.places is None else self.places[rows])
+        return f"item {index}"
 
     def item(self, index: int) -> Any:
         """Return an item as the data gives it; whatever it raises becomes BadImage."""
         try:
-            return self.data[self.place(index)]
+            return self.data[index]
         except MemoryError:
             raise
         except Exception as error:
@@ -110,7 +100,7 @@ class Items:
         items are images alone."""
         for name in ("targets", "labels"):  # as torchvision's sets have them, without their images
             known = getattr(self.data, name, None)
-            if self.places is None and known is not None and len(known) == len(self):
+            if known is not None and len(known) == len(self):
                 return list(known)
         found = []
         for index in range(len(self)):

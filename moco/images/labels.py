@@ -24,6 +24,7 @@ HELD_OUT = ("test", "testing", "val", "valid", "validation")  # the first one th
 _PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "image_id", "id", "name")
 _LABELS = ("label", "class", "class_name", "target", "category", "breed", "species", "diagnosis")
 _SPLITS = ("split", "subset", "partition", "set")
+_WORDS = (*TRAIN, *HELD_OUT)
 _FORMS = ("NFC", "NFD")  # of Unicode
 _PAIRS = 256  # of files with one name that are compared
 
@@ -51,22 +52,30 @@ class Table:
 
     Attributes:
         path: Of its file.
-        rows: An image as the table names it to its label.
-        held_out: What the table names as held out, where it has a column of splits.
+        rows: An image as the table names it to its label, or to None.
+        splits: An image so named to its split, where the table says that it is not trained on.
         column: What the column of labels is called; empty without a header.
         several: Images to which several rows give different labels, of which the last one counts.
+        remark: What is odd about its column of splits, or nothing.
     """
 
     path: str
-    rows: dict[str, str]
-    held_out: set[str]
+    rows: dict[str, str | None]
+    splits: dict[str, str]
     column: str
     several: list[str]
+    remark: str
 
     @property
     def has_splits(self) -> bool:
         """Tell whether the table holds images out."""
-        return bool(self.held_out)
+        return bool(self.splits)
+
+    @property
+    def held_out(self) -> str:
+        """Return the split that is held out: as of folders the first one there is."""
+        found = {*self.splits.values()}
+        return next((word for word in HELD_OUT if word in found), "")
 
     def name(self, path: str) -> str | None:
         """Return what the table calls an image: its path or the longest end of it, or its file's
@@ -78,7 +87,7 @@ class Table:
         return next((word for word in (*ends, stem) if word in self.rows), None)
 
     def labels(self, paths: Sequence[str], others: Sequence[str] = ()) -> list[str | None]:
-        """Return the label of each image; None where the table does not name it.
+        """Return the label of each image; None where the table has none for it.
 
         Args:
             paths: The images.
@@ -104,10 +113,11 @@ class Table:
         """Return the images of one split; what the table does not name is trained on."""
         if not self.has_splits:
             return list(paths)
-        return [path for path in paths if (self.name(path) in self.held_out) == held_out]
+        wanted = self.held_out if held_out else ""
+        return [path for path in paths if self.splits.get(self.name(path) or "", "") == wanted]
 
     def say(self, paths: Sequence[str], labels: Sequence[str | None]) -> None:
-        """Tell how many images have a label, and of which column.
+        """Tell how many images have a label, and of which column; and what no split takes.
 
         Raises:
             UserError: None has.
@@ -122,6 +132,12 @@ class Table:
         column = f", by its column {shown(self.column)!r}" if self.column else ""
         log.info("%s: %d of %d images have a label, of %d classes%s", where, len(known),
                  len(labels), len(set(known)), column)  # fmt: skip
+        unused = [word for word in self.splits.values() if word != self.held_out]
+        if self.remark:
+            log.info("warning: %s: %s", where, self.remark)
+        if unused:
+            log.info("%s: held out is %s; not used: %d images of %s", where, self.held_out,
+                     len(unused), ", ".join(sorted({*unused})))  # fmt: skip
         if self.several:
             log.info(
                 "warning: %s gives %d images several labels, first %s: the last one counts",
@@ -133,10 +149,11 @@ def read_table(path: str) -> Table:
     """Read `data.labels`: a path and a label in each row, and perhaps a split.
 
     The delimiter is the comma, semicolon, tab or bar that splits every row alike. A first row that
-    names a column of paths or of labels is a header; without one these are the first two columns.
+    names a column of paths or of labels is a header; without one these are the first two columns,
+    and the third one is that of the splits if nothing else stands in it.
 
     Raises:
-        UserError: It cannot be read, has one column, or labels no image.
+        UserError: It cannot be read, has one column or unknown splits, or labels no image.
     """
     where = f"data.labels {path!r}"
     try:
@@ -153,21 +170,46 @@ def read_table(path: str) -> Table:
     if not rows or min(map(len, rows)) < 2:
         raise UserError(f"{where} has rows of one column: write PATH,LABEL in each")
     (image, label, split), is_headed = _columns(rows[0], where)
-    widest = max(image, label, split)
-    body = [row for row in rows[is_headed:] if len(row) > widest and row[label]]
-    if not body:
+    if not is_headed and all(row[2:3] and row[2].lower() in _WORDS for row in rows):
+        split = 2
+    width = max(image, label, split) + 1
+    body = [row + [""] * (width - len(row)) for row in rows[is_headed:]]  # ends may be left out
+    if not any(row[label] for row in body):
         raise UserError(f"{where} labels no image: write PATH,LABEL in each row")
-    labels: dict[str, str] = {}
+    words = [row[split].lower() if split >= 0 else "" for row in body]
+    words, remark = _splits(words, rows[0][split], where)
+    labels: dict[str, str | None] = {}
     several: dict[str, None] = {}
-    held_out = set()
-    for row in body:
-        name, own = _spelt(row[image].replace("\\", "/").removeprefix("./")), _one_form(row[label])
-        if labels.get(name, own) != own:
+    splits = {}
+    for row, word in zip(body, words, strict=True):
+        own, name = _one_form(row[label]) or None, row[image].replace("\\", "/").removeprefix("./")
+        if not name or not (own or word):
+            continue  # the row says nothing
+        name = _spelt(name)
+        if own and labels.get(name) not in (own, None):
             several[name] = None
-        labels[name] = own
-        if split >= 0 and row[split].lower() in HELD_OUT:
-            held_out.add(name)
-    return Table(path, labels, held_out, rows[0][label] if is_headed else "", list(several))
+        labels[name] = own or labels.get(name)
+        if word in HELD_OUT:
+            splits[name] = word
+    column = rows[0][label] if is_headed else ""
+    return Table(path, labels, splits, column, list(several), remark)
+
+
+def _splits(words: list[str], column: str, where: str) -> tuple[list[str], str]:
+    """Return the words of a column of splits; none, and a remark, where it holds something else.
+
+    Raises:
+        UserError: Some are names of splits, and others are not.
+    """
+    others = sorted({*words} - {*_WORDS, ""})
+    if not others:
+        return words, ""
+    said = f"its column {shown(column)} has {', '.join(map(shown, others[:5]))}"
+    known = ", ".join(("train", *HELD_OUT))
+    if {*words} & {*_WORDS}:
+        text = f"{where}: {said}, which is no split: write one of {known}, or rename the column"
+        raise UserError(text)
+    return [""] * len(words), f"{said}, none of {known}, so that no image is held out by it"
 
 
 def _columns(first: list[str], where: str) -> tuple[tuple[int, int, int], bool]:

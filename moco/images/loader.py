@@ -211,7 +211,7 @@ class PretrainData(pl.LightningDataModule):
         order, crops = None, batch.crops
         if self.shuffle:
             place = batch.step, count, world, batch.index.device
-            order = distributed.block_shuffle(self._shuffle_stream, *place)
+            order = distributed.key_order(self._shuffle_stream, *place)
         numbers = (0, 1) if self.symmetric else (0,)
         index = distributed.local_rows(batch.index, count)
         moment = batch.epoch, batch.size
@@ -249,7 +249,8 @@ class PretrainData(pl.LightningDataModule):
 def check_batch(config: DataConfig, count: int) -> None:
     """Raise UserError when the set does not fill one batch."""
     if count < config.batch_size:
+        where = f"{config.dataset} {config.root}".strip()
         raise UserError(
-            f"data.batch_size {config.batch_size} is above the {count} images of {config.dataset} "
-            f"{config.root}: lower it to {max(2, count)} or less"
+            f"data.batch_size {config.batch_size} is above the {count} images of {where}: lower it "
+            f"to {max(2, count)} or less"
         )

@@ -6,7 +6,7 @@ Shapes: N images, C channels, H W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -102,11 +102,34 @@ def _labels(source: ImageSource, labels: Any) -> list[Any]:
         )
     if len(labels) != len(source):
         raise UserError(f"{source.name} has {len(source)} images and {len(labels)} labels")
-    return [label.item() if hasattr(label, "item") else label for label in labels]
+    return [_plain(label, place, source.name) for place, label in enumerate(labels)]
+
+
+def _plain(label: Any, place: int, whose: str) -> Hashable:
+    """Return a label as Python's own number or text.
+
+    Raises:
+        UserError: It is none, as a row of zeros and a one, None or NaN.
+    """
+    try:
+        label = label.item() if hasattr(label, "item") else label
+        if label is not None and label == label and isinstance(label, Hashable):
+            return label
+    except (ValueError, RuntimeError):  # of arrays and tensors of several numbers
+        pass
+    raise UserError(
+        f"{whose}: the label of image {place} is {' '.join(repr(label).split())[:80]}: give one "
+        "number or name for each image"
+    )
 
 
 def _of_array(images: Tensor | np.ndarray, data: DataConfig) -> ImageSource:
-    array = torch.from_numpy(images) if isinstance(images, np.ndarray) else images.detach()
+    if isinstance(images, np.ndarray):
+        if min(images.strides, default=0) < 0:  # as bgr[..., ::-1] has them, and torch has not
+            images = images.copy()
+        array = torch.from_numpy(images)
+    else:
+        array = images.detach()
     if array.dtype != torch.uint8:
         raise UserError(f"images {other_values(images)}")
     if array.ndim == 3 and array.shape[-1] in (3, 4):

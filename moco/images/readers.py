@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -46,10 +45,7 @@ class Picture:
         if reading.turn and orientation in range(5, 9):
             self.height, self.width = self.width, self.height
 
-    def __enter__(self) -> Picture:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self.image.close()
 
     def _orientation(self) -> int:
@@ -119,11 +115,8 @@ class ArrayFile:
         self.bands, self.height, self.width = view.shape
         self.dtype = view.dtype
 
-    def __enter__(self) -> ArrayFile:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
+    def close(self) -> None:
+        """Do nothing: no file is open."""
 
     def read(self) -> np.ndarray:
         return self._bands_first(self._load())

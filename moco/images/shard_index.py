@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sqlite3
 import tarfile
@@ -20,11 +21,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moco.config import UserError
+from moco.config import RunError, UserError
 from moco.images.folders import visible
 from moco.images.formats import extension, looks_like_image, one_line, readable
 from moco.images.stores import Facts
 
+log = logging.getLogger("moco")
 LABELS = ("cls", "label", "class", "class_name", "target", "category")  # in a .json, or columns
 _MOST_BYTES = 2**20  # of a file that holds a label
 _START, _EDGE = 512, 2**16  # bytes of each member, and of both ends of a Parquet file, summed
@@ -98,12 +100,19 @@ class Index:
             connection.close()
 
     def known(self) -> dict[str, Known]:
-        """Return what is known of every shard that is indexed."""
-        with self._open() as connection:
-            rows = connection.execute(
-                "select address, size, tag, count, checksum, formats from indexed"
-            )
-            return {row[0]: Known(Facts(row[1], row[2]), *row[3:]) for row in rows}
+        """Return what is known of every shard that is indexed; a damaged index is made anew."""
+        try:
+            with self._open() as connection:
+                rows = connection.execute(
+                    "select address, size, tag, count, checksum, formats from indexed"
+                )
+                return {row[0]: Known(Facts(row[1], row[2]), *row[3:]) for row in rows}
+        except sqlite3.OperationalError as error:
+            raise RunError(f"{self.path} cannot be read: {error}", local=True) from None
+        except sqlite3.DatabaseError as error:
+            log.info("%s is damaged (%s) and made anew", self.path, error)
+            self.path.unlink()
+            return {}
 
     def add(self, found: list[tuple[str, Facts, Members]]) -> dict[str, Known]:
         """Keep what was found in some shards, whole or not at all; return it without members."""
@@ -119,12 +128,20 @@ class Index:
         return known
 
     def members(self, address: str) -> Members:
-        """Return the images of one shard."""
-        with self._open() as connection:
-            (rest,) = connection.execute(
-                "select members from indexed where address = ?", (address,)
-            ).fetchone()
-        return Members(**json.loads(zlib.decompress(rest)))
+        """Return the images of one shard.
+
+        Raises:
+            RunError: The index is damaged.
+        """
+        try:
+            with self._open() as connection:
+                (rest,) = connection.execute(
+                    "select members from indexed where address = ?", (address,)
+                ).fetchone()
+            return Members(**json.loads(zlib.decompress(rest)))
+        except (sqlite3.DatabaseError, zlib.error, TypeError) as error:  # TypeError: there is none
+            text = f"{self.path} is damaged ({error}): delete it, it is made anew"
+            raise RunError(text, local=True) from None
 
 
 def read_tar(file: Any, address: str) -> Members:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import warnings
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -94,10 +93,7 @@ class TiffImage:
         self._kept = 3 if self._has_palette else self._without_alpha(count, channels)
         self.bands, self.dtype = self._kept, np.dtype(page.dtype)
 
-    def __enter__(self) -> TiffImage:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def _bands_axis(self, channels: int) -> int | None:

@@ -116,10 +116,17 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     """Decide how the files of a set are read, and check on a sample that this leaves an image.
 
     Raises:
-        UserError: The sample is one value after scaling, or of types that share no range.
+        UserError: The sample is one value after scaling, or of types that share no range; or there
+            are more or fewer values than channels.
     """
     auto = "auto" in (data.min_value, data.max_value)
     low, high = _as_set(data.min_value, (0.0,)), _as_set(data.max_value, (65535.0,))
+    for name, ends in (("min_value", low), ("max_value", high)):
+        if len(ends) not in (1, data.channels):
+            raise UserError(
+                f"data.{name} has {len(ends)} values for data.channels {data.channels}: give one "
+                "for all of them, or one for each"
+            )
     reading = Reading(low, high, data.exif == "apply", data.max_pixels, data.dicom_window)
     seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(_UNCUT,)))
     _say_turned(seen, reading)

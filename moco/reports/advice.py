@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from statistics import median
 from typing import Any
 
@@ -10,7 +11,7 @@ from moco.evaluation.findings import findings
 from moco.reports.facts import Facts
 
 _WAITING = 0.25  # share of the time
-_FALLEN = 2.0  # points of kNN below its best
+_FALLEN = 2.0  # points of kNN below its best, and standard errors of the difference
 
 
 def advise(facts: Facts, count: int) -> list[str]:
@@ -45,9 +46,11 @@ def _falling(facts: Facts) -> list[str]:
     if len(curve) < 3:
         return []
     step, best = max(curve, key=lambda reading: reading[1])
-    last = curve[-1][1]
-    if best - last <= _FALLEN:
-        return []
+    last, comparison = curve[-1][1], facts.result.get("comparison")
+    trained = comparison.get("trained") if isinstance(comparison, dict) else None
+    error = trained.get("standard_error", 0.0) if isinstance(trained, dict) else 0.0
+    if step == 0 or best - last <= max(_FALLEN, _FALLEN * sqrt(2) * error):
+        return []  # below the first reading, `_no_gain` or the comparison says so
     remedy = "lower optim.lr, or train no longer than that"
     return [f"kNN has fallen from {best:.1f} % at step {step} to {last:.1f} %: {remedy}"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -108,21 +109,15 @@ def _changes(channels: int, size: int) -> dict[str, Callable[[Tensor], Tensor]]:
     if channels > 1:
         names = ("red", "green", "blue") if channels == 3 else range(1, channels + 1)
         for band, name in enumerate(names):
-            found[f"without {name if channels == 3 else f'band {name}'}"] = _Without(band)
+            found[f"without {name if channels == 3 else f'band {name}'}"] = partial(_without, band)
     return found
 
 
-class _Without:
+def _without(band: int, images: Tensor) -> Tensor:
     """Replace one band by its own mean."""
-
-    def __init__(self, band: int) -> None:
-        self.band = band
-
-    def __call__(self, images: Tensor) -> Tensor:
-        changed = images.clone()
-        mean = images[:, self.band].mean((1, 2), keepdim=True)
-        changed[:, self.band] = mean.expand_as(images[:, self.band])
-        return changed
+    changed = images.clone()
+    changed[:, band] = images[:, band].mean((1, 2), keepdim=True)
+    return changed
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

@@ -18,7 +18,7 @@ import vl_convert
 from moco.reports.blindness import Change
 from moco.reports.facts import Facts
 from moco.reports.pairs import name_of
-from moco.reports.sights import Cluster, Sample
+from moco.reports.sights import Sample
 
 Spec = dict[str, Any]
 _POINTS = 500  # of a curve
@@ -103,9 +103,9 @@ def _thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [*curve[:: max(every, 1)], *curve[-1:]] if every > 1 else [*curve]
 
 
-def make_chart_of_map(sample: Sample, places: np.ndarray, found: Sequence[Cluster]) -> Spec:
+def make_chart_of_map(sample: Sample, places: np.ndarray, found: Sequence[list[int]]) -> Spec:
     """Draw the images as points that can be zoomed, and coloured by label or by cluster."""
-    number = {place: c for c, each in enumerate(found, 1) for place in each.members}
+    number = {place: c for c, each in enumerate(found, 1) for place in each}
     labels, values = sample.labels, []
     common = {name for name, _ in Counter(labels or ()).most_common(_COLOURS)}
     for place, (x, y) in enumerate(places.tolist()):
@@ -121,9 +121,7 @@ def make_chart_of_map(sample: Sample, places: np.ndarray, found: Sequence[Cluste
     if labels:
         choice = alt.binding_select(options=["label", "cluster"], name="colour by ")
         chart = chart.add_params(alt.param(name="by", value="label", bind=choice))
-        chart = chart.transform_calculate(
-            group="by == 'label' ? datum.colour : datum.cluster",
-        )
+        chart = chart.transform_calculate(group="by == 'label' ? datum.colour : datum.cluster")
         group = "group"
     key = alt.Legend(
         orient="bottom", title=None, columns=4, symbolLimit=24, symbolOpacity=1, labelLimit=110

@@ -14,9 +14,9 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Facts:
         """
         words = self.starts[0].get("command", []) if self.starts else []
         typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-        usual, own, chosen = (_flat(each) for each in (TrainConfig(), self.config, self.asked))
+        usual, own, chosen = (each.flat() for each in (TrainConfig(), self.config, self.asked))
         found = []
         for name, value in own.items():
             if value == usual[name]:
@@ -141,7 +141,7 @@ def note_start(run_dir: Path, step: int, recipe: str, command: Sequence[str], de
         "device": device,
         "machine": platform.node(),
         "commit": _commit(),
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "timm")},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
     }
     _write_note(run_dir, {"starts": [*starts, start]})
 
@@ -189,13 +189,6 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
 def _read_rows(path: Path) -> list[dict[str, float]]:
     """Read metrics.csv, leaving out what is empty, torn or not finite."""
     try:
@@ -212,8 +205,3 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         if "step" in values:
             rows.append(values)
     return sorted(rows, key=lambda row: row["step"])
-
-
-def _flat(config: TrainConfig) -> dict[str, Any]:
-    groups = asdict(config)
-    return {f"{g}.{name}": value for g, fields in groups.items() for name, value in fields.items()}

@@ -63,10 +63,7 @@ def render(panels: Sequence[Panel]) -> str:
     )
     runs = [panel.facts for panel in panels]
     return environment.get_template("page.html").render(
-        runs=panels,
-        curves=charts.curves(runs),
-        settings=_settings(runs),
-        scripts=charts.scripts(),
+        runs=panels, curves=charts.curves(runs), settings=_settings(runs), scripts=charts.scripts()
     )
 
 

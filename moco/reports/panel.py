@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moco.checkpoints.load import load_encoder
+from moco.checkpoints.read import read_state
 from moco.config import DataConfig, UserError
 from moco.images import aside, sources
 from moco.images.formats import one_line, shown
@@ -28,6 +29,7 @@ from moco.reports.facts import Facts
 from moco.reports.pairs import make_pairs, name_of
 from moco.reports.pictures import as_address, picture, sprite
 from moco.reports.sights import Sample
+from moco.run_directory import same_images
 
 log = logging.getLogger("moco")
 _PAIRS, _QUERIES, _TYPICAL, _CENTRAL, _TWINS = 10, 8, 16, 8, 12
@@ -66,14 +68,19 @@ def make_panel(facts: Facts, images: int, root: str, seed: int) -> Panel:
     panel = Panel(facts)
     data = replace(facts.config.data, root=root) if root else facts.config.data
     log.info("looking at %s", facts.path)
-    source = _part(panel, "its images", lambda: _open(facts, data))
+    source, is_own = _part(panel, "its images", lambda: _open(facts, data)) or (None, False)
     network = _part(panel, "its network", lambda: _load(facts))
     panel.about = _about(facts, source)
     panel.advice = advise(facts, len(source) if source else 0)
     if not source:
         return panel
     panel.labelled = source.labels is not None
-    panel.sight["pairs"] = _part(panel, "the views", lambda: _pairs(facts, source, data)) or []
+    if is_own:
+        pairs = _part(panel, "the views", lambda: _pairs(facts, source, data))
+        panel.sight["pairs"] = pairs or []
+    else:
+        where = "The images below are not those of the run, so the page lacks the views"
+        panel.notes.append(f"{where}: --root takes the place where these are.")
     if not network:
         return panel
     network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,28 +109,32 @@ def _part(panel: Panel, name: str, make: Callable[[], Any]) -> Any:
         return None
 
 
-def _open(facts: Facts, data: DataConfig) -> ImageSource:
-    """Open the training images as the run numbers them.
+def _open(facts: Facts, data: DataConfig) -> tuple[ImageSource, bool]:
+    """Open the training images as the run numbers them, and tell whether they are the run's.
 
     Raises:
-        UserError: They are not there, or no longer what they were.
+        UserError: They are not there.
     """
     if (undecided := facts.config.undecided()) and undecided[0].startswith("data."):
         raise UserError(f"the run has not decided {undecided[0]}")
     source = sources.open_source(data, "train")
+    found = sources.identify(source, data.root)
+    stored = (read_state(facts.checkpoint) if facts.checkpoint else {}).get("images") or found
+    if not same_images(found, stored):
+        return source, False
     held_out = facts.decided.get("held_out")
     held_out = held_out if isinstance(held_out, int) else None
     source, _ = aside.part(source, data, facts.config.run, held_out)
     bad = facts.path / "bad_files.txt"
     if facts.decided.get("resident") == "streamed" or not source.paths or not bad.is_file():
-        return source
+        return source, True
     # Unreadable files of a set that was held in memory have no number.
     with bad.open(encoding="utf-8", errors="surrogateescape") as file:
         dropped = {line.split("\t")[0] for line in file}
     kept = [row for row, path in enumerate(source.paths) if one_line(path) not in dropped]
     if not kept:
         raise UserError("none of them can be read")
-    return source.rows(torch.tensor(kept))
+    return source.rows(torch.tensor(kept)), True
 
 
 def _load(facts: Facts) -> nn.Module:
@@ -237,10 +248,10 @@ def _show(panel: Panel, sample: Sample, seed: int) -> None:
     found = sights.clusters(sample, seed)
     sight["clusters"] = [
         {
-            "count": len(cluster.members),
-            "share": f"{len(cluster.members) / count:.0%}",
-            "labels": _commonest(labels, cluster.members),
-            "images": [image(place) for place in cluster.members[:_CENTRAL]],
+            "count": len(cluster),
+            "share": f"{len(cluster) / count:.0%}",
+            "labels": _commonest(labels, cluster),
+            "images": [image(place) for place in cluster[:_CENTRAL]],
         }
         for cluster in found
     ]

@@ -130,15 +130,11 @@ def typical(sample: Sample, count: int) -> tuple[list[int], list[int]]:
     return found, order[::-1][:count]
 
 
-@dataclass
-class Cluster:
-    """Images that lie together: their places, the most central first."""
+def clusters(sample: Sample, seed: int) -> list[list[int]]:
+    """Find clusters by spherical k-means, as many as there are classes, from 2 to 20.
 
-    members: list[int]
-
-
-def clusters(sample: Sample, seed: int) -> list[Cluster]:
-    """Find clusters by spherical k-means, as many as there are classes, from 2 to 20."""
+    Each is the places of its images, the most central first.
+    """
     import faiss  # late: faiss and torch each load an OpenMP runtime
 
     classes = len(sample.source.classes)
@@ -155,9 +151,8 @@ def clusters(sample: Sample, seed: int) -> list[Cluster]:
     for each in range(count):
         places = (number == each).nonzero()[:, 0]
         if len(places):
-            order = best[places].argsort(descending=True)
-            found.append(Cluster(places[order].tolist()))
-    return sorted(found, key=lambda cluster: -len(cluster.members))
+            found.append(places[best[places].argsort(descending=True)].tolist())
+    return sorted(found, key=len, reverse=True)
 
 
 def twins(sample: Sample) -> list[tuple[int, int, float]]:

@@ -240,6 +240,7 @@ def assemble(
     usual = compile_parts(config, decided, module, data, callbacks)
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
+    kept |= {"version": VERSION}
     metrics = MetricsLogger(data, config.trainer.log_every_n_steps)
     signals, agreement = Signals(), Agreement()
     with distributed.together():  # the ranks meet in `held_out_views`
@@ -249,17 +250,9 @@ def assemble(
     views = held_out_views(config, data, held)
     check_select(config, monitor.data is not None, views is not None)
     quality = Quality(views, config, metrics, monitor.about)
+    decay = step_before_decay(config.optim, module.total_steps)
     saver = Checkpoints(
-        signals,
-        metrics,
-        quality,
-        run_dir / "checkpoints",
-        config.run.checkpoint_every,
-        step_before_decay(config.optim, module.total_steps),
-        config.run.checkpoint_minutes,
-        config.run.keep_checkpoints,
-        {"version": VERSION, **kept},
-        agreement,
+        signals, metrics, quality, run_dir / "checkpoints", config.run, decay, kept, agreement
     )
     clock = Clock(config, decided, metrics, saver, agreement)
     usual += [signals, NonFiniteGuard(run_dir), metrics, clock, monitor, quality, saver]

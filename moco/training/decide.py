@@ -70,10 +70,7 @@ class Decided:
 
 
 def decide(
-    config: TrainConfig,
-    steps: int,
-    before: Decided | None = None,
-    asked: TrainConfig | None = None,
+    config: TrainConfig, steps: int, before: Decided | None = None, asked: TrainConfig | None = None
 ) -> Decided:
     """Decide all that is left to `auto`, but `resident`, which reading the images decides.
 
@@ -98,20 +95,12 @@ def decide(
     key_bn, why_key_bn = choose_key_bn(model.key_bn, world, model.queue_size > 0, synced)
     query_bn, why_query_bn = choose_query_bn(model.query_bn, world, synced)
     backend, why_compile = hardware.choose_compile(wanted, steps)
-    resides = (
-        "as set"
-        if config.data.resident != "auto"
-        else ("auto: what fits into data.resident_budget")
-    )
+    is_auto = config.data.resident == "auto"
+    resides = "auto: what fits into data.resident_budget" if is_auto else "as set"
     if config.data.dataset in ("shards", "parquet"):
         resides = "shards always are"
-    reasons = {
-        "precision": why_precision,
-        "key_bn": why_key_bn,
-        "query_bn": why_query_bn,
-        "compile": why_compile,
-        "resident": resides,
-    }
+    reasons = {"precision": why_precision, "key_bn": why_key_bn, "query_bn": why_query_bn}
+    reasons |= {"compile": why_compile, "resident": resides}
     chosen = precision, key_bn, backend, resident, query_bn
     decided = Decided(hardware.accelerator(config), devices, num_nodes, *chosen, reasons)
     if before:

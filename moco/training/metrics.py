@@ -17,7 +17,7 @@ import torch
 from moco import distributed
 from moco.algorithm import optim
 from moco.images.loader import PretrainData
-from moco.log import columns
+from moco.log import columns, is_terminal
 
 
 class MetricsLogger(pl.Callback):
@@ -150,7 +150,7 @@ class Progress(pl.Callback):
         """Open the bar."""
         if not trainer.is_global_zero:
             return
-        if sys.stderr.isatty() or in_notebook():
+        if is_terminal() or in_notebook():
             from tqdm.auto import tqdm
 
             work = self.metrics.data.growth.work  # smaller views take less time

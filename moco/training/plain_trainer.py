@@ -53,13 +53,19 @@ def callbacks(
         keep_checkpoints: Newest checkpoints that are kept.
     """
     run_dir = Path(dir)
-    run = RunConfig(seed=data.seed, dir=str(run_dir), knn_every=0)
+    run = RunConfig(
+        seed=data.seed,
+        dir=str(run_dir),
+        knn_every=0,
+        checkpoint_every=checkpoint_every,
+        checkpoint_minutes=checkpoint_minutes,
+        keep_checkpoints=keep_checkpoints,
+    )
     config = TrainConfig(module.model_config, module.optim_config, data.config, run=run)
     metrics, signals = MetricsLogger(data, log_every), Signals()
     extras: dict[str, Any] = {"version": VERSION}
-    keeping = (checkpoint_every, 0, checkpoint_minutes, keep_checkpoints, extras, Agreement())
-    quality = Quality(None, config, metrics)
-    saver = Checkpoints(signals, metrics, quality, run_dir / "checkpoints", *keeping)
+    quality, place = Quality(None, config, metrics), run_dir / "checkpoints"
+    saver = Checkpoints(signals, metrics, quality, place, run, 0, extras, Agreement())
     first = Preparation(config, run_dir, saver)
     return [first, signals, NonFiniteGuard(run_dir), metrics, saver, Progress(metrics)]
 

@@ -73,6 +73,8 @@ def check_select(config: TrainConfig, has_labels: bool, has_views: bool) -> None
     if not name or (has_labels if name == "knn_top1" else has_views):
         return
     missing = "labels" if name == "knn_top1" else "held-out images"
+    if config.run.knn_every == 0:
+        raise UserError(f"run.select is {name!r}, and run.knn_every 0 reads nothing: set one")
     raise UserError(
         f"run.select is {name!r}, which is never read here, since there are no {missing}: "
         "leave it out, or give a set with a test split (run.knn_root may be one)"

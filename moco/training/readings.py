@@ -56,9 +56,7 @@ def open_labelled(
     return bank, queries
 
 
-def _shared(
-    pair: tuple[ImageSource, ImageSource] | None,
-) -> tuple[ImageSource, ImageSource] | None:
+def _shared(pair: tuple[ImageSource, ImageSource] | None) -> tuple[ImageSource, ImageSource] | None:
     """Keep the classes that both splits have, as evaluation does; None where that leaves no two."""
     try:
         return pair and sources.shared_classes(*pair)

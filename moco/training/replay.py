@@ -33,11 +33,10 @@ from moco.pixels import normalisation
 from moco.reports.facts import Facts, read_facts
 from moco.reports.pairs import name_of
 from moco.reports.pictures import draw_rows, tiles
-from moco.run_directory import is_whole
+from moco.run_directory import is_whole, same_images
 from moco.training.announce import set_up_logging
 from moco.training.build import build_data, build_module, build_trainer, set_length
 from moco.training.decide import Decided
-from moco.training.resuming import are_same
 from moco.training.stored import load_stored
 
 log = logging.getLogger("moco")
@@ -54,8 +53,13 @@ class _Catch(pl.Callback):
     """Note the batches of one optimiser step with their losses, and stop before it is taken."""
 
     def __init__(self, data: PretrainData, step: int) -> None:
-        self.data, self.step = data, step
-        self.caught: list[tuple[Indices, Batch, Tensor]] = []
+        self.step, self.caught = step, []
+        self._make, data.on_after_batch_transfer = data.on_after_batch_transfer, self._noted
+
+    def _noted(self, indices: Indices, dataloader_idx: int) -> Batch:
+        """Make the views of a batch, and note which images they are of."""
+        self._last = indices
+        return self._make(indices, dataloader_idx)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: Any, batch: Batch, batch_idx: int
@@ -70,21 +74,10 @@ class _Catch(pl.Callback):
             module.update_key_encoder()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             losses = losses_of_images(module, batch)
-        self.caught.append((self.data.last, batch, losses))
+        self.caught.append((self._last, batch, losses))
         if batch_idx + 1 == module.window_end(batch_idx):
             raise _Done
         module.load_state_dict(before)
-
-
-class _Remembering(PretrainData):
-    """Images as `PretrainData` makes them; `last` says which those of the last batch were."""
-
-    last: Indices
-
-    def on_after_batch_transfer(self, batch: Indices, dataloader_idx: int) -> Batch:
-        """Note which images come, and make their views."""
-        self.last = batch
-        return super().on_after_batch_transfer(batch, dataloader_idx)
 
 
 @torch.no_grad()
@@ -191,7 +184,7 @@ def _build(
     """Build the module, and the images as the run has numbered them."""
     source = sources.open_source(config.data, "train")
     images = sources.identify(source, config.data.root)
-    if not are_same(images, stored.get("images") or {}):
+    if not same_images(images, stored.get("images") or {}):
         raise UserError(
             f"data.root {config.data.root!r} holds other images than those of the run "
             f"({images['count']}, then {stored['images'].get('count')}): give --root"
@@ -201,11 +194,7 @@ def _build(
     if decided.resident != "streamed":
         decided.resident = kind
     config = config.changed({"run.plan": True})  # nothing is left beside the run's own files
-    built = build_data(config, decided, source, Path(), has_begun=True)
-    data = _Remembering(
-        built.config, built.seed, built.shuffle, built.symmetric, source=built.source
-    )
-    data.prepare(built.device)
+    data = build_data(config, decided, source, Path(), has_begun=True)
     module = build_module(config, decided, "")
     set_length(module, config, data)
     if step > module.total_steps:

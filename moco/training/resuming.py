@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moco.config import AUTOMATIC, TrainConfig, UserError
-from moco.run_directory import run_of
+from moco.run_directory import run_of, same_images
 
 # What may differ when a run goes on: where and how it runs, not what it computes. What `auto` in
 # data.resident and model.compile came to is kept (`moco.training.decide`).
@@ -45,28 +44,24 @@ def check_same(config: TrainConfig, stored: dict[str, dict[str, Any]], where: Pa
         stored: Those of the run; what it left to the images is compared with its checkpoint.
         where: Its checkpoint.
     """
-    before = asdict(TrainConfig.from_dict(stored))
+    before = TrainConfig.from_dict(stored).flat()
     changes = {
-        f"{group}.{field}": value
-        for group, fields in asdict(config).items()
-        for field, value in fields.items()
-        if value != before[group][field]
-        and f"{group}.{field}" not in _MAY_DIFFER
-        and (group != "run" or field in ("seed", "held_out"))
-        and not ("auto" in (value, before[group][field]) and f"{group}.{field}" in AUTOMATIC)
+        name: value
+        for name, value in config.flat().items()
+        if value != before[name]
+        and name not in _MAY_DIFFER
+        and (not name.startswith("run.") or name in ("run.seed", "run.held_out"))
+        and not ("auto" in (value, before[name]) and name in AUTOMATIC)
     }
     if not changes:
         return
-    said = []
-    for name, value in changes.items():
-        group, field = name.split(".")
-        said.append(f"{name} is {value!r} but the run has {before[group][field]!r}")
+    said = [f"{name} is {v!r} but the run has {before[name]!r}" for name, v in changes.items()]
     it = "it" if len(said) == 1 else "them"
-    road = new_run_from(where, before["run"]["dir"], changes)
+    road = new_run_from(where, before["run.dir"], changes)
     if changes.keys() & _SHAPE:
         road = "train another network in a new run, without --resume"
     elif changes.keys() == {"trainer.max_epochs"}:
-        more = changes["trainer.max_epochs"] - before["trainer"]["max_epochs"]
+        more = changes["trainer.max_epochs"] - before["trainer.max_epochs"]
         road = f"go on for longer with --extend {more}" if more > 0 else road
     raise UserError(f"--resume {where}: {', '.join(said)}: leave {it} out, or {road}")
 
@@ -78,7 +73,7 @@ def check_images(
 
     A checkpoint of an older version does not name its images; then any are taken.
     """
-    if not isinstance(stored, dict) or are_same(found, stored):
+    if not isinstance(stored, dict) or same_images(found, stored):
         return
     counts = f"{found['count']} images, the run has {stored.get('count')}"
     if found["count"] == stored.get("count"):
@@ -89,11 +84,6 @@ def check_images(
         f"stand for one that is lost), or {road} (images for kNN alone may be others: set "
         "run.knn_root)"
     )
-
-
-def are_same(found: dict[str, object], stored: dict[str, object]) -> bool:
-    """Tell whether images are those of a checkpoint; an older version noted less about them."""
-    return all(found.get(name) == value for name, value in stored.items())
 
 
 def new_run_from(checkpoint: Path, named: str, changes: dict[str, Any]) -> str:

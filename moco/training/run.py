@@ -35,12 +35,7 @@ from moco.training.announce import (
     write_page,
 )
 from moco.training.autoconfigure import Settings, choose_length
-from moco.training.build import (
-    Run,
-    assemble,
-    build_data,
-    build_module,
-)
+from moco.training.build import Run, assemble, build_data, build_module
 from moco.training.decide import Decided, check_held
 from moco.training.explain import fit
 from moco.training.hardware import free_memory, name_device, own_device
@@ -224,11 +219,7 @@ def _build(
 
 
 def _begin(
-    config: TrainConfig,
-    resume: str,
-    recipe: str,
-    held: contextlib.ExitStack,
-    is_extended: bool,
+    config: TrainConfig, resume: str, recipe: str, held: contextlib.ExitStack, is_extended: bool
 ) -> tuple[TrainConfig, Path, Path | None, bool]:
     """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
 

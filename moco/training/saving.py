@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 
 from moco import slurm
-from moco.config import RunError, TrainConfig, UserError
+from moco.config import RunConfig, RunError, TrainConfig, UserError
 from moco.run_directory import BEFORE_DECAY, BEST
 from moco.training.agreement import Agreement
 from moco.training.decide import Decided
@@ -88,10 +88,8 @@ class Checkpoints(pl.Callback):
         metrics: Its clock stops while a checkpoint is written.
         quality: Tells whether a reading is the best so far.
         directory: Of the checkpoints.
-        every: Steps between checkpoints; 0: none at chosen steps, -1: one at each end of an epoch.
+        config: Says when, and how many of the newest stay.
         before_decay: A step after which the checkpoint stays as before_decay.ckpt; 0: none.
-        minutes: Between further checkpoints; 0: there are none.
-        keep: How many of the newest checkpoints stay.
         extras: Stored in each checkpoint: name to plain values, such as the settings.
         agreement: Of the ranks.
 
@@ -107,16 +105,14 @@ class Checkpoints(pl.Callback):
         metrics: MetricsLogger,
         quality: Quality,
         directory: Path,
-        every: int,
+        config: RunConfig,
         before_decay: int,
-        minutes: float,
-        keep: int,
         extras: dict[str, Any],
         agreement: Agreement,
     ) -> None:
         self.signals, self.metrics = signals, metrics
         self.quality, self.agreement = quality, agreement
-        self.directory, self.every, self.minutes, self.keep = directory, every, minutes, keep
+        self.directory, self.config = directory, config
         self.before_decay, self.extras = before_decay, extras
         self.stop_signal, self.saved_step = 0, 0
         self._tried = 0  # the last step after which it was to be saved
@@ -147,8 +143,9 @@ class Checkpoints(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not last_batch:
             return
         step = trainer.global_step
-        due = step % self.every == 0 if self.every > 0 else self.every < 0 and last_batch
-        late = 0 < 60 * self.minutes <= time.monotonic() - self._saved_at
+        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
+        due = step % every == 0 if every > 0 else every < 0 and last_batch
+        late = 0 < 60 * minutes <= time.monotonic() - self._saved_at
         came = STOPPING.index(self.signals.came)
         # Of several ranks that is the answer of the step before: after a save it may be too old.
         signal_place, late = self.agreement.largest_before(came, late * (self._saves + 1))
@@ -211,8 +208,8 @@ class Checkpoints(pl.Callback):
                 name_besides(path, self.directory / BEST)
             name_besides(path, last)
             # By age: steps of an earlier attempt may be higher, and must not outlive this one's.
-            steps = self.directory.glob("step_*.ckpt")
-            for old in sorted(steps, key=lambda step: step.stat().st_mtime_ns)[: -self.keep]:
+            steps, keep = self.directory.glob("step_*.ckpt"), self.config.keep_checkpoints
+            for old in sorted(steps, key=lambda step: step.stat().st_mtime_ns)[:-keep]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s stays as it was: %s", last, why_not(error, self.directory))

@@ -18,9 +18,7 @@ from moco.images.own_views import view_size
 from moco.images.resident import estimate_bytes
 from moco.pixels import normalisation
 from moco.training.autoconfigure import Facts, Settings, autoconfigure, choose_length
-from moco.training.build import (
-    total_steps,
-)
+from moco.training.build import total_steps
 from moco.training.decide import Decided, decide
 from moco.training.hardware import accelerator, choose_devices
 from moco.training.own import NOTHING, Own

@@ -83,10 +83,12 @@ def check_queue(config: TrainConfig, count: int) -> None:
         better = [f"{name} {best}" for name, (value, best) in both.items() if value != best]
         remedy = f"take {' and '.join(better)}"
         if max(best for _, best in both.values()) > count:  # no batch is as small as this set
-            remedy = f"give more images, {2 * model.bn_splits} at least, or lower model.bn_splits"
+            lower = ", or lower model.bn_splits" if model.bn_splits > 2 else ""
+            remedy = f"give more images, {2 * model.bn_splits} at least{lower}"
+        where = f"{config.data.dataset} {config.data.root}".strip()
         raise UserError(
             f"{' and '.join(above)} {'is' if len(above) == 1 else 'are'} above the {count} "
-            f"{'image' if count == 1 else 'images'} of {config.data.dataset} {config.data.root}"
+            f"{'image' if count == 1 else 'images'} of {where}"
             f"{f', and {meet}' if size > count else ''}: {remedy}"
         )
     if share > WORTH_A_WARNING:

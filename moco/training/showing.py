@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,8 @@ from moco.reports.pictures import sheet
 from moco.training.metrics import MetricsLogger
 
 log = logging.getLogger("moco")
-_ROWS, _NEIGHBOURS, _IMAGES = (
-    8,
-    8,
-    512,
-)  # of a picture; images among which neighbours are looked for
+_ROWS, _NEIGHBOURS = 8, 8  # of a picture
+_IMAGES = 512  # among which neighbours are looked for
 
 
 class Showing(pl.Callback):
@@ -55,7 +51,7 @@ class Showing(pl.Callback):
         """Hand over the settings, before Lightning saves what its loggers were told of them."""
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if self.is_new or not isinstance(logger, MLFlowLogger):  # whose settings never change
-                self._try("the settings", lambda to=logger: to.log_hyperparams(self._settings()))
+                self._try("the settings", lambda to=logger: to.log_hyperparams(self.config.flat()))
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Hand over view pairs where the run begins."""
@@ -67,10 +63,6 @@ class Showing(pl.Callback):
         if trainer.is_global_zero and trainer.global_step >= module.total_steps:
             backbone = module.query_encoder.backbone
             self._show(trainer, "neighbours", lambda: self._neighbours(backbone))
-
-    def _settings(self) -> dict[str, Any]:
-        groups = asdict(self.config).items()
-        return {f"{group}.{name}": value for group, own in groups for name, value in own.items()}
 
     def _show(self, trainer: pl.Trainer, name: str, draw: Callable[[], Image.Image]) -> None:
         """Draw a picture if a logger takes it, and hand it over."""

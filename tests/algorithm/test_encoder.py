@@ -10,11 +10,7 @@ from torch.nn import functional
 
 from moco.algorithm.batch import Batch
 from moco.algorithm.batch_norm import SplitBatchNorm, set_batch_norm
-from moco.algorithm.encoder import (
-    TORCHVISION_RESNETS,
-    build_backbone,
-    build_encoder,
-)
+from moco.algorithm.encoder import TORCHVISION_RESNETS, build_backbone, build_encoder
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, OptimConfig, UserError
 

@@ -27,6 +27,7 @@ from moco import distributed
 from moco.algorithm import pretrain
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig
+from moco.random import stream_id
 
 
 def transcription(module: MoCo, pairs, world: int, groups: int, symmetric: str) -> list[float]:
@@ -44,7 +45,7 @@ def transcription(module: MoCo, pairs, world: int, groups: int, symmetric: str) 
         with torch.no_grad():
             for p_k, p_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
                 p_k.copy_(model.key_momentum * p_k + (1 - model.key_momentum) * p_q)
-        order = distributed.key_order(0, step, count, world)
+        order = distributed.key_order(stream_id(0, "shuffle"), step, count, world)
         loss, enqueued = 0.0, []
         for x_q, x_k in [(x_1, x_2), (x_2, x_1)][: 1 if symmetric == "none" else 2]:
             with torch.no_grad():

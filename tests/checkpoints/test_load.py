@@ -48,6 +48,8 @@ def test_ours_gives_the_query_encoder_unless_told_key(tmp_path):
     assert other.encoder == "key"
     assert distance(key, lambda x: other.head(other.backbone(x)), batch) == 0
     assert distance(query, key, batch) > 1e-3
+    with pytest.raises(UserError, match="encoder is 'keys': give query or key"):
+        load_encoder(tmp_path / "last.ckpt", "keys")
     assert distance(query.backbone, moco.load_backbone(tmp_path / "last.ckpt"), batch) == 0
 
 
@@ -221,10 +223,7 @@ def test_a_child_that_no_resnet_has_is_not_taken_for_a_classifier(tmp_path):
         load_encoder(tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [("linear", lambda: nn.Linear(128, 16)), ("mlp", mlp)],
-)
+@pytest.mark.parametrize(("name", "make"), [("linear", lambda: nn.Linear(128, 16)), ("mlp", mlp)])
 def test_official_heads_are_rebuilt(tmp_path, name, make):
     network, head = torchvision_resnet(), make()
     torch.save(official(network, head), tmp_path / "a.pth.tar")

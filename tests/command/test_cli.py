@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import typing
 import zipfile
 from pathlib import Path
@@ -219,6 +220,20 @@ def test_a_recipe_that_does_not_exist_names_the_nearest(monkeypatch):
     assert refusal("--config", "elsewhere/zzz.yaml").endswith("there are " + ", ".join(
         path.stem for path in sorted(Path("configs").glob("*.yaml"))
     ))  # fmt: skip
+
+
+def test_a_pipe_is_no_recipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no regular file: write it to one"):
+        train.main(["--config", str(tmp_path / "pipe")])
+
+
+@pytest.mark.parametrize("words", [["--resume", ""], ["--resume="], ["--init_from", ""]])
+def test_what_a_shell_does_not_know_is_no_new_run(words):
+    with pytest.raises(
+        UserError, match=f"{words[0].strip('=')} is empty: name a run or a file, or"
+    ):
+        train.main([*words, "--config", "quickstart"])
 
 
 def test_a_recipe_that_comes_along_is_found_by_its_name_from_anywhere(in_tmp):

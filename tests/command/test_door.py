@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 import moco
+from moco.command.words import words_of
 from moco.config import DataConfig
 from moco.images.own import open_own
 
@@ -58,6 +59,7 @@ def hugging_face():
 
 KINDS = {
     "channels last": lambda folder: PIXELS,
+    "blue, green, red": lambda folder: PIXELS[..., ::-1],
     "channels first": lambda folder: torch.from_numpy(PIXELS).permute(0, 3, 1, 2),
     "grey": lambda folder: PIXELS[..., 0],
     "pictures": lambda folder: [Image.fromarray(pixels) for pixels in PIXELS],
@@ -195,6 +197,14 @@ def test_settings_are_those_of_the_command_line(in_tmp):
     assert plan.encoder is None and plan.checkpoint is None and "plan" in plan.metrics
 
 
+@pytest.mark.parametrize(
+    "value", [np.arange(1.0, 4) / 8, torch.arange(1.0, 4) / 8, (np.float32(0.125), 0.25, 0.375)]
+)
+def test_arrays_and_ranges_are_lists_of_settings(value):
+    assert words_of({"data.mean": value}) == ["--data.mean=[0.125, 0.25, 0.375]"]
+    assert words_of({"k": range(1, 4), "seed": np.int64(3)}) == ["--k=[1, 2, 3]", "--seed=3"]
+
+
 def test_loggers_get_the_metrics(in_tmp):
     from pytorch_lightning.loggers import CSVLogger
 
@@ -253,3 +263,22 @@ def test_a_notebook_has_a_bar(in_tmp, monkeypatch, capsys):
     monkeypatch.setattr("tqdm.auto.tqdm", tqdm)
     pretrain(PIXELS)
     assert "100%|" in capsys.readouterr().err
+
+
+class Lines:
+    """What takes the place of standard error in a program that logs it: no more than is needed."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None: ...
+
+
+def test_a_program_may_put_what_it_likes_in_the_place_of_standard_error(in_tmp, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", lines := Lines())
+    assert pretrain(PIXELS).metrics["steps"] == 6 and "run directory: run" in lines.text
+    monkeypatch.setattr(sys, "stderr", None)
+    assert pretrain(PIXELS, "other").metrics["steps"] == 6

@@ -60,6 +60,12 @@ def test_a_module_of_the_users_own_is_judged_beside_the_untrained_one(tmp_path):
         (((PIXELS, LABELS[:5]), (PIXELS, LABELS)), "has 48 images and 5 labels"),
         (PIXELS, "images is a ndarray: give training and test images as a pair"),
         (((PIXELS, LABELS * 0), (PIXELS, LABELS * 0)), "are one class: give images of two"),
+        (
+            ((PIXELS, np.eye(3)[LABELS]), (PIXELS, LABELS)),
+            r"the label of image 0 is array\(\[1., 0., 0.\]\): give one number or name for each",
+        ),
+        (((PIXELS, [*LABELS[1:], None]), (PIXELS, LABELS)), "the label of image 47 is None"),
+        (((PIXELS, [*LABELS[1:], np.nan]), (PIXELS, LABELS)), "the label of image 47 is nan"),
         (None, "data.dataset is own, so the images come from Python: give them"),
     ],
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moco.command import cli, export, judge, train
+from moco.command import cli, judge, train
 from moco.command.paths import PATHS
 from moco.config import TrainConfig, UserError
 from moco.judge_config import (
@@ -24,10 +24,10 @@ COMMANDS = {
     "train": (TrainConfig, train.EXTRAS),
     "knn": (EvalDataConfig, judge.flat_options(JudgeConfig, KNNConfig)),
     "linear": (EvalDataConfig, judge.flat_options(JudgeConfig, LinearConfig)),
-    "export": (export.Nothing, judge.flat_options(ExportConfig)),
+    "export": (judge.Nothing, judge.flat_options(ExportConfig)),
     "embed": (EvalDataConfig, judge.flat_options(EmbedConfig)),
-    "search": (export.Nothing, judge.flat_options(SearchConfig)),
-    "select": (export.Nothing, judge.flat_options(SelectConfig)),
+    "search": (judge.Nothing, judge.flat_options(SearchConfig)),
+    "select": (judge.Nothing, judge.flat_options(SelectConfig)),
 }
 NEEDED = {"export": ["--checkpoint=a", "--output=b", "--format=timm"]}
 NEEDED |= {"embed": ["--checkpoint=a", "--output=b", "--index"], "search": ["--index=a"]}

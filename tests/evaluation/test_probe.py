@@ -155,7 +155,7 @@ def test_a_diverging_rate_is_reported_and_left_out():
     assert [result.diverged for result in probe.results] == [False, True, True]
     alone = LinearProbe((0.1,), epochs=5, batch_size=64).fit(features, labels)
     assert probe.rate == 0.1 and torch.equal(probe.weight, alone.weight)
-    with pytest.raises(UserError, match="every learning rate diverged"):
+    with pytest.raises(UserError, match=r"knows nothing \(1e\+30, 1e\+38\): they diverged, so"):
         LinearProbe((1e30, 1e38), epochs=3, batch_size=64).fit(features, labels)
 
 

@@ -150,12 +150,7 @@ def test_maximum_named_by_a_pgm_is_applied_once(tmp_path):
 def test_32_bit_and_float_tiff(tmp_path):
     for dtype in (np.int32, np.float32):
         Image.fromarray(np.array([[0, 500, 1000, -3]], dtype)).save(tmp_path / "a.tif")
-        assert decode(str(tmp_path / "a.tif"), 1, upto(1000)).flatten().tolist() == [
-            0,
-            128,
-            255,
-            0,
-        ]
+        assert decode(str(tmp_path / "a.tif"), 1, upto(1000)).flatten().tolist() == [0, 128, 255, 0]
 
 
 def deep_colour_png(path: Path, pixels: np.ndarray) -> str:

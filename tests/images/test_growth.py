@@ -60,12 +60,7 @@ def test_views_have_the_size_of_their_step(images, resident, symmetric):
             found.append(batch.query_views[0].shape[-1])
         return found
 
-    assert [sizes(6 * epoch) for epoch in range(4)] == [
-        [8] * 6,
-        [12] * 6,
-        [16] * 6,
-        [16] * 6,
-    ]
+    assert [sizes(6 * epoch) for epoch in range(4)] == [[8] * 6, [12] * 6, [16] * 6, [16] * 6]
     assert sizes(4) == [8, 8]
     data.growth = growth(config, 7, 1)
     assert sizes(0) == [8] * 6 and sizes(6) == [12] * 6 and sizes(12) == [16] * 6

@@ -268,6 +268,41 @@ def test_a_table_with_splits_holds_images_out(tmp_path, lines):
     assert queries.labels.tolist() == [1, 0, 1]
 
 
+HEADED = "path,label,split\n"
+
+
+@pytest.mark.parametrize(
+    "content, trained, held_out, line",
+    [
+        (HEADED + "0.png,a,train\n1.png,b,\n2.png,,test\n", "0134", "2", ""),  # kept secret
+        ("0.png,a,train\n1.png,b,Test\n2.png,,train\n", "0234", "1", ""),
+        (HEADED + "0.png,a\n1.png,b\n2.png,a,test\n", "0134", "2", "2 of 4 images have a label"),
+        (
+            HEADED + "0.png,a,train\n1.png,b,val\n2.png,a,test\n3.png,b,train\n",
+            "034",
+            "2",
+            "held out is test; not used: 1 images of val",
+        ),
+        (
+            HEADED + "0.png,a,dev\n1.png,b,dev\n",
+            "01234",
+            "",
+            "its column split has dev, none of train, test,",
+        ),
+    ],
+    ids=["no labels", "no header", "short rows", "test and val", "no words of splits"],
+)
+def test_what_a_table_says_of_splits(tmp_path, lines, content, trained, held_out, line):
+    tree(tmp_path / "root", *(f"{n}.png" for n in range(5)))
+    (tmp_path / "t.csv").write_text(content)
+    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    train, test = sources.open_source(data, "train"), sources.open_source(data, "test")
+    for source, wanted in ((train, trained), (test, held_out)):
+        found = relative(source, tmp_path / "root") if source else []
+        assert found == [f"{n}.png" for n in wanted]
+    assert line in lines.text
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -275,6 +310,7 @@ def test_a_table_with_splits_holds_images_out(tmp_path, lines):
         ("", "rows of one column"),
         ("1.png\n2.png\n", "rows of one column: write PATH,LABEL"),
         ("path,label\n1.png,\n", "labels no image"),
+        (HEADED + "1.png,a,train\n2.png,b,dev\n", "its column split has dev, which is no split"),
         (b"\xff\xfe\x00", "no text in UTF-8"),
     ],
 )

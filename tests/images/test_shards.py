@@ -23,7 +23,7 @@ from moco.images.loader import PretrainData
 from moco.images.packing import pack
 from moco.images.patterns import expand_braces, find_shards
 from moco.images.steps import StepLoader
-from moco.training.resuming import are_same
+from moco.run_directory import same_images
 
 CPU = torch.device("cpu")
 
@@ -216,7 +216,11 @@ def test_parquet_as_hugging_face_writes_it(folder, tmp_path, cache):
     for row, path in enumerate(files):
         assert bank.read(row).equal(decode(str(path), 3))
         assert bank.classes[bank.labels[row]] == path.parent.name
-    assert sum("-" in path.name for path in cache.iterdir()) == 1, "one file was unpacked"
+    [unpacked] = [path for path in cache.iterdir() if "-" in path.name]
+    whole = unpacked.read_bytes()
+    unpacked.write_bytes(whole[:100])  # as after a crash of the machine
+    bank, _ = sources.open_labelled(config)
+    assert bank.read(3).equal(decode(str(files[3]), 3)) and unpacked.read_bytes() == whole
 
 
 # The order in a run
@@ -346,7 +350,7 @@ def test_other_content_of_the_same_names_and_sizes_is_another_set(tmp_path):
     assert found[0] == found[1] and found[0]["crc32"] == found[2]["crc32"]
     assert found[0] != found[2]
     before = {name: found[0][name] for name in ("count", "crc32")}
-    assert are_same(found[2], before) and not are_same(found[2], found[0])
+    assert same_images(found[2], before) and not same_images(found[2], found[0])
 
 
 def test_images_that_are_passed_over_are_said(tmp_path, said, monkeypatch):
@@ -411,3 +415,17 @@ def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "x-0.tar").touch()
     with pytest.raises(UserError, match=r"x-1.tar is not there \(1 of 2 shards\)"):
         find_shards(DataConfig(dataset="shards", root=f"{tmp_path}/x-{{0..1}}.tar"))
+
+
+@pytest.mark.parametrize("place", ["its start", "a page"])
+def test_a_damaged_index_is_made_anew(packed, cache, said, place):
+    whole = sources.open_source(DataConfig(dataset="shards", root=str(packed)), "train")
+    index = cache / "index.sqlite"
+    content = bytearray(index.read_bytes())
+    middle = len(content) // 2
+    content[: 100 if place == "its start" else 0] = b"\xff" * (100 if place == "its start" else 0)
+    content[middle : middle + 4096] = b"\xff" * 4096
+    index.write_bytes(content)
+    again = sources.open_source(DataConfig(dataset="shards", root=str(packed)), "train")
+    assert len(again) == len(whole) and again.read(3).equal(whole.read(3))
+    assert "index.sqlite is damaged" in said.text

@@ -417,6 +417,24 @@ def test_a_cache_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, packed):
         sources.open_source(settings(packed), "train")
 
 
+def test_a_cache_that_takes_no_file_is_one_line(monkeypatch, packed, cache):
+    def read_only(*_, **__) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    cache.mkdir(exist_ok=True)
+    monkeypatch.setattr(Path, "touch", read_only)
+    with pytest.raises(UserError, match="cannot hold shards .Read-only file .* set MOCO_CACHE"):
+        sources.open_source(settings(packed), "train")
+
+
+def test_a_copy_that_was_cut_short_is_fetched_again(server, cache, caplog):
+    one, here = shard(server), Cache(cache, 1e9)
+    whole = here.bring(one).read_bytes()
+    here.path(one).write_bytes(whole[:700])
+    assert here.bring(one).read_bytes() == whole
+    assert "was cut short and is fetched again" in caplog.text
+
+
 def test_room_is_made_at_the_cost_of_what_is_needed_last(cache):
     made = Cache(cache, 300)
     cache.mkdir()

@@ -391,3 +391,19 @@ def test_a_set_of_which_nothing_can_be_read_names_the_first_reason(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((5, 8, 8, 3), np.uint8))
     with pytest.raises(UserError, match=r"none of 1 files .* first .*a.npy: has the shape \(5, 8"):
         sources.open_source(folder(tmp_path, channels="auto"), "train")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"min_value": [0.0, 1.0]}, "data.min_value has 2 values for data.channels 5: give one"),
+        ({"max_value": [9.0] * 6}, "data.max_value has 6 values for data.channels 5"),
+        ({"min_value": []}, "data.min_value has 0 values for data.channels 5"),
+    ],
+)
+def test_a_value_for_each_of_other_channels_is_refused(tmp_path, settings, message):
+    for number in range(4):
+        bands = np.random.default_rng(number).integers(0, 3000, (24, 24, 5)).astype(np.uint16)
+        tifffile.imwrite(tmp_path / f"{number}.tif", bands, planarconfig="contig")
+    with pytest.raises(UserError, match=message):
+        sources.open_source(folder(tmp_path, channels="auto", **settings), "train")

@@ -82,11 +82,11 @@ def test_a_slow_network_sees_fewer_images_and_enough_of_them(two_colours, monkey
 
 def test_clusters_are_the_colours_the_most_central_image_first(sample):
     found = sights.clusters(sample, seed=0)
-    groups = [{int(sample.rows[place]) for place in cluster.members} for cluster in found]
+    groups = [{int(sample.rows[place]) for place in cluster} for cluster in found]
     assert [len(group) for group in groups] == [31, 20, 1]
     assert groups[0] == {*range(30), 51} and groups[2] == {50}
-    mean = sample.features[found[1].members].mean(0)
-    closeness = sample.features[found[1].members] @ mean
+    mean = sample.features[found[1]].mean(0)
+    closeness = sample.features[found[1]] @ mean
     assert int(closeness.argmax()) == 0
 
 
@@ -177,6 +177,8 @@ def a_run(rows=(), result=None, **settings) -> Facts:
 
 
 KNN = [{"val/knn_top1": value} for value in (40.0, 55.0, 50.0)]
+BETTER = {"comparison": {"is_better": True, "sentence": "", "trained": {"standard_error": 0.5}}}
+FEW = {"comparison": BETTER["comparison"] | {"trained": {"standard_error": 4.0}}}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,10 @@ KNN = [{"val/knn_top1": value} for value in (40.0, 55.0, 50.0)]
         (a_run([KNN[1], KNN[0]]), "40.0 % is not above the untrained network's 55.0 %"),
         (a_run(**{"model.queue_size": 4096}), "take model.queue_size"),
         (a_run(result={"comparison": {"is_better": False, "sentence": "Not better."}}), "Not bett"),
-        (a_run(KNN[:2], {"comparison": {"is_better": True, "sentence": "Better."}}), ""),
+        (a_run(KNN[:2], BETTER), ""),
+        (a_run(KNN, BETTER), "fallen from 55.0 % at step 1 to 50.0 %: lower optim.lr"),
+        (a_run(KNN, FEW), ""),  # of 100 test images: by chance
+        (a_run([KNN[1], KNN[0], KNN[2]], BETTER), ""),  # the best is before the first step
     ],
 )
 def test_what_is_wrong_is_said_with_the_setting_to_change(facts, words):

@@ -127,11 +127,7 @@ def test_what_is_chosen_passes_every_check(seed, caplog):
             {"model.stem": "imagenet", "data.image_size_end": 0},
         ),
         ({"model.backbone": "resnet34"}, 1000, {"model.stem": "cifar", "optim.name": "sgd"}),
-        (
-            {"model.backbone": "resnet10t", "model.width": 0.25},
-            1000,
-            {"optim.name": "muon"},
-        ),
+        ({"model.backbone": "resnet10t", "model.width": 0.25}, 1000, {"optim.name": "muon"}),
         ({"model.width": 1.0}, 1000, {"model.backbone": "resnet10t", "optim.name": "sgd"}),
         ({"optim.name": "sgd"}, 50_000, {"optim.lr": 0.12}),
         ({"model.stem": "patch"}, 1000, {"model.width": 0.5}),

@@ -15,7 +15,7 @@ from moco.config import OptimConfig, UserError
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 STABLE = [
-    *("--optim.schedule", "stable", "--optim.decay_share", "0.34", "--optim.warmup_epochs", "0.5"),
+    *("--optim.schedule", "stable", "--optim.decay_share", "0.34", "--optim.warmup_epochs", "0.5")
 ]
 
 

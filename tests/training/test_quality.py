@@ -158,6 +158,8 @@ def test_where_less_is_better_the_least_is_the_best(many, monkeypatch):
 def test_a_reading_that_is_never_taken_chooses_nothing(images, name, missing):
     with pytest.raises(UserError, match=f"never read here, since there are no {missing}"):
         run_tiny(images, *READ, "--run.select", name)
+    with pytest.raises(UserError, match=f"run.select is '{name}', and run.knn_every 0 reads nothi"):
+        run_tiny(images, *READ, "--run.select", name, "--run.knn_every", "0")
 
 
 def test_labelled_sets_are_measured_on_their_test_images():
