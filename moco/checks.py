@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from operator import ge, gt, le
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -121,6 +122,29 @@ def _check_data(data: DataConfig) -> None:
             per_view(getattr(data, name), f"data.{name}")
     if any(value <= 0 for value in data.std):
         raise UserError(f"data.std is {data.std}: give positive values")
+    if data.pairs not in ("", "own") and not data.pairs.lower().endswith(".csv"):
+        pattern_of_pairs(data.pairs)
+
+
+def pattern_of_pairs(pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression that has a group.
+
+    Raises:
+        UserError: It is none, or names nothing.
+    """
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"data.pairs {pattern!r} is no regular expression ({error}), nor the name of a .csv "
+            "file: mend it"
+        ) from None
+    if not found.groups:
+        raise UserError(
+            f"data.pairs {pattern!r} has no group: put what names the thing in parentheses, as in "
+            "(place[0-9]+)_"
+        )
+    return found
 
 
 def check_root(data: DataConfig) -> None:

@@ -53,7 +53,7 @@ def pretrain(
     views: str | Callable[..., Any] | BatchedView | Sequence[Any] | None = None,
     pairs: str | Callable[[Any], Any] | None = None,
     loggers: Sequence[Logger] | Logger = (),
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] | Callback = (),
     dir: str | os.PathLike[str] = "",
     resume: str | os.PathLike[str] = "",
     column: str = "",
@@ -105,6 +105,10 @@ def pretrain(
     return _run(arguments, images, own, loggers, callbacks, column)
 
 
+def _several(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, Sequence) else [given]
+
+
 def _check_once(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise UserError where an argument and a setting say the same thing."""
     same = {"images": "data.root", "backbone": "model.backbone", "views": "data.views"}
@@ -148,7 +152,7 @@ def _run(
     images: Any,
     own: Mapping[str, Any],
     loggers: Any,
-    callbacks: Sequence[Any],
+    callbacks: Any,
     column: str,
 ) -> Pretrained:
     """Open what comes from Python, train, and open what the run has left."""
@@ -166,9 +170,9 @@ def _run(
         None if isinstance(backbone, str) else backbone,
         None if views is None or isinstance(views, str) else open_views(views),
         None if isinstance(pairs, str) else pairs,
-        list(loggers) if isinstance(loggers, Sequence) else [loggers],
+        _several(loggers),
     )
-    metrics = pretrain(**arguments, callbacks=callbacks, own=part)
+    metrics = pretrain(**arguments, callbacks=_several(callbacks), own=part)
     if number := metrics.get("stopped_by"):
         if number == signal.SIGINT:
             raise KeyboardInterrupt(f"go on with resume={metrics['run_dir']!r}")

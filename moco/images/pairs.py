@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moco.checks import pattern_of_pairs
 from moco.config import DataConfig, UserError
 from moco.images.folders import expanded
 from moco.images.formats import one_line, shown
@@ -140,7 +140,7 @@ def _names(source: ImageSource, config: DataConfig, own: Naming | None) -> list[
             return list(read_table(config.pairs).labels(source.paths))
         except UserError as error:
             raise UserError(str(error).replace("data.labels", "data.pairs")) from None
-    pattern = compiled(config.pairs)
+    pattern = pattern_of_pairs(config.pairs)
     below = (os.path.relpath(path, root).replace(os.sep, "/") for path in source.paths)
     found = (pattern.search(path) for path in below)
     return [match and match.groups() for match in found]
@@ -160,24 +160,3 @@ def _named(own: Naming, image: Any) -> Hashable:
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         raise UserError(f"pairs raised {reason} for {shown(str(image))}") from error
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    """Compile a regular expression that has a group.
-
-    Raises:
-        UserError: It is none, or names nothing.
-    """
-    try:
-        found = re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"data.pairs {pattern!r} is no regular expression ({error}), nor the name of a .csv "
-            "file: mend it"
-        ) from None
-    if not found.groups:
-        raise UserError(
-            f"data.pairs {pattern!r} has no group: put what names the thing in parentheses, as in "
-            "(place[0-9]+)_"
-        )
-    return found

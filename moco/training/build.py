@@ -99,8 +99,8 @@ def build_module(
 
 
 def allow_sizes(module: MoCo, data: DataConfig) -> None:
-    """Let ViTs take views of other sides than image_size, where there are such."""
-    if data.image_size_start or data.image_size_end:
+    """Let ViTs take views of other sides than image_size, or patches of them, where there are."""
+    if data.image_size_start or data.image_size_end or module.model_config.patches > 1:
         for encoder in (module.query_encoder, module.key_encoder):
             take_any_size(encoder.backbone)
 

@@ -12,9 +12,9 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
@@ -56,22 +56,11 @@ from moco.training.trial import check_encoder
 log = logging.getLogger("moco")
 
 
-def pretrain(
-    config: TrainConfig,
-    resume: str = "",
-    recipe: str = "",
-    init_from: str = "",
-    allow_partial: bool = False,
-    callbacks: Sequence[pl.Callback] = (),
-    extend_by: int = 0,
-    accept_jump: bool = False,
-    command: Sequence[str] = (),
-    own: Own = NOTHING,
-) -> dict[str, Any]:
-    """Train as `config` says and return the results.
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for besides its settings.
 
-    Args:
-        config: Settings, passed by `moco.checks.check`; `auto` values are decided here.
+    Attributes:
         resume: Empty, a run directory, a checkpoint, or "auto" for the latest run.
         recipe: Name for a new run's directory.
         init_from: A checkpoint in any layout whose weights a new run starts from.
@@ -81,6 +70,33 @@ def pretrain(
         accept_jump: Accept that its rate jumps for that.
         command: Words of the command line, for the page at the end.
         own: What Python gives in the place of settings.
+    """
+
+    resume: str = ""
+    recipe: str = ""
+    init_from: str = ""
+    allow_partial: bool = False
+    callbacks: Sequence[pl.Callback] = ()
+    extend_by: int = 0
+    accept_jump: bool = False
+    command: Sequence[str] = ()
+    own: Own = NOTHING
+
+
+class Place(NamedTuple):
+    """Where a run lies, whether it begins there, and the checkpoint from which it goes on."""
+
+    run_dir: Path
+    is_new: bool
+    checkpoint: Path | None
+
+
+def pretrain(config: TrainConfig, **asked: Any) -> dict[str, Any]:
+    """Train as `config` says and return the results.
+
+    Args:
+        config: Settings, passed by `moco.checks.check`; `auto` values are decided here.
+        asked: Fields of `Request`.
 
     Returns: Last kNN and loss with the steps that they were read at, the comparison with what needs
         no training, images per second, steps and paths, as plain values; null is what was not read.
@@ -91,69 +107,62 @@ def pretrain(
     """
     set_up_logging()
     rendezvous.connect(own_device(config))
-    more = extend_by, accept_jump
-    started, weights = (recipe, command), (init_from, allow_partial, own)
-    result = _pretrain(config, resume, started, weights, more, callbacks)
+    result = _pretrain(config, Request(**asked))
     result = result if distributed.rank() == 0 else {}
     rendezvous.disconnect()
     is_finished = "loss" in result and "stopped_by" not in result
     return result | (write_page(config, Path(result["run_dir"])) if is_finished else {})
 
 
-def _pretrain(
-    config: TrainConfig,
-    resume: str,
-    started: tuple[str, Sequence[str]],
-    weights: tuple[str, bool, Own],
-    more: tuple[int, bool],
-    callbacks: Sequence[pl.Callback],
-) -> dict[str, Any]:
-    """As `pretrain`, with what belongs together in tuples; the processes are connected."""
-    own = weights[2]
+def _pretrain(config: TrainConfig, request: Request) -> dict[str, Any]:
+    """As `pretrain`; the processes are connected."""
+    own = request.own
     with contextlib.ExitStack() as held:  # what rank 0 holds until the run has ended
         source, images = _open(config, own)
-        config, run_dir, checkpoint, is_new = distributed.from_first(
-            lambda: _begin(config, resume, started[0], held, is_extended=more[0] > 0)
-        )
+        # All ranks have the settings of rank 0.
+        config, place = distributed.from_first(lambda: (config, _begin(config, request, held)))
         with distributed.together():
             asked, stored = config, None
-            if checkpoint:
-                config, stored = read_stored(checkpoint, config, images, run_dir)
+            if place.checkpoint:
+                config, stored = read_stored(place.checkpoint, config, images, place.run_dir)
                 if source.images is None and config.data.channels != "auto":
                     source = replace(source, channels=config.data.channels)  # as it was decided
             source, held_out = _set_aside(config, source, stored)
-            settings = settle(config, source, stored, own, init_from=weights[0])
-            if stored and more[0]:
-                extend(settings, stored, len(source), *more)
+            settings = settle(config, source, stored, own, init_from=request.init_from)
+            if stored and request.extend_by:
+                extend(settings, stored, len(source), request.extend_by, request.accept_jump)
         start_step = stored.step if stored else 0
         is_open = bool(stored and stored.decided and stored.decided.is_open)
         expected = expected_steps(settings.config, len(source))
         if stored and start_step >= expected and not is_open:
-            say_finished(settings, str(checkpoint), start_step)
-            place = None if is_new else str(run_dir)
-            return {"run_dir": place, "checkpoint": str(checkpoint), "steps": start_step}
+            say_finished(settings, str(place.checkpoint), start_step)
+            where = None if place.is_new else str(place.run_dir)
+            return {"run_dir": where, "checkpoint": str(place.checkpoint), "steps": start_step}
         with distributed.together():
-            is_free = is_new and resume != "auto" and not config.run.plan
+            is_free = place.is_new and request.resume != "auto" and not config.run.plan
             if is_free and distributed.rank() == 0:
-                held.enter_context(sole_run(run_dir, is_new))
-        decided, module, data, pace = _build(settings, stored, source, run_dir, weights)
+                held.enter_context(sole_run(place.run_dir, place.is_new))
+        decided, module, data, pace = _build(settings, stored, source, place.run_dir, request)
         decided.held_out = len(held_out or ())
         with distributed.together():
             if config.run.plan:
                 return tell_plan(settings.config, decided, module, data, pace, start_step)
-            place = images, run_dir, start_step
-            run = assemble(settings.config, decided, module, data, *place, callbacks, own, held_out)
-            say_what_was_decided(settings.config, decided, module, data, run_dir)
-            run.monitor.is_loaded = bool(weights[0]) or own.backbone is not None
+            parts = settings.config, decided, module, data
+            run = assemble(
+                *parts, images, place.run_dir, start_step, request.callbacks, own, held_out
+            )
+            say_what_was_decided(*parts, place.run_dir)
+            run.monitor.is_loaded = bool(request.init_from) or own.backbone is not None
             if run.trainer.is_global_zero:
-                run.clock.keep = lambda: write_config(asked, asdict(decided), run_dir)
+                run.clock.keep = lambda: write_config(asked, asdict(decided), place.run_dir)
                 run.clock.keep()
                 if held_out and held_out.paths:
-                    write_names(run_dir, held_out.paths)
-                note_start(run_dir, start_step, *started, name_device(decided.accelerator))
+                    write_names(place.run_dir, held_out.paths)
+                device = name_device(decided.accelerator)
+                note_start(place.run_dir, start_step, request.recipe, request.command, device)
         for part in run.monitor.data or ():
             part.bad.look_ahead()
-        return _fit(run, run_dir, checkpoint)
+        return _fit(run, place)
 
 
 def _open(config: TrainConfig, own: Own) -> tuple[ImageSource, dict[str, int]]:
@@ -182,20 +191,17 @@ def _set_aside(
 
 
 def _build(
-    settings: Settings,
-    stored: Stored | None,
-    source: ImageSource,
-    run_dir: Path,
-    weights: tuple[str, bool, Own],
+    settings: Settings, stored: Stored | None, source: ImageSource, run_dir: Path, request: Request
 ) -> tuple[Decided, MoCo, PretrainData, Pace | None]:
     """Decide how to compute, read the images, and build the module; rehearse where it is needed."""
+    weights = request.init_from, request.allow_partial, request.own
     with distributed.together():
         decided = decide_how(settings, expected_steps(settings.config, len(source)), stored)
         module = build_module(settings.config, decided, *weights)
         if not stored:
             check_encoder(module.query_encoder, settings.config)
         before = stored.decided if stored else None
-        data = build_data(settings.config, decided, source, run_dir, weights[2], bool(before))
+        data = build_data(settings.config, decided, source, run_dir, request.own, bool(before))
         if before:
             check_held(decided, before)
     if distributed.world_size() > 1:  # alone, a million paths are summed for nothing
@@ -218,15 +224,14 @@ def _build(
     return decided, module, data, pace
 
 
-def _begin(
-    config: TrainConfig, resume: str, recipe: str, held: contextlib.ExitStack, is_extended: bool
-) -> tuple[TrainConfig, Path, Path | None, bool]:
-    """Choose run directory and checkpoint to go on from, and tell whether the directory is new.
+def _begin(config: TrainConfig, request: Request, held: contextlib.ExitStack) -> Place:
+    """Choose the run directory, and the checkpoint to go on from.
 
     It runs on rank 0 alone, which tells the others. A run that goes on, or may go on, is kept to
     itself from here on: until then the process before, which still saves, may have taken further
     steps, or the first ones.
     """
+    resume = request.resume
     is_sought = resume == "auto" and not config.run.plan
     if is_sought:
         held.enter_context(sole_run(Path(config.run.dir), is_new=False))
@@ -236,20 +241,20 @@ def _begin(
             held.enter_context(sole_run(run_dir, is_new=False))
         if resume == "auto" or not Path(resume).is_file():
             checkpoint = last_readable(run_dir)
-            checkpoint = before_decay(run_dir, checkpoint) if is_extended else checkpoint
-        return config, run_dir, checkpoint, False
-    run_dir = new_run(config, recipe)
+            checkpoint = before_decay(run_dir, checkpoint) if request.extend_by > 0 else checkpoint
+        return Place(run_dir, False, checkpoint)
+    run_dir = new_run(config, request.recipe)
     if checkpoint:
         log.info("%s lies in no run directory: the run goes on in %s", checkpoint, run_dir)
-    return config, run_dir, checkpoint, True
+    return Place(run_dir, True, checkpoint)
 
 
-def _fit(run: Run, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
+def _fit(run: Run, place: Place) -> dict[str, Any]:
     """Train to the end, or to a signal."""
-    trainer, saver = run.trainer, run.saver
+    trainer, saver, run_dir = run.trainer, run.saver, place.run_dir
     start = time.perf_counter()
     try:
-        fit(trainer, run.module, run.data, ckpt_path=checkpoint, weights_only=True)
+        fit(trainer, run.module, run.data, ckpt_path=place.checkpoint, weights_only=True)
     except KeyboardInterrupt:
         step = saver.saved_step
         hint = [f"go on after step {step} with --resume {run_dir}"] if step else []

@@ -302,6 +302,7 @@ WITHOUT_TORCH = [  # command, words, part of the answer
     ("train", [*RUN, "--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed"),
     ("train", [*RUN, "--init_from", "nowhere.ckpt"], "nowhere.ckpt does not exist"),
     ("train", [*RUN, "--run.knn_root", "nowhere"], "run.knn_root 'nowhere' does not exist"),
+    ("train", [*FOLDER, "empty", "--data.pairs", "(a"], "data.pairs '(a' is no regular expression"),
     ("train", ["--resume", "nowhere"], "--resume nowhere does not exist"),
     ("train", ["--resume", "run", "--trainer.max_epochs", "400"], "trainer.max_epochs is 400"),
     ("train", [*FOLDER, "nowhere"], "data.root 'nowhere' does not exist"),

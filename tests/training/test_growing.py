@@ -62,8 +62,9 @@ def test_a_resumed_run_grows_at_the_same_steps(images, streamed, step):
 
 
 @pytest.mark.parametrize("positions", ["learned", "sincos"])
-def test_a_vit_resamples_its_positions(images, positions):
-    run_tiny(images, *GROWING, *VIT, "--model.positions", positions, run_dir="whole")
+@pytest.mark.parametrize("smaller", [GROWING, ["--model.patches", "2", "--model.combine", "2"]])
+def test_a_vit_resamples_its_positions(images, positions, smaller):
+    run_tiny(images, *smaller, *VIT, "--model.positions", positions, run_dir="whole")
     as_after(3, "whole")
     train.main(["--resume", "run"])
     assert_same_end("whole", "run")
