@@ -20,7 +20,7 @@ import os
 import socket
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -259,13 +259,13 @@ def write_config(config: TrainConfig, decided: dict[str, object], run_dir: Path)
     _write(run_dir / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
 
 
-def write_names(run_dir: Path, paths: list[str]) -> None:
+def write_names(run_dir: Path, names: Iterable[str]) -> None:
     """Write held_out.txt, whole or not at all: the images that are not trained on, one a line.
 
     Raises:
         UserError: The directory takes no file.
     """
-    _write(run_dir / HELD_OUT, b"".join(os.fsencode(path) + b"\n" for path in paths))
+    _write(run_dir / HELD_OUT, b"".join(os.fsencode(name) + b"\n" for name in names))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ def unpack(source: str, target: Path, name: str) -> None:
     """Write the images of a Parquet file to `target`.
 
     Raises:
-        RunError: It is damaged.
+        RunError: It is damaged, or no image has any bytes.
     """
     table = parquet_package().ParquetFile(source)
     column = image_column(table.schema_arrow, name)
@@ -33,6 +33,11 @@ def unpack(source: str, target: Path, name: str) -> None:
                 content = value.as_py() or b""
                 file.write(content)
                 places.append(places[-1] + len(content))
+        if len(places) > 1 and places[-1] == places[0]:
+            raise RunError(
+                f"{name} holds no bytes of images, perhaps their paths alone: write it with the "
+                "bytes", local=True,
+            )  # fmt: skip
         file.seek(0)
         file.write(array("q", [len(places) - 1]).tobytes() + places.tobytes())
 

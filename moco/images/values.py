@@ -139,6 +139,9 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     if not seen.kinds:
         if seen.bad and any(header.dtype != np.uint8 for header in seen.headers):
             log.info("warning: no range was chosen, and 65535 becomes 255: %s", seen.bad[-1])
+        elif seen.headers and (data.min_value, data.max_value) != ("auto", "auto"):
+            log.info("data.min_value and data.max_value do nothing here: the files looked at have "
+                     "8 bits, and are taken as they are")  # fmt: skip
         _check_cut(paths, data.channels, reading, seen)
         return reading
     (bottom, top), kinds = seen.ends, seen.kinds

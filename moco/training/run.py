@@ -23,6 +23,7 @@ from moco.algorithm.pretrain import MoCo
 from moco.checks import check
 from moco.config import RunError, TrainConfig
 from moco.images import aside, sources
+from moco.images.formats import one_line
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
 from moco.reports.facts import note_result, note_start
@@ -156,8 +157,9 @@ def _pretrain(config: TrainConfig, request: Request) -> dict[str, Any]:
             if run.trainer.is_global_zero:
                 run.clock.keep = lambda: write_config(asked, asdict(decided), place.run_dir)
                 run.clock.keep()
-                if held_out and held_out.paths:
-                    write_names(place.run_dir, held_out.paths)
+                if held_out:
+                    names = map(held_out.called, range(len(held_out)))
+                    write_names(place.run_dir, map(one_line, names))
                 device = name_device(decided.accelerator)
                 note_start(place.run_dir, start_step, request.recipe, request.command, device)
         for part in run.monitor.data or ():

@@ -288,6 +288,8 @@ def test_a_function_is_given_the_places_in_the_images_where_some_are_set_aside(k
     pretrain(kind(images), pairs=naming, **{"data.image_size": 8, "trainer.max_steps": 1})
     held = torch.randperm(640, generator=torch.Generator().manual_seed(0))[:64].tolist()
     assert asked == sorted({*range(640)} - {*held})
+    noted = Path("run/held_out.txt").read_text().splitlines()
+    assert sorted(int(name.split()[-1]) for name in noted) == sorted(held)
 
 
 @pytest.mark.parametrize(

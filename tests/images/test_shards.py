@@ -223,6 +223,16 @@ def test_parquet_as_hugging_face_writes_it(folder, tmp_path, cache):
     assert bank.read(3).equal(decode(str(files[3]), 3)) and unpacked.read_bytes() == whole
 
 
+def test_parquet_of_paths_alone_is_one_line(tmp_path, cache):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    image = pa.array([{"bytes": None, "path": f"{n}.png"} for n in range(4)])
+    pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
+    with pytest.raises(RunError, match="a.parquet holds no bytes of images, perhaps their paths"):
+        source = sources.open_source(DataConfig(dataset="parquet", root=str(tmp_path)), "train")
+        source.read(0)
+
+
 # The order in a run
 
 

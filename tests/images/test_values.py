@@ -118,6 +118,14 @@ def test_sets_of_8_bits_are_read_as_ever_and_cost_no_pixel(tmp_path, monkeypatch
     assert torch.equal(source.read(0), torch.from_numpy(wanted.copy()).permute(2, 0, 1))
 
 
+def test_a_range_for_files_of_8_bits_is_said_to_do_nothing(tmp_path, caplog):
+    caplog.set_level("INFO", logger="moco")
+    write_pictures(tmp_path, ["0.png", "1.png"], np.random.default_rng(0))
+    for settings, is_said in (({}, False), ({"min_value": 10.0}, True)):
+        sources.open_source(folder(tmp_path, **settings), "train")
+        assert ("do nothing here: the files looked at have 8 bits" in caplog.text) == is_said
+
+
 def test_the_sample_is_bounded_in_values(tmp_path, monkeypatch):
     write_set(tmp_path, 0, 4000, "u2", count=20)
     monkeypatch.setattr(values, "VALUES", 24 * 24 * 5)
