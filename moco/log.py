@@ -66,6 +66,11 @@ def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterabl
     return tqdm(items, label, total, leave=False, disable=quiet, ascii=True, **times)
 
 
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """Return the start of an error's text on one line, or its class where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def columns() -> int:
     """Return the width of the terminal that standard error is, or 0 where it is none."""
     if not is_terminal():

@@ -19,6 +19,7 @@ from moco.algorithm.own_backbone import own_backbone
 from moco.algorithm.patches import combinations_of, combine_features, cut_into_patches
 from moco.algorithm.vit import is_vit, shape_arguments, start_as_v3, vit_arguments
 from moco.config import ModelConfig, UserError
+from moco.log import reason_of
 
 TORCHVISION_RESNETS = (
     "resnet18",
@@ -167,7 +168,7 @@ def build_backbone(
         _spare_kernels(backbone)
         return backbone, width_of_features(backbone)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise UserError(
             f"model.backbone {config.backbone!r} cannot be built with {_shape_in_words(config)} "
             f"and data.image_size {image_size} ({reason}): change one"

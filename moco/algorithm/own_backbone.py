@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moco.algorithm.names import OWN
 from moco.config import ModelConfig, UserError
+from moco.log import reason_of
 
 
 def own_name(module: nn.Module) -> str:
@@ -53,7 +54,7 @@ def own_backbone(
             found: Any = network.eval()(torch.zeros(shape))
         network.train(training)
     except Exception as error:  # each module fails in its own way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(
             f"backbone {name} cannot take images {' x '.join(map(str, shape))} ({reason}): change "
             "it, data.channels or data.image_size"

@@ -18,7 +18,7 @@ from moco.algorithm.encoder import build_backbone, build_encoder, timm_arguments
 from moco.algorithm.names import OF_KNOWN
 from moco.algorithm.own_backbone import own_name
 from moco.checkpoints.layouts import Contents
-from moco.checkpoints.matching import ABSENT, State, one_line, some
+from moco.checkpoints.matching import ABSENT, State, some, with_class
 from moco.checkpoints.preparation import UNUSUAL, unusual
 from moco.checkpoints.shapes import (
     count_channels,
@@ -106,7 +106,7 @@ def look(
         if said := _said(contents, part):
             return *said, {}
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{contents.path} describes itself wrongly: {one_line(error)}") from None
+        raise UserError(f"{contents.path} describes itself wrongly: {with_class(error)}") from None
     model = _seen(contents, part)
     known, questions = dict(contents.facts), {}
     width = part.get("pos_embed", ABSENT).shape[-1:]
@@ -158,7 +158,7 @@ def build(architecture: Architecture, with_head: bool) -> tuple[nn.Module, nn.Mo
         try:
             network = timm.create_model(model.backbone, **arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            reason = f"{model.backbone} does not take {arguments}: {one_line(error)}"
+            reason = f"{model.backbone} does not take {arguments}: {with_class(error)}"
             raise UserError(reason) from None
         feature_dim = width_of_features(network)
     if model.stem == "cifar" and "stem_padding" in variant:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moco.checkpoints.describe import Features, Files, describe, saved
 from moco.checkpoints.load import Loaded
-from moco.checkpoints.matching import one_line
+from moco.checkpoints.matching import with_class
 from moco.checkpoints.places import GraphOptions
 from moco.config import UserError
 
@@ -39,7 +39,7 @@ def _traced_with(loaded: Loaded, graph: GraphOptions) -> dict[str, Any]:
         except Exception as error:  # each network refuses in its own way
             raise UserError(
                 f"--free_size: {loaded.model.backbone} takes images of {side} x {side} alone "
-                f"({one_line(error)}): leave it out, and choose another by --image_size"
+                f"({with_class(error)}): leave it out, and choose another by --image_size"
             ) from None
         free |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     images = torch.zeros(2, channels, side, side)  # the values do not matter

@@ -17,6 +17,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from moco.config import UserError
+from moco.log import reason_of
 
 State = dict[str, Tensor]
 ABSENT = torch.empty(0)  # stands for a missing tensor: every check of its shape fails
@@ -152,6 +153,6 @@ def groups(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
 
 
-def one_line(error: BaseException) -> str:
+def with_class(error: BaseException) -> str:
     """Return an error's class and text on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {reason_of(error)}"

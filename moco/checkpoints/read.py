@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moco.checkpoints.matching import State, one_line, shape_text, some
+from moco.checkpoints.matching import State, shape_text, some, with_class
 from moco.checkpoints.places import check_place
 from moco.config import UserError
 from moco.run_directory import is_whole
@@ -118,7 +118,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             note = json.loads((file.metadata() or {}).get("moco", "null"))
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is a damaged safetensors file: {one_line(error)}") from None
+        raise UserError(f"{path} is a damaged safetensors file: {with_class(error)}") from None
     epoch = {"epoch": note["epoch"]} if isinstance(note, dict) and "epoch" in note else {}
     return {"state_dict": state, "format": "safetensors", "moco": note} | epoch
 
@@ -130,7 +130,7 @@ def _read_timm_directory(path: Path) -> dict[str, Any]:
             raise UserError(f"{file} has {file.stat().st_size} bytes: timm did not write it")
         note = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON: {one_line(error)}") from None
+        raise UserError(f"{file} is no JSON: {with_class(error)}") from None
     if not isinstance(note, dict) or not isinstance(note.get("architecture"), str):
         raise UserError(f"{file} names no architecture: timm did not write it")
     for name in ("model.safetensors", "pytorch_model.bin"):

@@ -27,7 +27,7 @@ import yaml
 from moco import slurm
 from moco.command import launch
 from moco.command.paths import PATHS, expanded
-from moco.command.recipe import as_option, known_settings, nearest, one_line, with_contents
+from moco.command.recipe import as_option, known_settings, nearest, plain_words, with_contents
 from moco.config import RunError, UserError, with_former_ways
 from moco.log import have_standard_error
 
@@ -105,7 +105,7 @@ def parse(
     try:
         values = parser.parse_args([*usual, *([as_option(known)] if known else []), *words])
     except (ArgumentError, ValueError, yaml.YAMLError) as error:
-        raise UserError(one_line(error)) from None
+        raise UserError(plain_words(error)) from None
     for name in PATHS & {*names}:
         group, _, field = name.rpartition(".")
         usual = known[group].get(field) if group in known else parser.get_default(name)

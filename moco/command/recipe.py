@@ -48,7 +48,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"--config {path}: {one_line(error)}") from None
+        raise UserError(f"--config {path}: {plain_words(error)}") from None
     if not isinstance(content, dict | None):
         raise UserError(
             f"--config {path} holds no settings: write GROUP:, then FIELD: VALUE below it"
@@ -109,7 +109,7 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def one_line(error: BaseException) -> str:
+def plain_words(error: BaseException) -> str:
     """Return an error's message on one line, without the usage text that jsonargparse adds."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("usage:", "tip:")))[:500]

@@ -18,7 +18,7 @@ import torch
 from moco import distributed
 from moco.config import UserError
 from moco.images.decode import BadImage
-from moco.images.formats import one_line, shown
+from moco.images.formats import escaped, shown
 from moco.images.image_source import ImageSource
 
 log = logging.getLogger("moco")
@@ -136,7 +136,7 @@ class BadFiles:
     def _write(self, new: list[int]) -> None:
         if self.report_path is None:
             return
-        lines = [f"{one_line(self.source.called(i))}\t{self.found[i]}\n" for i in new]
+        lines = [f"{escaped(self.source.called(i))}\t{self.found[i]}\n" for i in new]
         try:
             os.makedirs(os.path.dirname(self.report_path) or ".", exist_ok=True)
             with open(self.report_path, "a+", **_TEXT) as file:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.folders import expanded
-from moco.images.formats import one_line, shown
+from moco.images.formats import escaped, shown
 from moco.images.scaling import to_uint8
 
 ARRAYS = ("digits", "cifar10", "cifar100", "stl10")
@@ -87,7 +87,7 @@ def _open_torchvision(kind: Any, data: DataConfig, **split: Any) -> Any:
         if data.download:
             raise UserError(
                 f"data.root {data.root!r}: {data.dataset} cannot be fetched "
-                f"({one_line(str(error))}): mend that, or extract {kind.filename} there yourself"
+                f"({escaped(str(error))}): mend that, or extract {kind.filename} there yourself"
             ) from error
         first = os.path.join(root, kind.base_folder, kind.train_list[0][0])
         raise UserError(

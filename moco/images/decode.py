@@ -26,9 +26,9 @@ from moco.images.formats import (
     TIFF,
     BadImage,
     Member,
+    escaped,
     extension,
     needed,
-    one_line,
     pillow_formats,
 )
 from moco.images.readers import ArrayFile, Picture
@@ -161,7 +161,7 @@ def _opened(path: str, channels: int, reading: Reading, whole: bool = False) -> 
                 raise BadImage(path, "is empty") from None
         if isinstance(error, UnidentifiedImageError):
             raise BadImage(path, "is no image of a known format") from None
-        reason = f"cannot be decoded: {one_line(str(error)) or type(error).__name__}"
+        reason = f"cannot be decoded: {escaped(str(error)) or type(error).__name__}"
         raise BadImage(path, getattr(error, "strerror", None) or reason) from error
 
 

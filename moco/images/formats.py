@@ -122,7 +122,7 @@ class BadImage(ValueError):
 
 def shown(path: str) -> str:
     """Return a path as one printable line, whatever bytes its name holds."""
-    return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
+    return escaped(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def lettered(name: str) -> str:
@@ -131,6 +131,6 @@ def lettered(name: str) -> str:
     return "".join(c for c in parts if not unicodedata.combining(c))
 
 
-def one_line(text: str) -> str:
+def escaped(text: str) -> str:
     """Escape control characters, so that a message stays on one line."""
     return "".join(c if c >= " " else c.encode("unicode_escape").decode() for c in text)

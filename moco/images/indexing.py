@@ -14,7 +14,7 @@ from functools import partial
 
 from moco.config import DataConfig, RunError, UserError
 from moco.images.cache import Cache, Shard, cache_folder
-from moco.images.formats import one_line, passed_over
+from moco.images.formats import escaped, passed_over
 from moco.images.patterns import find_shards
 from moco.images.shard_index import Index, Known, Members, known_formats, read_parquet, read_tar
 from moco.images.shards import ShardSet
@@ -119,4 +119,4 @@ def _read(cache: Cache, shard: Shard) -> Members:
     except (UserError, RunError):
         raise
     except Exception as error:  # a broken Parquet file raises pyarrow's classes
-        raise UserError(f"{address} cannot be read: {one_line(str(error))}") from None
+        raise UserError(f"{address} cannot be read: {escaped(str(error))}") from None

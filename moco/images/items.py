@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moco.config import UserError
 from moco.images.decode import BadImage, Header, fit_bands
-from moco.images.formats import one_line
+from moco.images.formats import escaped
 from moco.images.readers import MODES
 
 _LOOKED_AT = 16  # items among which one must be an image
@@ -53,7 +53,7 @@ class Items:
         except MemoryError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {one_line(str(error))}"
+            reason = f"{type(error).__name__}: {escaped(str(error))}"
             raise BadImage(self.name(index), f"cannot be read: {reason}") from error
 
     def image(self, index: int) -> Any:
@@ -165,7 +165,7 @@ def check_pickles(name: str, part: Any) -> None:
     try:
         pickle.Pickler(_Sink(), protocol=5, buffer_callback=lambda _: None).dump(part)
     except Exception as error:
-        reason = one_line(str(error)) or type(error).__name__
+        reason = escaped(str(error)) or type(error).__name__
         raise UserError(
             f"{name} cannot be pickled for worker processes ({reason}): define it in a module and "
             "open its files in __getitem__, or set data.num_workers 0"

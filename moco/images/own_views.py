@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moco.config import DataConfig, UserError
 from moco.images.decode import BadImage, fit_bands
-from moco.images.formats import one_line
+from moco.images.formats import escaped
 from moco.images.image_source import ImageSource
 from moco.images.items import bands_last
 from moco.images.views import normalise
@@ -131,7 +131,7 @@ def _as_asked(make: Callable[[], T]) -> T:
 
 def said(error: Exception) -> str:
     """Say in one line what a view raised; a ValueError of this room speaks for itself."""
-    text = one_line(str(error))
+    text = escaped(str(error))
     if isinstance(error, _WrongView):
         return text
     return f"views raised {type(error).__name__}: {text} (they are given uint8 C x H x W tensors)"

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from moco.checks import pattern_of_pairs
 from moco.config import DataConfig, UserError
 from moco.images.folders import expanded
-from moco.images.formats import one_line, shown
+from moco.images.formats import escaped, shown
 from moco.images.image_source import ImageSource
 from moco.images.labels import read_table
 from moco.random import combine, stream_id, uniform
@@ -158,5 +158,5 @@ def _named(own: Naming, image: Any) -> Hashable:
         hash(name)
         return name
     except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        reason = f"{type(error).__name__}: {escaped(str(error))}"
         raise UserError(f"pairs raised {reason} for {shown(str(image))}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import RunError
-from moco.images.formats import one_line
+from moco.images.formats import escaped
 from moco.images.shard_index import image_column, parquet_package
 
 
@@ -47,7 +47,7 @@ def _next(batches: Iterator[Any], name: str) -> Any:
     try:
         return next(batches, None)
     except (ValueError, OSError) as error:  # of pyarrow
-        reason = one_line(str(error))
+        reason = escaped(str(error))
         raise RunError(f"{name} is damaged: {reason}: put a whole one there", local=True) from None
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from moco.config import RunError, UserError
 from moco.images.folders import visible
-from moco.images.formats import extension, looks_like_image, one_line, readable
+from moco.images.formats import escaped, extension, looks_like_image, readable
 from moco.images.stores import Facts
 
 log = logging.getLogger("moco")
@@ -196,7 +196,7 @@ def _members(file: Any, address: str) -> Iterator[tuple[tarfile.TarFile, tarfile
                 yield tar, item
     except tarfile.ReadError as error:
         raise UserError(
-            f"{address} is no plain tar ({one_line(str(error))}): unpack compressed shards, since "
+            f"{address} is no plain tar ({escaped(str(error))}): unpack compressed shards, since "
             "single images are read from them"
         ) from None
 

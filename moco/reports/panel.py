@@ -19,7 +19,7 @@ from moco.checkpoints.load import load_encoder
 from moco.checkpoints.read import read_state
 from moco.config import DataConfig, UserError
 from moco.images import aside, sources
-from moco.images.formats import one_line, shown
+from moco.images.formats import escaped, shown
 from moco.images.image_source import ImageSource
 from moco.images.pairs import find_partners
 from moco.reports import charts, sights
@@ -105,7 +105,7 @@ def _part(panel: Panel, name: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except UserError as error:
-        panel.notes.append(f"The page lacks {name}: {one_line(as_text(str(error)))}.")
+        panel.notes.append(f"The page lacks {name}: {escaped(as_text(str(error)))}.")
         return None
 
 
@@ -131,7 +131,7 @@ def _open(facts: Facts, data: DataConfig) -> tuple[ImageSource, bool]:
     # Unreadable files of a set that was held in memory have no number.
     with bad.open(encoding="utf-8", errors="surrogateescape") as file:
         dropped = {line.split("\t")[0] for line in file}
-    kept = [row for row, path in enumerate(source.paths) if one_line(path) not in dropped]
+    kept = [row for row, path in enumerate(source.paths) if escaped(path) not in dropped]
     if not kept:
         raise UserError("none of them can be read")
     return source.rows(torch.tensor(kept)), True
@@ -282,4 +282,4 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return one_line(text.encode("utf-8", "backslashreplace").decode()) or "(empty)"
+    return escaped(text.encode("utf-8", "backslashreplace").decode()) or "(empty)"

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moco.config import UserError
+from moco.log import reason_of
 from moco.whole_files import output_file
 
 FILE, INDEX = "features.parquet", "features.faiss"
@@ -51,7 +52,7 @@ class Features:
             self.about: dict[str, Any] = json.loads((schema.metadata or {})[b"moco"])
             self.shape = tuple(self.about["shape"])
         except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:100]
+            reason = reason_of(error, 100)
             raise UserError(f"{path} was not written by `moco embed` ({reason})") from None
         if absent := _ESSENTIAL - {*schema.names}:
             raise UserError(f"{path} lacks the columns {', '.join(sorted(absent))}: embed anew")

@@ -16,7 +16,7 @@ from moco.evaluation.findings import findings
 from moco.evaluation.verdict import WIDTH
 from moco.idle import idle_in_training
 from moco.images.loader import PretrainData
-from moco.log import log_to_stderr
+from moco.log import log_to_stderr, reason_of
 from moco.training.build import Run, why_in_parts
 from moco.training.decide import Decided
 
@@ -191,7 +191,7 @@ def write_page(config: TrainConfig, run_dir: Path) -> dict[str, str]:
         log.info("writing the report; Ctrl-C leaves it out")
         path = write_report([run_dir])["report"]
     except (Exception, KeyboardInterrupt) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         log.warning(
             "no report was written (%s): python -m moco report %s makes it", reason, run_dir
         )

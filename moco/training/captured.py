@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moco.config import TrainConfig
 from moco.images.steps import Indices
+from moco.log import reason_of
 from moco.training.decide import Decided
 
 log = logging.getLogger("moco")
@@ -115,7 +116,7 @@ class CapturedStep(pl.Callback):
             with torch.cuda.stream(main), capture:
                 self.loss = self._whole_step()
         except RuntimeError as error:
-            reason = " ".join(str(error.__context__ or error).split())[:200]
+            reason = reason_of(error.__context__ or error)
             log.warning("the step cannot be captured here and goes on compiled (%s)", reason)
             return
         self.graph = graph

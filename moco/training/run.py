@@ -23,7 +23,7 @@ from moco.algorithm.pretrain import MoCo
 from moco.checks import check
 from moco.config import RunError, TrainConfig
 from moco.images import aside, sources
-from moco.images.formats import one_line
+from moco.images.formats import escaped
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
 from moco.reports.facts import note_result, note_start
@@ -159,7 +159,7 @@ def _pretrain(config: TrainConfig, request: Request) -> dict[str, Any]:
                 run.clock.keep()
                 if held_out:
                     names = map(held_out.called, range(len(held_out)))
-                    write_names(place.run_dir, map(one_line, names))
+                    write_names(place.run_dir, map(escaped, names))
                 device = name_device(decided.accelerator)
                 note_start(place.run_dir, start_step, request.recipe, request.command, device)
         for part in run.monitor.data or ():

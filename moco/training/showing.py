@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from moco.config import TrainConfig
 from moco.evaluation.features import evaluating
 from moco.images.loader import PretrainData
+from moco.log import reason_of
 from moco.random import permutation
 from moco.reports import sights
 from moco.reports.pairs import make_pairs, name_of
@@ -82,7 +83,7 @@ class Showing(pl.Callback):
         try:
             return do()
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason_of(error)
             log.warning("the loggers lack %s: %s", what, reason)
             return None
 

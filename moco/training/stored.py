@@ -12,6 +12,7 @@ import torch
 
 from moco.algorithm.optim import key_momentum, learning_rate
 from moco.config import TrainConfig, UserError, unknown_settings
+from moco.log import reason_of
 from moco.run_directory import BEFORE_DECAY, VERSION, is_whole, stored_groups, whole_ones
 from moco.training.autoconfigure import Settings
 from moco.training.build import steps_per_epoch, total_steps
@@ -30,7 +31,7 @@ def load_stored(checkpoint: Path) -> dict[str, Any]:
     try:
         stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = reason_of(error, 100)
         raise UserError(
             f"--resume {checkpoint} cannot be read ({reason}): name another checkpoint of the run"
         ) from None

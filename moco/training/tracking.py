@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from moco import distributed
 from moco.config import RunConfig, UserError
 from moco.evaluation.measures import MEASURES
+from moco.log import reason_of
 from moco.whole_files import whole_file
 
 log = logging.getLogger("moco")
@@ -176,7 +177,7 @@ def _mlflow(run_dir: Path, kept: dict[str, str]) -> Logger:
     except ModuleNotFoundError:
         raise UserError("run.mlflow is true but it is not installed: pip install mlflow") from None
     except Exception as error:  # MLflow's own errors, which cannot be named before it is imported
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise UserError(
             f"run.mlflow: {place} does not take the run ({reason}): set MLFLOW_TRACKING_URI to a "
             "store that does, or leave run.mlflow out"

@@ -15,6 +15,7 @@ from torch import nn
 from moco.algorithm.encoder import Encoder
 from moco.config import TrainConfig, UserError
 from moco.images.growth import view_sizes
+from moco.log import reason_of
 from moco.training.build import size_unit
 
 
@@ -49,7 +50,7 @@ def _check_size(network: nn.Module, config: TrainConfig, name: str, size: int) -
         try:
             _pass(network, config, size, "cpu")
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason_of(error)
             raise UserError(
                 f"model.backbone {backbone} cannot take images of {name} {size} "
                 f"({reason}): take another size or backbone"

@@ -19,6 +19,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from moco.log import reason_of
 from moco.whole_files import whole_file
 
 log = logging.getLogger("moco")
@@ -83,7 +84,7 @@ def why_not(error: Exception, folder: Path) -> str:
     with contextlib.suppress(OSError):
         if shutil.disk_usage(folder).free < 2**20:
             return f"the disk of {folder} is full"
-    return " ".join(str(error).split())[:200]
+    return reason_of(error)
 
 
 def name_besides(path: Path, name: Path) -> None:
