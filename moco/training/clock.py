@@ -88,7 +88,7 @@ class Clock(pl.Callback):
         if self.decided.is_open:
             self._mark(step)
             due = distributed.rank() == 0 and self._is_due(step)
-            (total,) = self.agreement.largest(whole(self.config.optim, step) if due else 0)
+            (total,) = self.agreement.largest(longest(self.config.optim, step) if due else 0)
             self._fix(step, total, module) if total else self._expect(step, module)
         elif step >= module.total_steps:
             trainer.should_stop = True  # the Trainer itself does not know where the run ends
@@ -108,7 +108,7 @@ class Clock(pl.Callback):
 
         Until a second step has ended, the first one is all that is known.
         """
-        first = max(2 * step - whole(self.config.optim, step), 0)
+        first = max(2 * step - longest(self.config.optim, step), 0)
         place = bisect_right(self._marks, (first, math.inf)) - 1
         mark, before = self._marks[max(place, 0)]
         return (self.seconds - before) / (step - mark) if mark < step else self.seconds / step
@@ -118,7 +118,7 @@ class Clock(pl.Callback):
 
         One that cannot be told from what the compiler took is not.
         """
-        rest = whole(self.config.optim, step + 1) - step
+        rest = longest(self.config.optim, step + 1) - step
         late = self.seconds + rest * self._pace(step) > 60 * self.config.run.minutes
         return late and step > self._marks[0][0]
 
@@ -126,7 +126,7 @@ class Clock(pl.Callback):
         """Tell the module about how long the run is; its rate is constant until that is fixed."""
         left = 60 * self.config.run.minutes - self.seconds
         steps = step + int(left / max(self._pace(step), 1e-9))
-        module.total_steps = max(steps, whole(self.config.optim, step + 1))
+        module.total_steps = max(steps, longest(self.config.optim, step + 1))
 
     def _fix(self, step: int, total: int, module: Any) -> None:
         """Make the run one of `total` steps, whose rate falls from here on."""
@@ -163,7 +163,7 @@ class Clock(pl.Callback):
         self._marks = [(step, seconds) for step, seconds in state["marks"]]
 
 
-def whole(config: OptimConfig, step: int) -> int:
+def longest(config: OptimConfig, step: int) -> int:
     """Return the most steps of a run whose rate falls from `step` on, see `decay_start`."""
     total = max(step + 1, int(step / (1 - config.decay_share)) - 2)
     while decay_start(config, total + 1) <= step:

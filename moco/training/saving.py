@@ -147,12 +147,13 @@ class Checkpoints(pl.Callback):
         due = step % every == 0 if every > 0 else every < 0 and last_batch
         late = 0 < 60 * minutes <= time.monotonic() - self._saved_at
         came = STOPPING.index(self.signals.came)
-        # Of several ranks that is the answer of the step before: after a save it may be too old.
-        signal_place, late = self.agreement.largest_before(came, late * (self._saves + 1))
+        wanted = self._saves + 1 if late else 0  # the number of the save that the clock asks for
+        # Several ranks get the answer of the step before, whose save may have been made meanwhile.
+        signal_place, wanted = self.agreement.largest_before(came, wanted)
         finished = step >= module.total_steps
         self.stop_signal = 0 if finished else STOPPING[signal_place]
         kept = self.quality.is_best or step == self.before_decay
-        if due or late > self._saves or self.stop_signal or finished or kept:
+        if due or wanted > self._saves or self.stop_signal or finished or kept:
             self.save(trainer)
         self._in_step = False
         if self.stop_signal or finished:

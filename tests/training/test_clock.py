@@ -166,7 +166,7 @@ def test_the_step_of_the_decay_gives_the_length():
     for share in (0.01, 0.2, 0.34, 0.5, 0.9):
         config = OptimConfig(schedule="stable", decay_share=share)
         for step in range(1, 300):
-            total = clock.whole(config, step)
+            total = clock.longest(config, step)
             assert decay_start(config, total) == step
             assert total - step == pytest.approx(share * total, abs=1)
 
