@@ -156,6 +156,8 @@ def _run(
     column: str,
 ) -> Pretrained:
     """Open what comes from Python, train, and open what the run has left."""
+    import torch
+
     from moco.checkpoints.load import load_backbone
     from moco.images.own import open_own
     from moco.images.own_views import open_views
@@ -172,7 +174,8 @@ def _run(
         None if isinstance(pairs, str) else pairs,
         _several(loggers),
     )
-    metrics = pretrain(**arguments, callbacks=_several(callbacks), own=part)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        metrics = pretrain(**arguments, callbacks=_several(callbacks), own=part)
     if number := metrics.get("stopped_by"):
         if number == signal.SIGINT:
             raise KeyboardInterrupt(f"go on with resume={metrics['run_dir']!r}")

@@ -205,6 +205,13 @@ def test_arrays_and_ranges_are_lists_of_settings(value):
     assert words_of({"k": range(1, 4), "seed": np.int64(3)}) == ["--k=[1, 2, 3]", "--seed=3"]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_may_have_gradients_off(in_tmp, mode):
+    with mode():
+        run = pretrain(PIXELS, callbacks=Interrupts(step=99))
+    assert run.metrics["steps"] == 6
+
+
 def test_loggers_get_the_metrics(in_tmp):
     from pytorch_lightning.loggers import CSVLogger
 
@@ -216,10 +223,13 @@ def test_loggers_get_the_metrics(in_tmp):
 
 
 class Interrupts(pl.Callback):
-    """Press Ctrl-C in the second step."""
+    """Press Ctrl-C in a step."""
+
+    def __init__(self, step: int = 1) -> None:
+        self.step = step
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        if trainer.global_step == 1:
+        if trainer.global_step == self.step:
             signal.raise_signal(signal.SIGINT)
 
 
