@@ -50,7 +50,7 @@ WITHOUT_TORCH = (
     "reports.layout",
     *("reports.search", "reports.select"),
     *("images.patterns", "images.stores", "images.shard_index", "images.cache", "images.packing"),
-    "images.parquet",
+    *("images.parquet", "images.tables"),
 )
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 TORCH = {"torch", "torchvision", "timm", "torchmetrics"} | LIGHTNING

@@ -17,7 +17,7 @@ from moco.algorithm.contrast import KeyQueue
 OPTIONS = {"inductor": {"combo_kernels": True}}
 # A process may train many times, with a graph for each network and each size of views. torch keeps
 # eight for a piece of code, and computes uncompiled from then on or, of whole graphs, raises.
-_MOST_GRAPHS = 256
+_MOST_GRAPHS = 4096
 
 
 def compile_network(network: nn.Module, backend: str) -> None:
@@ -40,6 +40,8 @@ def whole_graph(function: Callable[..., Any], backend: str, **options: Any) -> C
 def _allow_graphs() -> None:
     config = torch.compiler.config
     config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
+    most = max(config.accumulated_recompile_limit, _MOST_GRAPHS)  # of all functions together
+    config.accumulated_recompile_limit = most
 
 
 def one_graph(

@@ -178,13 +178,11 @@ def build_backbone(
 def lay_channels_last(module: nn.Module) -> None:
     """Lay out weights of convolutions as they are fastest, on every device and in every precision.
 
-    `Module.to` would refuse a network that has weights of three spatial axes as well. Weights of
-    1 x 1 are copied though both layouts are one for them: their gradients have the new strides.
+    `Module.to` would refuse a network that has weights of three spatial axes as well.
     """
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.ndim == 4:
-            laid = torch.empty_like(tensor, memory_format=torch.channels_last)
-            tensor.data = laid.copy_(tensor.data)
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def width_of_features(backbone: nn.Module) -> int:

@@ -72,8 +72,9 @@ def check_images(data: DataConfig) -> None:
             )
         return
     from moco.images.folders import expanded, has_image, list_images
-    from moco.images.labels import read_list, read_table
+    from moco.images.labels import read_list
     from moco.images.splits import split_folders
+    from moco.images.tables import read_table
 
     top, _ = split_folders(data)
     if data.labels:

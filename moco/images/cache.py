@@ -77,15 +77,7 @@ class Cache:
         return self.path(shard).exists()
 
     def _has_whole(self, shard: Shard) -> bool:
-        """Tell whether a shard is there as it was fetched; one that was cut short since goes."""
-        path = self.path(shard)
-        if not path.exists():
-            return False
-        if is_whole(path, shard.facts.size, shard.is_parquet):
-            return True
-        log.info("warning: %s was cut short and is fetched again", path)
-        path.unlink(missing_ok=True)
-        return False
+        return is_whole(self.path(shard), shard.facts.size, shard.is_parquet)
 
     def bring(self, shard: Shard) -> Path:
         """Return a shard's file, which is fetched if it is not there.
@@ -100,7 +92,10 @@ class Cache:
             return path
         self._wait_for_room(shard)  # without the lock, for which those wait who have room
         with self._locked(f"{int(shard.name[:8], 16) % _SLOTS:02x}.lock"):
-            if not path.exists():
+            if not self._has_whole(shard):
+                if path.exists():
+                    log.info("warning: %s was cut short and is fetched again", path)
+                    path.unlink(missing_ok=True)
                 self._fetch(shard)
         return path
 

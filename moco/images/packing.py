@@ -21,8 +21,9 @@ from moco.config import DataConfig, RunError, UserError
 from moco.images.dicom import split_frame
 from moco.images.folders import expanded, list_images
 from moco.images.formats import extension, shown
-from moco.images.labels import by_folder, read_table
+from moco.images.labels import by_folder
 from moco.images.splits import split_folders
+from moco.images.tables import read_table
 from moco.log import track
 from moco.whole_files import is_of_the_disk
 
@@ -87,6 +88,8 @@ def _pack_split(data: DataConfig, split: str, top: str, part: Path, size: float)
     paths = list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:
+        if split == "train":
+            table.say_unused(paths)
         paths = table.part(paths, held_out=split != "train")
     names = table.labels(paths) if table else by_folder(paths, top)
     if not table and len({*names} - {None}) < 2:

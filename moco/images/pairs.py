@@ -23,7 +23,7 @@ from moco.config import DataConfig, UserError
 from moco.images.folders import expanded
 from moco.images.formats import escaped, shown
 from moco.images.image_source import ImageSource
-from moco.images.labels import read_table
+from moco.images.tables import read_table
 from moco.random import combine, stream_id, uniform
 
 log = logging.getLogger("moco")
@@ -137,7 +137,7 @@ def _names(source: ImageSource, config: DataConfig, own: Naming | None) -> list[
     root = _top(source, config)
     if config.pairs.lower().endswith(".csv"):
         try:
-            return list(read_table(config.pairs).labels(source.paths))
+            return list(read_table(config.pairs, may_split=False).labels(source.paths))
         except UserError as error:
             raise UserError(str(error).replace("data.labels", "data.pairs")) from None
     pattern = pattern_of_pairs(config.pairs)

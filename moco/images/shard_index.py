@@ -135,13 +135,16 @@ class Index:
         """
         try:
             with self._open() as connection:
-                (rest,) = connection.execute(
+                found = connection.execute(
                     "select members from indexed where address = ?", (address,)
                 ).fetchone()
-            return Members(**json.loads(zlib.decompress(rest)))
-        except (sqlite3.DatabaseError, zlib.error, TypeError) as error:  # TypeError: there is none
+            if found:
+                return Members(**json.loads(zlib.decompress(found[0])))
+        except (sqlite3.DatabaseError, zlib.error, ValueError, TypeError) as error:
             text = f"{self.path} is damaged ({error}): delete it, it is made anew"
             raise RunError(text, local=True) from None
+        text = f"{self.path} was made anew meanwhile and lacks {address}: start again"
+        raise RunError(text, local=True)
 
 
 def read_tar(file: Any, address: str) -> Members:

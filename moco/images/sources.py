@@ -24,13 +24,13 @@ from moco.images.folders import expanded, list_images
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
 from moco.images.indexing import open_shards
-from moco.images.labels import by_folder, read_list, read_table, twins
+from moco.images.labels import by_folder, read_list, twins
 from moco.images.shards import lies_elsewhere
 from moco.images.splits import split_folders
+from moco.images.tables import read_table
 from moco.images.values import choose_channels, sample, settle
 
 log = logging.getLogger("moco")
-_FEWEST_HELD_OUT = 64  # fewer tell nothing
 _SUMMED = 16  # items that tell one set from another
 SHARDED = ("shards", "parquet")
 
@@ -82,7 +82,7 @@ def open_labelled(
     if bank is None or folder is None:
         return None
     queries = _open_folder(data, folder, bank)
-    return None if queries.labels is None else (bank, queries)
+    return None if queries is None or queries.labels is None else (bank, queries)
 
 
 def has_test_split(data: DataConfig) -> bool:
@@ -92,24 +92,12 @@ def has_test_split(data: DataConfig) -> bool:
     """
     if data.dataset == "own":
         return False
-    return data.dataset in (*ARRAYS, *SHARDED) or split_folders(data)[1] is not None
-
-
-def set_aside(source: ImageSource, most: int, seed: int) -> tuple[ImageSource, ImageSource | None]:
-    """Take some images out of a training set, to measure on: a tenth of it, and `most` at most.
-
-    Which ones is a function of the seed and the number of images. Of a set that could spare only
-    few none are taken.
-
-    Returns:
-        The images that are left, and those set aside or None.
-    """
-    count = min(most, len(source) // 10)
-    if count < min(_FEWEST_HELD_OUT, most) or count == 0:
-        return source, None
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    held, kept = (rows.sort().values for rows in (order[:count], order[count:]))
-    return source.rows(kept), source.rows(held)
+    if data.dataset in (*ARRAYS, *SHARDED):
+        return True
+    train, test = split_folders(data)
+    if test and test == train:  # a table names what is held out, which may not be there
+        return bool(read_table(data.labels).held_out(list_images(data, train)))
+    return test is not None
 
 
 def shared_classes(bank: ImageSource, queries: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -176,22 +164,28 @@ def _open_arrays(data: DataConfig, split: str) -> ImageSource:
     return ImageSource(name, images, [], labels, classes, data.channels)
 
 
-def _open_folder(data: DataConfig, top: str, train: ImageSource | None = None) -> ImageSource:
+def _open_folder(
+    data: DataConfig, top: str, train: ImageSource | None = None
+) -> ImageSource | None:
     """List a directory, or the files of `data.files` in it, with their labels.
 
     The train split, where it is another one, tells the classes and the range of values; images of
-    other classes are then left out.
+    other classes are then left out, and where there is none at all it is None.
     """
     root = expanded(data.root)
     listed = data.files and train is None
     paths = read_list(data.files, root) if listed else list_images(data, top)
     table = read_table(data.labels) if data.labels else None
     if table:
+        if train is None:
+            table.say_unused(paths)
         paths = table.part(paths, held_out=train is not None)
         if train is None and not paths:
             raise UserError(
                 f"data.labels {data.labels!r} holds all images out: none is left to train on"
             )
+        if not paths:  # what the table holds out is not there
+            return None
         names = table.labels(paths, train.paths if train else ())
         if train is None:
             table.say(paths, names)

@@ -13,7 +13,8 @@ from itertools import islice
 from moco.config import DataConfig, UserError
 from moco.images.folders import check_root, is_dir, visible
 from moco.images.formats import extension, looks_like_image, shown
-from moco.images.labels import HELD_OUT, TRAIN, read_table
+from moco.images.labels import HELD_OUT, TRAIN
+from moco.images.tables import read_table
 
 log = logging.getLogger("moco")
 _WORD = re.compile("[a-z]+")

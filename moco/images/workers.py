@@ -158,7 +158,9 @@ def _tell_unless_left(kind: type, error: BaseException, trace: Any) -> None:
 def _worker_error(error: Exception, workers: list[Any], late: bool) -> Exception:
     """Say which worker did what, and what to set; other errors stay what they are."""
     text = str(error)
-    wait([worker.sentinel for worker in workers], 0.1)  # one just killed has no exit code yet
+    # One just killed has no exit code yet; where it was handing a tensor over, it must be dead.
+    seconds = 5.0 if isinstance(error, ConnectionError | EOFError) else 0.1
+    wait([worker.sentinel for worker in workers], seconds)
     dead = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
     for worker in workers:
         worker.kill()

@@ -16,9 +16,10 @@ from moco.images.datasets import ARRAYS
 from moco.images.folders import expanded, list_images
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
-from moco.images.labels import by_folder, read_list, read_table
+from moco.images.labels import by_folder, read_list
 from moco.images.sources import SHARDED, open_labelled, open_source
 from moco.images.splits import split_folders
+from moco.images.tables import read_table
 from moco.images.values import settle
 
 
@@ -80,8 +81,8 @@ def _list_files(data: DataConfig) -> Listing:
         table = read_table(data.labels)
         labels = table.labels(paths)
         if table.has_splits:
-            held_out = {*table.part(paths, held_out=True)}
-            splits = ["test" if path in held_out else "train" for path in paths]
+            words = {"": "train", table.held_out(paths): "test"}
+            splits = [words.get(word := table.split(path), word) for path in paths]
     source = ImageSource(
         f"folder {shown(root)}", None, paths, None, [], data.channels, settle(paths, data)
     )

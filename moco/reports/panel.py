@@ -71,7 +71,7 @@ def make_panel(facts: Facts, images: int, root: str, seed: int) -> Panel:
     source, is_own = _part(panel, "its images", lambda: _open(facts, data)) or (None, False)
     network = _part(panel, "its network", lambda: _load(facts))
     panel.about = _about(facts, source)
-    panel.advice = advise(facts, len(source) if source else 0)
+    panel.advice = advise(facts, len(source) if source and is_own else 0)
     if not source:
         return panel
     panel.labelled = source.labels is not None

@@ -152,8 +152,9 @@ def compute(job: Job, device: torch.device) -> None:
         with distributed.together():
             if turn < len(mine):
                 _write_part(job, mine[turn], islice(features, len(parts[turn])))
-    for _ in features:  # the end, where all ranks agree on what cannot be read
+    for _ in features:  # the end of what workers make
         pass
+    images.bad.agree()
 
 
 def _part_rows(job: Job, start: int) -> Tensor:

@@ -68,8 +68,11 @@ class _Clock(pl.Callback):
 
         The host waits for a GPU where a time is read, and else goes ahead of it as in a run.
         """
-        number = len(self.ends) + 1
-        is_long = number >= AT_LEAST and time.perf_counter() - self.ends[0][0] > SECONDS
+        number, ends = len(self.ends) + 1, [end for end, _ in self.ends]
+        is_long = False
+        if number >= AT_LEAST:  # of a GPU, which is behind, only the first batches tell
+            foreseen = ends[0] + number * (ends[FIRST - 1] - ends[FIRST - 2])
+            is_long = max(time.perf_counter(), foreseen) - ends[0] > SECONDS
         trainer.should_stop = trainer.strategy.reduce_boolean_decision(
             number >= BATCHES or is_long, all=False
         )

@@ -190,9 +190,8 @@ def _build(
             f"({images['count']}, then {stored['images'].get('count')}): give --root"
         )
     source, _ = aside.part(source, config.data, config.run, decided.held_out)
-    kind = "device" if decided.accelerator == "cuda" else "memory"
-    if decided.resident != "streamed":
-        decided.resident = kind
+    if decided.resident == "device" and decided.accelerator != "cuda":
+        decided.resident = "memory"
     config = config.changed({"run.plan": True})  # nothing is left beside the run's own files
     data = build_data(config, decided, source, Path(), has_begun=True)
     module = build_module(config, decided, "")
@@ -231,6 +230,7 @@ def _caught_at(
     count = min(module.accumulate, data.steps_per_epoch - place * module.accumulate)
     found = []
     for indices, _ in zip(iter(loader), range(count), strict=False):
+        indices = data.transfer_batch_to_device(indices, data.device, 0)
         batch = data.on_after_batch_transfer(indices, 0)
         found.append((indices, batch, losses_of_images(module, batch)))
     return found

@@ -311,8 +311,8 @@ def test_pairs_that_pair_nothing_are_refused_in_one_line(images, pairs, line):
 
 
 def test_a_table_pairs_images(images, said):
-    rows = [f"{i:02d}.jpg,{i // 3}" for i in range(30)]
-    Path("pairs.csv").write_text("\n".join(["path,label", *rows]))
+    rows = [f"{i:02d}.jpg,{i // 3},{'no split' if i % 2 else 'train'}" for i in range(30)]
+    Path("pairs.csv").write_text("\n".join(["path,label,set", *rows]))
     pretrain(images, pairs="pairs.csv", **{"trainer.max_steps": 1})
     line = next(line for line in said if line.startswith("pairs: "))
     assert re.match("pairs: 30 of 48 images have a partner, in 10 groups", line)

@@ -13,7 +13,7 @@ from runs import run_tiny
 import eval_knn
 import train
 from moco.config import DataConfig, UserError
-from moco.images import labels, sources, splits
+from moco.images import sources, splits
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -207,122 +207,6 @@ def test_the_same_file_in_two_classes_is_said_once(tmp_path, lines):
 # Tables and lists
 
 
-TABLES = {
-    "comma, no header": "x/1.png,ant\nx/2.png,bee\n",
-    "header, other order": "id;label;path\n7;ant;x/1.png\n8;bee;x/2.png\n",
-    "tab": "x/1.png\tant\nx/2.png\tbee\n",
-    "bar and quotes": '"x/1.png"|"ant"\n./x/2.png|bee\n',
-    "names without endings": "id,breed\n1,ant\n2,bee\n",
-    "file names": "image,target\n1.png,ant\n2.png,bee\n",
-    "Windows": "filename,class\r\nx\\1.png,ant\r\nx\\2.png,bee\r\n",
-    "a byte order mark": "\ufefflabel,path\nant,x/1.png\nbee,x/2.png\n",
-    "a byte order mark, no header": "\ufeffx/1.png,ant\nx/2.png,bee\n",
-}
-
-
-def test_names_of_files_in_another_unicode_form_are_those_of_the_table(tmp_path):
-    composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
-    tree(tmp_path / "root", f"{decomposed}.png", f"b/{composed}.png")
-    (tmp_path / "t.csv").write_text(f"{composed}.png,ant\nb/{decomposed}.png,bee\n", "utf-8")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    source = sources.open_source(data, "train")
-    assert sorted(source.labels.tolist()) == [0, 1] and source.classes == ["ant", "bee"]
-
-
-def test_a_table_that_holds_all_images_out_is_refused(tmp_path):
-    tree(tmp_path / "root", "1.png", "2.png")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    (tmp_path / "t.csv").write_text("path,label,split\n1.png,ant,test\n2.png,bee,test\n")
-    with pytest.raises(UserError, match="holds all images out: none is left to train on"):
-        sources.open_source(data, "train")
-
-
-def test_a_table_with_a_column_for_each_class_is_not_guessed(tmp_path):
-    tree(tmp_path / "root", "1.png", "2.png")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    (tmp_path / "t.csv").write_text("image,MEL,NV,split\n1,0,1,train\n2,1,0,train\n")
-    with pytest.raises(UserError, match="no column of a usual name for labels, but MEL, NV: call"):
-        sources.open_source(data, "train")
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_labels_of_a_table(tmp_path, name):
-    tree(tmp_path / "root", "x/1.png", "x/2.png")
-    (tmp_path / "t.csv").write_text(TABLES[name], encoding="utf-8", newline="")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    source = sources.open_source(data, "train")
-    assert source.classes == ["ant", "bee"] and source.labels.tolist() == [0, 1]
-
-
-def test_a_table_with_splits_holds_images_out(tmp_path, lines):
-    tree(tmp_path / "root", *(f"{n}.png" for n in range(9)))
-    rows = [f"{n}.png,{'ab'[n % 2]},{'test' if n > 4 else 'train'}" for n in range(8)]
-    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    source = sources.open_source(data, "train")
-    names = [f"{n}.png" for n in range(5)]
-    assert relative(source, tmp_path / "root") == [*names, "8.png"]  # the last one has no label
-    bank, queries = sources.open_labelled(data, source)
-    assert relative(bank, tmp_path / "root") == names and bank.labels.tolist() == [0, 1, 0, 1, 0]
-    assert relative(queries, tmp_path / "root") == ["5.png", "6.png", "7.png"]
-    assert queries.labels.tolist() == [1, 0, 1]
-
-
-HEADED = "path,label,split\n"
-
-
-@pytest.mark.parametrize(
-    "content, trained, held_out, line",
-    [
-        (HEADED + "0.png,a,train\n1.png,b,\n2.png,,test\n", "0134", "2", ""),  # kept secret
-        ("0.png,a,train\n1.png,b,Test\n2.png,,train\n", "0234", "1", ""),
-        (HEADED + "0.png,a\n1.png,b\n2.png,a,test\n", "0134", "2", "2 of 4 images have a label"),
-        (
-            HEADED + "0.png,a,train\n1.png,b,val\n2.png,a,test\n3.png,b,train\n",
-            "034",
-            "2",
-            "held out is test; not used: 1 images of val",
-        ),
-        (
-            HEADED + "0.png,a,dev\n1.png,b,dev\n",
-            "01234",
-            "",
-            "its column split has dev, none of train, test,",
-        ),
-    ],
-    ids=["no labels", "no header", "short rows", "test and val", "no words of splits"],
-)
-def test_what_a_table_says_of_splits(tmp_path, lines, content, trained, held_out, line):
-    tree(tmp_path / "root", *(f"{n}.png" for n in range(5)))
-    (tmp_path / "t.csv").write_text(content)
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    train, test = sources.open_source(data, "train"), sources.open_source(data, "test")
-    for source, wanted in ((train, trained), (test, held_out)):
-        found = relative(source, tmp_path / "root") if source else []
-        assert found == [f"{n}.png" for n in wanted]
-    assert line in lines.text
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, r"data.labels '.*t.csv' cannot be read \(No such file"),
-        ("", "rows of one column"),
-        ("1.png\n2.png\n", "rows of one column: write PATH,LABEL"),
-        ("path,label\n1.png,\n", "labels no image"),
-        (HEADED + "1.png,a,train\n2.png,b,dev\n", "its column split has dev, which is no split"),
-        (b"\xff\xfe\x00", "no text in UTF-8"),
-    ],
-)
-def test_a_table_that_labels_nothing_is_refused(tmp_path, content, message):
-    path = tmp_path / "t.csv"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message) as caught:
-        labels.read_table(str(path))
-    assert "\n" not in str(caught.value)
-
-
 def test_a_list_of_files_is_what_is_trained_on(tmp_path):
     root = tree(tmp_path / "root", "ant/1.png", "ant/2.png", "bee/3.png", "bee/4.png")
     (tmp_path / "f.txt").write_text(f"bee/4.png\n\n./ant/1.png\n{root}/bee/3.png\nbee/4.png\n")
@@ -350,54 +234,6 @@ def test_readings_on_a_labelled_set_of_their_own(tmp_path, images, said):
         with pytest.raises(UserError, match=message):
             run_tiny(images, *options[:-1], str(root), run_dir="other")
     assert train.main(["--resume", "run"])["steps"] == 3
-
-
-SPELLINGS = {
-    "another Unicode form": lambda path: unicodedata.normalize("NFD", path),
-    "below the folder that the root lies in": lambda path: f"root/{path}",
-    "below a folder of the root": lambda path: path.removeprefix("x/"),
-    "Windows": lambda path: ".\\" + path.replace("/", "\\"),
-}
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_table_may_spell_paths_in_another_way(tmp_path, lines, spelling):
-    names = [unicodedata.normalize("NFC", f"x/{n % 2}/Käfer {n}.png") for n in range(4)]
-    tree(tmp_path / "root", *names)
-    rows = [f"{SPELLINGS[spelling](name)},{'ab'[n % 2]}" for n, name in enumerate(names)]
-    (tmp_path / "t.csv").write_text("\n".join(["path,kind", *rows]), encoding="utf-8")
-    source = sources.open_source(folder(tmp_path / "root", labels=str(tmp_path / "t.csv")), "train")
-    assert source.labels.tolist() == [0, 0, 1, 1]
-    said = [line for line in lines.messages if "have a label" in line]
-    assert len(said) == 1 and "4 of 4 images have a label, of 2 classes, by its column" in said[0]
-
-
-def test_a_table_that_names_no_image_is_refused_with_what_it_names(tmp_path):
-    tree(tmp_path / "root", "a/1.png", "b/2.png")
-    (tmp_path / "t.csv").write_text("C:\\else\\7.png,ant\nC:\\else\\8.png,bee\n")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    with pytest.raises(UserError, match="none of the 2 images: .* names C:/else/7.png, .*a/1.png$"):
-        sources.open_source(data, "train")
-
-
-def test_several_labels_of_an_image_are_said(tmp_path, lines):
-    tree(tmp_path / "root", "1.png", "2.png")
-    (tmp_path / "t.csv").write_text("1.png,ant\n2.png,bee\n1.png,bee\n./2.png,bee\n")
-    sources.open_source(folder(tmp_path / "root", labels=str(tmp_path / "t.csv")), "train")
-    said = [line for line in lines.messages if "several labels" in line]
-    assert len(said) == 1 and "gives 1 images several labels, first 1.png" in said[0]
-
-
-def test_a_row_that_may_be_two_files_is_refused(tmp_path):
-    tree(tmp_path / "root", "train/1.png", "train/2.png", "test/1.png", "test/2.png")
-    (tmp_path / "t.csv").write_text("id,label\n1,ant\n2,bee\n")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    with pytest.raises(UserError, match="1 may be .*train/1.png or .*test/1.png: write paths"):
-        sources.open_labelled(data)
-    shutil.rmtree(tmp_path / "root/test")
-    save(tmp_path / "root/train/deeper/1.png")
-    with pytest.raises(UserError, match="1 may be .*train/1.png or .*deeper/1.png: write paths"):
-        sources.open_source(data, "train")
 
 
 @pytest.mark.parametrize(
@@ -480,12 +316,3 @@ def test_a_held_out_folder_without_images_is_none(tmp_path, lines):
     data = folder(tmp_path)
     assert len(sources.open_source(data, "train")) == 2 and not sources.has_test_split(data)
     assert any("held out is none; not used: test" in line for line in lines.messages)
-
-
-def test_a_table_holds_images_of_the_train_folder_out(tmp_path):
-    tree(tmp_path / "root", *(f"train/{n}.png" for n in range(4)))
-    rows = [f"{n}.png,{'ab'[n % 2]},{'test' if n > 1 else 'train'}" for n in range(4)]
-    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    bank, queries = sources.open_labelled(data)
-    assert (len(bank), len(queries)) == (2, 2) and queries.labels.tolist() == [0, 1]

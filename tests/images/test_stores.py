@@ -428,6 +428,7 @@ def test_a_cache_that_takes_no_file_is_one_line(monkeypatch, packed, cache):
 
 
 def test_a_copy_that_was_cut_short_is_fetched_again(server, cache, caplog):
+    caplog.set_level("INFO", logger="moco")
     one, here = shard(server), Cache(cache, 1e9)
     whole = here.bring(one).read_bytes()
     here.path(one).write_bytes(whole[:700])

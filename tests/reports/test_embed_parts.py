@@ -95,6 +95,17 @@ def test_two_ranks_write_the_same_file(ckpt, images, small_parts, two_ranks, tmp
     assert vectors_of("two") == vectors_of("one")
 
 
+def test_two_ranks_agree_on_what_cannot_be_read(ckpt, copied, two_ranks, tmp_path):
+    for name in ("03.jpg", "40.jpg", "41.jpg"):
+        content = (copied / name).read_bytes()
+        (copied / name).write_bytes(content[: len(content) // 2])  # whose headers are whole
+    words = ["--checkpoint", str(ckpt), "--output", "two", *FAST, "--data.root", str(copied)]
+    words += ["--data.max_bad_fraction", "0.1"]
+    (first, said), _ = two_ranks.run(embed_on_rank, words, str(tmp_path))
+    assert first["unread"] == 3 and len(Path("two/bad_files.txt").read_text().splitlines()) == 3
+    assert any("3 of 48 images" in line and "03.jpg" in line for line in said)
+
+
 def test_parts_without_a_plan_are_computed_anew(ckpt, images, monkeypatch):
     """As where a kill came while the parts of other features were removed."""
     embed(ckpt, images, "whole")

@@ -17,6 +17,7 @@ from moco.command import views
 from moco.config import TrainConfig, UserError
 from moco.evaluation.measures import MEASURES
 from moco.images import sources
+from moco.images.aside import set_aside
 from moco.reports.facts import read_facts
 from moco.reports.panel import make_panel
 from moco.run_directory import BEST, HELD_OUT
@@ -126,12 +127,12 @@ def test_a_run_of_a_version_that_set_none_aside_goes_on_with_all_images():
 def test_sets_of_few_images_lose_none(many):
     source = sources.open_source(TrainConfig().data.__class__(root=str(many)), "train")
     for count, most, aside in ((639, 512, 0), (640, 512, 64), (640, 10, 10), (640, 0, 0)):
-        kept, held = sources.set_aside(source.rows(torch.arange(count)), most, seed=1)
+        kept, held = set_aside(source.rows(torch.arange(count)), most, seed=1)
         assert (len(kept), len(held or [])) == (count - aside, aside)
         assert not held or not set(kept.paths) & set(held.paths)
-    again = sources.set_aside(source, 10, seed=1)[1].paths
-    assert again == sources.set_aside(source, 10, seed=1)[1].paths
-    assert again != sources.set_aside(source, 10, seed=2)[1].paths
+    again = set_aside(source, 10, seed=1)[1].paths
+    assert again == set_aside(source, 10, seed=1)[1].paths
+    assert again != set_aside(source, 10, seed=2)[1].paths
 
 
 def test_the_best_checkpoint_is_that_of_the_best_reading(many, monkeypatch):
