@@ -216,20 +216,25 @@ def test_two_ranks_share_the_evaluation_without_repeats(two_ranks, folder):
     assert sorted(first + second) == [0] * 5 + [1] * 5
 
 
-def _refused_on_rank(root: str, most: float) -> str:
+def _refused_on_rank(root: str, most: float, crops: bool = False) -> str:
     config = DataConfig(root=root, image_size=16, num_workers=0, max_bad_fraction=most)
     data = LabelledData(sources.open_labelled(config)[0], config)
+    batches = data.batches(CPU, 20)
+    if crops:
+        batches = RandomCrops(data, 0.2, 0).batches(0, [torch.arange(40)], CPU)
     try:
-        return str([len(rows) for _, rows in data.batches(CPU, 20)] + [data.num_unread])
+        return str([len(rows) for _, rows in batches] + [data.num_unread])
     except UserError as error:
         return str(error)
 
 
-def test_a_file_that_one_rank_cannot_read_is_told_on_both(two_ranks, folder, tmp_path):
+@pytest.mark.parametrize("crops", [False, True])
+def test_a_file_that_one_rank_cannot_read_is_told_on_both(two_ranks, folder, tmp_path, crops):
     root = shutil.copytree(folder, tmp_path / "copy")
     (root / "train" / "cat" / "11.png").write_bytes(b"no image")
-    assert sorted(two_ranks.run(_refused_on_rank, str(root), 0.1)) == ["[19, 1]", "[20, 1]"]
-    first, second = two_ranks.run(_refused_on_rank, str(root), 0.0)
+    counts = two_ranks.run(_refused_on_rank, str(root), 0.1, crops)
+    assert sorted(counts) == ["[19, 1]", "[20, 1]"]
+    first, second = two_ranks.run(_refused_on_rank, str(root), 0.0, crops)
     assert first == second and "11.png: is no image" in first and "1 of 40 images" in first
 
 
