@@ -60,10 +60,10 @@ class Table:
         The test images of many sets have no labels, and those of `val` beside them do.
         """
         has_labels: dict[str, bool] = {}
-        for path in paths:
-            if word := self.split(path):
-                labelled = self.rows[self.name(path) or ""] is not None
-                has_labels[word] = has_labels.get(word, False) or labelled
+        for name in map(self.name, paths):
+            if name in self.splits:
+                word = self.splits[name]
+                has_labels[word] = has_labels.get(word, False) or self.rows[name] is not None
         found = [word for word in HELD_OUT if word in has_labels]
         return next((word for word in found if has_labels[word]), found[0] if found else "")
 
@@ -104,7 +104,9 @@ class Table:
         if not self.has_splits:
             return list(paths)
         wanted = self.held_out(paths) if held_out else ""
-        return [path for path in paths if self.split(path) == wanted and bool(wanted) == held_out]
+        if held_out and not wanted:
+            return []
+        return [path for path in paths if self.split(path) == wanted]
 
     def say_unused(self, paths: Sequence[str]) -> None:
         """Tell of images of a split that is neither trained on nor held out."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from moco.config import TrainConfig
 from moco.evaluation.findings import findings
+from moco.evaluation.verdict import FACTOR
 from moco.reports.facts import Facts
 
 _WAITING = 0.25  # share of the time
-_FALLEN = 2.0  # points of kNN below its best, and standard errors of the difference
+_FALLEN = 2.0  # points of kNN below its best
 
 
 def advise(facts: Facts, count: int) -> list[str]:
@@ -49,7 +50,7 @@ def _falling(facts: Facts) -> list[str]:
     last, comparison = curve[-1][1], facts.result.get("comparison")
     trained = comparison.get("trained") if isinstance(comparison, dict) else None
     error = trained.get("standard_error", 0.0) if isinstance(trained, dict) else 0.0
-    if step == 0 or best - last <= max(_FALLEN, _FALLEN * sqrt(2) * error):
+    if step == 0 or best - last <= max(_FALLEN, FACTOR * sqrt(2) * error):
         return []  # below the first reading, `_no_gain` or the comparison says so
     remedy = "lower optim.lr, or train no longer than that"
     return [f"kNN has fallen from {best:.1f} % at step {step} to {last:.1f} %: {remedy}"]

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import shutil
 import unicodedata
+from pathlib import Path
 
 import pytest
 from pictures import save
 from test_labels import folder, lines, relative, tree
 
-from moco.config import UserError
+from moco.config import DataConfig, UserError
 from moco.images import sources, tables
 from moco.reports.listing import list_images_of
 
 __all__ = ["lines"]  # a fixture
 
 
+def tabled(tmp_path: Path, content: str, *names: str) -> DataConfig:
+    """Write images below root/ and a table of labels beside it; return the settings of both."""
+    tree(tmp_path / "root", *names)
+    (tmp_path / "t.csv").write_text(content, encoding="utf-8", newline="")
+    return folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+
+
+HEADED = "path,label,split\n"
 TABLES = {
     "comma, no header": "x/1.png,ant\nx/2.png,bee\n",
     "header, other order": "id;label;path\n7;ant;x/1.png\n8;bee;x/2.png\n",
@@ -31,43 +40,36 @@ TABLES = {
 
 def test_names_of_files_in_another_unicode_form_are_those_of_the_table(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
-    tree(tmp_path / "root", f"{decomposed}.png", f"b/{composed}.png")
-    (tmp_path / "t.csv").write_text(f"{composed}.png,ant\nb/{decomposed}.png,bee\n", "utf-8")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    content = f"{composed}.png,ant\nb/{decomposed}.png,bee\n"
+    data = tabled(tmp_path, content, f"{decomposed}.png", f"b/{composed}.png")
     source = sources.open_source(data, "train")
     assert sorted(source.labels.tolist()) == [0, 1] and source.classes == ["ant", "bee"]
 
 
 def test_a_table_that_holds_all_images_out_is_refused(tmp_path):
-    tree(tmp_path / "root", "1.png", "2.png")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    (tmp_path / "t.csv").write_text("path,label,split\n1.png,ant,test\n2.png,bee,test\n")
+    content = "path,label,split\n1.png,ant,test\n2.png,bee,test\n"
+    data = tabled(tmp_path, content, "1.png", "2.png")
     with pytest.raises(UserError, match="holds all images out: none is left to train on"):
         sources.open_source(data, "train")
 
 
 def test_a_table_with_a_column_for_each_class_is_not_guessed(tmp_path):
-    tree(tmp_path / "root", "1.png", "2.png")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
-    (tmp_path / "t.csv").write_text("image,MEL,NV,split\n1,0,1,train\n2,1,0,train\n")
+    content = "image,MEL,NV,split\n1,0,1,train\n2,1,0,train\n"
+    data = tabled(tmp_path, content, "1.png", "2.png")
     with pytest.raises(UserError, match="no column of a usual name for labels, but MEL, NV: call"):
         sources.open_source(data, "train")
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_labels_of_a_table(tmp_path, name):
-    tree(tmp_path / "root", "x/1.png", "x/2.png")
-    (tmp_path / "t.csv").write_text(TABLES[name], encoding="utf-8", newline="")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    data = tabled(tmp_path, TABLES[name], "x/1.png", "x/2.png")
     source = sources.open_source(data, "train")
     assert source.classes == ["ant", "bee"] and source.labels.tolist() == [0, 1]
 
 
 def test_a_table_with_splits_holds_images_out(tmp_path, lines):
-    tree(tmp_path / "root", *(f"{n}.png" for n in range(9)))
     rows = [f"{n}.png,{'ab'[n % 2]},{'test' if n > 4 else 'train'}" for n in range(8)]
-    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    data = tabled(tmp_path, HEADED + "\n".join(rows), *(f"{n}.png" for n in range(9)))
     source = sources.open_source(data, "train")
     names = [f"{n}.png" for n in range(5)]
     assert relative(source, tmp_path / "root") == [*names, "8.png"]  # the last one has no label
@@ -75,9 +77,6 @@ def test_a_table_with_splits_holds_images_out(tmp_path, lines):
     assert relative(bank, tmp_path / "root") == names and bank.labels.tolist() == [0, 1, 0, 1, 0]
     assert relative(queries, tmp_path / "root") == ["5.png", "6.png", "7.png"]
     assert queries.labels.tolist() == [1, 0, 1]
-
-
-HEADED = "path,label,split\n"
 
 
 @pytest.mark.parametrize(
@@ -119,9 +118,7 @@ HEADED = "path,label,split\n"
     ],
 )
 def test_what_a_table_says_of_splits(tmp_path, lines, content, trained, held_out, line):
-    tree(tmp_path / "root", *(f"{n}.png" for n in range(5)))
-    (tmp_path / "t.csv").write_text(content)
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    data = tabled(tmp_path, content, *(f"{n}.png" for n in range(5)))
     train, test = sources.open_source(data, "train"), sources.open_source(data, "test")
     for source, wanted in ((train, trained), (test, held_out)):
         found = relative(source, tmp_path / "root") if source else []
@@ -161,35 +158,31 @@ SPELLINGS = {
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_table_may_spell_paths_in_another_way(tmp_path, lines, spelling):
     names = [unicodedata.normalize("NFC", f"x/{n % 2}/Käfer {n}.png") for n in range(4)]
-    tree(tmp_path / "root", *names)
     rows = [f"{SPELLINGS[spelling](name)},{'ab'[n % 2]}" for n, name in enumerate(names)]
-    (tmp_path / "t.csv").write_text("\n".join(["path,kind", *rows]), encoding="utf-8")
-    source = sources.open_source(folder(tmp_path / "root", labels=str(tmp_path / "t.csv")), "train")
+    data = tabled(tmp_path, "\n".join(["path,kind", *rows]), *names)
+    source = sources.open_source(data, "train")
     assert source.labels.tolist() == [0, 0, 1, 1]
     said = [line for line in lines.messages if "have a label" in line]
     assert len(said) == 1 and "4 of 4 images have a label, of 2 classes, by its column" in said[0]
 
 
 def test_a_table_that_names_no_image_is_refused_with_what_it_names(tmp_path):
-    tree(tmp_path / "root", "a/1.png", "b/2.png")
-    (tmp_path / "t.csv").write_text("C:\\else\\7.png,ant\nC:\\else\\8.png,bee\n")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    content = "C:\\else\\7.png,ant\nC:\\else\\8.png,bee\n"
+    data = tabled(tmp_path, content, "a/1.png", "b/2.png")
     with pytest.raises(UserError, match="none of the 2 images: .* names C:/else/7.png, .*a/1.png$"):
         sources.open_source(data, "train")
 
 
 def test_several_labels_of_an_image_are_said(tmp_path, lines):
-    tree(tmp_path / "root", "1.png", "2.png")
-    (tmp_path / "t.csv").write_text("1.png,ant\n2.png,bee\n1.png,bee\n./2.png,bee\n")
-    sources.open_source(folder(tmp_path / "root", labels=str(tmp_path / "t.csv")), "train")
+    content = "1.png,ant\n2.png,bee\n1.png,bee\n./2.png,bee\n"
+    sources.open_source(tabled(tmp_path, content, "1.png", "2.png"), "train")
     said = [line for line in lines.messages if "several labels" in line]
     assert len(said) == 1 and "gives 1 images several labels, first 1.png" in said[0]
 
 
 def test_a_row_that_may_be_two_files_is_refused(tmp_path):
-    tree(tmp_path / "root", "train/1.png", "train/2.png", "test/1.png", "test/2.png")
-    (tmp_path / "t.csv").write_text("id,label\n1,ant\n2,bee\n")
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    names = ["train/1.png", "train/2.png", "test/1.png", "test/2.png"]
+    data = tabled(tmp_path, "id,label\n1,ant\n2,bee\n", *names)
     with pytest.raises(UserError, match="1 may be .*train/1.png or .*test/1.png: write paths"):
         sources.open_labelled(data)
     shutil.rmtree(tmp_path / "root/test")
@@ -199,16 +192,13 @@ def test_a_row_that_may_be_two_files_is_refused(tmp_path):
 
 
 def test_a_table_holds_images_of_the_train_folder_out(tmp_path):
-    tree(tmp_path / "root", *(f"train/{n}.png" for n in range(4)))
     rows = [f"{n}.png,{'ab'[n % 2]},{'test' if n > 1 else 'train'}" for n in range(4)]
-    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
-    data = folder(tmp_path / "root", labels=str(tmp_path / "t.csv"))
+    data = tabled(tmp_path, HEADED + "\n".join(rows), *(f"train/{n}.png" for n in range(4)))
     bank, queries = sources.open_labelled(data)
     assert (len(bank), len(queries)) == (2, 2) and queries.labels.tolist() == [0, 1]
 
 
 def test_an_index_has_the_splits_of_a_table(tmp_path):
-    tree(tmp_path / "root", *(f"{n}.png" for n in range(4)))
-    (tmp_path / "t.csv").write_text(HEADED + "0.png,a,train\n1.png,b,val\n2.png,a,test\n")
-    listing = list_images_of(folder(tmp_path / "root", labels=str(tmp_path / "t.csv")))
+    content = HEADED + "0.png,a,train\n1.png,b,val\n2.png,a,test\n"
+    listing = list_images_of(tabled(tmp_path, content, *(f"{n}.png" for n in range(4))))
     assert listing.splits == ["train", "val", "test", "train"]
