@@ -42,6 +42,7 @@ WORDS = {
     "RUN": "runs/done",
     "FILE": "file.safetensors",
     "IMAGE": "path/test/a/000.png",
+    "TABLE": "table.csv",
 }
 SMALL = ["--model.backbone", "resnet10t", "--model.stem", "cifar", "--model.width", "0.125"]
 SHORT = [
@@ -117,6 +118,8 @@ def workspace(folders):
         for name in ("a", "b"):
             files = [f"{i:03d}.png" for i in range(count)]
             write_pictures(folder / "path" / split / name, files, rng, size=(32, 32))
+    told = [f"train/{name}/{i:03d}.png,{name == 'a':d}" for name in "ab" for i in range(104)]
+    (folder / WORDS["TABLE"]).write_text("\n".join(["path,first", *told]))
     (folder / "configs").symlink_to(ROOT / "configs")
     last = folder / "runs/done/checkpoints/last.ckpt"
     with pytest.MonkeyPatch.context() as patch:
@@ -224,6 +227,9 @@ def run_command(command):
         assert_known_to_pip(words[1:])
     elif words[1].startswith("benchmarks/"):
         assert_options_exist(words[1:])
+    elif words[1].startswith("examples/"):
+        given = [WORDS.get(word, word) for word in words[2:]]
+        assert len(runpy.run_path(str(ROOT / words[1]))["main"](*given))
     elif words[1] == "docs/settings.py":  # a test of its own compares what it writes
         assert words[2:] in ([], [">", "docs/settings.md"])
     else:

@@ -28,6 +28,31 @@ def test_own_backbone():
     assert program(torch.zeros(3, 1, 16, 16)).shape == (3, 64)
 
 
+def test_targets(tmp_path):
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(120, 8)).astype("float32")
+    paths = [f"{n}.png" for n in range(120)]
+    (tmp_path / "features").mkdir()
+    features = pd.DataFrame({"path": paths, "vector": [*vectors]})
+    features.to_parquet(tmp_path / "features" / "features.parquet")
+    told = pd.DataFrame({"path": paths[::-1], "group": rng.integers(0, 30, 120)})
+    told["label"] = (vectors[::-1, 0] > 0).astype(int)
+    told["noise"] = rng.permutation(told["label"])
+    told["number"] = 100 * vectors[::-1, 1] + 7
+    told.loc[:9, "label"] = np.nan
+    told.to_csv(tmp_path / "table.csv", index=False)
+    scores = run("targets.py", features="features", table="table.csv").set_index("target")
+    assert scores["images"].to_dict() == {"label": 110, "noise": 120, "number": 120}
+    assert scores.loc["label", "area under ROC"] > 97 and scores.loc["number", "R2"] > 0.99
+    assert 25 < scores.loc["noise", "area under ROC"] < 75
+    frames = pd.DataFrame({"path": ["other.png"], "label": [1]})
+    frames.to_csv(tmp_path / "other.csv", index=False)
+    with pytest.raises(SystemExit, match="no path of other.csv is in features"):
+        run("targets.py", features="features", table="other.csv")
+
+
 def test_plain_trainer():
     last = run("plain_trainer.py", epochs=1)
     assert torch.load(last, weights_only=True)["global_step"] == 19
@@ -66,4 +91,4 @@ def test_notebook(tmp_path, monkeypatch):
 
 def test_every_example_has_its_test():
     names = {path.stem for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert names == {"bands", "own_backbone", "plain_trainer", "photographs"}
+    assert names == {"bands", "own_backbone", "plain_trainer", "photographs", "targets"}

@@ -237,7 +237,7 @@ def _columns(first: list[str], where: str) -> tuple[tuple[int, int, int], bool]:
             names = ", ".join(shown(first[n]) for n in left[:5]) or "no other"
             raise UserError(
                 f"{where} has no column of a usual name for labels, but {names}: call the one that "
-                "holds each image's label `label`"
+                "holds each image's label `label` (several of an image: docs/features.md)"
             )
         label = left[0]
     return (image, label, split), True
