@@ -23,6 +23,16 @@ def write_pictures(
         Image.fromarray(pixels).resize(size).save(folder / name)
 
 
+def write_classes(root: Path) -> Path:
+    """Write 40 smooth colour images of 24 x 20 pixels in two classes, and 10 for testing."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for name in ("cat", "dog"):
+            names = [f"{i}.png" for i in range(count)]
+            write_pictures(root / split / name, names, rng, small=4, size=(20, 24))
+    return root
+
+
 def save(path: Path, size: tuple[int, int] = (4, 4)) -> Path:
     """Write a grey image of one value and `size` (height, width); return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,19 @@ def run_tiny(root, *arguments: str, run_dir: str = "run") -> dict:
     return train.main([*TINY, "--data.root", str(root), "--run.dir", run_dir, *arguments])
 
 
+def copy_until(run: Path, last_step: int, decay: int) -> str:
+    """Copy a run to `run` as it was after a step; its rate falls from the step `decay` on."""
+    shutil.copytree(run, "run")
+    stored = Path("run/checkpoints")
+    for path in stored.glob("step_*.ckpt"):
+        if int(path.stem.split("_")[1]) > last_step:
+            path.unlink()
+    shutil.copyfile(stored / f"step_{last_step:09d}.ckpt", stored / "last.ckpt")
+    if last_step < decay:
+        (stored / "before_decay.ckpt").unlink()
+    return "run"
+
+
 def trained(root, *arguments: str, run_dir: str = "run") -> None:
     """Leave what `run_tiny` leaves; of equal words the first run of a process is copied."""
     words = (str(root), *arguments, run_dir)

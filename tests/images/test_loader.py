@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pictures import write_pictures
+from pictures import write_classes
 from PIL import Image
 
 from moco import distributed
@@ -27,14 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """40 smooth colour images of 24 x 20 pixels in two classes, and 10 for testing."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 20), ("test", 5)):
-        for name in ("cat", "dog"):
-            names = [f"{i}.png" for i in range(count)]
-            write_pictures(root / split / name, names, rng, small=4, size=(20, 24))
-    return root
+    return write_classes(tmp_path_factory.mktemp("images"))
 
 
 def make_data(folder, shuffle=True, symmetric=False, **changes) -> PretrainData:

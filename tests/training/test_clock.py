@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import yaml
-from runs import TINY, assert_same_end, at, load, main_on_rank, run_tiny
+from runs import TINY, assert_same_end, at, copy_until, load, main_on_rank, run_tiny
 
 import train
 from moco import distributed
@@ -65,19 +64,6 @@ def runs(images, tmp_path_factory):
     return folder
 
 
-def copy_of(runs: Path, last_step: int) -> str:
-    """Copy the run by the clock as it was after a step."""
-    shutil.copytree(runs / "clock", "run")
-    kept = Path("run/checkpoints")
-    for path in kept.glob("step_*.ckpt"):
-        if int(path.stem.split("_")[1]) > last_step:
-            path.unlink()
-    shutil.copyfile(kept / f"step_{last_step:09d}.ckpt", kept / "last.ckpt")
-    if last_step < 9:
-        (kept / "before_decay.ckpt").unlink()
-    return "run"
-
-
 def test_it_is_the_run_of_the_epochs_that_it_came_to(runs):
     assert_same_end(str(runs / "clock"), str(runs / "epochs"))
     assert load(runs / "clock/checkpoints/before_decay.ckpt")["global_step"] == 9
@@ -117,14 +103,20 @@ def test_a_first_step_beyond_the_minutes_lets_the_rate_fall_at_once(images):
 
 @pytest.mark.parametrize("step", [9, 10, 11])
 def test_what_is_fixed_stays_on_a_slower_machine(runs, step):
-    assert on_machine(500.0, words=["--resume", copy_of(runs, step)])["steps"] == 12
+    assert (
+        on_machine(500.0, words=["--resume", copy_until(runs / "clock", step, decay=9)])["steps"]
+        == 12
+    )
     assert_same_end("run", str(runs / "clock"))
 
 
 @pytest.mark.parametrize(("pace", "steps"), [(10.0, 12), (30.0, 8)])
 def test_time_before_a_resume_counts(runs, said, pace, steps):
     """The same machine fixes the same step; a slower one another, which is said."""
-    assert on_machine(pace, words=["--resume", copy_of(runs, 5)])["steps"] == steps
+    assert (
+        on_machine(pace, words=["--resume", copy_until(runs / "clock", 5, decay=9)])["steps"]
+        == steps
+    )
     assert any("after step 5 the run has 1.2 of its 2.05 minutes left" in line for line in said)
     content = yaml.safe_load(Path("run/config.yaml").read_text())
     assert content["decided"]["settings"]["trainer.max_steps"] == steps
@@ -133,7 +125,7 @@ def test_time_before_a_resume_counts(runs, said, pace, steps):
 
 
 def test_more_minutes_lengthen_it_before_and_epochs_after(runs):
-    run_dir = copy_of(runs, 5)
+    run_dir = copy_until(runs / "clock", 5, decay=9)
     with pytest.raises(UserError, match="the clock has not fixed yet how long the run is: give it"):
         train.main(["--resume", run_dir, "--extend", "1"])
     found = on_machine(10.0, words=["--resume", run_dir, "--run.minutes", "4.05"])
@@ -143,7 +135,7 @@ def test_more_minutes_lengthen_it_before_and_epochs_after(runs):
 
 
 def test_few_minutes_let_the_rate_fall_at_once(runs):
-    run_dir = copy_of(runs, 5)
+    run_dir = copy_until(runs / "clock", 5, decay=9)
     assert on_machine(10.0, words=["--resume", run_dir, "--run.minutes", "0.1"])["steps"] == 8
     assert load("run/checkpoints/before_decay.ckpt")["global_step"] == 6
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import assert_same_end, load, run_tiny, trained
+from runs import assert_same_end, copy_until, load, run_tiny, trained
 
 import train
 from moco.algorithm.optim import decay_start, learning_rate
@@ -30,19 +30,6 @@ def runs(images, tmp_path_factory):
     return folder
 
 
-def copy_of(runs: Path, last_step: int) -> str:
-    """Copy the short run as it was after a step."""
-    shutil.copytree(runs / "short", "run")
-    kept = Path("run/checkpoints")
-    for path in kept.glob("step_*.ckpt"):
-        if int(path.stem.split("_")[1]) > last_step:
-            path.unlink()
-    shutil.copyfile(kept / f"step_{last_step:09d}.ckpt", kept / "last.ckpt")
-    if last_step < 4:
-        (kept / "before_decay.ckpt").unlink()
-    return "run"
-
-
 def test_stable_stays_and_then_falls_linearly():
     config = OptimConfig(schedule="stable", lr=1.0, decay_share=0.25, warmup_epochs=1)
     rates = [learning_rate(config, step, 4, 16) for step in range(16)]
@@ -54,7 +41,7 @@ def test_stable_stays_and_then_falls_linearly():
 
 @pytest.mark.parametrize("step", range(1, 7))
 def test_extended_equals_longer(runs, step):
-    run_dir = copy_of(runs, step)
+    run_dir = copy_until(runs / "short", step, decay=4)
     found = train.main(["--resume", run_dir, "--extend", "2"])
     assert found["steps"] == 12
     assert_same_end("run", str(runs / "long"))
@@ -68,7 +55,7 @@ def test_extended_equals_longer(runs, step):
 
 
 def test_an_extended_run_resumes(runs):
-    run_dir = copy_of(runs, 6)
+    run_dir = copy_until(runs / "short", 6, decay=4)
     train.main(["--resume", run_dir, "--extend", "2"])
     for step in range(7, 13):
         Path(f"run/checkpoints/step_{step:09d}.ckpt").unlink()
@@ -95,7 +82,7 @@ def test_what_cannot_be_extended_is_refused(images):
 
 
 def test_damage_to_the_checkpoint_before_the_decay_is_said(runs):
-    run_dir = copy_of(runs, 6)
+    run_dir = copy_until(runs / "short", 6, decay=4)
     Path("run/checkpoints/before_decay.ckpt").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"before_decay\.ckpt is damaged"):
         train.main(["--resume", run_dir, "--extend", "2"])
