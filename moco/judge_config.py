@@ -11,7 +11,8 @@ from typing import Any, Literal
 from moco.config import DataConfig
 from moco.config.setting import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, setting
 
-NAMING = ("dataset", "root", "files", "labels")  # settings of `data` that name images
+LISTS = ("files", "labels")  # settings of `data` that name images below one root
+NAMING = ("dataset", "root", *LISTS)  # those that name images
 
 
 def _as_in(kind: type, name: str) -> Any:

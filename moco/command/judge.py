@@ -15,7 +15,9 @@ from moco.command.early import check_images, check_name, check_output
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import DataConfig, UserError
+from moco.images.folders import is_same_place
 from moco.judge_config import (
+    LISTS,
     NAMING,
     EmbedConfig,
     EvalDataConfig,
@@ -61,7 +63,10 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
     check_name(judge.backbone, "backbone")
     check_output(Path(judge.output or Path(judge.checkpoint).parent))
 
-    read_data = data_reader(parser, argv)
+    def read_data(stored: dict[str, Any]) -> DataConfig:
+        is_moved = config.data.root and not is_same_place(config.data.root, stored.get("root", ""))
+        return data_reader(parser, argv, LISTS if is_moved else ())(stored)
+
     run_dir = run_of(Path(judge.checkpoint))
     if stored := stored_groups(run_dir) if run_dir else {}:
         check_images(read_data(stored["data"]))

@@ -18,12 +18,11 @@ import torch
 
 from moco import distributed
 from moco.checkpoints.matching import checksum
-from moco.config import UserError
 from moco.evaluation.features import feature_shape
 from moco.evaluation.labels import check_labels, few_labels
 from moco.evaluation.own import NOTHING, Given
 from moco.evaluation.probe import SWEEP
-from moco.evaluation.protocols import PROTOCOLS, knn
+from moco.evaluation.protocols import PROTOCOLS, fitting, knn
 from moco.evaluation.references import add_references, describe
 from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
 from moco.evaluation.verdict import RAW_PIXELS, REFERENCE, UNTRAINED, Comparison, compare
@@ -90,31 +89,11 @@ def judge_knn(
     name = f"eval_knn-{judge.layer}"
 
     def score(subject: Subject) -> dict[str, Any]:
-        fitting = replace(config, k=_fitting(config.k, len(subject.bank)))
+        fitting(config.k, len(subject.bank))  # which refuses before anything is computed
         gallery = output_path(judge, f"{subject.name}.png")
-        return {each: knn(subject, fitting, each, gallery) for each in subject.networks}
+        return {each: knn(subject, config, each, gallery) for each in subject.networks}
 
     return _judge(name, "knn", judge, config, (read_data, given), score)
-
-
-def _fitting(numbers: list[int], images: int) -> list[int]:
-    """Leave out those of the usual numbers of neighbours that are more than the training images.
-
-    Raises:
-        UserError: Other numbers were asked for, and are more.
-    """
-    if max(numbers) <= images:
-        return numbers
-    least = min(10, images)
-    if numbers != KNNConfig().k:
-        raise UserError(
-            f"k {max(numbers)} is above the {images} training images: give smaller ones, as in "
-            f"--k [{least}]"
-        )
-    kept = [number for number in numbers if number <= images] or [least]
-    log.info("k above the %d training images is left out: it is %s", images,
-             " and ".join(map(str, kept)))  # fmt: skip
-    return kept
 
 
 def _judge(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.config import RunError
+from moco.config import RunError, UserError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
 from moco.evaluation.finetune import train_linear, train_whole
@@ -178,10 +178,15 @@ def knn(subject: Subject, config: KNNConfig, name: str, gallery: Path) -> dict[s
     queries, query_rows = subject.all_features(name, subject.queries)
     targets = subject.queries.labels(query_rows)
     budget = int(config.budget * 2**30)
-    similarity, place = nearest_sharded(queries, bank, max(config.k), budget)
-    rows = gather_ragged(bank_rows)[place]
+    every_row = gather_ragged(bank_rows)
+    numbers = fitting(config.k, len(every_row))
+    if numbers != config.k and name == "encoder":
+        log.info("k above the %d training images is left out: it is %s", len(every_row),
+                 " and ".join(map(str, numbers)))  # fmt: skip
+    similarity, place = nearest_sharded(queries, bank, max(numbers), budget)
+    rows = every_row[place]
     neighbours = subject.bank.labels(rows)
-    votes = vote(similarity, neighbours, len(subject.classes), config.k, config.temperature)
+    votes = vote(similarity, neighbours, len(subject.classes), numbers, config.temperature)
     # A class without a vote has no place among the best five. k rises: the verdict is on the last.
     scored = {str(k): found.masked_fill(found == 0, -torch.inf) for k, found in votes.items()}
     by_k = {k: _score(subject, name, found, query_rows) for k, found in scored.items()}
@@ -198,6 +203,23 @@ def knn(subject: Subject, config: KNNConfig, name: str, gallery: Path) -> dict[s
     return scores
 
 
+def fitting(numbers: list[int], images: int) -> list[int]:
+    """Leave out those of the usual numbers of neighbours that are more than the training images.
+
+    Raises:
+        UserError: Other numbers were asked for, and are more.
+    """
+    if max(numbers) <= images:
+        return numbers
+    least = min(10, images)
+    if numbers != KNNConfig().k:
+        raise UserError(
+            f"k {max(numbers)} is above the {images} training images: give smaller ones, as in "
+            f"--k [{least}]"
+        )
+    return [number for number in numbers if number <= images] or [least]
+
+
 def _few_shot(
     subject: Subject,
     config: KNNConfig,
@@ -209,7 +231,7 @@ def _few_shot(
     """Score few labels per class, drawn from a part of the bank that is gathered on every rank."""
     stored, seed = subject.bank.source.labels, subject.judge.seed
     wanted = max(config.shots) * config.draws
-    smallest = int(torch.bincount(stored).min())
+    smallest = int(torch.bincount(stored).clamp(min=1).min())  # none of a class may be readable
     pool = few_labels(stored, min(1.0, wanted / smallest), seed)
     mine = torch.isin(rows, pool.to(rows.device))
     bank, rows = in_order(bank[mine], rows[mine])

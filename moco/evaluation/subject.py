@@ -33,7 +33,14 @@ from moco.idle import idle_in_evaluation
 from moco.images import sources
 from moco.images.folders import expanded
 from moco.images.labelled import LabelledData, open_data
-from moco.judge_config import EmbedConfig, JudgeConfig, KNNConfig, LinearConfig, QualityConfig
+from moco.judge_config import (
+    LISTS,
+    EmbedConfig,
+    JudgeConfig,
+    KNNConfig,
+    LinearConfig,
+    QualityConfig,
+)
 from moco.log import log_to_stderr, track
 from moco.pixels import normalisation
 
@@ -158,6 +165,8 @@ def _open(
     if data.image_size != loaded.data["image_size"]:
         loaded = load(judge, data.image_size, given)
     log.info("%s", loaded.report)
+    if lost := [f"data.{name}" for name in LISTS if stored.get(name) and not getattr(data, name)]:
+        log.info("%s of the run is for its own images: give it to take it", " and ".join(lost))
     networks = _networks(judge, loaded, data, judge.untrained_draws or _own_draws(own))
     name += _other_images(data, TrainConfig.from_dict({"data": stored}).data)
     bank, queries = _open_images(data, given, device, output_path(judge, f"{name}-bad_files.txt"))

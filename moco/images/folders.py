@@ -186,3 +186,8 @@ def is_dir(entry: os.DirEntry) -> bool:
 def expanded(root: str) -> str:
     """Return the absolute path, `~` replaced."""
     return os.path.abspath(os.path.expanduser(root))
+
+
+def is_same_place(root: str, other: str) -> bool:
+    """Tell whether two paths lead to one directory."""
+    return os.path.realpath(expanded(root)) == os.path.realpath(expanded(other))

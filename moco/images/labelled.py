@@ -64,11 +64,11 @@ class LabelledData:
         """Count the images that could not be read so far."""
         return self._left_out + len(self.bad.found)
 
-    def rows(self, rows: Tensor) -> LabelledData:
-        """Keep only some images."""
+    def rows(self, rows: Tensor, left_out: int = 0) -> LabelledData:
+        """Keep only some images, beside which `left_out` could not be read."""
         part = self.source.rows(rows)
         bad = BadFiles(part, self.bad.most, self.bad.report_path)
-        return LabelledData(part, self.config, bad, self.num_unread)
+        return LabelledData(part, self.config, bad, left_out)
 
     def readable(self, device: torch.device) -> LabelledData:
         """Keep the images that can be read; each of a streamed set is read once to know them."""
@@ -77,7 +77,7 @@ class LabelledData:
         for _ in self.batches(device):
             pass
         kept = [row for row in range(len(self)) if row not in self.bad.found]
-        return self.rows(torch.tensor(kept))
+        return self.rows(torch.tensor(kept), self.num_unread)
 
     def labels(self, rows: Tensor) -> Tensor:
         """Return the labels of some images, on the device of their rows."""

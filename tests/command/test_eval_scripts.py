@@ -259,6 +259,27 @@ def test_a_switch_is_given_by_its_name_alone_or_with_a_value(kind):
         assert read_settings(common, kind, "")[0].allow_partial == wanted
 
 
+def test_lists_of_the_run_are_not_taken_for_other_images(checkpoint, tmp_path, said):
+    """A row `0` of its table would label the file 0.png of any set."""
+    stored = torch.load(checkpoint, weights_only=True)
+    own, other = (folder(tmp_path / name, {"train": BOTH, "test": BOTH}) for name in ("x", "y"))
+    table = tmp_path / "table.csv"
+    rows = [f"{s}/{c}/{n}.png,{k}" for s in ("train", "test") for c, k in ("ac", "bd")
+            for n in range(3)]  # fmt: skip
+    table.write_text("\n".join(["path,label", *rows]))
+    stored["config"]["data"] |= {"dataset": "folder", "root": str(own), "labels": str(table)}
+    torch.save(stored, tmp_path / "last.ckpt")
+    arguments = ["--checkpoint", tmp_path / "last.ckpt", "--k", "[3]", "--baselines", "false"]
+    assert {*inside("eval_knn", *arguments)["per_class"]} == {"c", "d"}
+    again = inside("eval_knn", *arguments, "--data.root", f"{own}/.")
+    assert {*again["per_class"]} == {"c", "d"} and not any("its own images" in s for s in said)
+    elsewhere = [*arguments, "--data.root", other]
+    assert {*inside("eval_knn", *elsewhere)["per_class"]} == {"a", "b"}
+    assert "data.labels of the run is for its own images: give it to take it" in said
+    given = inside("eval_knn", *elsewhere, "--data.labels", table)
+    assert {*given["per_class"]} == {"c", "d"}
+
+
 def torn(tmp_path, splits):
     """Write dark images of class a and light ones of class b; cut off two files."""
     root = folder(tmp_path / "images", splits)
@@ -303,6 +324,38 @@ def test_torn_files_of_a_streamed_set_are_left_out_and_counted(
     (report,) = tmp_path.glob("last.ckpt.eval_*-bad_files.txt")
     named = [line.split("\t")[0] for line in report.read_text().splitlines()]
     assert [path.partition("/images/")[2] for path in named] == ["train/a/0.png", "test/b/1.png"]
+
+
+@pytest.mark.parametrize("resident", ["off", "memory"])
+def test_neighbours_and_shots_fit_what_can_be_read(checkpoint, tmp_path, said, resident):
+    """Of the class a none is left: it has no shots, and no k above the others is asked for."""
+    splits = {"train": {"a": 2, "b": 98, "c": 100}, "test": {"a": 2, "b": 3, "c": 3}}
+    arguments = torn(tmp_path, splits) + ["--data.resident", resident]
+    (tmp_path / "images/train/a/1.png").write_bytes(b"torn")
+    words = ["--checkpoint", checkpoint, "--data.max_bad_fraction", 0.3, *arguments]
+    result = inside("eval_knn", *words)
+    assert {*result["by_k"]} == {"10", "20", "100"} and result["few_shot"]["1"] is None
+    assert any("k above the 198 training images is left out" in line for line in said)
+    with pytest.raises(UserError, match="k 199 is above the 198 training images"):
+        inside("eval_knn", *words, "--k", "[199]")
+
+
+@pytest.mark.parametrize("resident", ["off", "memory"])
+def test_what_cannot_be_read_is_counted_among_the_labels_that_are_used(
+    checkpoint, tmp_path, resident
+):
+    splits = {"train": {"a": 40, "b": 40}, "test": {"a": 5, "b": 5}}
+    arguments = [*torn(tmp_path, splits), "--data.resident", resident]
+    for number in range(1, 9):
+        (tmp_path / f"images/train/b/{number}.png").write_bytes(b"torn")
+    words = ["--checkpoint", checkpoint, "--data.max_bad_fraction", 0.5, "--epochs", 1]
+    words += ["--learning_rates", "[0.1]", "--label_fraction", 0.5]
+    data = inside("eval_linear", *words, *arguments)["data"]
+    if resident == "memory":  # half of the 39 and the 32 that were decoded
+        assert (data["train_images"], data["train_images_unread"]) == (20 + 16, 0)
+    else:  # half of what is listed, of which 9 at most cannot be read
+        assert data["train_images"] + data["train_images_unread"] == 40
+        assert 0 < data["train_images_unread"] <= 9
 
 
 @pytest.mark.parametrize("protocol", ["knn", "paper"])
