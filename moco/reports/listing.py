@@ -81,8 +81,11 @@ def _list_files(data: DataConfig) -> Listing:
         table = read_table(data.labels)
         labels = table.labels(paths)
         if table.has_splits:
-            words = {"": "train", table.held_out(paths): "test"}
-            splits = [words.get(word := table.split(path), word) for path in paths]
+            unnamed = splits if test and is_split else ["train"] * len(paths)
+            splits = [
+                (table.split(path) or "train") if table.name(path) else split
+                for path, split in zip(paths, unnamed, strict=True)
+            ]
     source = ImageSource(
         f"folder {shown(root)}", None, paths, None, [], data.channels, settle(paths, data)
     )

@@ -330,7 +330,7 @@ def test_torn_files_of_a_streamed_set_are_left_out_and_counted(
 def test_neighbours_and_shots_fit_what_can_be_read(checkpoint, tmp_path, said, resident):
     """Of the class a none is left: it has no shots, and no k above the others is asked for."""
     splits = {"train": {"a": 2, "b": 98, "c": 100}, "test": {"a": 2, "b": 3, "c": 3}}
-    arguments = torn(tmp_path, splits) + ["--data.resident", resident]
+    arguments = [*torn(tmp_path, splits), "--data.resident", resident]
     (tmp_path / "images/train/a/1.png").write_bytes(b"torn")
     words = ["--checkpoint", checkpoint, "--data.max_bad_fraction", 0.3, *arguments]
     result = inside("eval_knn", *words)

@@ -85,7 +85,24 @@ def test_labels_and_splits_are_those_of_the_folders(ckpt, tmp_path):
     Path("labels.csv").write_text(table_of_labels)
     embed(ckpt, tmp_path / "set", "named", "--data.labels", "labels.csv")
     assert table("named")["label"] == [None, "lynx", "puma", None]
-    assert table("named")["split"] == ["train", "test", "train", "train"]
+    assert table("named")["split"] == [None, "test", "train", "train"]
+
+
+def test_splits_of_a_table_are_its_own_words(tmp_path):
+    """Though a run calls what is held out its test images, and trains on what is not named."""
+    names = [f"{n}.png" for n in range(4)]
+    write_pictures(tmp_path / "set", names, np.random.default_rng(0))
+    data = DataConfig(dataset="folder", root=str(tmp_path / "set"), channels=3, image_size=16)
+    data.labels = str(tmp_path / "labels.csv")
+    for words, splits in (
+        (("train", "val", "test"), ["train", "val", "test", "train"]),
+        (("train", "", ""), ["train"] * 4),
+    ):
+        rows = [f"{name},{'' if word == 'test' else 'cat'},{word}"
+                for name, word in zip(names, words, strict=False)]  # fmt: skip
+        absent = "gone.png,dog,test"
+        (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *rows, absent]))
+        assert list_images_of(data).splits == splits
 
 
 def test_a_data_set_that_has_no_files(ckpt):
