@@ -120,14 +120,14 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
             are more or fewer values than channels.
     """
     auto = "auto" in (data.min_value, data.max_value)
-    low, high = _as_set(data.min_value, (0.0,)), _as_set(data.max_value, (65535.0,))
+    reading = as_told(data)
+    low, high = reading.low, reading.high
     for name, ends in (("min_value", low), ("max_value", high)):
         if len(ends) not in (1, data.channels):
             raise UserError(
                 f"data.{name} has {len(ends)} values for data.channels {data.channels}: give one "
                 "for all of them, or one for each"
             )
-    reading = Reading(low, high, data.exif == "apply", data.max_pixels, data.dicom_window)
     seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(_UNCUT,)))
     _say_turned(seen, reading)
     _say_pages(seen)
@@ -160,6 +160,12 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     reading = replace(reading, low=low, high=high, reason=f"{how}: {held}")
     check_levels(seen.values, seen.ends, reading)
     return reading
+
+
+def as_told(data: DataConfig) -> Reading:
+    """Return how files are read by the settings alone, where `auto` is the full range."""
+    low, high = _as_set(data.min_value, (0.0,)), _as_set(data.max_value, (65535.0,))
+    return Reading(low, high, data.exif == "apply", data.max_pixels, data.dicom_window)
 
 
 def _as_set(value: str | float | list[float], default: tuple[float, ...]) -> tuple[float, ...]:

@@ -28,10 +28,12 @@ from moco import distributed
 from moco.config import UserError
 from moco.evaluation.features import check_finite, each_batch
 from moco.evaluation.subject import track
+from moco.images.bad_files import FILES_S, unreadable
+from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
 from moco.judge_config import EmbedConfig
 from moco.reports.listing import Listing
-from moco.reports.table import FILE, INDEX, as_text, vectors_of, writing
+from moco.reports.table import FILE, INDEX, Features, as_text, vectors_of, writing
 from moco.whole_files import output_file
 
 log = logging.getLogger("moco")
@@ -97,12 +99,13 @@ def is_done(job: Job) -> bool:
     target, plan = job.folder / FILE, job.folder / PARTS / "plan.json"
     about = {**job.about, "rows": job.rows}
     goes_on = plan.is_file() and _same(_planned(plan), about)
-    if target.is_file() and _same(_told(target), about):
+    is_same = target.is_file() and _same(_told(target), about)
+    if is_same and not _may_grow(job):
         log.info("%s holds these features already", target)
         if goes_on:
             remove_parts(job)
         return True
-    other = target if target.is_file() else None
+    other = target if target.is_file() and not is_same else None
     if plan.is_file() and not goes_on and any(plan.parent.glob("*.parquet")):
         other = plan
     if other and not job.config.overwrite:
@@ -117,6 +120,17 @@ def is_done(job: Job) -> bool:
         with output_file(plan) as temporary:
             temporary.write_text(json.dumps(about), encoding="utf-8")
     return False
+
+
+def _may_grow(job: Job) -> bool:
+    """Tell whether an image that has no features can be read by now, as with a further package."""
+    there = {*Features(job.folder).column("path")}
+    rows = [row for row, name in enumerate(job.listing.names) if as_text(name) not in there]
+    bad, seen = unreadable(job.images.source, rows, ImageSource.read, FILES_S)
+    if len(bad) < seen:
+        log.info("%d of %d images without features can be read now: computing anew",
+                 seen - len(bad), len(rows))  # fmt: skip
+    return len(bad) < seen
 
 
 def _told(path: Path) -> dict[str, Any]:

@@ -111,10 +111,11 @@ def stored_data(features: Features) -> DataConfig:
 def open_files(features: Features, paths: list[str]) -> Any:
     """Open some files as a source, read as those of the features were."""
     from moco.images.image_source import ImageSource
-    from moco.images.values import settle
+    from moco.images.values import as_told, settle
 
-    data = stored_data(features)
-    return ImageSource("query", None, paths, None, [], data.channels, settle(paths, data))
+    data = stored_data(features)  # of an earlier version without a range, where all had 8 bits
+    reading = settle(paths, data) if "auto" in (data.min_value, data.max_value) else as_told(data)
+    return ImageSource("query", None, paths, None, [], data.channels, reading)
 
 
 def _read(source: Any, row: int) -> Any:

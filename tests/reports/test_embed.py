@@ -191,6 +191,19 @@ def test_finished_features_are_left_alone_and_others_refused(ckpt, images, said)
     assert table("out")["vector"].shape == (48, 16)
 
 
+def test_what_can_be_read_by_now_gets_features(ckpt, images, said):
+    """Nothing but what is able to read has changed: a limit here, else a package."""
+    root = shutil.copytree(images, "set")
+    write_pictures(Path(root), ["big.png"], np.random.default_rng(0), size=(60, 60))
+    words = [ckpt, root, "out", "--data.max_bad_fraction", "1", "--data.max_pixels"]
+    for _ in range(2):
+        assert embed(*words, "2000")["unread"] == 1
+    assert "out/features.parquet holds these features already" in said
+    assert embed(*words, "4000") | {"seconds": 0} == embed(*words, "4000") | {"seconds": 0}
+    assert "1 of 1 images without features can be read now: computing anew" in said
+    assert "big.png" in table("out")["path"] and not Path("out/bad_files.txt").exists()
+
+
 def test_features_of_a_file_that_was_replaced_are_refused(ckpt, images, tmp_path):
     root = shutil.copytree(images, tmp_path / "set")
     embed(ckpt, root, "out")

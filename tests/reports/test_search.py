@@ -49,6 +49,22 @@ def test_an_image_of_the_set_is_its_own_nearest(features, said):
     assert json.loads(json.dumps(result)) == result
 
 
+def test_a_query_is_read_as_the_set_was_though_its_own_values_tell_another_range(
+    features, tmp_path
+):
+    """One file of more than 8 bits, which the sample of the set has not seen."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "set").mkdir()
+    for number in range(200):
+        pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
+        Image.fromarray(pixels).convert("RGB").save(tmp_path / f"set/{number:03d}.png")
+    deep = rng.integers(0, 4096, (8, 8)).astype(np.uint16).repeat(5, 0).repeat(5, 1)
+    Image.fromarray(deep).save(tmp_path / "set/001.png")
+    embed(features / "last.ckpt", tmp_path / "set", tmp_path / "out")
+    found = query(tmp_path, "001.png")["neighbours"][0]
+    assert (found["path"], found["similarity"]) == ("001.png", 1)
+
+
 def test_a_label_of_two_lines_stays_in_its_row(features, tmp_path, said):
     for name in ("a\nb", "c"):
         (tmp_path / "set" / name).mkdir(parents=True)
