@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from moco.images.formats import BadImage, Member
 from moco.images.scaling import Reading, to_uint8, upright
+from moco.images.tiff import is_inverted
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 BYTE, SHORT, FLOAT = np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32)
@@ -24,7 +25,7 @@ _METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # whe
 class Picture:
     """An image that Pillow reads; of an animation, the first frame."""
 
-    inverted = windowed = False
+    windowed = False
     pages = 1
 
     def __init__(self, path: str, image: Image.Image, channels: int, reading: Reading) -> None:
@@ -35,6 +36,7 @@ class Picture:
         self._is_cut = bands > 1 and image.format != "JPEG" and ";16" in str(image.tile)
         grey = image.mode == "F" or image.mode.startswith("I")
         self._is_deep = grey and not (image.tile and image.tile[0][0] == "ppm")
+        self.inverted = self._is_deep and image.format == "TIFF" and is_inverted(image)
         if channels == 0:
             is_grey = grey or image.mode in ("1", "L", "LA", "La") or "LA;16" in str(image.tile)
             self.bands = 1 if is_grey else 3

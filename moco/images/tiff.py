@@ -31,6 +31,7 @@ _ORIENTATION, _NO_DATA, _ALPHA = 274, 42113, (1, 2)  # tags, and values of Extra
 _STACKS = ("ImageJ=", "<?xml", "<OME", '{"shape"')  # how descriptions of stacks begin
 _JPEG = (6, 7, 34892)  # values of Compression
 _PALETTE, _MIXED = 3, {5: "CMYK", 6: "YCbCr", 8: "CIELAB"}  # values of PhotometricInterpretation
+_WHITE_IS_ZERO = 0
 
 
 def pillow_reads_it(image: Image.Image, channels: int) -> bool:
@@ -56,6 +57,11 @@ def pillow_reads_it(image: Image.Image, channels: int) -> bool:
     return not (bands == 1 and is_stack and getattr(image, "n_frames", 1) > 1)
 
 
+def is_inverted(image: Image.Image) -> bool:
+    """Tell of a TIFF whether its lowest value is white; Pillow turns 8 bits, and no deeper ones."""
+    return image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
+
+
 class TiffImage:
     """One image of a TIFF: its first page, or a stack whose pages are its bands.
 
@@ -66,11 +72,12 @@ class TiffImage:
 
     Attributes:
         height, width, bands, dtype: Of what `read` returns.
+        inverted: Whether its lowest value is white.
         pages: How many there are where the first one is read; else 1.
     """
 
     turned = False  # as Pillow, it turns by the tag whether or not that is asked for
-    inverted = windowed = False
+    windowed = False
 
     def __init__(self, path: str | BytesIO, channels: int) -> None:
         import tifffile  # slow to import, and most sets hold no such files
@@ -90,6 +97,7 @@ class TiffImage:
         self.pages = len(self._series.pages) if axis is None else 1
         is_plain = not str(page.description).lstrip().startswith(_STACKS)
         self._has_palette = page.photometric == _PALETTE and is_plain and page.dtype == np.uint8
+        self.inverted = page.photometric == _WHITE_IS_ZERO
         self._kept = 3 if self._has_palette else self._without_alpha(count, channels)
         self.bands, self.dtype = self._kept, np.dtype(page.dtype)
 

@@ -121,6 +121,24 @@ def test_a_stack_in_time_and_depth_gives_the_bands_of_its_first_place(tmp_path):
         assert np.array_equal(read_values(str(tmp_path / name), 3), values[0, 0])
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("pages", [1, 2])
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "float32"])
+def test_a_tiff_whose_lowest_value_is_white_is_inverted_at_any_depth(
+    tmp_path, kind, pages, compression
+):
+    top = 1.0 if kind == "float32" else float(np.iinfo(kind).max)
+    values = (np.linspace(0, 1, 24).reshape(4, 6) * top).astype(kind)
+    found = []
+    for lowest in ("minisblack", "miniswhite"):
+        path = str(tmp_path / f"{lowest}.tif")
+        stored = np.stack([values] * pages) if pages > 1 else values
+        tifffile.imwrite(path, stored, photometric=lowest, compression=compression)
+        found.append(decode(path, 1, Reading(high=(top,))).int())
+    black, white = found
+    assert black[0, 0, 0] == 0 and black[0, 3, 5] == 255 and (white == 255 - black).all()
+
+
 def test_two_named_channels_are_no_grey_picture(tmp_path):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, image(2, "u2"), imagej=True, metadata={"axes": "CYX"})
