@@ -15,7 +15,6 @@ from moco.command.early import check_images, check_name, check_output
 from moco.command.launch import start_ranks
 from moco.command.paths import check_stored_root
 from moco.config import DataConfig, UserError
-from moco.images.folders import is_same_place
 from moco.judge_config import (
     LISTS,
     NAMING,
@@ -57,6 +56,7 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
             "checkpoint is empty: give a file, as in --checkpoint RUN/checkpoints/last.ckpt"
         )
     from moco.checkpoints.places import check_place
+    from moco.images.folders import is_same_place
 
     for path in (judge.checkpoint, *judge.reference):
         check_place(path)

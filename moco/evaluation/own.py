@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from moco.config import DataConfig
+from moco.config import DataConfig, UserError
 from moco.images import sources
 from moco.images.image_source import ImageSource
 from moco.images.own import open_own, open_pair
+
+Pair = tuple[ImageSource, ImageSource]  # training and test images
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,18 @@ class Given:
     backbone: nn.Module | None = None
     column: str = ""
 
-    def open_labelled(self, data: DataConfig) -> tuple[ImageSource, ImageSource] | None:
-        """Open training and test images as `moco.images.sources.open_labelled` does."""
-        if self.images is None:
-            return sources.open_labelled(data)
-        return open_pair(self.images, data, self.column)
+    def open_labelled(self, data: DataConfig) -> Pair:
+        """Open training and test images; raise UserError where there are no labels or no split."""
+        if self.images is not None:
+            return open_pair(self.images, data, self.column)
+        pair = sources.open_labelled(data)
+        if pair is None:
+            raise UserError(
+                f"{data.dataset} {data.root} has no labelled train and test images: give a folder "
+                "with train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more, or a "
+                "table with data.labels"
+            )
+        return pair
 
     def open_plain(self, data: DataConfig) -> ImageSource | None:
         """Open images that need no labels; None where Python gives none."""

@@ -28,7 +28,7 @@ from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
-from moco.evaluation.own import NOTHING, Given
+from moco.evaluation.own import NOTHING, Given, Pair
 from moco.idle import idle_in_evaluation
 from moco.images import sources
 from moco.images.folders import expanded
@@ -168,8 +168,9 @@ def _open(
     if lost := [f"data.{name}" for name in LISTS if stored.get(name) and not getattr(data, name)]:
         log.info("%s of the run is for its own images: give it to take it", " and ".join(lost))
     networks = _networks(judge, loaded, data, judge.untrained_draws or _own_draws(own))
-    name += _other_images(data, TrainConfig.from_dict({"data": stored}).data)
-    bank, queries = _open_images(data, given, device, output_path(judge, f"{name}-bad_files.txt"))
+    pair = given.open_labelled(data)
+    name += _other_images(data, TrainConfig.from_dict({"data": stored}).data, pair)
+    bank, queries = _open_images(pair, data, device, output_path(judge, f"{name}-bad_files.txt"))
     for images in (bank, queries):
         log.info("%s: %d images", images.source.name, len(images))
     for network in networks.values():
@@ -178,8 +179,9 @@ def _open(
     return Subject(judge, data, loaded, networks, bank, queries, classes, device, name)
 
 
-def _other_images(data: DataConfig, own: DataConfig) -> str:
+def _other_images(data: DataConfig, own: DataConfig, pair: Pair) -> str:
     """Name the images in the results' files unless they are those that the encoder's run took."""
+    given = [sources.identify(part, "") for part in pair] if data.dataset == "own" else ""
 
     def told(part: DataConfig) -> str:
         place = part.root and os.path.realpath(expanded(part.root))
@@ -187,11 +189,13 @@ def _other_images(data: DataConfig, own: DataConfig) -> str:
         read = part.min_value, part.max_value, part.exif, part.dicom_window
         return repr((part.dataset, place, seen, read))
 
-    if told(data) == told(own):
+    if told(data) == told(own) and not given:
         return ""
     files = data.dataset in ("folder", "imagenet")
     label = os.path.basename(expanded(data.root)) if files else data.dataset
-    return f"-{re.sub('[^A-Za-z0-9_]', '_', label)[:40]}-{crc32(told(data).encode()):08x}"
+    return (
+        f"-{re.sub('[^A-Za-z0-9_]', '_', label)[:40]}-{crc32(f'{told(data)}{given}'.encode()):08x}"
+    )
 
 
 def load(
@@ -274,23 +278,16 @@ def _networks(
 
 
 def _open_images(
-    data: DataConfig, given: Given, device: torch.device, report: Path
+    pair: Pair, data: DataConfig, device: torch.device, report: Path
 ) -> list[LabelledData]:
-    """Open training and test images with labels, and refuse what gives no score.
+    """Keep the classes that both splits have, and decode what is to be resident.
 
     Args:
         report: Takes the names of unreadable files; an earlier one is removed.
 
     Raises:
-        UserError: No labels, no test split, or no two classes in common.
+        UserError: There are no two classes in common.
     """
-    pair = given.open_labelled(data)
-    if pair is None:
-        raise UserError(
-            f"{data.dataset} {data.root} has no labelled train and test images: give a folder with "
-            "train/CLASS/ and test/CLASS/ (or val/CLASS/) of two classes or more, or a table with "
-            "data.labels"
-        )
     if pair[0].reading.reason:
         log.info("%s", pair[0].reading)
     if distributed.rank() == 0:

@@ -23,6 +23,7 @@ from moco.images.formats import escaped
 from moco.images.readers import MODES
 
 _LOOKED_AT = 16  # items among which one must be an image
+_NO_LABEL = object()
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,36 @@ class Items:
         items are images alone."""
         for name in ("targets", "labels"):  # as torchvision's sets have them, without their images
             known = getattr(self.data, name, None)
-            if known is not None and len(known) == len(self):
+            if known is not None and len(known) == len(self) and self._have(list(known)):
                 return list(known)
         found = []
         for index in range(len(self)):
-            item = self.item(index)
-            if isinstance(item, dict):
-                item = (item.get(self.column), item["label"]) if "label" in item else None
-            if not isinstance(item, tuple | list) or len(item) < 2:
+            label = self._label(index)
+            if label is _NO_LABEL:
                 return None
-            found.append(item[1])
+            found.append(label)
         return found
+
+    def _label(self, index: int) -> Any:
+        item = self.item(index)
+        if isinstance(item, dict):
+            return item.get("label", _NO_LABEL)
+        return item[1] if isinstance(item, tuple | list) and len(item) > 1 else _NO_LABEL
+
+    def _have(self, known: list[Any]) -> bool:
+        """Tell whether some items have these labels: a `target_transform` gives them others."""
+        if getattr(self.data, "target_transform", None) is not None:
+            return False
+        for index in range(0, len(self), max(1, len(self) // _LOOKED_AT)):
+            try:
+                label = self._label(index)
+                if label is not _NO_LABEL and label != known[index]:
+                    return False
+            except BadImage:  # counted where images are read
+                continue
+            except (ValueError, RuntimeError):  # of arrays and tensors of several numbers
+                return False
+        return True
 
 
 def open_items(data: Any, column: str = "", turn: bool = False) -> Items:

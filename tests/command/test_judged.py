@@ -40,6 +40,33 @@ def test_own_images_are_judged(run, tmp_path):
     assert 0 <= score["top1"] <= 100 and score["protocol"] == "cached"
 
 
+def test_results_on_other_arrays_and_labels_that_are_mapped(run, tmp_path):
+    class Mapped:
+        """Items whose labels a `target_transform` has changed, as torchvision's sets have it."""
+
+        targets = LABELS.tolist()
+        target_transform = staticmethod(lambda label: label // 2)
+
+        def __len__(self):
+            return len(self.targets)
+
+        def __getitem__(self, index):
+            return Image.fromarray(PIXELS[index]), self.target_transform(self.targets[index])
+
+    class Permuted(Mapped):
+        target_transform = None
+
+        def __getitem__(self, index):
+            return Image.fromarray(PIXELS[index]), "ab"[index % 2]
+
+    for images in (Mapped(), Permuted()):
+        score = moco.knn(run, (images, images), output=tmp_path, **FEW)
+        assert score["data"]["classes"] == 2
+    for array in (PIXELS, PIXELS[::-1]):
+        moco.knn(run, ((array, LABELS), (array, LABELS)), output=tmp_path, **FEW)
+    assert len(list(tmp_path.glob("*.json"))) == 3, "mapped labels are those of the same images"
+
+
 def test_a_module_of_the_users_own_is_judged_beside_the_untrained_one(tmp_path):
     pair = ((PIXELS, LABELS), (PIXELS, LABELS))
     names = ("model.backbone", "model.stem", "model.width")
