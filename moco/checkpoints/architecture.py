@@ -190,14 +190,19 @@ def named_heads(model: ModelConfig) -> int:
         return attention_heads(timm.create_model(model.backbone, pretrained=False))
 
 
+def decisions(contents: Contents) -> dict[str, Any]:
+    """Return what the run of a file has decided; empty in files of others."""
+    decided = contents.raw.get("decided")
+    return decided if isinstance(decided, dict) else {}
+
+
 def _said(
     contents: Contents, part: State
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]] | None:
     """Return what a run's settings, the note of our exports, or timm's config say, if any."""
     if contents.layout == "moco" and "model" in contents.config:
         stored = TrainConfig.from_dict(contents.config)
-        decided = contents.raw.get("decided")
-        known = decided if isinstance(decided, dict) else {}
+        known = decisions(contents)
         ends = {name: known[name] for name in RANGE if known.get(name)}
         # Evaluation resizes bilinearly; the setting is that of the views in training.
         told = vars(stored.data) | ends | {"interpolation": "bilinear"}

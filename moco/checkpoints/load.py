@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
-from moco.checkpoints.architecture import Architecture, build, identify
+from moco.checkpoints.architecture import Architecture, build, decisions, identify
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state
 from moco.checkpoints.preparation import Preparation, preparation, pretrained_cfg
@@ -42,6 +42,7 @@ class Loaded:
         variant: What `model` and `data` do not say: arguments for timm, and `stem_padding`.
         own: The module that was given in the place of a name, as it was; else None.
         config: Settings of the run that wrote the file, or empty.
+        held_out: Images that the run has set aside of those that the settings name.
     """
 
     backbone: nn.Module
@@ -56,6 +57,7 @@ class Loaded:
     variant: dict[str, Any] = field(default_factory=dict)
     own: nn.Module | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    held_out: int = 0
 
     @property
     def preparation(self) -> Preparation:
@@ -123,6 +125,7 @@ def load_encoder(
         epoch=contents.epoch,
         feature_dim=feature_dim,
         config=contents.config,
+        held_out=decisions(contents).get("held_out") or 0,
     )
     loaded.report = _report(loaded, contents, found)
     _tell_of_images(loaded)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.checkpoints.load import Loaded, load_encoder
 from moco.checkpoints.matching import checksum
-from moco.config import DataConfig, RunError, UserError
+from moco.config import DataConfig, RunError, TrainConfig, UserError
 from moco.evaluation.subject import Layer, Subject
 from moco.evaluation.verdict import REFERENCE
-from moco.images import sources
+from moco.images import aside, sources
 from moco.images.decode import BadImage
 from moco.images.image_source import ImageSource
 from moco.pixels import normalisation
@@ -122,47 +122,48 @@ def describe(references: list[Reference], subject: Subject) -> dict[str, Any]:
         for each in references
     ]
     tested = _digests(subject.queries.source)
-    stored = {subject.judge.checkpoint: subject.loaded.config}
-    stored |= {each.path: each.loaded.config for each in references}
-    seen = {
-        path: _seen(path, config.get("data"), tested, subject) for path, config in stored.items()
-    }
+    judged = {subject.judge.checkpoint: subject.loaded}
+    judged |= {each.path: each.loaded for each in references}
+    seen = {path: _seen(path, loaded, tested, subject) for path, loaded in judged.items()}
     return {"references": files, "test_images_in_pretraining": seen}
 
 
 def _seen(
-    path: str, stored: dict[str, Any] | None, tested: dict[str, str], subject: Subject
+    path: str, loaded: Loaded, tested: list[tuple[str, str]], subject: Subject
 ) -> dict[str, Any] | None:
     """Find the test images that a checkpoint's run trained on; None where that cannot be known.
 
     Args:
-        stored: Data settings of its run.
-        tested: Hash and name of the test images.
+        path, loaded: The checkpoint.
+        tested: Hash and name of each test image.
     """
-    if not stored:
+    if not (stored := loaded.config.get("data")):
         log.info("%s does not say which images it was trained on", path)
         return None
     known = {name: stored[name] for name in (f.name for f in fields(DataConfig)) if name in stored}
     known |= {name: getattr(subject.data, name) for name in _READING} | {"download": False}
     try:
-        pool = sources.open_source(DataConfig(**known), "train")
+        own = DataConfig(**known)
+        pool = sources.open_source(own, "train")
+        seed = TrainConfig.from_dict(loaded.config).run.seed
+        pool, _ = aside.set_aside(pool, loaded.held_out, seed)
         log.info("comparing test images with the %d images that %s was trained on", len(pool), path)
-        trained = _digests(pool)
+        trained = {digest for digest, _ in _digests(pool)}
     except (UserError, RunError, OSError) as error:
         log.info("the images that %s was trained on cannot be read: %s", path, error)
         return None
-    both = {digest: name for digest, name in tested.items() if digest in trained}
-    shown = [f"{name} ({digest[:12]})" for digest, name in [*both.items()][:_SHOWN]]
+    both = [(digest, name) for digest, name in tested if digest in trained]
+    shown = [f"{name} ({digest[:12]})" for digest, name in both[:_SHOWN]]
     log.info(
         "%d of %d test images are among them%s",
         len(both),
         len(tested),
         f": {', '.join(shown)}{', ...' if len(both) > _SHOWN else ''}" if both else "",
     )
-    return {"pool": len(pool), "count": len(both), "images": both}
+    return {"pool": len(pool), "count": len(both), "images": dict(both)}
 
 
-def _digests(source: ImageSource) -> dict[str, str]:
+def _digests(source: ImageSource) -> list[tuple[str, str]]:
     """Return the SHA-256 of each image's shape and pixels, with its file or place."""
 
     def of(index: int) -> tuple[str, str] | None:
@@ -174,4 +175,4 @@ def _digests(source: ImageSource) -> dict[str, str]:
         return digest.hexdigest(), str(source.paths[index]) if source.paths else f"image {index}"
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as threads:
-        return dict(filter(None, threads.map(of, range(len(source)))))
+        return [*filter(None, threads.map(of, range(len(source))))]

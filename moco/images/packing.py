@@ -21,7 +21,8 @@ from moco.config import DataConfig, RunError, UserError
 from moco.images.dicom import split_frame
 from moco.images.folders import expanded, list_images
 from moco.images.formats import extension, shown
-from moco.images.labels import by_folder
+from moco.images.labels import HELD_OUT, by_folder
+from moco.images.patterns import first_word
 from moco.images.splits import split_folders
 from moco.images.tables import read_table
 from moco.log import track
@@ -55,8 +56,8 @@ def pack(folder: str, output: str, shard_mib: float, labels: str = "") -> dict[s
     train, held_out = split_folders(data, say=True)
     splits = {"train": train}
     if held_out:
-        name = os.path.basename(held_out).lower() if held_out != train else "test"
-        splits[name] = held_out
+        name = os.path.basename(held_out).lower()
+        splits[name if first_word(name) in HELD_OUT else "test"] = held_out
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

@@ -47,16 +47,16 @@ def find_shards(data: DataConfig) -> Splits:
         )
     splits: dict[str, list[str]] = {}
     for address in addresses:
-        splits.setdefault(_first_word(address), []).append(address)
+        splits.setdefault(first_word(address), []).append(address)
     held = next((name for name in HELD_OUT if name in splits), None)
     train = next((name for name in TRAIN if name in splits), None)
     if not train:
-        chosen = [a for a in addresses if _first_word(a) not in HELD_OUT]
+        chosen = [a for a in addresses if first_word(a) not in HELD_OUT]
         return Splits(chosen or addresses, splits[held] if held and chosen else [])
     return Splits(splits[train], splits[held] if held else [])
 
 
-def _first_word(address: str) -> str:
+def first_word(address: str) -> str:
     """Return the letters that a shard's file name begins with, in lower case."""
     return re.match(r"[a-z]*", address.rpartition("/")[2].lower())[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ import export
 from moco.config import UserError
 from moco.evaluation.references import Renormalise
 from moco.evaluation.verdict import RAW_PIXELS, compare, resampled
+from moco.images import aside
+from moco.images.image_source import ImageSource
 
 CHECKPOINT, OTHER, FILE = (
     "run/checkpoints/last.ckpt",
@@ -90,6 +93,31 @@ def test_test_images_that_were_pretrained_on_are_named_by_their_pixels(inside, s
     assert hashlib.sha256(told).hexdigest() in seen[OTHER]["images"]
     assert any(line.startswith("2 of 22 test images are among them: ") for line in said)
     assert any(line == f"{FILE} does not say which images it was trained on" for line in said)
+
+
+def test_images_that_a_run_set_aside_are_not_among_those_it_trained_on(inside, tmp_path):
+    """And two test images of the same pixels are two."""
+    names = sorted((Path("set/train")).rglob("*.png"))
+    held = aside.set_aside(ImageSource("", None, [*map(str, names)], None, [], 3), 4, 7)[1].paths
+    stored = torch.load(OTHER, weights_only=True)
+    own = {"root": str(tmp_path / "set"), "labels": ""}
+    for name in names:
+        (tmp_path / "set" / name.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(name, tmp_path / "set" / name.parent.name)
+    stored["config"]["data"] |= own
+    stored["config"]["run"]["seed"] = 7
+    for number, name in enumerate([*held, str(names[1]), str(names[1])]):
+        folder = tmp_path / "judged/test" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(name, folder / f"{number}.png")
+    shutil.copytree("set/train", tmp_path / "judged/train")
+    counts = []
+    for stored["decided"]["held_out"] in (0, 4):
+        torch.save(stored, "aside.ckpt")
+        words = [*KNN[:-2], "aside.ckpt", "--data.root", str(tmp_path / "judged")]
+        seen = eval_knn.main([*words, "--k", "[5]"])["test_images_in_pretraining"]["aside.ckpt"]
+        counts.append((seen["pool"], seen["count"]))
+    assert counts == [(48, 6), (44, 2)] and str(names[1]) not in held
 
 
 def test_images_that_are_gone_are_said(inside, said, tmp_path):

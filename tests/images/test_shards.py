@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -106,6 +107,26 @@ def test_a_folder_becomes_shards_with_its_splits_labels_and_bytes(folder, packed
         assert all(source.classes[found[content]] == files[content] for content in files)
     mixed = bank.labels[: bank.paths.counts[0]].tolist()
     assert {*mixed} == {0, 1}, "a shard holds all classes"
+
+
+@pytest.mark.parametrize(
+    ("tops", "name"),
+    [
+        (("seg_train", "seg_test"), "test"),
+        (("train/images", "test/images"), "test"),
+        (("train2017", "val2017"), "val2017"),
+        (("Training", "Testing"), "testing"),
+    ],
+)
+def test_what_is_held_out_stays_so_in_shards(folder, tmp_path, tops, name):
+    for split, top in zip(("train", "test"), tops, strict=True):
+        shutil.copytree(folder / split, tmp_path / "in" / top)
+    pack(str(tmp_path / "in"), str(tmp_path / "out"), 1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "train-00000.tar", f"{name}-00000.tar"
+    }  # fmt: skip
+    pair = sources.open_labelled(DataConfig(dataset="shards", root=str(tmp_path / "out")))
+    assert [len(part) for part in pair] == [40, 10]
 
 
 def test_files_of_several_frames_are_refused_and_none_is_lost(tmp_path):
