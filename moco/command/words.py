@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 _FLAGS = ("yes", "allow_partial")  # options without a value
+_SEVERAL = ("reference",)  # options of several words
 
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:
@@ -19,6 +20,9 @@ def words_of(settings: Mapping[str, Any]) -> list[str]:
             value = os.fspath(value)
         if name in _FLAGS:
             words += [f"--{name}"] if value else []
+            continue
+        if name in _SEVERAL and not isinstance(value, str):
+            words += [f"--{name}", *map(os.fspath, value)]
             continue
         text = value
         if not isinstance(value, str):

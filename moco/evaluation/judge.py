@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -147,10 +148,10 @@ def _compare(subject: Subject, protocol: str, scores: dict[str, Any]) -> Compari
     few = [_ten_labels(scores.get(name)) for name in ("encoder", "raw_pixels")]
     void = ""
     if scores["encoder"].get("verdict") == "diverged":
-        void = "the learning rate diverged, give smaller --learning_rates"
+        void = "the learning rate diverged, give smaller --learning_rates, or more --epochs"
     elif not baselines:
         void = "nothing was judged beside the encoder, leave --baselines at true"
-    return compare(
+    comparison = compare(
         title.get(protocol, "linear"),
         subject.queries.source.labels,
         hits["encoder"],
@@ -158,6 +159,21 @@ def _compare(subject: Subject, protocol: str, scores: dict[str, Any]) -> Compari
         None if None in few else few,
         void,
     )
+    idle = _untaught(scores, len(subject.classes))
+    if comparison.is_better and idle:
+        void = f"the classifier of {idle[0]} learnt nothing at any rate, give more --epochs"
+    return replace(comparison, void=void)
+
+
+def _untaught(scores: dict[str, Any], classes: int) -> list[str]:
+    """Name baselines whose classifier ended within 1 % of the loss of guessing, at every rate."""
+    least, found = 0.99 * math.log(classes), []
+    for name, score in scores.items():
+        losses = [rate["loss"] for rate in (score or {}).get("rates", ())]
+        got_nowhere = losses and all(loss is None or loss >= least for loss in losses)
+        if name != "encoder" and (score is None or got_nowhere):
+            found.append(name.replace("_", " "))
+    return found
 
 
 def _ten_labels(score: dict[str, Any] | None) -> float | None:

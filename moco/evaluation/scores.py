@@ -72,7 +72,7 @@ def rate_table(name: str, results: list[RateResult], rate: float) -> dict[str, A
         if row["diverged"] and distributed.rank() == 0:
             fate = "left out" if len(table) > 1 else "the only one given"
             log.info(
-                "%s: learning rate %g diverged (loss %.3g), %s",
+                "%s: learning rate %g ended above the loss of guessing (%.4g), %s",
                 name,
                 row["rate"],
                 row["loss"],

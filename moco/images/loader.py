@@ -169,6 +169,11 @@ class PretrainData(pl.LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """Build the loader; it finds its place from Lightning's batch counter, mid-epoch too."""
+        if self.trainer is None or not hasattr(self, "bad"):
+            raise UserError(
+                "PretrainData goes into trainer.fit(module, datamodule=data) of a Trainer with "
+                "callbacks=moco.callbacks(module, data, DIR), which prepare it"
+            )
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         self.loader = StepLoader(self, position=lambda: progress.total.ready)
         return self.loader

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -99,9 +100,10 @@ def check_view_size(config: DataConfig, sizes: list[tuple[int, int]]) -> None:
     whose = "the images'" if len(set(sides)) == 1 else f"{len(small)} of {len(sides)} images',"
     if 2 * len(small) > len(sides):
         lower = f"set it to {middle}, or " if middle >= LEAST_VIEW else ""
+        least = math.ceil(round(100 * config.image_size / middle, 6)) / 100  # not rounded down
         raise UserError(
             f"data.image_size {config.image_size} is above {whose} {middle} pixels: {lower}allow "
-            f"enlarging with data.upscale {config.image_size / middle:.3g}"
+            f"enlarging with data.upscale {least:g}"
         )
     what = "what is judged" if config.image_size_end else "the views"
     log.info(

@@ -86,7 +86,7 @@ def _between(features: Tensor) -> float:
 
 def _changes(channels: int, size: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return each change of images N x C x S x S on a 0-1 scale, by its name."""
-    part, shift, sigma = max(1, size * 7 // 10), size // 5, size / 32
+    part, shift, sigma = max(1, size * 7 // 10), size // 5, max(size / 32, 0.5)
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "crop of the middle half": lambda x: _resized(
             functional.center_crop(x, [part, part]), size

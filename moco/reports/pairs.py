@@ -80,8 +80,8 @@ def make_pairs(
             image = source.read(row).cpu()
         except BadImage:
             continue
-        box = centre_crops(1, *image.shape[1:], data.view_side, image.device)
-        centre = cut(image, box, data.view_side)[None] / 255
+        box = centre_crops(1, *image.shape[1:], data.image_size, image.device)
+        centre = cut(image, box, data.image_size)[None] / 255
         made = []
         for epoch in epochs:
             crops, _ = both.__getitems__((epoch, np.array([row]), cuts.size))

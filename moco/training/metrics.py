@@ -111,6 +111,8 @@ class MetricsLogger(pl.Callback):
         epoch = round(step / module.steps_per_epoch, 3)
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch, **values}, step=step)
+        # For callbacks that follow a metric, such as Lightning's EarlyStopping.
+        trainer.callback_metrics.update({n: torch.tensor(float(v)) for n, v in values.items()})
 
     def rate(self) -> float:
         """Return images per second over the whole training time, over all devices."""

@@ -278,6 +278,13 @@ def _fit(run: Run, place: Place) -> dict[str, Any]:
         result["stopped_by"] = saver.stop_signal
         if saver.stop_signal == signal.SIGUSR1 and trainer.is_global_zero:
             slurm.requeue()
+    elif trainer.global_step < run.module.total_steps:
+        log.info(
+            "stopped by a callback after step %d of %d: go on with --resume %s",
+            trainer.global_step,
+            run.module.total_steps,
+            run_dir,
+        )
     else:
         say_verdict(run)
     if trainer.is_global_zero:

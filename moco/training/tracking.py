@@ -71,8 +71,14 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row, and those that could not be written before."""
-        self._waiting.append({"step": step, **metrics})
+        """Append a row, and those that could not be written before.
+
+        What callbacks of the user's log besides has no column here; other loggers take it.
+        """
+        known = {name: value for name, value in metrics.items() if name in COLUMNS}
+        if not known:
+            return
+        self._waiting.append({"step": step, **known})
         try:
             if not self._ready:
                 self._start()

@@ -11,6 +11,7 @@ from runs import main_on_rank
 
 from moco.command.judge import read_settings
 from moco.config import UserError
+from moco.evaluation import judge
 from moco.judge_config import KNNConfig, LinearConfig
 
 pytestmark = pytest.mark.timeout(300)  # processes start slowly on a busy machine
@@ -123,6 +124,30 @@ def test_other_protocols_run_and_beat_chance(checkpoint, protocol, tmp_path):
     assert result["top1"] > 40 and result["baselines"]["raw_pixels"]["top1"] > 40
     assert result["comparison"]["untrained"]["draws"] == (3 if protocol == "views" else 1)
     assert (tmp_path / f"last.ckpt.eval_linear-{protocol}-backbone-0.5.json").is_file()
+
+
+def test_nothing_is_better_than_baselines_that_had_no_time_to_learn(
+    checkpoint, tmp_path, said, monkeypatch
+):
+    """Another encoder would be better by chance alone; here every image is said to be a hit."""
+    words = ["--checkpoint", checkpoint, "--protocol", "v3", "--output", tmp_path, "--epochs"]
+    compare = judge.compare
+
+    def better(title, labels, hits, *others):
+        return compare(title, labels, torch.ones_like(hits), *others)
+
+    monkeypatch.setattr(judge, "compare", better)
+    sentences = [
+        inside("eval_linear", *words, epochs, "--batch_size", size, "--learning_rates", "[1]")[
+            "comparison"
+        ]["sentence"]
+        for epochs, size in ((1, 1024), (8, 64))
+    ]
+    assert sentences[0] == (
+        "No verdict: the classifier of untrained learnt nothing at any rate, give more --epochs."
+    )
+    assert sentences[1].startswith("Better than an untrained network")
+    assert any("ended above the loss of guessing (2.3" in line for line in said)
 
 
 def test_paper_on_two_ranks_scores_as_on_one(checkpoint, tmp_path, two_ranks):

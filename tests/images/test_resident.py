@@ -84,7 +84,7 @@ def test_images_smaller_than_the_views_are_refused_or_told_where_sizes_are_mixed
     cpu = torch.device("cpu")
     source = sources.open_source(data, "train")
     with pytest.raises(
-        UserError, match=r"above 5 of 9 images', 3 pixels: allow .*data.upscale 10.7"
+        UserError, match=r"above 5 of 9 images', 3 pixels: allow .*data.upscale 10.67$"
     ):
         make_resident(source, data, cpu, None)
     assert make_resident(source, folder(tmp_path, upscale=11, image_size=32), cpu, None)
