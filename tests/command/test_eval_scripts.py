@@ -126,28 +126,29 @@ def test_other_protocols_run_and_beat_chance(checkpoint, protocol, tmp_path):
     assert (tmp_path / f"last.ckpt.eval_linear-{protocol}-backbone-0.5.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("losses", "is_better"),
+    [([2.2, 9.1], True), ([2.2999, 2.304], None), ([2.29, None], None), (None, None)],
+)
 def test_nothing_is_better_than_baselines_that_had_no_time_to_learn(
-    checkpoint, tmp_path, said, monkeypatch
+    checkpoint, tmp_path, monkeypatch, losses, is_better
 ):
-    """Another encoder would be better by chance alone; here every image is said to be a hit."""
-    words = ["--checkpoint", checkpoint, "--protocol", "v3", "--output", tmp_path, "--epochs"]
-    compare = judge.compare
+    """Ten classes are guessed at a loss of 2.303; None is a baseline without any score."""
 
-    def better(title, labels, hits, *others):
-        return compare(title, labels, torch.ones_like(hits), *others)
+    def scored(subject, config):
+        hits = torch.ones(540, dtype=torch.int8)
+        subject.hits |= {"encoder": hits, "untrained": 1 - hits, "raw_pixels": 1 - hits}
+        rates = [{"loss": loss} for loss in losses or []]
+        scores = {"encoder": {"verdict": "good"}, "raw_pixels": {"rates": [{"loss": 0.1}]}}
+        return scores | {"untrained": {"rates": rates, "top1": 10} if losses else None}
 
-    monkeypatch.setattr(judge, "compare", better)
-    sentences = [
-        inside("eval_linear", *words, epochs, "--batch_size", size, "--learning_rates", "[1]")[
-            "comparison"
-        ]["sentence"]
-        for epochs, size in ((1, 1024), (8, 64))
-    ]
-    assert sentences[0] == (
-        "No verdict: the classifier of untrained learnt nothing at any rate, give more --epochs."
-    )
-    assert sentences[1].startswith("Better than an untrained network")
-    assert any("ended above the loss of guessing (2.3" in line for line in said)
+    monkeypatch.setitem(judge.PROTOCOLS, "v3", scored)
+    monkeypatch.setattr(judge, "_say", lambda *_: None)
+    words = ["--checkpoint", checkpoint, "--protocol", "v3", "--output", tmp_path]
+    told = inside("eval_linear", *words)["comparison"]
+    assert told["is_better"] is is_better
+    sentence = "the classifier of untrained learnt nothing at any rate, give more --epochs."
+    assert (told["sentence"] == f"No verdict: {sentence}") == (is_better is None)
 
 
 def test_paper_on_two_ranks_scores_as_on_one(checkpoint, tmp_path, two_ranks):
