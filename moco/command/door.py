@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from moco.images.own_views import BatchedView
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pretrained:
-    """What a run has left.
+    """What a run has left; it shows itself in a line, without the network.
 
     Attributes:
         encoder: The backbone in eval mode, from normalised images N x C x S x S to features N x D;
@@ -43,6 +43,11 @@ class Pretrained:
     metrics: dict[str, Any]
     checkpoint: str | None
     report: str | None
+
+    def __repr__(self) -> str:
+        names = ("run_dir", "steps", "loss", "knn_top1")
+        told = {name: self.metrics[name] for name in names if self.metrics.get(name) is not None}
+        return f"Pretrained({', '.join(f'{name}={value!r}' for name, value in told.items())})"
 
 
 def pretrain(
@@ -136,6 +141,8 @@ def _own_settings(images: Any, own: Mapping[str, Any], new: bool) -> dict[str, A
         found |= {"model.backbone": f"{OWN}:{type(backbone).__name__}"}
     if views is not None:
         found |= {"data.views": views if isinstance(views, str) else "own"}
+    if isinstance(pairs, Mapping):
+        raise UserError("pairs is a mapping: give pairs=mapping.get, which names what a path shows")
     if pairs is not None:
         found |= {"data.pairs": pairs if isinstance(pairs, str) else "own"}
     return found

@@ -38,7 +38,9 @@ def open_own(images: Any, data: DataConfig, column: str = "") -> ImageSource:
     if isinstance(images, ImageSource):
         return images
     if isinstance(images, Tensor) or (
-        isinstance(images, np.ndarray) and not isinstance(images, np.memmap)
+        isinstance(images, np.ndarray)
+        and not isinstance(images, np.memmap)
+        and images.dtype != object  # of PIL images, say, which are items
     ):
         return _of_array(images, data)
     if isinstance(images, Sequence) and images and isinstance(images[0], str | os.PathLike):

@@ -180,10 +180,14 @@ def _worker_error(error: Exception, workers: list[Any], late: bool) -> Exception
         )
     if not dead:
         return error
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    how = f"ended with exit code {code}, and its own words stand above"
+    why = "a script that starts workers by spawn needs `if __name__ == '__main__':`"
+    if code < 0:
+        how = f"was killed by signal {-code}"
+        why = "signal 9 mostly means that memory ran out: lower data.num_workers"
     return RunError(
-        f"worker process {pid} of {len(workers)} that decode images {how}: signal 9 mostly means "
-        "that memory ran out: lower data.num_workers, or set it to 0 to decode in this process",
+        f"a worker process ({pid}, one of {len(workers)} that decode images) {how}: {why}, or set "
+        "data.num_workers 0 to decode in this process",
         local=True,
     )
 

@@ -58,12 +58,19 @@ def hugging_face():
     )
 
 
+def pictures_in_an_array():
+    array = np.empty(len(PIXELS), object)
+    array[:] = [Image.fromarray(pixels) for pixels in PIXELS]
+    return array
+
+
 KINDS = {
     "channels last": lambda folder: PIXELS,
     "blue, green, red": lambda folder: PIXELS[..., ::-1],
     "channels first": lambda folder: torch.from_numpy(PIXELS).permute(0, 3, 1, 2),
     "grey": lambda folder: PIXELS[..., 0],
     "pictures": lambda folder: [Image.fromarray(pixels) for pixels in PIXELS],
+    "pictures in an array": lambda folder: pictures_in_an_array(),
     "pairs": lambda folder: Labelled(),
     "dictionaries": lambda folder: Bands(),
     "paths": lambda folder: sorted(folder.glob("*.jpg")),
@@ -77,6 +84,7 @@ def test_each_kind_of_images_trains_and_resumes_to_the_same_bits(kind, images, i
     given = KINDS[kind](images)
     run = pretrain(given)
     assert run.metrics["steps"] == 6 and run.report is None
+    assert repr(run) == f"Pretrained(run_dir='run', steps=6, loss={run.metrics['loss']})"
     channels = {"grey": 1, "dictionaries": 16}.get(kind, 3)
     features = run.encoder(torch.zeros(2, channels, 16, 16))
     assert features.shape[0] == 2 and not run.encoder.training
@@ -203,6 +211,7 @@ def test_settings_are_those_of_the_command_line(in_tmp):
 )
 def test_arrays_and_ranges_are_lists_of_settings(value):
     assert words_of({"data.mean": value}) == ["--data.mean=[0.125, 0.25, 0.375]"]
+    assert words_of({"reference": [Path("a b"), "c"]}) == ["--reference", "a b", "c"]
     assert words_of({"k": range(1, 4), "seed": np.int64(3)}) == ["--k=[1, 2, 3]", "--seed=3"]
 
 

@@ -300,6 +300,7 @@ def test_a_function_is_given_the_places_in_the_images_where_some_are_set_aside(k
         (r"^(\d\d)\.jpg", "finds no two of 48 images that show the same thing .first .*00.jpg"),
         ("no-such.csv", "data.pairs 'no-such.csv' cannot be read"),
         (lambda path: path.no_such, "pairs raised AttributeError"),
+        ({"00.jpg": "a"}, "pairs is a mapping: give pairs=mapping.get"),
     ],
 )
 def test_pairs_that_pair_nothing_are_refused_in_one_line(images, pairs, line):
