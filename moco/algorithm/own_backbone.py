@@ -46,6 +46,12 @@ def own_backbone(
         raise UserError(
             f"backbone is of type {type(module).__name__}: give a torch.nn.Module, or a timm name"
         )
+    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+        made_by = "torch.compile" if hasattr(module, "_orig_mod") else "torch.jit"
+        raise UserError(
+            f"backbone was made by {made_by}: give the module that it was made of, which a run "
+            "compiles by itself (model.compile)"
+        )
     name, shape = type(module).__name__, (2, channels, image_size, image_size)
     try:
         network = copy.deepcopy(module).cpu()

@@ -120,6 +120,11 @@ def test_batch_norm_kinds_apply_to_an_own_backbone(monkeypatch):
         (nn.Linear(3, 2), r"cannot take images 2 x 3 x 16 x 16 \(.*\): change it"),
         (nn.Flatten(2), "Flatten gives the shape .* for 2 images"),
         (nn.Flatten(), "has no parameter that takes a gradient"),
+        (
+            torch.compile(Maps()),
+            r"backbone was made by torch\.compile: give the module that it was",
+        ),
+        (torch.jit.script(nn.Conv2d(3, 4, 3)), r"backbone was made by torch\.jit: give the module"),
         (Flat, "backbone is of type type: give a torch.nn.Module"),
     ],
 )
