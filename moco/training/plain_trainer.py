@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 
 from moco.algorithm.optim import step_before_decay
 from moco.algorithm.pretrain import MoCo
-from moco.config import RunConfig, TrainConfig
+from moco.config import RunConfig, TrainConfig, UserError
 from moco.images import sources
 from moco.images.loader import PretrainData
 from moco.run_directory import VERSION
@@ -70,6 +70,20 @@ def callbacks(
     return [first, signals, NonFiniteGuard(run_dir), metrics, saver, Progress(metrics)]
 
 
+def check_whole_epochs(limit: int | float) -> None:
+    """Raise UserError where epochs are cut short: schedules, order and resume count whole ones.
+
+    Args:
+        limit: The Trainer's `limit_train_batches`; the whole number 1 is one batch.
+    """
+    if isinstance(limit, int) or limit != 1:
+        raise UserError(
+            f"the Trainer's limit_train_batches is {limit} (overfit_batches and fast_dev_run set "
+            "it too), and schedules and resume count whole epochs: leave these out, and set "
+            "max_steps or max_epochs for a short run"
+        )
+
+
 class Preparation(pl.Callback):
     """Prepare images and schedules once the Trainer knows its device and length.
 
@@ -87,6 +101,7 @@ class Preparation(pl.Callback):
         """Decode what is to be resident, and tell the module how long it trains."""
         if stage != "fit":
             return
+        check_whole_epochs(trainer.limit_train_batches)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         data = trainer.datamodule
         data.prepare(trainer.strategy.root_device, str(self.run_dir / "bad_files.txt"))

@@ -162,20 +162,21 @@ class Checkpoints(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Save where another callback has stopped the run after a step of this epoch."""
-        self._save_the_end(trainer)
+        if trainer.should_stop:
+            self._save_the_end(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Take the last answer of the ranks, so that none is left waiting, and end what is written.
 
-        Another callback may have stopped the run at the end of an epoch.
+        Another callback may have stopped or shortened the run at the end of an epoch.
         """
         self._save_the_end(trainer)
         self.agreement.close()
         trainer.strategy.checkpoint_io.wait()
 
     def _save_the_end(self, trainer: pl.Trainer) -> None:
-        """Save a stopped run unless its last step is saved, or was to be."""
-        if trainer.should_stop and self._tried < trainer.global_step:
+        """Save a run that ends unless its last step is saved, or was to be."""
+        if self._tried < trainer.global_step:
             self.save(trainer)
 
     def store_length(self, step: int, config: TrainConfig, decided: Decided) -> None:

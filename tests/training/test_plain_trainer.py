@@ -29,7 +29,10 @@ def fit(folder, checkpoint=None, **options):
         options.pop("model", MODEL), moco.OptimConfig(lr=0.01), channels=3, image_size=16
     )
     data = moco.PretrainData(config, seed=0, shuffle=True, symmetric=False, source=PIXELS)
-    own = moco.callbacks(module, data, folder, log_every=1, checkpoint_every=1, keep_checkpoints=9)
+    every = options.pop("checkpoint_every", 1)
+    own = moco.callbacks(
+        module, data, folder, log_every=1, checkpoint_every=every, keep_checkpoints=9
+    )
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -150,3 +153,20 @@ def test_a_trainer_that_stops_early_has_written_what_it_saves(monkeypatch):
     found = load("run/checkpoints/last.ckpt")["global_step"]
     has_ended.set()
     assert found == 3
+
+
+@pytest.mark.parametrize(
+    "limit", [{"limit_train_batches": 1}, {"overfit_batches": 0.5}, {"fast_dev_run": True}]
+)
+def test_a_trainer_that_cuts_epochs_short_is_refused(limit):
+    with pytest.raises(moco.UserError, match="limit_train_batches is .* set max_steps or max_ep"):
+        fit("run", **limit)
+
+
+def test_the_end_of_a_run_that_another_callback_shortens_is_saved():
+    class Shorten(pl.Callback):
+        def on_train_start(self, trainer, *_):
+            trainer.fit_loop.max_epochs = 1
+
+    fit("run", checkpoint_every=0, callbacks=[Shorten()])
+    assert load("run/checkpoints/last.ckpt")["global_step"] == 3
