@@ -22,6 +22,7 @@ from moco.training.agreement import Agreement
 from moco.training.build import allow_sizes, set_length
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.metrics import MetricsLogger, Progress
+from moco.training.monitor import KNNMonitor
 from moco.training.quality import Quality
 from moco.training.saving import Checkpoints, Signals
 from moco.training.writing import AtomicCheckpointIO
@@ -38,8 +39,9 @@ def callbacks(
 ) -> list[pl.Callback]:
     """Return what a plain Trainer needs to train MoCo, and to save it so that it resumes exactly.
 
-    They prepare the images on the Trainer's device, tell the schedules how long the run is, log to
-    the Trainer's loggers, watch for NaN, and write checkpoints, also after Ctrl-C and SIGTERM.
+    They prepare the images on the Trainer's device, tell the schedules how long the run is and what
+    its loss came to, log to the Trainer's loggers, watch for NaN, and write checkpoints, also after
+    Ctrl-C and SIGTERM.
     `trainer.fit(..., ckpt_path=f"{dir}/checkpoints/last.ckpt")` goes on, mid-epoch too, and
     `moco.load_backbone` reads them.
 
@@ -66,8 +68,8 @@ def callbacks(
     extras: dict[str, Any] = {"version": VERSION}
     quality, place = Quality(None, config, metrics), run_dir / "checkpoints"
     saver = Checkpoints(signals, metrics, quality, place, run, 0, extras, Agreement())
-    first = Preparation(config, run_dir, saver)
-    return [first, signals, NonFiniteGuard(run_dir), metrics, saver, Progress(metrics)]
+    first, monitor = Preparation(config, run_dir, saver), KNNMonitor(None, run, metrics, signals)
+    return [first, signals, NonFiniteGuard(run_dir), metrics, monitor, saver, Progress(metrics)]
 
 
 def check_whole_epochs(limit: int | float) -> None:
@@ -102,6 +104,12 @@ class Preparation(pl.Callback):
         if stage != "fit":
             return
         check_whole_epochs(trainer.limit_train_batches)
+        optim = self.config.optim
+        if (optim.schedule, optim.plateau_metric) == ("plateau", "val/knn_top1"):
+            raise UserError(
+                "optim.plateau_metric is val/knn_top1, and a Trainer of your own reads no kNN: "
+                "set it to train/loss"
+            )
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         data = trainer.datamodule
         data.prepare(trainer.strategy.root_device, str(self.run_dir / "bad_files.txt"))
@@ -114,7 +122,7 @@ class Preparation(pl.Callback):
         config = replace(self.config, trainer=own)
         allow_sizes(pl_module, config.data)
         set_length(pl_module, config, data)
-        self.saver.before_decay = step_before_decay(config.optim, pl_module.total_steps)
+        self.saver.before_decay = step_before_decay(optim, pl_module.total_steps)
         reading = data.source.reading
         ends = {"min_value": list(reading.low), "max_value": list(reading.high)}
         images = replace(data.config, **(ends if reading.reason else {}))

@@ -25,9 +25,8 @@ def fit(folder, checkpoint=None, **options):
     config = moco.DataConfig(
         dataset="own", image_size=size, image_size_end=end, batch_size=16, views="cifar"
     )
-    module = moco.MoCo(
-        options.pop("model", MODEL), moco.OptimConfig(lr=0.01), channels=3, image_size=16
-    )
+    optim = options.pop("optim", moco.OptimConfig(lr=0.01))
+    module = moco.MoCo(options.pop("model", MODEL), optim, channels=3, image_size=16)
     data = moco.PretrainData(config, seed=0, shuffle=True, symmetric=False, source=PIXELS)
     every = options.pop("checkpoint_every", 1)
     own = moco.callbacks(
@@ -170,3 +169,18 @@ def test_the_end_of_a_run_that_another_callback_shortens_is_saved():
 
     fit("run", checkpoint_every=0, callbacks=[Shorten()])
     assert load("run/checkpoints/last.ckpt")["global_step"] == 3
+
+
+def test_a_plateau_of_the_loss_lowers_the_rate():
+    class Worse(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            module.loss_sum.add_(100 * trainer.current_epoch)
+
+    optim = moco.OptimConfig(lr=0.01, schedule="plateau", plateau_patience=0, gamma=0.5)
+    _, module = fit("whole", optim=optim, first=[Worse()])
+    assert module.plateau.factor == 0.5
+    fit("again", "whole/checkpoints/step_000000004.ckpt", optim=optim, first=[Worse()])
+    whole, again = (load(f"{run}/checkpoints/last.ckpt") for run in ("whole", "again"))
+    assert [part for part in PARTS if not same(whole[part], again[part])] == []
+    with pytest.raises(moco.UserError, match="reads no kNN: set it to train/loss"):
+        fit("run", optim=replace(optim, plateau_metric="val/knn_top1"))
