@@ -125,7 +125,6 @@ class Checkpoints(pl.Callback):
         """Remove what a killed run left half written, and begin to agree with the other ranks."""
         self._saved_at = time.monotonic()
         self.saved_step = self._tried = trainer.global_step
-        trainer.strategy.checkpoint_io.after = self._tidy
         if trainer.is_global_zero:
             for leftover in self.directory.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
@@ -191,7 +190,8 @@ class Checkpoints(pl.Callback):
         start, self._tried = time.monotonic(), trainer.global_step
         if self.quality.is_best:
             self._best_step = trainer.global_step
-        trainer.save_checkpoint(self.directory / f"step_{trainer.global_step:09d}.ckpt")
+        path = self.directory / f"step_{trainer.global_step:09d}.ckpt"
+        trainer.save_checkpoint(path, storage_options=self._tidy)
         if not trainer.is_global_zero:
             self.saved_step = trainer.global_step
         self._saves += 1

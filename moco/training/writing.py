@@ -26,27 +26,34 @@ log = logging.getLogger("moco")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints whole or not at all; after a failure keep the old file and go on.
+    """Write checkpoints whole or not at all.
 
-    Training waits while the state is copied, and a thread writes the copy.
-
-    Attributes:
-        after: Called by the thread with each file that was written.
+    For a run's own, training waits while the state is copied, and a thread writes the copy; after a
+    failure the old file stays and training goes on. All others, as of a `ModelCheckpoint`, are
+    written before training goes on, and a failure is raised.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.after: Callable[[Path], None] = lambda path: None
         self._writing: Future[None] | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Copy the state to the CPU and begin to write it; wait for the file before it."""
+        """Wait for the file before it, then write a checkpoint, or begin to write a run's own.
+
+        Args:
+            checkpoint: The state.
+            path: Of the file.
+            storage_options: Given with a run's own: the thread calls it with the file it wrote.
+        """
         self.wait()
+        if storage_options is None:
+            _write_whole(checkpoint, Path(path))
+            return
         copy = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().to("cpu", copy=True))
         thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing = thread.submit(self._write, copy, Path(path))
+        self._writing = thread.submit(self._write, copy, Path(path), storage_options)
         thread.shutdown(wait=False)  # it ends with the file
 
     def wait(self) -> None:
@@ -55,28 +62,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._writing.result()
         self._writing = None
 
-    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
-        """Write beside `target`, flush to the disk, then move the file to its place.
-
-        A failure is logged and not raised, since training goes on.
-        """
+    def _write(
+        self, checkpoint: dict[str, Any], target: Path, after: Callable[[Path], None]
+    ) -> None:
+        """Write to `target`; a failure is logged and not raised, since training goes on."""
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(target) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+            _write_whole(checkpoint, target)
         except (OSError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
             reason = why_not(error, target.parent)
             before = any(target.parent.glob("*.ckpt"))
             rest = "the one before stays" if before else "and there is none before it"
             log.warning("checkpoint %s was not written, %s: %s", target, rest, reason)
         else:
-            self.after(target)
+            after(target)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: Any = True
     ) -> Any:
         """Load plain types and tensors only, whatever the caller or the environment asks for."""
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _write_whole(checkpoint: dict[str, Any], target: Path) -> None:
+    """Write beside `target`, flush to the disk, then move the file to its place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as temporary, temporary.open("wb") as file:
+        torch.save(checkpoint, file)
 
 
 def why_not(error: Exception, folder: Path) -> str:

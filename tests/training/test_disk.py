@@ -134,13 +134,16 @@ def test_a_row_of_metrics_is_written_whole_or_not_at_all(tmp_path, file_limit):
 
 
 def test_a_checkpoint_in_the_place_of_another_is_whole_or_not_there(tmp_path, file_limit, said):
-    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    io.save_checkpoint({"weight": torch.zeros(9)}, path)
+    io, path, written = AtomicCheckpointIO(), tmp_path / "last.ckpt", []
+    io.save_checkpoint({"weight": torch.zeros(9)}, path, written.append)
     io.wait()
     before = path.read_bytes()
     file_limit(4096)
-    io.save_checkpoint({"weight": torch.zeros(9000)}, path)
+    io.save_checkpoint({"weight": torch.zeros(9000)}, path, written.append)
     io.wait()
+    assert path.read_bytes() == before and len(said) == 1 and written == [path]
+    with pytest.raises((OSError, RuntimeError)):  # another callback's, which waits for it
+        io.save_checkpoint({"weight": torch.zeros(9000)}, path)
     assert path.read_bytes() == before and len(said) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 

@@ -3,11 +3,13 @@
 import re
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from runs import PARTS, load, same
 from steps import MODEL
 
@@ -37,7 +39,7 @@ def fit(folder, checkpoint=None, **options):
         max_epochs=2,
         callbacks=[*options.pop("first", []), *own, *options.pop("callbacks", [])],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=options.pop("enable_checkpointing", False),
         enable_progress_bar=False,
         **options,
     )
@@ -141,10 +143,10 @@ def test_a_trainer_that_stops_early_has_written_what_it_saves(monkeypatch):
 
     write = AtomicCheckpointIO._write
 
-    def slowly(writer, checkpoint, path):
+    def slowly(writer, checkpoint, path, after):
         if path.stem.endswith("3"):
             has_ended.wait(1)  # longer than the end of the run takes
-        write(writer, checkpoint, path)
+        write(writer, checkpoint, path, after)
 
     has_ended = threading.Event()
     monkeypatch.setattr(AtomicCheckpointIO, "_write", slowly)
@@ -184,3 +186,25 @@ def test_a_plateau_of_the_loss_lowers_the_rate():
     assert [part for part in PARTS if not same(whole[part], again[part])] == []
     with pytest.raises(moco.UserError, match="reads no kNN: set it to train/loss"):
         fit("run", optim=replace(optim, plateau_metric="val/knn_top1"))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_model_checkpoint_beside_writes_at_once_what_resumes_to_the_same_bits(step):
+    every = ModelCheckpoint("other", "{step}", save_top_k=-1, every_n_train_steps=1)
+    fit("whole", callbacks=[every], enable_checkpointing=True)
+    assert sorted(path.stem for path in Path("other").iterdir()) == [
+        f"step={n}" for n in range(1, 7)
+    ]
+    own = {path.stem for path in Path("whole/checkpoints").iterdir()}
+    assert own == {"last", *(f"step_{number:09d}" for number in range(1, 7))}
+    fit("again", f"other/step={step}.ckpt")
+    whole, again = (load(f"{run}/checkpoints/last.ckpt") for run in ("whole", "again"))
+    assert [part for part in PARTS if not same(whole[part], again[part])] == []
+
+
+def test_what_the_trainer_saves_is_there_when_it_says_so_and_tidies_nothing():
+    trainer, _ = fit("run")
+    before = sorted(Path("run/checkpoints").iterdir())
+    trainer.save_checkpoint("new/final.ckpt")
+    assert load("new/final.ckpt")["global_step"] == 6
+    assert sorted(Path("run/checkpoints").iterdir()) == before
