@@ -102,7 +102,7 @@ def check(config: TrainConfig) -> None:
     _check_data(config.data)
     check_root(config.data)
     if not config.undecided():
-        _check_together(config)
+        check_together(config)
 
 
 def _check_optim(optim: OptimConfig) -> None:
@@ -181,7 +181,7 @@ def _check_clock(config: TrainConfig) -> None:
             )
 
 
-def _check_together(config: TrainConfig) -> None:
+def check_together(config: TrainConfig) -> None:
     """Raise UserError where numbers that may be left to `auto` contradict others."""
     optim, data = config.optim, config.data
     if (optim.schedule, optim.plateau_metric) == ("plateau", "val/knn_top1") and (

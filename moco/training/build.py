@@ -32,7 +32,7 @@ from moco.training.agreement import Agreement
 from moco.training.captured import CapturedStep, capturable, comes_between
 from moco.training.clock import Clock
 from moco.training.cores import SharedCores
-from moco.training.decide import Decided
+from moco.training.decide import Decided, views_for
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.hardware import own_device
 from moco.training.metrics import MetricsLogger, Progress
@@ -126,8 +126,7 @@ def build_data(
     data = PretrainData(
         replace(config.data, resident=resident, **ends),
         config.run.seed,
-        shuffle=decided.key_bn in ("shuffle", "split"),
-        symmetric=config.model.symmetric != "none",
+        **views_for(config.model, decided.key_bn),
         source=source,
         own_views=own.views,
         naming=own.naming,

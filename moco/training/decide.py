@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moco.config import TrainConfig, UserError
+from moco.config import ModelConfig, TrainConfig, UserError
 from moco.training import hardware
 from moco.training.shares import check_shares
 
@@ -211,3 +211,8 @@ def choose_query_bn(kind: str, world: int, synced: bool, why: str = "as set") ->
     if kind == "sync" and world > 1 and not synced:
         return "plain", "torch has no sync on CPUs: each device has statistics of its own"
     return kind, why
+
+
+def views_for(model: ModelConfig, key_bn: str) -> dict[str, bool]:
+    """Return the arguments of `PretrainData` that follow from the model and its decided key_bn."""
+    return {"shuffle": key_bn in ("shuffle", "split"), "symmetric": model.symmetric != "none"}

@@ -14,17 +14,20 @@ import pytorch_lightning as pl
 
 from moco.algorithm.optim import step_before_decay
 from moco.algorithm.pretrain import MoCo
-from moco.config import RunConfig, TrainConfig, UserError
+from moco.checks import check_together
+from moco.config import ModelConfig, RunConfig, TrainConfig, UserError
 from moco.images import sources
 from moco.images.loader import PretrainData
 from moco.run_directory import VERSION
 from moco.training.agreement import Agreement
 from moco.training.build import allow_sizes, set_length
+from moco.training.decide import choose_key_bn, choose_query_bn, views_for
 from moco.training.guard import NonFiniteGuard, Watch
 from moco.training.metrics import MetricsLogger, Progress
 from moco.training.monitor import KNNMonitor
 from moco.training.quality import Quality
 from moco.training.saving import Checkpoints, Signals
+from moco.training.shares import check_shares
 from moco.training.writing import AtomicCheckpointIO
 
 
@@ -86,6 +89,53 @@ def check_whole_epochs(limit: int | float) -> None:
         )
 
 
+def check_batch_norm(model: ModelConfig, world: int, synced: bool) -> None:
+    """Raise UserError where a run would choose another BatchNorm on these devices.
+
+    Args:
+        model: Its `key_bn` and `query_bn` are decided.
+        world: Devices over all machines.
+        synced: Whether BatchNorm can reach over several devices.
+    """
+    chosen = {
+        "key_bn": choose_key_bn(model.key_bn, world, model.queue_size != 0, synced),
+        "query_bn": choose_query_bn(model.query_bn, world, synced),
+    }
+    for name, (kind, why) in chosen.items():
+        if (given := getattr(model, name)) != kind:
+            raise UserError(f"model.{name} is {given}: take {kind} ({why})")
+
+
+def check_parts_agree(module: MoCo, data: PretrainData, config: TrainConfig, world: int) -> None:
+    """Raise UserError where module, data and Trainer contradict one another.
+
+    Args:
+        module, data: To be trained, and on what.
+        config: Of all three.
+        world: Devices over all machines.
+    """
+    model, optim = config.model, config.optim
+    if (optim.schedule, optim.plateau_metric) == ("plateau", "val/knn_top1"):
+        raise UserError(
+            "optim.plateau_metric is val/knn_top1, and a Trainer of your own reads no kNN: "
+            "set it to train/loss"
+        )
+    if module.chunks != config.data.chunks:
+        raise UserError(
+            f"MoCo has chunks={module.chunks} and DataConfig chunks={config.data.chunks}: give "
+            "both the same"
+        )
+    for name, needed in views_for(model, model.key_bn).items():
+        setting = {"shuffle": "key_bn", "symmetric": "symmetric"}[name]
+        if (given := getattr(data, name)) != needed:
+            raise UserError(
+                f"PretrainData has {name}={given}, and model.{setting} "
+                f"{getattr(model, setting)} needs {name}={needed}: change one of them"
+            )
+    check_together(config)
+    check_shares(config, world, model.key_bn, model.query_bn)
+
+
 class Preparation(pl.Callback):
     """Prepare images and schedules once the Trainer knows its device and length.
 
@@ -104,15 +154,7 @@ class Preparation(pl.Callback):
         if stage != "fit":
             return
         check_whole_epochs(trainer.limit_train_batches)
-        optim = self.config.optim
-        if (optim.schedule, optim.plateau_metric) == ("plateau", "val/knn_top1"):
-            raise UserError(
-                "optim.plateau_metric is val/knn_top1, and a Trainer of your own reads no kNN: "
-                "set it to train/loss"
-            )
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        data = trainer.datamodule
-        data.prepare(trainer.strategy.root_device, str(self.run_dir / "bad_files.txt"))
+        data, device = trainer.datamodule, trainer.strategy.root_device
         own = replace(
             self.config.trainer,
             max_epochs=trainer.max_epochs if trainer.max_epochs > 0 else 1_000_000,
@@ -120,9 +162,13 @@ class Preparation(pl.Callback):
             accumulate_grad_batches=trainer.accumulate_grad_batches,
         )
         config = replace(self.config, trainer=own)
+        check_batch_norm(config.model, trainer.world_size, device.type == "cuda")
+        check_parts_agree(pl_module, data, config, trainer.world_size)
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        data.prepare(device, str(self.run_dir / "bad_files.txt"))
         allow_sizes(pl_module, config.data)
         set_length(pl_module, config, data)
-        self.saver.before_decay = step_before_decay(optim, pl_module.total_steps)
+        self.saver.before_decay = step_before_decay(config.optim, pl_module.total_steps)
         reading = data.source.reading
         ends = {"min_value": list(reading.low), "max_value": list(reading.high)}
         images = replace(data.config, **(ends if reading.reason else {}))

@@ -24,12 +24,14 @@ def fit(folder, checkpoint=None, **options):
     """Train two epochs of three steps as docs/python.md does."""
     pl.seed_everything(0)
     size, end = options.pop("image_size", 16), options.pop("image_size_end", 0)
+    views = {"shuffle": True, "symmetric": False} | options.pop("views", {})
     config = moco.DataConfig(
-        dataset="own", image_size=size, image_size_end=end, batch_size=16, views="cifar"
-    )
+        dataset="own", image_size=size, image_size_end=end, batch_size=16, views="cifar",
+        chunks=options.pop("chunks", 1),
+    )  # fmt: skip
     optim = options.pop("optim", moco.OptimConfig(lr=0.01))
     module = moco.MoCo(options.pop("model", MODEL), optim, channels=3, image_size=16)
-    data = moco.PretrainData(config, seed=0, shuffle=True, symmetric=False, source=PIXELS)
+    data = moco.PretrainData(config, seed=0, source=PIXELS, **views)
     every = options.pop("checkpoint_every", 1)
     own = moco.callbacks(
         module, data, folder, log_every=1, checkpoint_every=every, keep_checkpoints=9
@@ -208,3 +210,30 @@ def test_what_the_trainer_saves_is_there_when_it_says_so_and_tidies_nothing():
     trainer.save_checkpoint("new/final.ckpt")
     assert load("new/final.ckpt")["global_step"] == 6
     assert sorted(Path("run/checkpoints").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ({"symmetric": "mean"}, {},
+         "PretrainData has symmetric=False, and model.symmetric mean needs symmetric=True"),
+        ({}, {"views": {"symmetric": True}},
+         "PretrainData has symmetric=True, and model.symmetric none needs symmetric=False"),
+        ({"query_bn": "split"}, {"views": {"shuffle": False}},
+         "PretrainData has shuffle=False, and model.key_bn split needs shuffle=True"),
+        ({"key_bn": "plain"}, {},
+         "PretrainData has shuffle=True, and model.key_bn plain needs shuffle=False"),
+        ({"key_bn": "shuffle"}, {}, "model.key_bn is shuffle: take split (shuffle as set would"),
+        ({"symmetric": "mean", "queue_size": 24}, {"views": {"symmetric": True}},
+         "model.queue_size 24 is below the 32 keys of one step"),
+        ({"queues": 2}, {}, "model.queues is 2, one for the keys of each view: it needs"),
+        ({"queue_size": 0, "key_bn": "plain"},
+         {"views": {"shuffle": False}, "accumulate_grad_batches": 2},
+         "trainer.accumulate_grad_batches is above 1 with model.queue_size 0"),
+        ({"bn_splits": 3}, {}, "data.batch_size 16 does not divide by 3"),
+        ({}, {"chunks": 2}, "MoCo has chunks=1 and DataConfig chunks=2: give both the same"),
+    ],
+)  # fmt: skip
+def test_parts_that_contradict_one_another_are_refused(model, options, message):
+    with pytest.raises(moco.UserError, match=re.escape(message)):
+        fit("run", model=replace(MODEL, **model), **options)
