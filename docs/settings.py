@@ -32,20 +32,21 @@ INTRODUCTION = """\
 
 This page is made from `moco/config/` and `moco/judge_config.py` by `python docs/settings.py`;
 `--help` of each command says the same. A recipe (YAML) writes `FIELD: VALUE` below `GROUP:`, the
-command line `--GROUP.FIELD VALUE`. A list is written `[1, 2]`. What is asked for stands in a run's
-`config.yaml`, and what `auto` came to in its section `decided`.
+command line `--GROUP.FIELD VALUE`. A list is written `[1, 2]`. A run's `config.yaml` holds what was
+asked for, and in its section `decided` what `auto` came to.
 
 `train.py` takes the groups `model`, `optim`, `data`, `trainer` and `run`. Besides, `--config FILE`
-names a recipe (later ones win), `--resume RUN` goes on with a run, and `--init_from FILE` starts
-from the weights of a checkpoint.
+names a recipe (later ones win), `--resume RUN` goes on with a run, and `--extend EPOCHS` with it
+makes that run longer (`--yes`: although the rate jumps). `--init_from FILE` starts a new run from
+the weights of a checkpoint (`--allow_partial`: although it fits only in part).
 """
 EVALUATION = """\
 # Settings of evaluation, export and features
 
-`eval_linear.py` and `eval_knn.py` take these without a group. They also take the group `data`,
-whose defaults are then the checkpoint's own; of it, `views`, `batch_size`, `crop_min`, `jitter`,
-`grey`, `blur` and the others of views belong to pretraining and are refused. `embed` takes the
-group `data` in the same way. `export.py`, `search`, `select` and `shards` take their own alone.
+These have no group. `eval_linear.py`, `eval_knn.py`, `embed` and `quality` also take the group
+`data`, whose defaults are then the checkpoint's own; of it, `batch_size`, `chunks`, `pairs` and the
+settings of views belong to pretraining and are refused, but for `flip` and `upscale`. `views` takes
+all settings of training; the other commands take their own alone.
 """
 
 

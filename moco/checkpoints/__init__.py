@@ -1,4 +1,4 @@
-"""Checkpoints: read a network from any layout, write it in any format. Nothing is unpickled.
+"""Checkpoints: read a network from any layout, write it in any format. No code in a file is run.
 
 Comes in: a file, whoever wrote it. Goes out: an encoder with what its file says of it (`load`), the
 state that a new run starts from (`start`), or a file for somebody else's code (`export`). The first

@@ -28,7 +28,7 @@ from moco import slurm
 from moco.command import launch
 from moco.command.paths import PATHS, expanded
 from moco.command.recipe import as_option, known_settings, nearest, plain_words, with_contents
-from moco.config import RunError, UserError, with_former_ways
+from moco.config import RunError, TrainConfig, UserError, with_former_ways
 from moco.log import have_standard_error
 
 # Seconds that a rank waits before it ends with an error that another rank may have caused, and with
@@ -50,8 +50,9 @@ def build_parser(description: str, config: type, extras: dict[str, dict[str, Any
     parser = ArgumentParser(
         description=description, usage=usage, exit_on_error=False, default_env=False
     )
+    kind = "recipe" if config is TrainConfig else "file of this command's own options, no recipe"
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML recipe; may be repeated, later ones win"
+        "--config", action=ActionConfigFile, help=f"YAML {kind}; may be repeated, later ones win"
     )
     for name, options in extras.items():
         parser.add_argument(f"--{name}", **options)

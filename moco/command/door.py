@@ -77,10 +77,10 @@ def pretrain(
         views: Name of a recipe's views; one callable or two of single images, uint8 C x H x W; or
             `BatchedView`s.
         pairs: As the setting data.pairs; or a function that says what an image shows, given its
-            path, or its place where images are no files.
+            path, or its index where images are not files.
         loggers: Of Lightning; they get the metrics besides metrics.csv.
         callbacks: Of Lightning, called after the run's own.
-        dir: Of the run; empty: runs/RECIPE-DATE-TIME.
+        dir: Of the run; empty: runs/RECIPE-DATE-TIME-MICROSECONDS.
         resume: A run directory or checkpoint that goes on exactly, or "auto". The images, and a
             module or callables of your own, must be given again.
         column: Of the images where items are dictionaries; needed where several hold images.

@@ -26,7 +26,7 @@ def main(argv: Sequence[str], *given: Any) -> dict[str, Any]:
     about = "Write the features of any images to a Parquet file."
     parser = cli.build_parser(about, EvalDataConfig, flat_options(EmbedConfig))
     parser.usage = (
-        "%(prog)s --checkpoint ANY --data.root IMAGES --output DIR [--OPTION VALUE ...] "
+        "%(prog)s --checkpoint ANY --output DIR [--data.root IMAGES] [--OPTION VALUE ...] "
         "[--data.FIELD VALUE ...]"
     )
     groups, options = cli.parse(parser, EvalDataConfig, argv)

@@ -25,7 +25,8 @@ EXTRAS = {
     "resume": {
         "type": str,
         "default": "",
-        "help": "Go on exactly with a run directory or checkpoint, or `auto`: the latest run",
+        "help": "Go on exactly with a run directory or checkpoint, or `auto`: the run with the "
+        "newest checkpoint",
     },
     "extend": {
         "type": int,

@@ -131,7 +131,8 @@ class ModelConfig:
     key_bn: Literal["auto", "shuffle", "split", "sync", "plain"] = setting(
         "auto",
         "BatchNorm of the keys: shuffled across devices, split into groups on one device, over "
-        "all devices, or plain; auto: shuffle on several devices, split on one",
+        "all devices, or plain; auto: shuffle on several devices, split on one, sync without a "
+        "queue (plain on several CPU processes)",
     )
     query_bn: Literal["plain", "split", "sync"] = setting(
         "plain",

@@ -102,7 +102,8 @@ class DataConfig:
     reduce_jpegs: bool = setting(
         True,
         "Of streamed images: decode a JPEG at 1/4 or 1/8 of its size where the boxes of both "
-        "views keep the view's pixels a side. Large photographs are read several times faster",
+        "views keep the view's pixels a side. Photographs of 12 megapixels are read 2 to 4 times "
+        "as fast",
     )
     upscale: float = setting(
         1.0,

@@ -35,7 +35,9 @@ class TrainerConfig:
         at_most=65536,
     )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
-        "auto", "Arithmetic of the encoders; auto: bf16-mixed where the hardware is fast at it"
+        "auto",
+        "Arithmetic of the encoders; auto: bf16-mixed where the hardware multiplies it natively, "
+        "16-mixed on GPUs whose tensor cores take fp16 alone, else 32-true",
     )
     accumulate_grad_batches: int = setting(
         1, "Batches per optimiser step", at_least=1, at_most=65536
@@ -50,7 +52,7 @@ class TrainerConfig:
 class RunConfig:
     """Where a run lives, what it records and when it saves."""
 
-    dir: str = setting("", "Run directory; empty: runs/RECIPE-DATE-TIME")
+    dir: str = setting("", "Run directory; empty: runs/RECIPE-DATE-TIME-MICROSECONDS")
     seed: int = setting(0, "Seed of weights, order and views", at_least=0, at_most=2**32 - 1)
     minutes: float = setting(
         0.0,
@@ -84,7 +86,8 @@ class RunConfig:
     held_out: int = setting(
         512,
         "Images that a set without a test split is trained without, to measure quality on: a tenth "
-        "of it at most, and none of a set below 640 images; 0: none",
+        "of it at most, and none of a set below 640 images, of shards, or with run.knn_root; 0: "
+        "none",
         at_least=0,
         at_most=MOST_ROWS,
     )
@@ -96,7 +99,9 @@ class RunConfig:
         "Labelled folder of its own for kNN readings, with train/CLASS/ and test/CLASS/; empty: "
         "data.root",
     )
-    knn_first: bool = setting(True, "Read kNN of the network as it starts, too")
+    knn_first: bool = setting(
+        True, "Measure the network as it starts, too: kNN, and quality without labels"
+    )
     knn_bank: int = setting(
         100_000,
         "Training images whose labels may vote, drawn by run.seed from a larger set; 0: all",

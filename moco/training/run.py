@@ -62,7 +62,7 @@ class Request:
     """What a run is asked for besides its settings.
 
     Attributes:
-        resume: Empty, a run directory, a checkpoint, or "auto" for the latest run.
+        resume: Empty, a run directory, a checkpoint, or "auto": the run with the newest one.
         recipe: Name for a new run's directory.
         init_from: A checkpoint in any layout whose weights a new run starts from.
         allow_partial: Accept such a checkpoint although it fits only in part.
