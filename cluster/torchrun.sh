@@ -5,7 +5,8 @@
 #
 # HEAD is one of the machines and must survive: the others meet there. RUN is a folder that all of
 # them share. NODES is how many there are, or FROM:TO to start with FROM and go on with what is
-# left; a batch must divide by every number of GPUs that may be left.
+# left (default 1:4); a batch must divide by every number of GPUs that may be left. GPUS is how many
+# each machine takes (default: all), JOB a name that no other job at HEAD has (default: moco).
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

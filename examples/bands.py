@@ -1,4 +1,6 @@
-"""Pretrain on images of 16 bands that a data set of your own reads:  python examples/bands.py
+"""Pretrain on images of 16 bands that a data set of your own reads.
+
+    PYTHONPATH=. python examples/bands.py        (after `pip install .` without PYTHONPATH)
 
 Replace `Scenes` by what reads your arrays: a length, and an item for each number from 0 up.
 """

@@ -1,4 +1,7 @@
-"""Pretrain a network of your own on digits, and export it:  python examples/own_backbone.py"""
+"""Pretrain a network of your own on digits, and export it.
+
+PYTHONPATH=. python examples/own_backbone.py        (after `pip install .` without PYTHONPATH)
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""MoCo in a Trainer of your own, on digits:  python examples/plain_trainer.py"""
+"""MoCo in a Trainer of your own, on digits.
+
+PYTHONPATH=. python examples/plain_trainer.py        (after `pip install .` without PYTHONPATH)
+"""
 
 import sys
 from pathlib import Path
