@@ -8,7 +8,7 @@
 # make bench   speed on this CPU, side by side with what others do: about 8 minutes
 # make bench-gpu  speed and memory on a GPU, tests first; ARGS="--cifar FOLDER" adds the demo's recipe
 # make lint    style, and the types of what Python calls
-# make clean   remove the environments and what runs left
+# make clean   delete the environments and all of runs/, checkpoints too
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest

@@ -79,6 +79,7 @@ NOT_OURS = {
     "python train.py --config configs/NAME.yaml": "a form: NAME is any recipe",
     "python -m moco COMMAND": "a form: COMMAND is any of MAINS",
     "python -m moco shards": "its name alone",
+    "uv pip install": "what to write for pip",
 }
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|make|pip|uv|torchrun|srun|sbatch|source) .+")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```\n|`([^`\n]+)`", re.M | re.S)
