@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -283,7 +284,7 @@ def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.T
         benchmark=not settings.deterministic,
         plugins=[AtomicCheckpointIO(), started],
         use_distributed_sampler=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in options["callbacks"]),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from door import PIXELS, STREAMED, TINY, assert_resumes, pretrain
 from PIL import Image
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from runs import assert_same_end, load
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
@@ -277,13 +277,16 @@ def test_a_run_that_a_callback_stops_is_saved_and_goes_on(in_tmp, step, hook):
 def test_callbacks_of_lightning_see_metrics_and_a_stop_is_said(in_tmp, said):
     """What one of them logs has no column in metrics.csv."""
     stops = EarlyStopping("train/spread", min_delta=9, patience=0, mode="max")
-    callbacks = [LearningRateMonitor(), stops]
+    own = ModelCheckpoint("own", monitor="train/loss", every_n_train_steps=2, save_top_k=-1)
+    callbacks = [LearningRateMonitor(), stops, own]
     pretrain(PIXELS, callbacks=callbacks, **{"trainer.max_epochs": 3})
     assert "stopped by a callback after step 6 of 9: go on with --resume run" in said
     assert not any(line.startswith("No verdict") for line in said)
     rows = Path("run/metrics.csv").read_text().splitlines()
     assert rows[0].startswith("step,epoch,train/loss") and "lr-" not in rows[0]
     assert all(row.split(",")[2] for row in rows[1:])
+    assert len(list(Path("own").glob("*.ckpt"))) == 3
+    assert load("run/checkpoints/last.ckpt")["global_step"] == 6
 
 
 def test_a_notebook_has_a_bar(in_tmp, monkeypatch, capsys):
