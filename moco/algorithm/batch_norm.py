@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from moco.config import UserError
+
+# Rooms of libraries whose layers `SplitBatchNorm` knows how to part.
+_KNOWN = ("torch.nn.modules.batchnorm", "timm.layers.norm_act")
+
 
 class SplitBatchNorm:
     """Normalise G groups of the batch apart, as G devices would; eval mode is the layer's own.
@@ -79,18 +84,40 @@ def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
 
     Returns:
         The module, changed in place, or for `sync` another object where it is a BatchNorm itself.
+
+    Raises:
+        UserError: A layer of the user's own, with its own way of normalising, cannot be split.
     """
     if kind == "sync":
         from timm.layers import convert_sync_batchnorm  # torch's own drops the fused activation
 
         return convert_sync_batchnorm(module)
-    if kind == "split":
-        for child in module.modules():
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-                kind_of = type(child)
-                child.__class__ = type(f"Split{kind_of.__name__}", (SplitBatchNorm, kind_of), {})
-                child.num_splits = num_splits
+    for child in module.modules():
+        if isinstance(child, nn.SyncBatchNorm):  # of the user's: over all devices keys would leak
+            child.__class__ = _OneDevice if not hasattr(child, "act") else _with_activation()
+        if kind == "split" and isinstance(child, _BatchNorm):
+            kind_of = type(child)
+            if kind_of.forward.__module__ not in _KNOWN:
+                raise UserError(
+                    f"the backbone's {kind_of.__name__} normalises in a way of its own, which "
+                    "model.key_bn and model.query_bn split cannot part into groups: take torch's "
+                    "BatchNorm, or set them to plain and model.queue_size to 0"
+                )
+            child.__class__ = type(f"Split{kind_of.__name__}", (SplitBatchNorm, kind_of), {})
+            child.num_splits = num_splits
     return module
+
+
+class _OneDevice(_BatchNorm):
+    """What SyncBatchNorm is on one device: BatchNorm of any number of axes."""
+
+    def _check_input_dim(self, input: Tensor) -> None: ...
+
+
+def _with_activation() -> type[nn.Module]:
+    from timm.layers import BatchNormAct2d
+
+    return BatchNormAct2d
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm.layers
 import torch
 import torchvision
 from torch import nn
@@ -286,6 +287,43 @@ def test_split_equals_batch_norm_on_each_group(layout, way):
     torch.testing.assert_close(split.running_var, torch.stack(variances).mean(0))
     whole = copy.deepcopy(plain)(maps())
     assert (out - whole).abs().max() > 0.1  # the groups do matter
+
+
+class NamedNorm(nn.modules.batchnorm._BatchNorm):
+    """Torch's BatchNorm of a class of the user's own."""
+
+    def _check_input_dim(self, images): ...
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """Normalises in a way of its own."""
+
+    def forward(self, images):
+        return super().forward(images) + 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "split"])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d, nn.SyncBatchNorm, NamedNorm, timm.layers.SyncBatchNormAct]
+)
+def test_every_batch_norm_of_an_own_backbone_is_of_one_device_and_its_groups(layer, kind):
+    """SyncBatchNorm reached over devices and groups, through which keys leak."""
+    network = nn.Sequential(nn.Conv2d(6, 6, 1), layer(6))
+    names = network.state_dict().keys()
+    set_batch_norm(network, kind, 4)
+    assert network.state_dict().keys() == names
+    assert not any(isinstance(part, nn.SyncBatchNorm) for part in network.modules())
+    images, other = maps(), maps()
+    other[2:] += torch.randn_like(other[2:])
+    with torch.no_grad():
+        first, again = network(images)[:2], network(other)[:2]
+    assert torch.equal(first, again) == (kind == "split")
+
+
+def test_a_batch_norm_that_cannot_be_split_is_refused():
+    set_batch_norm(OwnNorm(6), "plain", 4)
+    with pytest.raises(UserError, match="the backbone's OwnNorm normalises in a way of its own"):
+        set_batch_norm(nn.Sequential(OwnNorm(6)), "split", 4)
 
 
 def test_split_statistics_over_several_steps(way):
