@@ -29,7 +29,7 @@ from moco.algorithm.encoder import build_encoder, build_predictor, lay_channels_
 from moco.algorithm.folded_stem import fold_stem
 from moco.checks import check_parts
 from moco.config import ModelConfig, OptimConfig, TrainConfig
-from moco.distributed import all_gather, local_rows, rank, restore
+from moco.distributed import all_gather, local_rows, rank, restore, world_size
 from moco.random import stream_id
 
 
@@ -285,12 +285,14 @@ class MoCo(pl.LightningModule):
         return rate * self.plateau.factor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the plateau's counters and the epoch's losses as plain numbers."""
+        """Store the plateau's counters and the epoch's losses, of each rank, as plain numbers."""
         checkpoint["plateau"] = self.plateau.state_dict()
-        checkpoint["epoch_loss"] = [self.loss_sum.item(), self.loss_count]
+        checkpoint["epoch_loss"] = [all_gather(self.loss_sum).tolist(), self.loss_count]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the plateau's counters and the epoch's losses from a checkpoint."""
         self.plateau.load_state_dict(checkpoint["plateau"])
-        total, self.loss_count = checkpoint["epoch_loss"]
-        self.loss_sum.fill_(total)
+        sums, self.loss_count = checkpoint["epoch_loss"]
+        sums = sums if isinstance(sums, list) else [sums]  # rank 0's, of an earlier version
+        own = sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums)
+        self.loss_sum.fill_(own)
