@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -36,9 +37,13 @@ class Partners:
     Args:
         groups: M int64, the number of each image's group.
         seed: Of the choices.
+
+    Attributes:
+        checksum: Of the groups.
     """
 
     def __init__(self, groups: Tensor, seed: int) -> None:
+        self.checksum = crc32(groups.numpy())
         self.stream = stream_id(seed, "partner")
         self.order = groups.argsort(stable=True)  # M, group by group
         self.size = torch.bincount(groups)[groups]  # M

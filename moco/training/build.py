@@ -135,6 +135,7 @@ def build_data(
     report = None if config.run.plan else str(run_dir / "bad_files.txt")  # a plan leaves nothing
     data.prepare(own_device(config), report, decided.compile)
     decided.resident, decided.images = data.resident, len(data.source)
+    decided.pairs = data.partners and data.partners.checksum
     return data
 
 

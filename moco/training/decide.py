@@ -36,6 +36,7 @@ class Decided:
         is_open: Whether the clock has still to fix how long the run is (`moco.training.clock`).
         held_out: Images that were set aside; None where a version has not noted it.
         images: How many are trained on, of resident ones those that could be read; None as above.
+        pairs: Checksum of which images show the same thing; None without pairs, and as above.
     """
 
     accelerator: str
@@ -53,6 +54,7 @@ class Decided:
     is_open: bool = False
     held_out: int | None = None
     images: int | None = None
+    pairs: int | None = None
 
     @property
     def world(self) -> int:
@@ -64,6 +66,7 @@ class Decided:
         """Rebuild from `dataclasses.asdict`; None where a version kept something else."""
         known = {item.name for item in dataclasses.fields(cls)}
         newer = {"query_bn", "min_value", "max_value", "settings", "is_open", "held_out", "images"}
+        newer |= {"pairs"}
         needed = known - newer
         fits = isinstance(stored, dict) and needed <= stored.keys() <= known
         return cls(**stored) if fits else None
@@ -174,6 +177,11 @@ def check_held(decided: Decided, before: Decided) -> None:
             f"--resume: {decided.images} images can be read, and the run has {before.images}, so "
             "each epoch would have other batches: see bad_files.txt in the run directory and put "
             "the files back as they were, or start a new run with --init_from"
+        )
+    if before.pairs not in (None, decided.pairs):
+        raise UserError(
+            "--resume: data.pairs names other images as showing the same thing than when the run "
+            "began: give the table or the function of then, or start a new run with --init_from"
         )
 
 

@@ -324,6 +324,19 @@ def test_a_table_pairs_images(images, said):
     assert re.match("pairs: 30 of 48 images have a partner, in 10 groups", line)
 
 
+def test_other_pairs_are_another_run(images):
+    """The table's name says nothing of what it holds."""
+    rows = [f"{i:02d}.jpg,{i // 3}" for i in range(30)]
+    Path("pairs.csv").write_text("\n".join(["path,label", *rows]))
+    pretrain(images, pairs="pairs.csv")
+    checkpoint = "run/checkpoints/step_000000002.ckpt"
+    Path("pairs.csv").write_text("\n".join(["path,label", *rows[:-1], "29.jpg,0"]))
+    with pytest.raises(moco.UserError, match="data.pairs names other images as showing the same"):
+        moco.pretrain(images, resume=checkpoint)
+    Path("pairs.csv").write_text("\n".join(["path,label", *rows[::-1]]))
+    assert moco.pretrain(images, resume=checkpoint).metrics["steps"] == 6
+
+
 def test_two_ranks_resume_own_parts_to_the_same_bits(two_ranks, tmp_path):
     parts = {"views": jittered, "backbone": module(Maps), "pairs": half}
     names = ("model.backbone", "model.stem", "model.width")
