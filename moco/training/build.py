@@ -260,8 +260,7 @@ def assemble(
     usual += [Watch(data.bad), Progress(metrics), Outlook(data, metrics), SharedCores()]
     usual += [Showing(config, data, metrics, start_step)]
     found = [*loggers(config.run, run_dir, start_step), *own.loggers]
-    lasting = config.changed({"trainer.max_epochs": MOST_EPOCHS}) if decided.is_open else config
-    trainer = build_trainer(lasting, decided, logger=found, callbacks=[*usual, *callbacks])
+    trainer = build_trainer(config, decided, logger=found, callbacks=[*usual, *callbacks])
     return Run(trainer, module, data, metrics, monitor, quality, saver, clock)
 
 
@@ -278,7 +277,7 @@ def build_trainer(config: TrainConfig, decided: Decided, **options: Any) -> pl.T
         num_nodes=decided.num_nodes,
         strategy=ddp if decided.world > 1 else "auto",
         precision=decided.precision,
-        max_epochs=settings.max_epochs,
+        max_epochs=MOST_EPOCHS if decided.is_open else settings.max_epochs,
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         deterministic=settings.deterministic,

@@ -25,6 +25,7 @@ from moco.training.metrics import MetricsLogger
 from moco.training.saving import Checkpoints
 
 log = logging.getLogger("moco")
+LENGTH = ("trainer.max_epochs", "trainer.max_steps")  # settings that it fixes
 MOST_MARKS = 256  # of the time that steps took
 
 
@@ -139,10 +140,7 @@ class Clock(pl.Callback):
             self.seconds / 60,
             minutes,
         )
-        length = {
-            "trainer.max_epochs": -(-total // module.steps_per_epoch),
-            "trainer.max_steps": total,
-        }
+        length = dict(zip(LENGTH, (-(-total // module.steps_per_epoch), total), strict=True))
         self.decided.is_open, module.total_steps = False, total
         self.decided.settings |= length
         why = f"{minutes:g} minutes, fixed after step {step}, from which the rate falls"

@@ -36,6 +36,7 @@ from moco.reports.pictures import draw_rows, tiles
 from moco.run_directory import is_whole, same_images
 from moco.training.announce import set_up_logging
 from moco.training.build import build_data, build_module, build_trainer, set_length
+from moco.training.clock import LENGTH, longest
 from moco.training.decide import Decided
 from moco.training.stored import load_stored
 
@@ -119,6 +120,10 @@ def replay(run_dir: Path, step: int, output: str = "", root: str = "") -> dict[s
     facts = read_facts(run_dir)
     checkpoint, stored = _nearest(facts, step)
     config, decided = TrainConfig.from_dict(stored["config"]), _alone(stored)
+    if decided.is_open and not facts.decided.get("is_open"):  # the clock has fixed it since then
+        told = facts.decided["settings"]
+        config = config.changed({name: told[name] for name in LENGTH if name in told})
+        decided.is_open = False
     if root:
         config = config.changed({"data.root": root})
     module, data = _build(config, decided, stored, step)
@@ -137,13 +142,17 @@ def replay(run_dir: Path, step: int, output: str = "", root: str = "") -> dict[s
     images = _images(data, caught)
     _draw(path, data, caught, images)
     same = all(stored["decided"][name] == getattr(decided, name) for name in _COMPUTED)
+    loss = torch.stack([losses.mean() for *_, losses in caught])[-1].item()
+    logged = dict(facts.curve("train/loss")).get(step)
+    if logged is not None and math.isfinite(loss):
+        same &= math.isclose(loss, logged, rel_tol=2e-5)
     return {
         "step": step,
         "checkpoint": str(checkpoint),
         "checkpoint_step": before,
         "exact": before < step and same,
-        "loss": _finite(torch.stack([losses.mean() for *_, losses in caught])[-1].item()),
-        "logged_loss": dict(facts.curve("train/loss")).get(step),
+        "loss": _finite(loss),
+        "logged_loss": logged,
         "picture": str(path),
         "images": images,
     }
@@ -196,6 +205,8 @@ def _build(
     data = build_data(config, decided, source, Path(), has_begun=True)
     module = build_module(config, decided, "")
     set_length(module, config, data)
+    if decided.is_open:  # the rate is still constant, however long the run will be
+        module.total_steps = max(module.total_steps, longest(config.optim, step + 1))
     if step > module.total_steps:
         raise UserError(f"step is {step} but the run has {module.total_steps} steps: lower it")
     return module, data

@@ -16,6 +16,7 @@ from moco.algorithm.optim import decay_start, learning_rate
 from moco.config import OptimConfig, UserError
 from moco.training import clock, metrics, run, saving
 from moco.training.rehearsal import Pace
+from moco.training.replay import replay
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 STABLE = ["--optim.schedule", "stable", "--optim.decay_share", "0.25", "--optim.warmup_epochs", "1"]
@@ -184,3 +185,19 @@ def test_marks_stay_few_and_the_pace_is_that_of_the_last_steps():
         own._mark(step)
     assert len(own._marks) <= clock.MOST_MARKS
     assert own._pace(5000) == pytest.approx(3.0)  # of the last 556
+
+
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_a_step_from_before_the_length_stands_is_replayed_as_it_was(images, is_fixed):
+    """The rehearsal took the run for one of 3 steps, whose rate would have fallen by then."""
+    on_machine(40.0, 10.0, words=asked(images))
+    settings, stored = Path("run/config.yaml"), load("run/checkpoints/step_000000004.ckpt")
+    assert stored["decided"]["is_open"]
+    if not is_fixed:  # as where it was stopped early
+        content = yaml.safe_load(settings.read_text())
+        settings.write_text(yaml.safe_dump(content | {"decided": stored["decided"]}))
+    for step in (3, 6):
+        Path(f"run/checkpoints/step_{step - 1:09d}.ckpt").unlink()
+        found = replay(Path("run"), step)
+        assert found["checkpoint_step"] == step - 2 and found["exact"]
+        assert found["loss"] == pytest.approx(found["logged_loss"], rel=1e-5)
