@@ -153,8 +153,10 @@ def tell_plan(
     """
     set_length(module, config, data)
     steps = module.total_steps - start_step
-    batches = steps * module.accumulate
-    seconds, size = pace.seconds * batches, checkpoint_bytes(module, config.optim.name)
+    work, total = data.growth.work, module.total_steps  # the pace is the mean of a whole run
+    share = work(start_step, total) / work(0, total) * total if start_step else steps
+    seconds = pace.seconds * share * module.accumulate
+    size = checkpoint_bytes(module, config.optim.name)
     images = config.data.batch_size / pace.seconds
     rows = _decisions(config, decided)
     rows += [

@@ -130,11 +130,12 @@ def _pretrain(config: TrainConfig, request: Request) -> dict[str, Any]:
                     source = replace(source, channels=config.data.channels)  # as it was decided
             source, held_out = _set_aside(config, source, stored)
             settings = settle(config, source, stored, own, init_from=request.init_from)
+            count = stored.count(len(source)) if stored else len(source)
             if stored and request.extend_by:
-                extend(settings, stored, len(source), request.extend_by, request.accept_jump)
+                extend(settings, stored, count, request.extend_by, request.accept_jump)
         start_step = stored.step if stored else 0
         is_open = bool(stored and stored.decided and stored.decided.is_open)
-        expected = expected_steps(settings.config, len(source))
+        expected = expected_steps(settings.config, count)
         if stored and start_step >= expected and not is_open:
             say_finished(settings, str(place.checkpoint), start_step)
             where = None if place.is_new else str(place.run_dir)

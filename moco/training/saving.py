@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Checkpoints(pl.Callback):
         self.seconds = 0.0
         self._in_step = False
         self._saved_at = time.monotonic()
-        self._saves, self._best_step = 0, -1
+        self._saves = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remove what a killed run left half written, and begin to agree with the other ranks."""
@@ -188,10 +189,10 @@ class Checkpoints(pl.Callback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()  # the steps before are still computed: that is no saving
         start, self._tried = time.monotonic(), trainer.global_step
-        if self.quality.is_best:
-            self._best_step = trainer.global_step
         path = self.directory / f"step_{trainer.global_step:09d}.ckpt"
-        trainer.save_checkpoint(path, storage_options=self._tidy)
+        names = [BEST] if self.quality.is_best else []
+        names += [BEFORE_DECAY] if trainer.global_step == self.before_decay else []
+        trainer.save_checkpoint(path, storage_options=partial(self._tidy, names))
         if not trainer.is_global_zero:
             self.saved_step = trainer.global_step
         self._saves += 1
@@ -199,16 +200,18 @@ class Checkpoints(pl.Callback):
         self.seconds += self._saved_at - start
         self.metrics.paused += self._saved_at - start
 
-    def _tidy(self, path: Path) -> None:
-        """Note that a checkpoint is written: on rank 0, which alone writes, by its thread."""
+    def _tidy(self, names: list[str], path: Path) -> None:
+        """Note that a checkpoint is written: on rank 0, which alone writes, by its thread.
+
+        Args:
+            names: What it is besides the last one; decided when its state was taken.
+            path: Its file.
+        """
         last = self.directory / "last.ckpt"
         self.saved_step = int(path.stem.removeprefix("step_"))
         try:
-            if self.saved_step == self.before_decay:
-                name_besides(path, self.directory / BEFORE_DECAY)
-            if self.saved_step == self._best_step:
-                name_besides(path, self.directory / BEST)
-            name_besides(path, last)
+            for name in (*names, last.name):
+                name_besides(path, self.directory / name)
             # By age: steps of an earlier attempt may be higher, and must not outlive this one's.
             steps, keep = self.directory.glob("step_*.ckpt"), self.config.keep_checkpoints
             for old in sorted(steps, key=lambda step: step.stat().st_mtime_ns)[:-keep]:

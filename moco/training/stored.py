@@ -81,6 +81,14 @@ class Stored:
     decided: Decided | None
     asked: TrainConfig
 
+    def count(self, listed: int) -> int:
+        """Return how many images an epoch draws from; those listed where that was not noted.
+
+        Of resident ones those that cannot be read are left out, and known before they are decoded.
+        """
+        noted = self.decided.images if self.decided else None
+        return listed if noted is None else noted
+
 
 def read_stored(
     checkpoint: Path, config: TrainConfig, images: dict[str, Any], run_dir: Path
@@ -182,13 +190,19 @@ def extend(settings: Settings, stored: Stored, count: int, epochs: int, accept_j
             "would jump, and a run that long from the start would have grown it later: add --yes "
             "to have it so"
         )
-    if found[0] != found[1] and not accept_jump:
+    jumps = [f"the rate would jump from {rate:.3g} to {new_rate:.3g}"] if rate != new_rate else []
+    if momentum != new_momentum:
+        jumps += [f"the key momentum would jump from {momentum:.6g} to {new_momentum:.6g}"]
+    if jumps and not accept_jump:
         raise UserError(
-            f"--extend {epochs}: after step {stored.step} the rate would jump from {rate:.3g} to "
-            f"{new_rate:.3g} and the key momentum from {momentum:.6g} to {new_momentum:.6g}, since "
-            "both follow from the length of the run: add --yes to have it so; a run with "
-            "optim.schedule stable can be extended without a jump"
+            f"--extend {epochs}: after step {stored.step} {' and '.join(jumps)}, since that "
+            "follows from the length of the run: add --yes to have it so; a run with "
+            "optim.schedule stable and a constant key momentum can be extended without a jump"
         )
+    for name in ("optim.warmup_epochs", "optim.freeze_backbone_epochs"):
+        if name in settings.chosen:
+            log.info("%s stays %g, which a run that long from the start need not have had", name,
+                     settings.config.value(name))  # fmt: skip
     for name, value in length.items():
         settings.replace(name, value, f"extended by {epochs} epochs")
 

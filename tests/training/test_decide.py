@@ -194,6 +194,17 @@ def test_a_resume_whose_images_can_be_read_otherwise_is_refused(copied):
     assert train.main(step)["steps"] == 2
 
 
+def test_a_finished_run_is_known_by_the_images_that_it_could_read(copied, said):
+    """Of 48 files three batches could be made, of 47 only two."""
+    (copied / "00.jpg").write_bytes(b"torn")
+    run_tiny(copied, "--data.max_bad_fraction", "0.1", "--trainer.max_epochs", "1")
+    before = Path("run/run.json").read_text()
+    assert train.main(["--resume", "run"])["steps"] == 2
+    assert any("is finished after 2 steps" in line for line in said)
+    assert Path("run/run.json").read_text() == before
+    assert train.main(["--resume", "run", "--extend", "1", "--yes"])["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "devices", "parts"),
     [

@@ -81,6 +81,20 @@ def test_what_cannot_be_extended_is_refused(images):
         train.main(["--resume", "run", "--yes"])
 
 
+def test_what_an_extension_does_not_make_longer_is_said(images, said):
+    """A run that long from the start would have warmed up for two epochs."""
+    run_tiny(images, *STABLE, "--optim.warmup_epochs", "2", "--trainer.max_epochs", "1")
+    assert train.main(["--resume", "run", "--extend", "2"])["steps"] == 9
+    kept = "optim.warmup_epochs stays 0.1, which a run that long from the start need not have had"
+    assert kept in said
+    momentum = ["--model.key_momentum_schedule", "cosine", "--optim.schedule", "constant"]
+    run_tiny(images, *momentum, run_dir="other")
+    with pytest.raises(
+        UserError, match=r"the key momentum would jump from 1 to 0\.99"
+    ):
+        train.main(["--resume", "other", "--extend", "1"])
+
+
 def test_damage_to_the_checkpoint_before_the_decay_is_said(runs):
     run_dir = copy_until(runs / "short", 6, decay=4)
     Path("run/checkpoints/before_decay.ckpt").write_bytes(b"torn")

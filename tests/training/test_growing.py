@@ -140,6 +140,9 @@ def test_small_views_shorten_the_plan(images, monkeypatch):
     found = run_tiny(images, *GROWING, "--run.plan", "true")
     areas = 0.335 * (8**2 + 12**2) + 0.33 * 16**2
     assert found["seconds"] == round(6 * areas / 16**2, 1)
+    run_tiny(images, *GROWING)
+    rest = ["--resume", "run/checkpoints/step_000000004.ckpt", "--run.plan", "true"]
+    assert train.main(rest)["seconds"] == pytest.approx(2, abs=0.05), "two steps of 16 px"
 
 
 def test_a_longer_run_would_have_grown_later(images):

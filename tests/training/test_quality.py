@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from moco.images.aside import set_aside
 from moco.reports.facts import read_facts
 from moco.reports.panel import make_panel
 from moco.run_directory import BEST, HELD_OUT
+from moco.training.agreement import Agreement
 from moco.training.replay import replay
+from moco.training.saving import Checkpoints, Signals
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 READ = ["--run.knn_every", "1"]
@@ -144,6 +147,26 @@ def test_the_best_checkpoint_is_that_of_the_best_reading(many, monkeypatch):
     values = iter([6.0, 9.5])
     train.main(["--resume", "run", "--extend", "2", "--yes"])  # 9.0 was the best before
     assert load(f"run/checkpoints/{BEST}")["global_step"] == 20
+
+
+def test_a_checkpoint_is_the_best_by_the_reading_of_its_own_step(tmp_path):
+    """Its file may be written whole only when the state of a later step is taken."""
+    written = []
+    trainer = SimpleNamespace(
+        global_step=4,
+        is_global_zero=True,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        save_checkpoint=lambda path, storage_options: written.append((path, storage_options)),
+    )
+    best, metrics = SimpleNamespace(is_best=True), SimpleNamespace(paused=0.0)
+    saver = Checkpoints(Signals(), metrics, best, tmp_path, TrainConfig().run, 0, {}, Agreement())
+    for trainer.global_step, best.is_best in ((4, True), (8, True), (9, False)):
+        saver.save(trainer)
+    for path, after in written[:1] + written[2:]:  # the disk was full for the second
+        path.write_bytes(path.name.encode())
+        after(path)
+    assert (tmp_path / BEST).read_bytes() == b"step_000000004.ckpt"
+    assert (tmp_path / "last.ckpt").read_bytes() == b"step_000000009.ckpt"
 
 
 def test_where_less_is_better_the_least_is_the_best(many, monkeypatch):

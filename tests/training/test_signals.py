@@ -184,8 +184,8 @@ def test_checkpoints_of_a_run_that_went_back_stay(images, monkeypatch):
     kept: list[tuple[str, set[str]]] = []
     tidy = saving.Checkpoints._tidy
 
-    def watched(self, path: Path) -> None:
-        tidy(self, path)
+    def watched(self, also: list[str], path: Path) -> None:
+        tidy(self, also, path)
         kept.append((path.name, {p.name for p in self.directory.glob("step_*")}))
 
     monkeypatch.setattr(saving.Checkpoints, "_tidy", watched)
