@@ -31,18 +31,18 @@ PARTS = ("state_dict", "optimizer_states", "plateau", "epoch_loss", "global_step
 STREAMED = ["--data.resident", "off", "--data.num_workers", "2"]
 STORE = tempfile.TemporaryDirectory(prefix="runs-of-tests-")
 kept: dict[tuple[str, ...], Path] = {}
-tried: set[tuple] = set()
+tried: dict[tuple, list[str]] = {}
 
 
-def once(encoder, config, side: int, device: str, take=trial._pass) -> None:
+def once(encoder, config, side: int, device: str, take=trial._pass) -> list[str]:
     """Try a network once in a process: most runs of the tests have the same one.
 
     What fails is tried again, and the tests of the trial itself forget what was tried.
     """
     groups, channels = config.model.bn_splits, config.data.channels
     if (key := (repr(encoder), groups, channels, side, device)) not in tried:
-        take(encoder, config, side, device)
-        tried.add(key)
+        tried[key] = take(encoder, config, side, device)
+    return tried[key]
 
 
 trial._pass = once

@@ -25,6 +25,7 @@ KNOWN = {
     "_is_avx512_bf16_supported",
     "_iterator",  # workers, of a DataLoader
     "_triton",  # decide
+    "_version",  # trial, of a tensor: test_what_changes_in_each_pass_goes_in_no_chunks
     "_workers",  # workers, of a DataLoader's iterator
 }
 

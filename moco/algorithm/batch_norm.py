@@ -86,25 +86,26 @@ def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
         The module, changed in place, or for `sync` another object where it is a BatchNorm itself.
 
     Raises:
-        UserError: A layer of the user's own, with its own way of normalising, cannot be split.
+        UserError: A layer of the user's own normalises in another way, which would be lost.
     """
+    for child in module.modules():
+        if not isinstance(child, _BatchNorm):
+            continue
+        if kind in ("split", "sync") and type(child).forward.__module__ not in _KNOWN:
+            raise UserError(
+                f"the backbone's {type(child).__name__} normalises in a way of its own, which "
+                f"model.key_bn or model.query_bn {kind} would leave out: take torch's BatchNorm"
+            )
+        if isinstance(child, nn.SyncBatchNorm):  # of the user's: over all devices keys would leak
+            child.__class__ = _OneDevice if not hasattr(child, "act") else _with_activation()
+        if kind == "split":
+            kind_of = type(child)
+            child.__class__ = type(f"Split{kind_of.__name__}", (SplitBatchNorm, kind_of), {})
+            child.num_splits = num_splits
     if kind == "sync":
         from timm.layers import convert_sync_batchnorm  # torch's own drops the fused activation
 
         return convert_sync_batchnorm(module)
-    for child in module.modules():
-        if isinstance(child, nn.SyncBatchNorm):  # of the user's: over all devices keys would leak
-            child.__class__ = _OneDevice if not hasattr(child, "act") else _with_activation()
-        if kind == "split" and isinstance(child, _BatchNorm):
-            kind_of = type(child)
-            if kind_of.forward.__module__ not in _KNOWN:
-                raise UserError(
-                    f"the backbone's {kind_of.__name__} normalises in a way of its own, which "
-                    "model.key_bn and model.query_bn split cannot part into groups: take torch's "
-                    "BatchNorm, or set them to plain and model.queue_size to 0"
-                )
-            child.__class__ = type(f"Split{kind_of.__name__}", (SplitBatchNorm, kind_of), {})
-            child.num_splits = num_splits
     return module
 
 

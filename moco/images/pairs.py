@@ -43,7 +43,7 @@ class Partners:
     """
 
     def __init__(self, groups: Tensor, seed: int) -> None:
-        self.checksum = crc32(groups.numpy())
+        self.checksum = crc32(groups.numpy().tobytes())
         self.stream = stream_id(seed, "partner")
         self.order = groups.argsort(stable=True)  # M, group by group
         self.size = torch.bincount(groups)[groups]  # M

@@ -11,6 +11,7 @@ import copy
 import torch
 from timm.layers import PatchEmbed
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco.algorithm.encoder import Encoder
 from moco.config import TrainConfig, UserError
@@ -45,16 +46,22 @@ def _check_size(network: nn.Module, config: TrainConfig, name: str, size: int) -
         if isinstance(layer, PatchEmbed) and layer.proj.in_channels == config.data.channels:
             _check_patches(backbone, name, size, layer)
     try:
-        _pass(network, config, size, "meta")
+        changed = _pass(network, config, size, "meta")
     except Exception:  # some networks do what only real tensors can
         try:
-            _pass(network, config, size, "cpu")
+            changed = _pass(network, config, size, "cpu")
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             reason = reason_of(error)
             raise UserError(
                 f"model.backbone {backbone} cannot take images of {name} {size} "
                 f"({reason}): take another size or backbone"
             ) from error
+    if changed and config.data.chunks > 1:
+        raise UserError(
+            f"data.chunks is {config.data.chunks}, and the backbone changes its {changed[0]} in "
+            "each pass, as spectral_norm does, so that a second one has another gradient: set it "
+            "to 1"
+        )
 
 
 def _check_patches(backbone: str, name: str, size: int, layer: PatchEmbed) -> None:
@@ -71,12 +78,28 @@ def _check_patches(backbone: str, name: str, size: int, layer: PatchEmbed) -> No
     )
 
 
-def _pass(network: nn.Module, config: TrainConfig, side: int, device: str) -> None:
-    """Take one training pass of two images for each BatchNorm group on a copy."""
+def _pass(network: nn.Module, config: TrainConfig, side: int, device: str) -> list[str]:
+    """Take one training pass of two images for each BatchNorm group on a copy.
+
+    Returns: The buffers that it changed, but for those of BatchNorm.
+    """
     trial = copy.deepcopy(network).to(device).train()
     for layer in trial.modules():
         if isinstance(layer, nn.SyncBatchNorm):
             layer.eval()  # it would ask for other ranks
+    before = _versions(trial)
     with torch.random.fork_rng(devices=[]):
         images = torch.zeros(2 * config.model.bn_splits, config.data.channels, side, side)
         trial(images.to(device)).sum().backward()
+    return [name for name, version in _versions(trial).items() if version != before[name]]
+
+
+def _versions(network: nn.Module) -> dict[str, int]:
+    """Return how often each buffer was changed in place, but for those of BatchNorm's statistics,
+    which `frozen_statistics` keeps from a second pass."""
+    layers = {name: m for name, m in network.named_modules() if not isinstance(m, _BatchNorm)}
+    return {
+        f"{name}.{each}".strip("."): buffer._version
+        for name, layer in layers.items()
+        for each, buffer in layer.named_buffers(recurse=False)
+    }

@@ -89,9 +89,7 @@ def test_what_an_extension_does_not_make_longer_is_said(images, said):
     assert kept in said
     momentum = ["--model.key_momentum_schedule", "cosine", "--optim.schedule", "constant"]
     run_tiny(images, *momentum, run_dir="other")
-    with pytest.raises(
-        UserError, match=r"the key momentum would jump from 1 to 0\.99"
-    ):
+    with pytest.raises(UserError, match=r"the key momentum would jump from 1 to 0\.99"):
         train.main(["--resume", "other", "--extend", "1"])
 
 

@@ -52,6 +52,31 @@ def test_views_of_any_size_go_through_a_patch_stem(size):
     check_encoder(build_encoder(config.model, 3, size), config)
 
 
+class Own(nn.Module):
+    """Has a weight whose norm is followed by a buffer, and BatchNorm."""
+
+    def __init__(self, follow):
+        super().__init__()
+        conv = nn.Conv2d(3, 8, 3)
+        conv = nn.utils.parametrizations.spectral_norm(conv) if follow else conv
+        self.layers = nn.Sequential(conv, nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+@pytest.mark.parametrize(("chunks", "follow"), [(2, True), (1, True), (2, False)])
+def test_what_changes_in_each_pass_goes_in_no_chunks(chunks, follow):
+    config = settings("own:Own", 16)
+    config.data.chunks = chunks
+    encoder = build_encoder(config.model, 3, 16, Own(follow))
+    if chunks == 2 and follow:
+        with pytest.raises(UserError, match=r"changes its .*spectral_norm does.* set it to 1$"):
+            check_encoder(encoder, config)
+    else:
+        check_encoder(encoder, config)
+
+
 def test_a_run_is_refused_before_it_makes_a_directory(images):
     vit = ["--model.backbone", "test_vit", "--model.stem", "imagenet", "--model.width", "1"]
     with pytest.raises(UserError, match="data.image_size 20 is no multiple of the 16 pixels"):
