@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from moco.config import UserError
 from moco.images.decode import BadImage, Header, fit_bands
@@ -140,6 +142,11 @@ def open_items(data: Any, column: str = "", turn: bool = False) -> Items:
         UserError: It lacks something, named with the remedy.
     """
     kind = type(data).__name__
+    if isinstance(data, DataLoader):
+        raise UserError("images is a DataLoader, whose items are batches: give its data set")
+    if isinstance(data, Mapping) and 0 not in data:
+        names = ", ".join(map(repr, data))
+        raise UserError(f"images is a {kind} of {names[:80]}: give what one of these holds")
     try:
         count = len(data)
     except (TypeError, NotImplementedError):

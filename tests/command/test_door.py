@@ -150,6 +150,8 @@ def test_an_item_that_cannot_be_read_is_named_and_skipped_where_that_is_allowed(
         ((pixels for pixels in PIXELS), "is a generator, which has no length: .*list"),
         (Stream(), "is a Stream, which has no length"),
         ({1, 2}, "is a set, which cannot be indexed"),
+        (torch.utils.data.DataLoader(PIXELS), "is a DataLoader, .* give its data set"),
+        ({"train": PIXELS}, "is a dict of 'train': give what one of these holds"),
         ([], "is a list of length 0"),
         (PIXELS / 255, r"holds float64 values from 0 to .*: give uint8, as \(255 \* x\)"),
         (PIXELS.astype(np.uint16), "holds uint16 values: give uint8"),
