@@ -91,7 +91,8 @@ def set_batch_norm(module: nn.Module, kind: str, num_splits: int) -> nn.Module:
     for child in module.modules():
         if not isinstance(child, _BatchNorm):
             continue
-        if kind in ("split", "sync") and type(child).forward.__module__ not in _KNOWN:
+        is_changed = kind in ("split", "sync") or isinstance(child, nn.SyncBatchNorm)
+        if is_changed and type(child).forward.__module__ not in _KNOWN:
             raise UserError(
                 f"the backbone's {type(child).__name__} normalises in a way of its own, which "
                 f"model.key_bn or model.query_bn {kind} would leave out: take torch's BatchNorm"

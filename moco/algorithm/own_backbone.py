@@ -46,8 +46,9 @@ def own_backbone(
         raise UserError(
             f"backbone is of type {type(module).__name__}: give a torch.nn.Module, or a timm name"
         )
-    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
-        made_by = "torch.compile" if hasattr(module, "_orig_mod") else "torch.jit"
+    is_compiled = any(hasattr(part, "_orig_mod") for part in module.modules())
+    if is_compiled or isinstance(module, torch.jit.ScriptModule):
+        made_by = "torch.compile" if is_compiled else "torch.jit"
         raise UserError(
             f"backbone was made by {made_by}: give the module that it was made of, which a run "
             "compiles by itself (model.compile)"

@@ -287,7 +287,9 @@ class MoCo(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the plateau's counters and the epoch's losses, of each rank, as plain numbers."""
         checkpoint["plateau"] = self.plateau.state_dict()
-        checkpoint["epoch_loss"] = [all_gather(self.loss_sum).tolist(), self.loss_count]
+        is_read = self.optim_config.schedule == "plateau"  # else rank 0's do
+        sums = all_gather(self.loss_sum) if is_read else self.loss_sum
+        checkpoint["epoch_loss"] = [sums.tolist(), self.loss_count]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the plateau's counters and the epoch's losses from a checkpoint."""

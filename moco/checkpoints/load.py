@@ -42,7 +42,8 @@ class Loaded:
         variant: What `model` and `data` do not say: arguments for timm, and `stem_padding`.
         own: The module that was given in the place of a name, as it was; else None.
         config: Settings of the run that wrote the file, or empty.
-        held_out: Images that the run has set aside of those that the settings name.
+        images: What tells the images of that run from others, or empty.
+        held_out: How many of them it has set aside.
     """
 
     backbone: nn.Module
@@ -57,6 +58,7 @@ class Loaded:
     variant: dict[str, Any] = field(default_factory=dict)
     own: nn.Module | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
     held_out: int = 0
 
     @property
@@ -125,6 +127,7 @@ def load_encoder(
         epoch=contents.epoch,
         feature_dim=feature_dim,
         config=contents.config,
+        images=contents.raw.get("images") or {},
         held_out=decisions(contents).get("held_out") or 0,
     )
     loaded.report = _report(loaded, contents, found)

@@ -22,7 +22,7 @@ def words_of(settings: Mapping[str, Any]) -> list[str]:
             words += [f"--{name}"] if value else []
             continue
         if name in _SEVERAL and not isinstance(value, str):
-            words += [f"--{name}", *map(os.fspath, value)]
+            words += [f"--{name}", *map(os.fspath, value)] if value else []
             continue
         text = value
         if not isinstance(value, str):

@@ -29,7 +29,7 @@ from moco.images import aside, sources
 from moco.images.decode import BadImage
 from moco.images.image_source import ImageSource
 from moco.pixels import normalisation
-from moco.run_directory import run_of
+from moco.run_directory import run_of, same_images
 
 log = logging.getLogger("moco")
 _SHOWN = 3  # images that the log names
@@ -145,8 +145,11 @@ def _seen(
     try:
         own = DataConfig(**known)
         pool = sources.open_source(own, "train")
-        seed = TrainConfig.from_dict(loaded.config).run.seed
-        pool, _ = aside.set_aside(pool, loaded.held_out, seed)
+        if same_images(sources.identify(pool, own.root), loaded.images):
+            seed = TrainConfig.from_dict(loaded.config).run.seed
+            pool, _ = aside.set_aside(pool, loaded.held_out, seed)
+        elif loaded.held_out:
+            log.info("%s has set images aside of a set that has changed since: all count", path)
         log.info("comparing test images with the %d images that %s was trained on", len(pool), path)
         trained = {digest for digest, _ in _digests(pool)}
     except (UserError, RunError, OSError) as error:

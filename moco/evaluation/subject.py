@@ -28,7 +28,7 @@ from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import extract_features
-from moco.evaluation.own import NOTHING, Given, Pair
+from moco.evaluation.own import NOTHING, Given, Pair, identity
 from moco.idle import idle_in_evaluation
 from moco.images import sources
 from moco.images.folders import expanded
@@ -181,7 +181,7 @@ def _open(
 
 def _other_images(data: DataConfig, own: DataConfig, pair: Pair) -> str:
     """Name the images in the results' files unless they are those that the encoder's run took."""
-    given = [sources.identify(part, "") for part in pair] if data.dataset == "own" else ""
+    given = [identity(part) for part in pair] if data.dataset == "own" else ""
 
     def told(part: DataConfig) -> str:
         place = part.root and os.path.realpath(expanded(part.root))

@@ -110,9 +110,11 @@ def decode_reduced(
         several = len(reading.low) > 1 or len(reading.high) > 1
         if several and len(values) == 1 and values.dtype != np.uint8:
             values = np.repeat(values, channels, axis=0)  # each channel has a range of its own
-        pixels = fit_bands(path, to_uint8(values, reading.low, reading.high), channels)
+        levels = to_uint8(values, reading.low, reading.high)
         if image.inverted:
-            pixels = 255 - pixels
+            levels = 255 - levels
+            levels[values != values] = 0  # NaN, as elsewhere
+        pixels = fit_bands(path, levels, channels)
         # The one copy: writable, and H W C in memory, as decoders deliver and cuts are fastest.
         copy = torch.from_numpy(np.array(pixels.transpose(1, 2, 0), order="C"))
         return Decoded(copy.permute(2, 0, 1), height, width, by)

@@ -103,8 +103,12 @@ class Items:
         items are images alone."""
         for name in ("targets", "labels"):  # as torchvision's sets have them, without their images
             known = getattr(self.data, name, None)
-            if known is not None and len(known) == len(self) and self._have(list(known)):
-                return list(known)
+            if known is None or len(known) != len(self):
+                continue
+            change = getattr(self.data, "target_transform", None)
+            mapped = [*map(change, known)] if callable(change) else list(known)
+            if self._have(mapped):
+                return mapped
         found = []
         for index in range(len(self)):
             label = self._label(index)
@@ -120,17 +124,15 @@ class Items:
         return item[1] if isinstance(item, tuple | list) and len(item) > 1 else _NO_LABEL
 
     def _have(self, known: list[Any]) -> bool:
-        """Tell whether some items have these labels: a `target_transform` gives them others."""
-        if getattr(self.data, "target_transform", None) is not None:
-            return False
+        """Tell whether some items have these labels, as far as theirs are single values."""
         for index in range(0, len(self), max(1, len(self) // _LOOKED_AT)):
             try:
                 label = self._label(index)
-                if label is not _NO_LABEL and label != known[index]:
-                    return False
             except BadImage:  # counted where images are read
                 continue
-            except (ValueError, RuntimeError):  # of arrays and tensors of several numbers
+            is_single = isinstance(label, str | int | float | np.generic)
+            is_single |= isinstance(label, np.ndarray | Tensor) and label.ndim == 0
+            if is_single and label != known[index]:
                 return False
         return True
 

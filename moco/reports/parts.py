@@ -124,7 +124,10 @@ def is_done(job: Job) -> bool:
 
 def _may_grow(job: Job) -> bool:
     """Tell whether an image that has no features can be read by now, as with a further package."""
-    there = {*Features(job.folder).column("path")}
+    features = Features(job.folder)
+    if len(features) == len(job.listing.names):
+        return False
+    there = {*features.column("path")}
     rows = [row for row, name in enumerate(job.listing.names) if as_text(name) not in there]
     bad, seen = unreadable(job.images.source, rows, ImageSource.read, FILES_S)
     if len(bad) < seen:

@@ -26,6 +26,7 @@ class MetricsLogger(pl.Callback):
     Args:
         data: It tells how long training has waited for its loader.
         every: Optimiser steps between readings.
+        at_epochs: Whether the end of each epoch is read too, for callbacks that look then.
 
     Attributes:
         latest: Name to value of the last readings of all callbacks.
@@ -36,8 +37,8 @@ class MetricsLogger(pl.Callback):
             since the first one compiles, and tells nothing.
     """
 
-    def __init__(self, data: PretrainData, every: int) -> None:
-        self.data, self.every = data, every
+    def __init__(self, data: PretrainData, every: int, at_epochs: bool = False) -> None:
+        self.data, self.every, self.at_epochs = data, every, at_epochs
         self.latest: dict[str, float] = {}
         self.read_at: dict[str, int] = {}
         self.paused = 0.0
@@ -61,6 +62,7 @@ class MetricsLogger(pl.Callback):
         """Have the step's last batch compute metrics if a reading is due after it."""
         step = trainer.global_step + 1
         due = step % self.every == 0 or step in (1, module.total_steps)
+        due |= self.at_epochs and batch_idx + 1 == trainer.num_training_batches
         module.wants_metrics = due and batch_idx + 1 == module.window_end(batch_idx)
 
     def on_train_batch_end(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from torch import nn
 
 from moco.algorithm.optim import step_before_decay
 from moco.algorithm.pretrain import MoCo
@@ -28,6 +29,7 @@ from moco.training.monitor import KNNMonitor
 from moco.training.quality import Quality
 from moco.training.saving import Checkpoints, Signals
 from moco.training.shares import check_shares
+from moco.training.trial import check_encoder
 from moco.training.writing import AtomicCheckpointIO
 
 
@@ -67,7 +69,7 @@ def callbacks(
         keep_checkpoints=keep_checkpoints,
     )
     config = TrainConfig(module.model_config, module.optim_config, data.config, run=run)
-    metrics, signals = MetricsLogger(data, log_every), Signals()
+    metrics, signals = MetricsLogger(data, log_every, at_epochs=True), Signals()
     extras: dict[str, Any] = {"version": VERSION}
     quality, place = Quality(None, config, metrics), run_dir / "checkpoints"
     saver = Checkpoints(signals, metrics, quality, place, run, 0, extras, Agreement())
@@ -75,13 +77,14 @@ def callbacks(
     return [first, signals, NonFiniteGuard(run_dir), metrics, monitor, saver, Progress(metrics)]
 
 
-def check_whole_epochs(limit: int | float) -> None:
+def check_whole_epochs(limit: int | float, batches: int) -> None:
     """Raise UserError where epochs are cut short: schedules, order and resume count whole ones.
 
     Args:
-        limit: The Trainer's `limit_train_batches`; the whole number 1 is one batch.
+        limit: The Trainer's `limit_train_batches`, a share or, as a whole number, batches.
+        batches: Of an epoch.
     """
-    if isinstance(limit, int) or limit != 1:
+    if limit < batches if isinstance(limit, int) else limit != 1:
         raise UserError(
             f"the Trainer's limit_train_batches is {limit} (overfit_batches and fast_dev_run set "
             "it too), and schedules and resume count whole epochs: leave these out, and set "
@@ -153,7 +156,7 @@ class Preparation(pl.Callback):
         """Decode what is to be resident, and tell the module how long it trains."""
         if stage != "fit":
             return
-        check_whole_epochs(trainer.limit_train_batches)
+        check_whole_epochs(trainer.limit_train_batches, trainer.datamodule.steps_per_epoch)
         data, device = trainer.datamodule, trainer.strategy.root_device
         own = replace(
             self.config.trainer,
@@ -164,6 +167,8 @@ class Preparation(pl.Callback):
         config = replace(self.config, trainer=own)
         check_batch_norm(config.model, trainer.world_size, device.type == "cuda")
         check_parts_agree(pl_module, data, config, trainer.world_size)
+        if config.data.chunks > 1:
+            check_encoder(pl_module.query_encoder, config)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         data.prepare(device, str(self.run_dir / "bad_files.txt"))
         allow_sizes(pl_module, config.data)
@@ -176,6 +181,15 @@ class Preparation(pl.Callback):
         found = sources.identify(data.source, data.config.root)
         self.saver.extras |= {"config": stored, "images": found}
         self._watch = Watch(data.bad)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what the Trainer has made of the key encoder's BatchNorm meanwhile."""
+        synced = any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.key_encoder.modules())
+        if synced and self.config.model.key_bn != "sync":
+            raise UserError(
+                "the Trainer's sync_batchnorm makes one BatchNorm of all devices, through which "
+                "keys leak: leave it out, model.key_bn and model.query_bn say which is taken"
+            )
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         """End the run where too many images cannot be read."""

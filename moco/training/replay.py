@@ -145,7 +145,7 @@ def replay(run_dir: Path, step: int, output: str = "", root: str = "") -> dict[s
     loss = torch.stack([losses.mean() for *_, losses in caught])[-1].item()
     logged = dict(facts.curve("train/loss")).get(step)
     if logged is not None and math.isfinite(loss):
-        same &= math.isclose(loss, logged, rel_tol=2e-5)
+        same &= math.isclose(loss, logged, rel_tol=2e-5, abs_tol=2e-5)
     return {
         "step": step,
         "checkpoint": str(checkpoint),

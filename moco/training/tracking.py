@@ -65,6 +65,11 @@ class MetricsFile(Logger):
     def version(self) -> str:
         return ""
 
+    @property
+    def save_dir(self) -> str:
+        """Where a ModelCheckpoint without a directory writes."""
+        return str(self.path.parent)
+
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: config.yaml holds the settings."""
@@ -76,7 +81,7 @@ class MetricsFile(Logger):
         What callbacks of the user's log besides has no column here; other loggers take it.
         """
         known = {name: value for name, value in metrics.items() if name in COLUMNS}
-        if not known:
+        if not known.keys() - {"epoch"}:  # which Lightning adds to all that is logged
             return
         self._waiting.append({"step": step, **known})
         try:

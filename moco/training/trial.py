@@ -11,13 +11,14 @@ import copy
 import torch
 from timm.layers import PatchEmbed
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco.algorithm.encoder import Encoder
 from moco.config import TrainConfig, UserError
 from moco.images.growth import view_sizes
 from moco.log import reason_of
 from moco.training.build import size_unit
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def check_encoder(encoder: Encoder, config: TrainConfig) -> None:
@@ -81,25 +82,23 @@ def _check_patches(backbone: str, name: str, size: int, layer: PatchEmbed) -> No
 def _pass(network: nn.Module, config: TrainConfig, side: int, device: str) -> list[str]:
     """Take one training pass of two images for each BatchNorm group on a copy.
 
-    Returns: The buffers that it changed, but for those of BatchNorm.
+    Returns: The buffers that it changed, but for running statistics, on which no pass depends.
     """
     trial = copy.deepcopy(network).to(device).train()
     for layer in trial.modules():
         if isinstance(layer, nn.SyncBatchNorm):
             layer.eval()  # it would ask for other ranks
-    before = _versions(trial)
+    before = {
+        name: (buffer, buffer._version)
+        for name, buffer in trial.named_buffers()
+        if not name.endswith(_STATISTICS)
+    }
     with torch.random.fork_rng(devices=[]):
         images = torch.zeros(2 * config.model.bn_splits, config.data.channels, side, side)
         trial(images.to(device)).sum().backward()
-    return [name for name, version in _versions(trial).items() if version != before[name]]
-
-
-def _versions(network: nn.Module) -> dict[str, int]:
-    """Return how often each buffer was changed in place, but for those of BatchNorm's statistics,
-    which `frozen_statistics` keeps from a second pass."""
-    layers = {name: m for name, m in network.named_modules() if not isinstance(m, _BatchNorm)}
-    return {
-        f"{name}.{each}".strip("."): buffer._version
-        for name, layer in layers.items()
-        for each, buffer in layer.named_buffers(recurse=False)
-    }
+    after = dict(trial.named_buffers())
+    return [
+        name
+        for name, (b, version) in before.items()
+        if after[name] is not b or b._version != version
+    ]

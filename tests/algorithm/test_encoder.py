@@ -325,6 +325,13 @@ def test_a_batch_norm_that_cannot_be_split_is_refused():
     with pytest.raises(UserError, match="the backbone's OwnNorm normalises in a way of its own"):
         set_batch_norm(nn.Sequential(OwnNorm(6)), "split", 4)
 
+    class OwnSync(nn.SyncBatchNorm):
+        def forward(self, images):
+            return images
+
+    with pytest.raises(UserError, match="the backbone's OwnSync normalises in a way of its own"):
+        set_batch_norm(nn.Sequential(OwnSync(6)), "plain", 4)
+
 
 def test_split_statistics_over_several_steps(way):
     split, manual = norm_layer(2, groups=2), torch.zeros(2)

@@ -291,6 +291,24 @@ def test_callbacks_of_lightning_see_metrics_and_a_stop_is_said(in_tmp, said):
     assert load("run/checkpoints/last.ckpt")["global_step"] == 6
 
 
+def test_early_stopping_sees_each_epoch_and_goes_on_with_the_run(in_tmp):
+    """Readings are rarer than epochs here; one that is repeated would look like no progress."""
+    seen = []
+
+    class Watches(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            seen.append(float(trainer.callback_metrics["train/loss"]))
+
+    given = {"trainer.log_every_n_steps": 50, "trainer.max_epochs": 3}
+    stops = EarlyStopping("train/loss", patience=9)
+    pretrain(PIXELS, callbacks=[stops, Watches()], **given)
+    assert len(set(seen)) == 3
+    moco.pretrain(
+        PIXELS, resume="run/checkpoints/step_000000002.ckpt", callbacks=[stops, Watches()]
+    )
+    assert seen[3:] == seen[:3]
+
+
 def test_a_notebook_has_a_bar(in_tmp, monkeypatch, capsys):
     class ZMQInteractiveShell:
         """What IPython has in a kernel."""

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 import moco
+from moco.images.items import open_items
 
 FEW = {"k": [3], "shots": [1], "gallery": False, "baselines": False}
 LABELS = np.arange(48) % 3
@@ -53,6 +54,16 @@ def test_results_on_other_arrays_and_labels_that_are_mapped(run, tmp_path):
         def __getitem__(self, index):
             return Image.fromarray(PIXELS[index]), self.target_transform(self.targets[index])
 
+    class Vectors(Mapped):
+        """Whose items have one-hot labels beside the numbers."""
+
+        target_transform = None
+
+        def __getitem__(self, index):
+            return Image.fromarray(PIXELS[index]), torch.eye(3)[self.targets[index]]
+
+    assert open_items(Vectors()).labels() == LABELS.tolist()
+
     class Permuted(Mapped):
         target_transform = None
 
@@ -64,7 +75,7 @@ def test_results_on_other_arrays_and_labels_that_are_mapped(run, tmp_path):
         assert score["data"]["classes"] == 2
     for array in (PIXELS, PIXELS[::-1]):
         moco.knn(run, ((array, LABELS), (array, LABELS)), output=tmp_path, **FEW)
-    assert len(list(tmp_path.glob("*.json"))) == 3, "mapped labels are those of the same images"
+    assert len(list(tmp_path.glob("*.json"))) == 4
 
 
 def test_a_module_of_the_users_own_is_judged_beside_the_untrained_one(tmp_path):

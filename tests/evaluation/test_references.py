@@ -95,15 +95,15 @@ def test_test_images_that_were_pretrained_on_are_named_by_their_pixels(inside, s
     assert any(line == f"{FILE} does not say which images it was trained on" for line in said)
 
 
-def test_images_that_a_run_set_aside_are_not_among_those_it_trained_on(inside, tmp_path):
+def test_images_that_a_run_set_aside_are_not_among_those_it_trained_on(inside, said, tmp_path):
     """And two test images of the same pixels are two."""
     names = sorted((Path("set/train")).rglob("*.png"))
     held = aside.set_aside(ImageSource("", None, [*map(str, names)], None, [], 3), 4, 7)[1].paths
     stored = torch.load(OTHER, weights_only=True)
     own = {"root": str(tmp_path / "set"), "labels": ""}
     for name in names:
-        (tmp_path / "set" / name.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(name, tmp_path / "set" / name.parent.name)
+        (tmp_path / "set/train" / name.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(name, tmp_path / "set/train" / name.parent.name)
     stored["config"]["data"] |= own
     stored["config"]["run"]["seed"] = 7
     for number, name in enumerate([*held, str(names[1]), str(names[1])]):
@@ -118,6 +118,12 @@ def test_images_that_a_run_set_aside_are_not_among_those_it_trained_on(inside, t
         seen = eval_knn.main([*words, "--k", "[5]"])["test_images_in_pretraining"]["aside.ckpt"]
         counts.append((seen["pool"], seen["count"]))
     assert counts == [(48, 6), (44, 2)] and str(names[1]) not in held
+    shutil.copy(names[0], tmp_path / "set/train/a/one_more.png")  # and others would be set aside
+    assert (
+        eval_knn.main([*words, "--k", "[5]"])["test_images_in_pretraining"]["aside.ckpt"]["count"]
+        == 6
+    )
+    assert any("set images aside of a set that has changed since" in line for line in said)
 
 
 def test_images_that_are_gone_are_said(inside, said, tmp_path):

@@ -137,6 +137,10 @@ def test_a_tiff_whose_lowest_value_is_white_is_inverted_at_any_depth(
         found.append(decode(path, 1, Reading(high=(top,))).int())
     black, white = found
     assert black[0, 0, 0] == 0 and black[0, 3, 5] == 255 and (white == 255 - black).all()
+    if kind == "float32":
+        values[1, 1] = np.nan
+        tifffile.imwrite(path, values, photometric="miniswhite", compression=compression)
+        assert decode(path, 1, Reading(high=(top,)))[0, 1, 1] == 0, "NaN is 0 everywhere"
 
 
 def test_two_named_channels_are_no_grey_picture(tmp_path):

@@ -229,7 +229,7 @@ def test_a_step_never_waits(views, symmetric, streamed, monkeypatch):
 def test_the_order_of_a_resident_set_is_made_on_the_device(monkeypatch):
     """So that no step copies its indices there."""
     data = PretrainData(DataConfig(dataset="digits", batch_size=16), 0, True, False)
-    data.device = torch.device("meta")
+    data.device, data.bad = torch.device("meta"), None  # as if it were prepared
     data.source.images = data.source.images.to("meta")
     data.trainer = SimpleNamespace(
         fit_loop=SimpleNamespace(

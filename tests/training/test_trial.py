@@ -77,6 +77,26 @@ def test_what_changes_in_each_pass_goes_in_no_chunks(chunks, follow):
         check_encoder(encoder, config)
 
 
+class Cached(nn.Module):
+    """Makes a buffer for each size of images, when it meets the first one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, images):
+        name = f"mask_{len(images)}"
+        if name not in self._buffers:
+            self.register_buffer(name, images.new_ones(()))
+        return self.layers(images * getattr(self, name))
+
+
+def test_a_backbone_may_make_buffers_by_need():
+    config = settings("own:Cached", 16)
+    config.data.chunks = 2
+    check_encoder(build_encoder(config.model, 3, 16, Cached()), config)
+
+
 def test_a_run_is_refused_before_it_makes_a_directory(images):
     vit = ["--model.backbone", "test_vit", "--model.stem", "imagenet", "--model.width", "1"]
     with pytest.raises(UserError, match="data.image_size 20 is no multiple of the 16 pixels"):
