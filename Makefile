@@ -4,7 +4,7 @@
 # make test-slurm  runs under a real SLURM on this machine, with Debian's packages: tests/slurm.sh
 # make torture kill runs 36 times at random moments, resume them, compare how they end
 # make sweep   every network of timm up to 30 M parameters trains, resumes, loads, or is refused
-# make breaks  break the code on purpose in 92 places; the tests must notice each one
+# make breaks  break the code on purpose in 98 places; the tests must notice each one
 # make bench   speed on this CPU, side by side with what others do: about 8 minutes
 # make bench-gpu  speed and memory on a GPU, tests first; ARGS="--cifar FOLDER" adds the demo's recipe
 # make lint    style, and the types of what Python calls

@@ -45,6 +45,8 @@ TABLES = "tests/images/test_tables.py"
 LOADER = "tests/images/test_loader.py"
 EMBED = "tests/reports/test_embed_parts.py"
 QUALITY = "tests/training/test_quality.py"
+JUDGED = "tests/command/test_eval_scripts.py"
+PARTS = "tests/command/test_own_parts.py"
 
 # (file below moco/, text that stands there once, what it becomes, tests that must notice)
 BREAKS = [
@@ -256,6 +258,12 @@ BREAKS = [
     ("training/build.py", "with distributed.together():  # the", "if True:  # the", QUALITY),
     ("training/clock.py", "late and step > self._marks[0][0]", "late", CLOCK),
     ("checks.py", 'if rest and "@" in rest', 'if "" and "@" in rest', STORES),
+    ("algorithm/batch_norm.py", "if isinstance(child, nn.SyncBatchNorm):", "if 0:", ENCODER),
+    ("algorithm/pretrain.py", "own = sums[rank()] if", "own = sums[0] if", RESUME),
+    ("command/judge.py", "LISTS if is_moved else ()", "()", JUDGED),
+    ("training/decide.py", "if before.pairs not in", "if decided.pairs not in", PARTS),
+    ("training/replay.py", "if decided.is_open:  # the rate", "if 0:  # the rate", CLOCK),
+    ("training/saving.py", "[BEST] if self.quality.is_best", "[BEST] if 0", QUALITY),
 ]
 
 
