@@ -242,7 +242,8 @@ def assemble(
     set_length(module, config, data)
     kept = {"config": asdict(config), "decided": asdict(decided), "images": images}
     kept |= {"version": VERSION}
-    metrics = MetricsLogger(data, config.trainer.log_every_n_steps, at_epochs=bool(callbacks))
+    at_epochs = any(getattr(each, "monitor", None) for each in callbacks)  # as EarlyStopping has
+    metrics = MetricsLogger(data, config.trainer.log_every_n_steps, at_epochs)
     signals, agreement = Signals(), Agreement()
     with distributed.together():  # the ranks meet in `held_out_views`
         labelled = open_labelled(config, data)

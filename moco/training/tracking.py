@@ -81,7 +81,7 @@ class MetricsFile(Logger):
         What callbacks of the user's log besides has no column here; other loggers take it.
         """
         known = {name: value for name, value in metrics.items() if name in COLUMNS}
-        if not known.keys() - {"epoch"}:  # which Lightning adds to all that is logged
+        if len(known) < len(metrics) and known.keys() <= {"epoch"}:  # which Lightning adds
             return
         self._waiting.append({"step": step, **known})
         try:
