@@ -21,7 +21,7 @@ COMPILED = "tests/algorithm/test_compiled.py"
 CONTRAST = "tests/algorithm/test_contrast.py"
 OPTIM = "tests/algorithm/test_optim.py"
 MUON = "tests/algorithm/test_muon.py"
-ENCODER = "tests/algorithm/test_encoder.py"
+NORMS = "tests/algorithm/test_batch_norm.py"
 RANKS = "tests/test_distributed.py"
 VIEWS = "tests/images"
 KNN = "tests/evaluation/test_knn.py"
@@ -137,8 +137,8 @@ BREAKS = [
     ),
     ("algorithm/optim.py", 'mode="min" if', 'mode="max" if', OPTIM),
     # BatchNorm
-    ("algorithm/batch_norm.py", "variances.mean(0)", "variances[0]", ENCODER),
-    ("algorithm/batch_norm.py", "count / (count - 1)", "1.0", ENCODER),
+    ("algorithm/batch_norm.py", "variances.mean(0)", "variances[0]", NORMS),
+    ("algorithm/batch_norm.py", "count / (count - 1)", "1.0", NORMS),
     # draws and views
     (
         "images/draws.py",
@@ -258,7 +258,7 @@ BREAKS = [
     ("training/build.py", "with distributed.together():  # the", "if True:  # the", QUALITY),
     ("training/clock.py", "late and step > self._marks[0][0]", "late", CLOCK),
     ("checks.py", 'if rest and "@" in rest', 'if "" and "@" in rest', STORES),
-    ("algorithm/batch_norm.py", "if isinstance(child, nn.SyncBatchNorm):", "if 0:", ENCODER),
+    ("algorithm/batch_norm.py", "if isinstance(child, nn.SyncBatchNorm):", "if 0:", NORMS),
     ("algorithm/pretrain.py", "own = sums[rank()] if", "own = sums[0] if", RESUME),
     ("command/judge.py", "LISTS if is_moved else ()", "()", JUDGED),
     ("training/decide.py", "if before.pairs not in", "if decided.pairs not in", PARTS),
