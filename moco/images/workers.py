@@ -160,7 +160,10 @@ def _worker_error(error: Exception, workers: list[Any], late: bool) -> Exception
     text = str(error)
     # One just killed has no exit code yet; where it was handing a tensor over, it must be dead.
     seconds = 5.0 if isinstance(error, ConnectionError | EOFError) else 0.1
-    wait([worker.sentinel for worker in workers], seconds)
+    ended = wait([worker.sentinel for worker in workers], seconds)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(5)  # its pipes close before its exit code can be read
     dead = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
     for worker in workers:
         worker.kill()

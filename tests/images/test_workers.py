@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import socket
@@ -128,6 +129,20 @@ def test_a_worker_out_of_shared_memory_says_so_with_the_state_saved(images, with
     with pytest.raises(RunError, match=r"shared memory is exhausted .*data.num_workers.*shm-size"):
         run_tiny(images, *STREAMED, "--trainer.max_epochs", "20")
     assert load("run/checkpoints/last.ckpt")["global_step"] >= 2
+
+
+def die_slowly() -> None:
+    """Close the pipes first and die after: a kernel does so too, at once mostly."""
+    os.closerange(3, 256)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+def test_a_worker_whose_pipes_close_before_it_has_died_is_named_by_its_death():
+    worker = multiprocessing.get_context("fork").Process(target=die_slowly)
+    worker.start()
+    error = workers._worker_error(ConnectionResetError("by peer"), [worker], late=False)
+    assert "shared memory is exhausted" in str(error)
 
 
 FULL_SHARED_MEMORY = """
