@@ -142,6 +142,7 @@ def _of_epoch(network: nn.Module, data: PretrainData, epoch: int) -> Tensor:
     """Return features of an epoch's two views, N x 2 x D, in the order of the images."""
     features, rows = [], []
     for indices in StepLoader(data, lambda: epoch * data.steps_per_epoch):
+        indices = data.transfer_batch_to_device(indices, data.device, 0)
         batch = data.on_after_batch_transfer(indices, 0)
         views = batch.query_views[0], batch.key_views[0]
         features.append(torch.stack([network(view).float() for view in views], 1))

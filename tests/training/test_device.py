@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moco.algorithm import pretrain
 from moco.config import DataConfig
+from moco.evaluation import quality
 from moco.images.loader import PretrainData
 from moco.images.steps import Indices
 from moco.images.views import ViewMaker
@@ -99,3 +100,18 @@ def test_the_control_is_noticed(monkeypatch, change, error, words):
     monkeypatch.setattr(pretrain, "restore", lambda *given: change(restore(*given)))
     with pytest.raises(error, match=words):
         take_step(MODEL)
+
+
+def test_held_out_images_that_are_streamed_are_measured_on_the_device(monkeypatch):
+    """Nobody but Lightning, which is not there, moves the indices to the cuts."""
+    config = DataConfig(dataset="digits", image_size=SIZE, upscale=2.0, batch_size=COUNT)
+    data = PretrainData(replace(config, views="v2"), 3, shuffle=False, symmetric=False)
+    data.prepare(torch.device("cpu"))
+    data.device, data.source = torch.device("cuda"), replace(data.source, images=None)
+    with FakeTensorMode():
+        data._make_view = ViewMaker(data.recipes, 0, SIZE, *torch.empty(2, 3, device="cuda"))
+        cuts = torch.zeros(COUNT, 2, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda")
+        batches = [Indices(0, 0, torch.arange(COUNT), cuts)]
+        monkeypatch.setattr(quality, "StepLoader", lambda *_: batches)
+        features = quality.view_features(torch.nn.Flatten(), data)
+    assert (features.device.type, *features.shape) == ("cuda", COUNT, 2, 3 * SIZE**2)
