@@ -186,10 +186,16 @@ def check_held(decided: Decided, before: Decided) -> None:
 
 
 def _resident_here(config: TrainConfig, before: Decided) -> str:
-    """Say where a resumed run holds its images; device and memory give the same numbers."""
+    """Say where a resumed run holds its images; device and memory give the same numbers.
+
+    A run that has kept them off its GPU does so for want of room, and is compiled in parts there.
+    """
     if before.resident == "streamed" or config.data.resident != "auto":
         return before.resident
-    return "device" if hardware.accelerator(config) == "cuda" else "memory"
+    here = hardware.accelerator(config)
+    if here == before.accelerator:
+        return before.resident
+    return "device" if here == "cuda" else "memory"
 
 
 def choose_key_bn(key_bn: str, world: int, queued: bool, synced: bool) -> tuple[str, str]:

@@ -151,6 +151,24 @@ def test_precision_key_batch_norm_and_images_stay_on_other_devices(many_cores, s
     assert goes_on(settings(devices=2), one).key_bn == "split", "groups are groups anywhere"
 
 
+@pytest.mark.parametrize(
+    ("begun", "here", "resident", "place"),
+    [
+        ("cuda", "cuda", "memory", "memory"),  # for which the GPU had no room
+        ("cuda", "cuda", "device", "device"),
+        ("cuda", "cpu", "device", "memory"),
+        ("cpu", "cuda", "memory", "device"),
+    ],
+)
+def test_images_stay_where_a_run_has_held_them(
+    many_cores, monkeypatch, begun, here, resident, place
+):
+    monkeypatch.setattr(hardware, "accelerator", lambda config: here)
+    monkeypatch.setattr(hardware, "count_gpus", lambda wanted: 2)
+    before = replace(BEFORE, accelerator=begun, resident=resident)
+    assert goes_on(settings(devices=2), before).resident == place
+
+
 def test_settings_given_anew_have_the_last_word(many_cores, monkeypatch):
     monkeypatch.setattr(hardware, "missing_compiler", lambda on_gpu: "")
     before = replace(BEFORE, compile="inductor")
