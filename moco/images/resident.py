@@ -70,6 +70,9 @@ def make_resident(
     try:
         return replace(source, images=source.images.to(device)), "device"
     except torch.OutOfMemoryError:
+        if config.resident == "auto":  # another program, or other images of the run, fill it
+            log.info("%.3g GiB of images stay in memory: %s is full", needed / 2**30, device)
+            return source, "memory"
         raise UserError(
             f"data.resident is device, and {needed / 2**30:.3g} GiB of images do not fit on "
             f"{device}: set it to memory"

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -195,7 +196,11 @@ def test_what_does_not_fit_on_a_gpu_is_said(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(torch.Tensor, "to", full)
+    gpu = SimpleNamespace(total_memory=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     source = ImageSource("own", torch.zeros(64, 3, 32, 32, dtype=torch.uint8), [], None, [], 3)
     settings = DataConfig(dataset="own", image_size=32, resident="device")
     with pytest.raises(UserError, match="data.resident is device, and 0.000183 GiB of images do"):
         make_resident(source, settings, torch.device("cuda"), None)
+    left = replace(settings, resident="auto")
+    assert make_resident(source, left, torch.device("cuda"), None) == (source, "memory")
