@@ -83,7 +83,7 @@ def draw_sheet(path: Path, lines: list[list[Cell]]) -> str:
 
 
 def _seen(images: LabelledData, row: int) -> Image.Image:
-    return as_seen(images.source.read(row).cpu(), images.config.image_size)
+    return as_seen(images.source.read(row), images.config.image_size)
 
 
 def as_seen(image: Tensor, size: int) -> Image.Image:

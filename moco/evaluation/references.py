@@ -171,7 +171,7 @@ def _digests(source: ImageSource) -> list[tuple[str, str]]:
 
     def of(index: int) -> tuple[str, str] | None:
         try:
-            image = source.read(index).cpu().contiguous()
+            image = source.read(index).contiguous()
         except BadImage:
             return None
         digest = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes())

@@ -73,13 +73,13 @@ class ImageSource:
         return read_header(self.paths[index], self.channels, self.reading)
 
     def read(self, index: int) -> Tensor:
-        """Return one image, C H W uint8, in its own size; raise BadImage as `decode` does."""
+        """Return an image on the CPU, C H W uint8 in its size; raise BadImage as `decode` does."""
         return self.read_reduced(index, None).pixels
 
     def read_reduced(self, index: int, reduction: Callable[[int, int], int] | None) -> Decoded:
         """Return one image with no more pixels than are needed, as `decode_reduced` does."""
         if self.images is not None:
-            return Decoded(self.images[index], *self.images.shape[2:], 1)
+            return Decoded(self.images[index].cpu(), *self.images.shape[2:], 1)
         if self.items is not None:
             image = self.items.read(self.place(index), self.channels)
             return Decoded(image, *image.shape[1:], 1)

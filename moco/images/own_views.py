@@ -115,7 +115,7 @@ def first_image(source: ImageSource) -> Tensor:
     """Return the first image that can be read, or grey where none of many can."""
     for index in range(min(len(source), _LOOKED_AT)):
         with contextlib.suppress(BadImage):
-            return source.read(index).cpu()
+            return source.read(index)
     return torch.full((source.channels, 32, 32), 128, dtype=torch.uint8)
 
 

@@ -77,7 +77,7 @@ def make_pairs(
     both = cuts if partners is None else PairedCuts(cuts, partners)
     for row in rows:
         try:
-            image = source.read(row).cpu()
+            image = source.read(row)
         except BadImage:
             continue
         box = centre_crops(1, *image.shape[1:], data.image_size, image.device)

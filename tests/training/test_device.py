@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from moco.algorithm import pretrain
 from moco.config import DataConfig
 from moco.evaluation import quality
+from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
 from moco.images.steps import Indices
 from moco.images.views import ViewMaker
@@ -115,3 +116,10 @@ def test_held_out_images_that_are_streamed_are_measured_on_the_device(monkeypatc
         monkeypatch.setattr(quality, "StepLoader", lambda *_: batches)
         features = quality.view_features(torch.nn.Flatten(), data)
     assert (features.device.type, *features.shape) == ("cuda", COUNT, 2, 3 * SIZE**2)
+
+
+def test_one_image_of_a_set_on_the_device_is_read_to_main_memory():
+    """There it is cut and drawn, for the pictures that loggers get."""
+    with FakeTensorMode():
+        images = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda")
+        assert ImageSource("on a GPU", images, [], None, [], 3).read(1).device.type == "cpu"
