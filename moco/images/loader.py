@@ -228,7 +228,7 @@ class PretrainData(pl.LightningDataModule):
         else:
             if order is not None:
                 index = distributed.local_rows(batch.index[order], count)
-                crops = None if crops is None else distributed.exchange(crops, order)
+                crops = None if crops is None else distributed.exchange(crops, places)
             key_views = [self._view(moment, index, crops, 1 - n) for n in numbers]
         return Batch(query_views, key_views, places)
 

@@ -13,6 +13,7 @@ import torch
 from steps import MODEL, SIZE, make_module
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from moco import distributed
 from moco.algorithm import pretrain
 from moco.config import DataConfig
 from moco.evaluation import quality
@@ -123,3 +124,21 @@ def test_one_image_of_a_set_on_the_device_is_read_to_main_memory():
     with FakeTensorMode():
         images = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda")
         assert ImageSource("on a GPU", images, [], None, [], 3).read(1).device.type == "cpu"
+
+
+def test_cuts_change_places_without_waiting_for_the_device(monkeypatch):
+    """Of own views, whose images and their order are in main memory."""
+    order = torch.arange(COUNT).flip(0)
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(distributed, "key_order", lambda *_: order)
+    monkeypatch.setattr(distributed, "exchange", lambda cuts, places: moved.append(places) or cuts)
+    config = DataConfig(dataset="digits", image_size=SIZE, upscale=2.0, batch_size=COUNT)
+    data = PretrainData(config, 3, shuffle=True, symmetric=False)
+    data.prepare(torch.device("cpu"))
+    data.device, data._make_view = torch.device("cuda"), lambda cuts, *_, **__: cuts
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cuts = torch.zeros(COUNT, 2, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda")
+        batch = data.make_batch(Indices(0, 0, torch.arange(COUNT), cuts))
+    assert [places.device.type for places in moved] == ["cuda"]
+    assert batch.key_order is moved[0], "one copy serves both"
