@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from moco.algorithm.contrast import info_nce
 from moco.config import DataConfig, RunError, TrainConfig, UserError
 from moco.training.monitor import KNNMonitor
+from moco.training.quality import Quality
 from moco.training.shares import batch_unit
 
 _NO_ENGINE = "unable to find an engine to execute"  # cuDNN's, for want of room, or it is broken
@@ -50,8 +51,8 @@ def explain(error: Exception, trainer: pl.Trainer, module: Any, data: DataConfig
     """Turn what a library raised during training into a RunError; other errors stay."""
     text = " ".join(str(error).split())
     memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
-    if (memory or _is_out_of_memory(error)) and _in_reading(error):
-        return _full_in_reading(trainer)
+    if (memory or _is_out_of_memory(error)) and (what := _what_was_read(error)):
+        return _full_in_reading(trainer, what)
     if _is_out_of_memory(error):
         # The failed step's activations hang on the frames that the error remembers.
         traceback.clear_frames(error.__traceback__)
@@ -90,15 +91,16 @@ def _in_parts(module: Any, data: DataConfig) -> str:
     )
 
 
-def _in_reading(error: Exception) -> bool:
-    """Tell whether an error was raised while kNN was read."""
+def _what_was_read(error: Exception) -> str:
+    """Say what was read while an error was raised; empty where nothing was."""
     frames = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return KNNMonitor.judge.__code__ in frames
+    readings = {"kNN": KNNMonitor.judge, "quality": Quality.read}
+    return next((name for name, read in readings.items() if read.__code__ in frames), "")
 
 
-def _full_in_reading(trainer: pl.Trainer) -> RunError:
+def _full_in_reading(trainer: pl.Trainer, what: str) -> RunError:
     return RunError(
-        f"out of memory on {trainer.strategy.root_device} while kNN was read after step "
+        f"out of memory on {trainer.strategy.root_device} while {what} was read after step "
         f"{trainer.global_step}: set data.resident memory or off if the images lie on the "
         "device, or run.knn_every 0 (a resumed run may change both) and judge the checkpoint "
         "with eval_knn.py",

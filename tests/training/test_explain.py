@@ -14,7 +14,7 @@ from steps import MODEL, SIZE
 from steps import make_module as make_module_of_any_precision
 
 from moco.config import DataConfig, ModelConfig, RunError
-from moco.training import explain, monitor
+from moco.training import explain, monitor, quality
 
 DATA = DataConfig(image_size=SIZE, batch_size=64)
 
@@ -194,20 +194,25 @@ def test_errors_of_libraries_say_what_to_set(monkeypatch, error, words):
 
 
 @pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")],
+    ("error", "what", "module", "function"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "kNN", monitor, "extract_features"),
+        (RuntimeError("DefaultCPUAllocator: can't"), "kNN", monitor, "extract_features"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "quality", quality, "view_features"),
+    ],
 )
 def test_memory_that_ran_out_in_a_reading_of_knn_is_no_matter_of_the_batch(
-    images, monkeypatch, in_tmp, error
+    images, monkeypatch, in_tmp, error, what, module, function
 ):
     def full(*arguments):
         raise error
 
-    monkeypatch.setattr(monitor, "extract_features", full)
+    monkeypatch.setattr(module, function, full)
     digits = ["--data.dataset", "digits", "--data.upscale", "2", "--run.knn_every", "1"]
     with pytest.raises(RunError) as said:
         run_tiny(images, *digits)
-    assert "out of memory on cpu while kNN was read after step 0: set data.res" in str(said.value)
+    words = f"out of memory on cpu while {what} was read after step 0: set data.res"
+    assert words in str(said.value)
     assert "run.knn_every 0" in str(said.value) and "batch" not in str(said.value)
 
 
