@@ -83,7 +83,8 @@ def make_panel(facts: Facts, images: int, root: str, seed: int) -> Panel:
         panel.notes.append(f"{where}: --root takes the place where these are.")
     if not network:
         return panel
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = facts.config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    network.to("cuda" if on_gpu else "cpu")
     sample = _part(
         panel, "what it makes of images", lambda: sights.look(network, source, data, images, seed)
     )

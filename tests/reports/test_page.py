@@ -160,6 +160,12 @@ def test_few_or_equal_images_give_a_page(run, tmp_path, count):
     assert ("All images have the same features" in found.said) == (count > 1)
 
 
+def test_a_run_that_leaves_the_gpu_alone_has_a_page_that_does(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert read_facts(run).config.trainer.accelerator == "cpu"
+    assert write_report([run])["images"] != [0]
+
+
 def test_features_that_are_no_numbers_are_said(run):
     for path in (run / "checkpoints").glob("*.ckpt"):
         state = torch.load(path, weights_only=True)
