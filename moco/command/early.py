@@ -93,10 +93,10 @@ def check_name(backbone: str, setting: str) -> None:
         check_backbone(backbone, setting)
 
 
-def check_package(module: str, purpose: str, package: str = "") -> None:
-    """Raise UserError where an extra package is not installed; it may have another name to pip."""
-    if find_spec(module) is None:
-        raise UserError(f"{purpose} needs {package or module}: pip install {package or module}")
+def check_package(name: str, purpose: str) -> None:
+    """Raise UserError where an extra package is not installed."""
+    if find_spec(name) is None:
+        raise UserError(f"{purpose} needs {name}: pip install {name}")
 
 
 def check_new_folder(folder: str) -> None:

@@ -75,7 +75,7 @@ class DicomImage:
         import pydicom
 
         self._file, self._frame = (path, 0) if isinstance(path, BytesIO) else split_frame(path)
-        self._header = header = pydicom.dcmread(self._file, stop_before_pixels=True)
+        header = pydicom.dcmread(self._file, stop_before_pixels=True)
         self.height, self.width = int(header.Rows), int(header.Columns)
         kind = header.get("PhotometricInterpretation")
         self.inverted, self._has_palette = kind == "MONOCHROME1", kind == "PALETTE COLOR"

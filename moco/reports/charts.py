@@ -40,7 +40,6 @@ _TITLES = {
     "train/images_per_second": "images per second",
     "train/wait_share": "share of the time waiting for images",
 }
-_HIDDEN = ("step", "epoch", "train/chance_loss", "train/contrast_top5", "train/key_momentum")
 
 
 @functools.cache
