@@ -23,9 +23,9 @@ from moco.distributed import broadcast_buffers, gather_ragged
 from moco.evaluation.features import check_finite, feature_shape
 from moco.evaluation.labels import hold_out
 from moco.evaluation.probe import RateResult, Stack, cosine, rate_results
-from moco.evaluation.subject import track
 from moco.images.labelled import RandomCrops
 from moco.judge_config import LinearConfig
+from moco.log import track
 
 INITIAL_STD = 0.01  # of the official classifier's weights; its biases are 0
 SGD_MOMENTUM = 0.9

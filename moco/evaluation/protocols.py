@@ -27,10 +27,11 @@ from moco.evaluation.labels import few_labels, hold_out
 from moco.evaluation.probe import LinearProbe, RateResult, choose, rate_results
 from moco.evaluation.scores import accuracies, places, rate_table
 from moco.evaluation.search import nearest_sharded
-from moco.evaluation.subject import Subject, in_order, track
+from moco.evaluation.subject import Subject, in_order
 from moco.evaluation.verdict import by_image
 from moco.images.labelled import LabelledData, RandomCrops
 from moco.judge_config import KNNConfig, LinearConfig
+from moco.log import track
 
 log = logging.getLogger("moco")
 

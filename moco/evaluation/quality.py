@@ -20,7 +20,7 @@ from moco.distributed import gather_ragged
 from moco.evaluation.features import check_finite, evaluating
 from moco.evaluation.measures import MEASURES
 from moco.evaluation.own import NOTHING, Given
-from moco.evaluation.subject import ReadData, data_settings, load, start_process
+from moco.evaluation.subject import ReadData, open_encoder, start_process
 from moco.images import sources
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData
@@ -49,11 +49,7 @@ def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) 
     """
     device = start_process(config)
     try:
-        loaded = load(config, 0, given)
-        data = data_settings(loaded, read_data)
-        if data.image_size != loaded.data["image_size"]:
-            loaded = load(config, data.image_size, given)
-        log.info("%s", loaded.report)
+        loaded, data, _ = open_encoder(config, read_data, given)
         views = open_views(config, data, device, given.open_plain(data))
         found = {
             name: measure(network.to(device), views, config.views // 2)

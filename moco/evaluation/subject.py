@@ -157,14 +157,9 @@ def _open(
     name: str,
     device: torch.device,
 ) -> Subject:
-    loaded = load(judge, 0, given)
-    data = data_settings(loaded, read_data)
-    stored = loaded.config.get("data", {}) | loaded.data
+    loaded, data, stored = open_encoder(judge, read_data, given)
     if idle := idle_in_evaluation(judge, own, data, stored):
         log.info("%s", idle)
-    if data.image_size != loaded.data["image_size"]:
-        loaded = load(judge, data.image_size, given)
-    log.info("%s", loaded.report)
     if lost := [f"data.{name}" for name in LISTS if stored.get(name) and not getattr(data, name)]:
         log.info("%s of the run is for its own images: give it to take it", " and ".join(lost))
     networks = _networks(judge, loaded, data, judge.untrained_draws or _own_draws(own))
@@ -196,6 +191,23 @@ def _other_images(data: DataConfig, own: DataConfig, pair: Pair) -> str:
     return (
         f"-{re.sub('[^A-Za-z0-9_]', '_', label)[:40]}-{crc32(f'{told(data)}{given}'.encode()):08x}"
     )
+
+
+def open_encoder(
+    judge: JudgeConfig | EmbedConfig | QualityConfig, read_data: ReadData, given: Given
+) -> tuple[Loaded, DataConfig, dict[str, Any]]:
+    """Load an encoder for images of the size that it is judged at.
+
+    Returns:
+        The encoder, the settings of these images, and those that its file holds.
+    """
+    loaded = load(judge, 0, given)
+    stored = loaded.config.get("data", {}) | loaded.data
+    data = data_settings(loaded, read_data)
+    if data.image_size != loaded.data["image_size"]:
+        loaded = load(judge, data.image_size, given)
+    log.info("%s", loaded.report)
+    return loaded, data, stored
 
 
 def load(

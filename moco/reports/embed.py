@@ -27,7 +27,7 @@ from moco.checkpoints.preparation import preparation
 from moco.config import DataConfig, UserError
 from moco.evaluation.features import feature_shape
 from moco.evaluation.own import NOTHING, Given
-from moco.evaluation.subject import Layer, ReadData, data_settings, load, start_process
+from moco.evaluation.subject import Layer, ReadData, open_encoder, start_process
 from moco.idle import idle_in_embedding
 from moco.images.bad_files import BadFiles
 from moco.images.dicom import split_frame
@@ -123,16 +123,11 @@ def checksums_of(config: EmbedConfig, loaded: Loaded) -> dict[str, str]:
 
 def _open(config: EmbedConfig, read_data: ReadData, given: Given, device: torch.device) -> Job:
     """Load the encoder, list the images, and say what the file will be."""
-    loaded = load(config, 0, given)
-    data = data_settings(loaded, read_data)
-    stored = loaded.config.get("data", {}) | loaded.data
+    loaded, data, stored = open_encoder(config, read_data, given)
     if any(getattr(data, name) != stored.get(name) for name in ("dataset", "root")):
         stored = {name: value for name, value in stored.items() if name not in NAMING}
     if idle := idle_in_embedding(config, data, stored):
         log.info("%s", idle)
-    if data.image_size != loaded.data["image_size"]:
-        loaded = load(config, data.image_size, given)
-    log.info("%s", loaded.report)
     network = network_of(config, loaded).to(device)
     shape = feature_shape(network, data, device)
     source = given.open_plain(data)

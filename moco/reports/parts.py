@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.config import UserError
 from moco.evaluation.features import check_finite, each_batch
-from moco.evaluation.subject import track
 from moco.images.bad_files import FILES_S, unreadable
 from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
 from moco.judge_config import EmbedConfig
+from moco.log import track
 from moco.reports.listing import Listing
 from moco.reports.table import FILE, INDEX, Features, as_text, vectors_of, writing
 from moco.whole_files import output_file
