@@ -126,7 +126,6 @@ def key_order(
         stream: Of random numbers, from `moco.random.stream_id`.
         step: Number of the batch since the start of the run.
         count: N; a multiple of `world`.
-        world: W.
         device: Where the order is made; it is the same everywhere.
 
     Returns:

@@ -240,7 +240,6 @@ def idle_in_evaluation(
     """Name the idle settings of an evaluation, in one line.
 
     Args:
-        judge, own, data: The settings.
         stored: Those data settings that the checkpoint holds, which are the usual ones here.
     """
     rules = OF_LINEAR if isinstance(own, LinearConfig) else OF_KNN

@@ -40,7 +40,6 @@ def uniform(stream: int, counters: Tensor, draws: int) -> Tensor:
     Args:
         stream: From `stream_id`: which of many independent streams of numbers is drawn from.
         counters: N int64; what they belong to, for example image indices.
-        draws: D.
 
     Returns:
         N x D float32 on the device of `counters`.

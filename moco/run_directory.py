@@ -84,7 +84,6 @@ def sole_run(run_dir: Path, is_new: bool) -> Iterator[None]:
     here are removed at the end where nothing came to lie in them.
 
     Args:
-        run_dir: The directory.
         is_new: Whether no run may have begun in it.
 
     Raises:

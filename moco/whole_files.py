@@ -24,7 +24,6 @@ def whole_file(path: Path, mode: int | None = None) -> Iterator[Path]:
     """Give a temporary name beside `path`, which becomes `path` once its file lies on the disk.
 
     Args:
-        path: Of the file.
         mode: Its permissions; None: the usual ones.
 
     Raises:

@@ -56,7 +56,6 @@ def one_graph(
     graph serves the run.
 
     Args:
-        training_step: Of the algorithm.
         queues: Their keys are copied before each step, see `KeyQueue.snapshot`.
         make_batch: Makes the views of what the loader yields, whose values are all tensors.
         backend: Of torch.compile.

@@ -24,8 +24,6 @@ def build_optimizer(
     """Build LARS, timm's Muon, or torch's SGD or AdamW, fused where possible.
 
     Args:
-        encoder: Its parameters.
-        config: Settings.
         predictor: Its parameters; where their rate is constant, their groups say `constant`.
     """
     parameters, behind = ([p for p in some if p.requires_grad] for some in (encoder, predictor))
@@ -78,8 +76,6 @@ class LARS(torch.optim.Optimizer):
 
     Args:
         params: Parameters, or groups of them; `trust` None in a group leaves it plain SGD.
-        lr: Learning rate.
-        momentum: Of SGD.
         weight_decay: Added to the gradient, and so part of the update.
         trust: Factor of |weights| / |update|.
 

@@ -30,7 +30,6 @@ def own_backbone(
 
     Args:
         module: From N x channels x image_size x image_size; None where it was not given.
-        config: Names it.
 
     Raises:
         UserError: It is not given, is another one, cannot be copied, cannot take such images, or

@@ -19,7 +19,6 @@ def findings(latest: dict[str, float], model: ModelConfig, batch: int, count: in
 
     Args:
         latest: The last reading of each metric, by its name in metrics.csv.
-        model: Settings.
         batch: Global batch.
         count: Images in the set.
     """

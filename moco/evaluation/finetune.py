@@ -40,7 +40,6 @@ class Classifiers:
         seed: Of the initial weights.
 
     Attributes:
-        held: The same.
         stack: R classifiers, trained on all images.
         trial: R classifiers that never saw the held-out images; None if nothing was held out.
         losses: R, mean training loss of the last epoch in nats.
@@ -87,7 +86,6 @@ def train_linear(
 
     Args:
         networks: Name to a network (images to N x D) and its R learning rates.
-        crops: Training images.
         config: Epochs, milestones, share that is held out, and images per step over all ranks.
 
     Source: arXiv:1911.05722, section 4.1, and arXiv:2104.02057, section 5; the official

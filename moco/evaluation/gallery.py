@@ -42,7 +42,6 @@ def draw_gallery(
 
     Args:
         path: PNG to write.
-        subject: Images, classes and settings.
         queries: Q, rows of the test images.
         similarity: Q x k cosines, best first.
         rows: Q x k, rows of the training images.

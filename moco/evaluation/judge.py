@@ -52,7 +52,6 @@ def judge_linear(
     Args:
         judge, config: Settings; 0 and [] take the protocol's own values.
         read_data: Data settings, given those of the run that made the checkpoint as defaults.
-        given: What Python gives.
 
     Returns:
         The result as plain values on rank 0, also written to a file; empty on other ranks.

@@ -65,8 +65,6 @@ def vote(
     Args:
         similarity: Q x max(ks) cosines, best first.
         classes: Q x max(ks), the neighbours' labels.
-        num_classes: L.
-        ks: Numbers of neighbours.
         temperature: Each votes exp(cosine / temperature).
 
     Returns:

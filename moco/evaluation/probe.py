@@ -33,7 +33,6 @@ class RateResult:
     """How training ended at one learning rate.
 
     Attributes:
-        rate: Learning rate.
         loss: Mean training loss of the last epoch in nats; infinite if it overflowed.
         held_out_top1: Accuracy on the held-out part in percent; None if nothing was held out.
         diverged: Whether the loss ended above log(L), that of a classifier which knows nothing.
@@ -173,7 +172,6 @@ class Stack:
 
     Attributes:
         weight, bias: R*L x D and R*L x 1.
-        parameters: Both.
     """
 
     def __init__(

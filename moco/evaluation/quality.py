@@ -37,9 +37,7 @@ def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) 
     """Measure backbone, head and the untrained backbone on fresh views of images.
 
     Args:
-        config: Settings.
         read_data: Data settings, given those of the run that made the checkpoint as defaults.
-        given: What Python gives.
 
     Returns:
         Plain values: how many images and views, and of each network its measures by name.
@@ -69,7 +67,6 @@ def open_views(
     """Prepare fresh views of some images: of the test split, or of the only one there is.
 
     Args:
-        config, data: Settings.
         device: On which the views are made.
         source: Images that are taken in the place of those.
 

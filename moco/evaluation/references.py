@@ -39,13 +39,7 @@ _READING = ("channels", "min_value", "max_value", "exif", "dicom_window")
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint that is judged beside the encoder.
-
-    Attributes:
-        name: Of its line in the table.
-        path: As it was given.
-        loaded: Its network, and what its file says.
-    """
+    """A checkpoint that is judged beside the encoder."""
 
     name: str
     path: str
@@ -134,7 +128,6 @@ def _seen(
     """Find the test images that a checkpoint's run trained on; None where that cannot be known.
 
     Args:
-        path, loaded: The checkpoint.
         tested: Hash and name of each test image.
     """
     if not (stored := loaded.config.get("data")):

@@ -82,8 +82,6 @@ class Subject:
     """An encoder and labelled images, ready to be judged.
 
     Attributes:
-        judge, data: Settings.
-        loaded: The encoder and what its file says.
         networks: `encoder`, and with baselines `untrained`, further draws of its weights
             (`untrained 2`, ...) and `raw_pixels`.
         bank, queries: Training and test images.

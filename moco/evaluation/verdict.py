@@ -35,7 +35,6 @@ class Row:
     """A baseline, or the encoder itself, in points of 100.
 
     Attributes:
-        name: Of the table's line.
         top1: Of several draws the mean.
         error: Standard error of `top1` over test images and, of several, over draws.
         draws: Top-1 of each draw of weights; of what is not drawn there is one.
@@ -192,11 +191,10 @@ def compare(
     alone. One draw has no spread that could be known, which the sentence says.
 
     Args:
-        title: What was scored.
         labels: Q int64, classes of the test images.
         trained: Hits of the encoder.
         baselines: Name to the hits of each draw; of what is not drawn there is one.
-        ten_labels, void: As of `Comparison`.
+        title, ten_labels, void: As of `Comparison`.
 
     Source: Q. McNemar, Psychometrika 12, 1947; s² (1 + 1/n) is the variance of a prediction.
     """

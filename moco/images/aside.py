@@ -22,7 +22,6 @@ def part(
 
     Args:
         source: All of them.
-        data, run: Settings of the run.
         begun_with: Images that the run has set aside; None for a new run, or where a run of an
             older version has not noted it.
 

@@ -48,10 +48,8 @@ class BadFiles:
     """Files that could not be read: counted, named once, and an error above a share.
 
     Args:
-        source: The images.
         most: Share of them that may be bad.
         report_path: File with path, tab, reason per line; None for the log alone.
-        remedy: What to do about them.
     """
 
     def __init__(
@@ -153,9 +151,7 @@ def unreadable(
     """Read files for some seconds at most, several at a time.
 
     Args:
-        source: The images.
         rows: Which of them, in the order in which they are to be read.
-        read: Reads one.
         seconds: After these no further file is read, nor after a thousand bad ones.
 
     Returns:

@@ -47,7 +47,6 @@ def growth(config: DataConfig, total_steps: int, unit: int) -> Growth:
     """Say how views grow from image_size_start to the last size, with one size between them.
 
     Args:
-        config: Settings.
         total_steps: Of the run; the sizes before the last share image_size_share of them.
         unit: Pixels that the size between them is a multiple of.
     """

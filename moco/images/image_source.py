@@ -28,7 +28,6 @@ class ImageSource:
         labels: N int64, or None when unlabelled.
         classes: Class names in the order of the labels; empty when unlabelled.
         channels: C of every image.
-        reading: How files become uint8.
         items: What the images are read from where they are neither held nor files, else None.
         places: Which images of the array or the items these are, in their order; None: all.
     """

@@ -154,8 +154,6 @@ def open_data(
     """Decode what is to be resident.
 
     Args:
-        source, config: As of `LabelledData`.
-        device: As of `make_resident`.
         report_path: Takes the names of unreadable files.
     """
     kept, _ = make_resident(source, config, device, report_path)
@@ -170,7 +168,6 @@ class RandomCrops:
         images: The training images; their settings tell the side, the normalisation, and by `flip`
             whether images must not be mirrored; null is 0.5.
         crop_min: Smallest share of the area that a crop keeps.
-        seed: Of order and crops.
     """
 
     def __init__(self, images: LabelledData, crop_min: float, seed: int) -> None:

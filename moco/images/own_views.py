@@ -237,9 +237,7 @@ class OwnViewMaker:
     """Makes views on the device, as `moco.images.views.ViewMaker` does for recipes.
 
     Args:
-        own: The callables.
         seed: Of the random numbers of batched ones.
-        size: S.
         mean, std: C each, on the device.
     """
 

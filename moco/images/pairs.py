@@ -36,7 +36,6 @@ class Partners:
 
     Args:
         groups: M int64, the number of each image's group.
-        seed: Of the choices.
 
     Attributes:
         checksum: Of the groups.
@@ -73,7 +72,6 @@ class PairedCuts(Dataset):
 
     Args:
         cuts: Makes both views of each image of a batch, as `moco.images.streamed.Cuts` does.
-        partners: Chooses.
     """
 
     def __init__(self, cuts: Any, partners: Partners) -> None:
@@ -99,8 +97,6 @@ def find_partners(
 
     Args:
         source: The images that can be read.
-        config: Its `pairs` and its root.
-        seed: Of the run.
         own: The user's function, which names what an image shows; None stands for nothing.
 
     Raises:

@@ -61,7 +61,6 @@ def open_labelled(
     """Open the bank and the queries of an evaluation; None unless both exist and have labels.
 
     Args:
-        data: As for `open_source`.
         train: The train split if it is open already, so that a large folder is not listed again.
             It becomes the bank, except with stl10, whose bank is its labelled train split.
 

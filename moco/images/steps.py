@@ -48,7 +48,6 @@ class StepLoader:
     """Yields the rest of an epoch's batches from wherever the run stands.
 
     Args:
-        data: The images and settings.
         position: Tells how many batches the run has taken so far. It is asked whenever an iteration
             starts, so that a resumed epoch begins where it was left.
     """

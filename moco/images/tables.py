@@ -29,7 +29,6 @@ class Table:
     """A table of labels.
 
     Attributes:
-        path: Of its file.
         rows: An image as the table names it to its label, or to None.
         splits: An image so named to its split, where the table says that it is not trained on.
         column: What the column of labels is called; empty without a header.
@@ -80,7 +79,6 @@ class Table:
         """Return the label of each image; None where the table has none for it.
 
         Args:
-            paths: The images.
             others: Further images, such as those that are trained on.
 
         Raises:
@@ -145,7 +143,6 @@ def read_table(path: str, may_split: bool = True) -> Table:
     """Read `data.labels`: a path and a label in each row, and perhaps a split.
 
     Args:
-        path: Of the table.
         may_split: Whether a column of splits counts.
 
     The delimiter is the comma, semicolon, tab or bar that splits every row alike. A first row that

@@ -34,7 +34,6 @@ class ViewMaker:
 
     Args:
         recipes: What happens to them, for each of the two views.
-        seed: Of all that is random.
         size: S, unless a call names another.
         mean, std: C each, of images on a 0-1 scale, on the device that makes the views.
         backend: Of torch.compile, to make one graph for one shape of batches; empty: as written.

@@ -33,7 +33,6 @@ def worker_loader(
     """Build a DataLoader with as many workers as fit; iterate it by `fetched`.
 
     Args:
-        dataset: What the workers read.
         config: Tells how many there are.
         persistent: Whether they live from epoch to epoch, with PREFETCH batches ready.
         options: Further arguments of DataLoader.

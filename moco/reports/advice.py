@@ -19,7 +19,6 @@ def advise(facts: Facts, count: int) -> list[str]:
     """Return sentences; empty where nothing is wrong.
 
     Args:
-        facts: Of the run.
         count: Images in its set; 0 where they are not known.
     """
     config, comparison = facts.config, facts.result.get("comparison")

@@ -41,8 +41,6 @@ def measure(network: nn.Module, source: ImageSource, data: DataConfig, seed: int
 
     Args:
         network: The backbone in eval mode, on the device that is to be used.
-        source, data: The images, and how they are read.
-        seed: Of the choice of images.
 
     Returns:
         The changes, what is seen least first; empty where the images cannot be told apart.

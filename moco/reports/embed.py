@@ -63,9 +63,7 @@ def embed(config: EmbedConfig, read_data: ReadData, given: Given = NOTHING) -> d
     """Write the features of images to `features.parquet` in a directory, or go on with it.
 
     Args:
-        config: Settings.
         read_data: Data settings, given those of the run that made the checkpoint as defaults.
-        given: What Python gives.
 
     Returns:
         Plain values on rank 0: files, counts, seconds; empty on other ranks.

@@ -32,7 +32,6 @@ class Facts:
     """A run as its directory tells it.
 
     Attributes:
-        path: The directory.
         asked: The settings as they were asked for.
         config: The settings with what `auto` came to.
         decided: What the run has decided, as config.yaml holds it.
@@ -125,11 +124,7 @@ def note_start(run_dir: Path, step: int, recipe: str, command: Sequence[str], de
     """Add a start of a run to its run.json; a directory that takes no file is left as it is.
 
     Args:
-        run_dir: Of the run.
         step: After which it goes on; 0: it begins.
-        recipe: Name, or empty.
-        command: Words of the command line.
-        device: Name of the hardware.
     """
     starts = _dicts(_read_note(run_dir).get("starts"))
     starts = [start for start in starts if start.get("step", 0) < step]  # later steps are repeated

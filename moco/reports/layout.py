@@ -19,7 +19,6 @@ def tsne(points: np.ndarray, seed: int, remedy: str, steps: int = 1000) -> np.nd
 
     Args:
         points: M x P, M above 3.
-        seed: Of the layout.
         remedy: What else to do where openTSNE is needed and is not installed.
         steps: That scikit-learn takes.
 

@@ -28,7 +28,6 @@ class Listing:
     """All images of a set.
 
     Attributes:
-        source: The images.
         names: M, paths below the data root, or names of images that are no files.
         splits, labels: M each; all None where there are none.
     """

@@ -25,11 +25,9 @@ def write_report(
     """Write the page of one run, or of several side by side.
 
     Args:
-        run_dirs: The directories of the runs.
         images: On the maps of all runs together, at most.
         output: The file; empty: report.html in the first directory.
         root: Where the images are now; empty: where the runs found them.
-        seed: Of the choice of images.
 
     Returns:
         Path of the page, its bytes, the images on each map and the seconds that it took.

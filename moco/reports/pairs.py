@@ -61,9 +61,7 @@ def make_pairs(
     Args:
         source: The images of the run: a row's number decides its views.
         data: Settings, without auto.
-        seed: Of the run.
         epochs: Counted from 0.
-        rows: Which images.
         partners: As of `find_partners`: chooses the image from which a second view is cut.
 
     Raises:

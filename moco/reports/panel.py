@@ -40,7 +40,6 @@ class Panel:
     """What the page shows of one run; what could not be made is empty, and `notes` say why.
 
     Attributes:
-        facts: Of the run's directory.
         about: Names and values, of what was run.
         notes: What is missing, and why.
         advice: What is wrong, and what to set.
@@ -60,10 +59,8 @@ def make_panel(facts: Facts, images: int, root: str, seed: int) -> Panel:
     """Look at one run.
 
     Args:
-        facts: Of its directory.
         images: That are looked at, at most.
         root: Where its images are now; empty: where it found them.
-        seed: Of the choice of images.
     """
     panel = Panel(facts)
     data = replace(facts.config.data, root=root) if root else facts.config.data

@@ -48,7 +48,6 @@ class Job:
     """What is to be computed and written.
 
     Attributes:
-        config: Settings.
         network: Images to features, on this rank's device.
         listing, images: The M images.
         about: What the file's metadata says, in plain values.

@@ -73,9 +73,7 @@ def typical_and_diverse(
     """Choose images to label.
 
     Args:
-        features: M vectors.
         count: How many to choose; a longer list does not begin with a shorter one.
-        seed: Of the clusters.
 
     Returns:
         `count` numbers in their order, the cluster of each of M images, and its typicality: one

@@ -74,9 +74,7 @@ def look(
 
     Args:
         network: The backbone in eval mode, on the device that is to be used.
-        source, data: The images, and how they are read.
         count: Images at most.
-        seed: Of the choice.
 
     Raises:
         UserError: No image can be read, or a feature is not finite.

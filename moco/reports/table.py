@@ -32,10 +32,8 @@ class Features:
     """An open file of features.
 
     Attributes:
-        folder: The directory that holds it.
         about: What its metadata says, see `moco.reports.embed`.
         shape: Of what the network computed from one image: D, or D h w.
-        schema, names: Of the columns.
         dim: Width of the column `vector`.
     """
 
