@@ -28,12 +28,11 @@ from moco.images.draws import view_recipes
 from moco.images.growth import Growth
 from moco.images.items import check_pickles
 from moco.images.own import open_own
-from moco.images.own_cuts import OwnCuts
 from moco.images.own_views import OwnViewMaker, OwnViews, check_views
 from moco.images.pairs import Naming, PairedCuts, Partners, find_partners
 from moco.images.resident import make_resident, warn_of_one_value
 from moco.images.steps import Indices, StepLoader
-from moco.images.streamed import Cuts
+from moco.images.streamed import Cuts, OwnCuts
 from moco.images.streams import Order
 from moco.pixels import normalisation
 from moco.random import stream_id

@@ -210,8 +210,8 @@ def test_own_views_may_stay_smaller_than_the_images_that_are_judged(kind):
 def test_own_views_see_their_own_draws_and_leave_the_generators_alone():
     from moco.config import DataConfig
     from moco.images.own import open_own
-    from moco.images.own_cuts import OwnCuts
     from moco.images.own_views import open_views
+    from moco.images.streamed import OwnCuts
 
     config = DataConfig(image_size=16, views="own")
     source = open_own(np.full((4, 20, 20, 3), 255, np.uint8), config)

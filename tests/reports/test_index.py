@@ -25,7 +25,7 @@ from moco.reports.index import (
     others,
     write_index,
 )
-from moco.reports.projection import project
+from moco.reports.mapping import project
 from moco.reports.table import Features, unit
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
