@@ -84,8 +84,7 @@ OF_DATA: Rules = {
             given["data.dataset"] in (*_ARRAYS, *_SHARDS) or given["data.resident"] != "auto"
         ),
     ),
-    "data.reduce_jpegs": ("nothing is streamed", _in_memory),
-    "data.num_workers": ("nothing is streamed", _in_memory),
+    **dict.fromkeys(("data.reduce_jpegs", "data.num_workers"), ("nothing is streamed", _in_memory)),
     "data.worker_timeout": (
         "no worker streams images",
         lambda given: _in_memory(given) or given["data.num_workers"] == 0,
@@ -158,10 +157,9 @@ OF_TRAINING: Rules = OF_DATA | {
         "only the schedules step and plateau heed it",
         _is_not("optim.schedule", "step", "plateau"),
     ),
-    "optim.plateau_metric": ("optim.schedule is not plateau", _is_not("optim.schedule", "plateau")),
-    "optim.plateau_patience": (
-        "optim.schedule is not plateau",
-        _is_not("optim.schedule", "plateau"),
+    **dict.fromkeys(
+        ("optim.plateau_metric", "optim.plateau_patience"),
+        ("optim.schedule is not plateau", _is_not("optim.schedule", "plateau")),
     ),
     "run.minutes": ("trainer.max_epochs is a number", _is_not("trainer.max_epochs", "auto")),
     "run.knn_root": ("run.knn_every is 0", _is("run.knn_every", 0)),
@@ -170,11 +168,10 @@ OF_TRAINING: Rules = OF_DATA | {
         "this data set has a test split, or run.knn_root is measured on",
         lambda given: given["data.dataset"] in (*_ARRAYS, *_SHARDS) or given["run.knn_root"] != "",
     ),
-    "run.knn_first": ("run.knn_every is 0", _is("run.knn_every", 0)),
-    "run.knn_bank": ("run.knn_every is 0", _is("run.knn_every", 0)),
-    "run.knn_layer": ("run.knn_every is 0", _is("run.knn_every", 0)),
-    "run.knn_k": ("run.knn_every is 0", _is("run.knn_every", 0)),
-    "run.knn_temperature": ("run.knn_every is 0", _is("run.knn_every", 0)),
+    **dict.fromkeys(
+        [f"run.knn_{name}" for name in ("first", "bank", "layer", "k", "temperature")],
+        ("run.knn_every is 0", _is("run.knn_every", 0)),
+    ),
     "run.wandb_project": ("run.wandb is false", _is("run.wandb", False)),
 }
 OF_JUDGING: Rules = OF_DATA | {"untrained_draws": ("baselines is false", _is("baselines", False))}

@@ -103,13 +103,13 @@ AUTOMATIC = (
 def with_former_ways(stored: dict[str, Any]) -> dict[str, Any]:
     """Add to stored settings what an older version did before there was a setting for it."""
     data, run = stored.get("data"), stored.get("run")
-    former = {"exif": "ignore", "reduce_jpegs": False}
-    stored = stored | {"data": former | data} if isinstance(data, dict) else stored
+    if isinstance(data, dict):
+        stored = stored | {"data": {"exif": "ignore", "reduce_jpegs": False} | data}
     if isinstance(run, dict):
         run = {"held_out": 0} | run
+        if not (run.get("checkpoint_every") or run.get("checkpoint_minutes")):
+            run["checkpoint_every"] = -1  # the ends of epochs
         stored = stored | {"run": run}
-    if isinstance(run, dict) and not (run.get("checkpoint_every") or run.get("checkpoint_minutes")):
-        stored = stored | {"run": run | {"checkpoint_every": -1}}  # the ends of epochs
     return stored
 
 

@@ -105,9 +105,7 @@ def train_linear(
             for name, (network, rates) in networks.items():
                 features = _features(network.eval(), images)
                 if name not in trained:
-                    with distributed.together():
-                        check_finite(features, f"features ({name})")
-                    trained[name] = _start(features.shape[1], rates, crops, config, device)
+                    trained[name] = _start(name, features, rates, crops, config.held_out)
                 trained[name].step(features, labels, rows, batch, factor)
     for classifiers in trained.values():
         classifiers.losses = gather_ragged(classifiers.losses[None]).sum(0) / len(crops.images)
@@ -115,11 +113,15 @@ def train_linear(
 
 
 def _start(
-    dim: int, rates: Sequence[float], crops: RandomCrops, config: LinearConfig, device: torch.device
+    name: str, features: Tensor, rates: Sequence[float], crops: RandomCrops, share: float
 ) -> Classifiers:
+    """Build the classifiers of a network once its first features have been seen to be finite."""
+    with distributed.together():
+        check_finite(features, f"features ({name})")
     source, seed = crops.images.source, crops.seed
-    held = hold_out(source.labels, config.held_out, seed) if len(rates) > 1 else None
-    return Classifiers(dim, len(source.classes), rates, device, held, seed)
+    held = hold_out(source.labels, share, seed) if len(rates) > 1 else None
+    size = features.shape[1], len(source.classes)
+    return Classifiers(*size, rates, features.device, held, seed)
 
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:

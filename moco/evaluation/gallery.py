@@ -35,19 +35,16 @@ class Cell(NamedTuple):
 def draw_gallery(
     path: Path, subject: Subject, queries: Tensor, similarity: Tensor, rows: Tensor
 ) -> str:
-    """Draw one test image of each class, up to ten, and its eight nearest training images.
+    """Draw a test image of each class, up to ten, beside its eight nearest training images.
 
     A green frame marks the test image's class, a red one another class; the text below gives the
-    class and the cosine.
+    class and the cosine. The path is returned.
 
     Args:
         path: PNG to write.
         queries: Q, rows of the test images.
         similarity: Q x k cosines, best first.
         rows: Q x k, rows of the training images.
-
-    Returns:
-        The path.
     """
     labels, targets = subject.bank.labels(rows), subject.queries.labels(queries)
     number = min(_NEIGHBOURS, rows.shape[1])

@@ -55,9 +55,6 @@ def judge_linear(
 
     Returns:
         The result as plain values on rank 0, also written to a file; empty on other ranks.
-
-    Raises:
-        UserError: Whatever the user can mend.
     """
     name = f"eval_linear-{config.protocol}-{judge.layer}"
     name += f"-{config.label_fraction:g}" if config.label_fraction < 1 else ""
@@ -84,7 +81,7 @@ def judge_knn(
 ) -> dict[str, Any]:
     """Vote by nearest neighbours, score few labels per class, and draw a gallery.
 
-    Arguments, result and errors as of `judge_linear`.
+    Arguments and result as of `judge_linear`.
     """
     name = f"eval_knn-{judge.layer}"
 

@@ -41,9 +41,6 @@ def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) 
 
     Returns:
         Plain values: how many images and views, and of each network its measures by name.
-
-    Raises:
-        UserError: Whatever the user can mend.
     """
     device = start_process(config)
     try:

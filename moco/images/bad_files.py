@@ -72,7 +72,7 @@ class BadFiles:
             return
         rank, world, source = distributed.rank(), distributed.world_size(), self.source
         rows = _spread(len(source))[rank::world]
-        bad, seen = unreadable(source, rows, _header, HEADERS_S)
+        bad, seen = unreadable(source, rows, ImageSource.header, HEADERS_S)
         if seen < len(rows) and rank == 0:
             log.info("%s: the headers of %d of %d images were looked at, in %g s: the others are "
                      "met while they are streamed", source.name, seen * world, len(source),
@@ -173,10 +173,6 @@ def unreadable(
     with ThreadPoolExecutor(threads) as pool:
         seen = sum(pool.map(look, [rows[start::threads] for start in range(threads)]))
     return bad, seen
-
-
-def _header(source: ImageSource, index: int) -> None:
-    source.header(index)
 
 
 def _spread(count: int) -> list[int]:

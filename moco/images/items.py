@@ -8,6 +8,7 @@ Shapes: C channels, H W pixels.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -192,20 +193,14 @@ def check_pickles(name: str, part: Any) -> None:
     if multiprocessing.get_start_method() == "fork":
         return
     try:
-        pickle.Pickler(_Sink(), protocol=5, buffer_callback=lambda _: None).dump(part)
+        with open(os.devnull, "wb") as nothing:
+            pickle.Pickler(nothing, protocol=5, buffer_callback=lambda _: None).dump(part)
     except Exception as error:
         reason = escaped(str(error)) or type(error).__name__
         raise UserError(
             f"{name} cannot be pickled for worker processes ({reason}): define it in a module and "
             "open its files in __getitem__, or set data.num_workers 0"
         ) from None
-
-
-class _Sink:
-    """A file that keeps nothing."""
-
-    def write(self, data: Any) -> int:
-        return len(data)
 
 
 def to_array(name: str, image: Any, channels: int, turn: bool) -> np.ndarray:

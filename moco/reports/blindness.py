@@ -98,7 +98,7 @@ def _changes(channels: int, size: int) -> dict[str, Callable[[Tensor], Tensor]]:
         "turn by 15 degrees": lambda x: _turned(x, 15, size),
         "brightness, 40 % more": lambda x: x * 1.4,
         "brightness, 40 % less": lambda x: x * 0.6,
-        "contrast, half": lambda x: _towards(x, x.mean((1, 2, 3), keepdim=True)),
+        "contrast, half": lambda x: (x + x.mean((1, 2, 3), keepdim=True)) / 2,
         "negative": lambda x: 1 - x,
     }
     if channels == 3:
@@ -127,10 +127,6 @@ def _turned(images: Tensor, degrees: float, size: int) -> Tensor:
     beyond = functional.pad(images, [size // 4] * 4, padding_mode="reflect")
     kind = functional.InterpolationMode.BILINEAR
     return functional.center_crop(functional.rotate(beyond, degrees, kind), [size, size])
-
-
-def _towards(images: Tensor, grey: Tensor) -> Tensor:
-    return (images + grey) / 2
 
 
 def sentence(changes: list[Change], labelled: bool) -> str:

@@ -69,7 +69,6 @@ def embed(config: EmbedConfig, read_data: ReadData, given: Given = NOTHING) -> d
         Plain values on rank 0: files, counts, seconds; empty on other ranks.
 
     Raises:
-        UserError: Whatever the user can mend.
         RunError: The disk failed.
     """
     begin = time.perf_counter()

@@ -220,25 +220,19 @@ def _show(panel: Panel, sample: Sample, seed: int) -> None:
         found = {"src": pixels[place], "name": name, "label": label}
         return found | {"note": note, "kind": kind}
 
+    def near(query: int) -> list[dict[str, str]]:
+        found = sample.neighbours[query, :8].tolist(), sample.similarity[query, :8].tolist()
+        others = [
+            image(other, f"{cosine:.2f}", _same(labels, query, other))
+            for other, cosine in zip(*found, strict=True)
+        ]
+        return [image(query, kind="query"), *others]
+
     sight["count"] = count
     if count > 1:
-        sight["neighbours"] = [
-            [
-                image(query, kind="query"),
-                *(
-                    image(other, f"{cosine:.2f}", _same(labels, query, other))
-                    for other, cosine in zip(
-                        sample.neighbours[query, :8].tolist(),
-                        sample.similarity[query, :8].tolist(),
-                        strict=True,
-                    )
-                ),
-            ]
-            for query in range(min(_QUERIES, count))  # the sample has a random order
-        ]
+        sight["neighbours"] = [near(query) for query in range(min(_QUERIES, count))]
         usual, odd = sights.typical(sample, _TYPICAL)
-        sight["typical"], sight["odd"] = map(image, usual), map(image, odd)
-        sight["typical"], sight["odd"] = list(sight["typical"]), list(sight["odd"])
+        sight["typical"], sight["odd"] = [*map(image, usual)], [*map(image, odd)]
         sight["twins"] = [
             (image(one), image(other), f"{cosine:.3f}")
             for one, other, cosine in sights.twins(sample)[:_TWINS]

@@ -68,17 +68,16 @@ class Features:
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the vectors in order: the first one's number, and n x D float32."""
-        start = 0
-        for group in range(self._file.num_row_groups):  # iter_batches keeps what it has read
-            block = self._numbers(self._file.read_row_group(group, ["vector"])["vector"])
+        for start, _, block in self.groups(["vector"]):
             yield start, block
-            start += len(block)
 
-    def groups(self) -> Iterator[tuple[int, pa.Table, np.ndarray]]:
+    def groups(
+        self, columns: list[str] | None = None
+    ) -> Iterator[tuple[int, pa.Table, np.ndarray]]:
         """Yield the parts of the file in order: the first row's number, the rows, the vectors."""
         start = 0
-        for group in range(self._file.num_row_groups):
-            table = self._file.read_row_group(group)
+        for group in range(self._file.num_row_groups):  # iter_batches keeps what it has read
+            table = self._file.read_row_group(group, columns)
             yield start, table, self._numbers(table["vector"])
             start += len(table)
 
