@@ -101,17 +101,11 @@ class ViewMaker:
         return torch.stack(planes, 3).permute(0, 3, 1, 2)
 
 
-def adjust_colours(images: Tensor, colours: Colours, recipe: ViewRecipe) -> Tensor:
-    """Apply jitter, greyscale, blur and solarisation.
-
-    Args:
-        images: N x C x S x S float, 0-1. Hue, saturation and greyscale act on RGB only.
-    """
-    return torch.stack(_adjust(list(images.clone().unbind(1)), colours, recipe), 1)
-
-
 def _adjust(planes: list[Tensor], colours: Colours, recipe: ViewRecipe) -> list[Tensor]:
-    """Do what `adjust_colours` does, on a CPU in place."""
+    """Apply jitter, greyscale, blur and solarisation to planes of 0 to 1, on a CPU in place.
+
+    Hue, saturation and greyscale act on RGB only.
+    """
     to_grey = len(planes) == 3 and recipe.grey > 0
     if to_grey and recipe.grey_first:
         planes = _on_rows(colours.grey, planes, _grey_like)

@@ -34,7 +34,7 @@ from moco.images.draws import (
     draw_crops,
     view_streams,
 )
-from moco.images.views import adjust_colours, normalise
+from moco.images.views import _adjust, normalise
 
 LEAST = 1e-4  # seeds are fixed: a p-value below this is a fault, not bad luck
 ALL = ViewRecipe(0.2, 0.5, 1.0, (0.4, 0.4, 0.4, 0.4), 1.0, 1.0)
@@ -59,6 +59,10 @@ def images(count: int, channels: int, height: int, width: int, seed: int = 0) ->
 
 def floats(count: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
     return images(count, channels, size, size, seed).float() / 255
+
+
+def adjust_colours(batch: torch.Tensor, colours: Colours, recipe: ViewRecipe) -> torch.Tensor:
+    return torch.stack(_adjust(list(batch.clone().unbind(1)), colours, recipe), 1)
 
 
 def nothing(count: int, **changes) -> Colours:
