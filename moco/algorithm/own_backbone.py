@@ -65,7 +65,16 @@ def own_backbone(
             f"backbone {name} cannot take images {' x '.join(map(str, shape))} ({reason}): change "
             "it, data.channels or data.image_size"
         ) from error
-    is_map = isinstance(found, Tensor) and found.ndim == 4
+    _check_features(name, found)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"backbone {name} has no parameter that takes a gradient: unfreeze some")
+    if found.ndim == 4:
+        network.register_forward_hook(_pool)
+    return network, found.shape[1]
+
+
+def _check_features(name: str, found: Any) -> None:
+    """Raise UserError unless a backbone gives features or maps for two images."""
     if not isinstance(found, Tensor) or found.ndim not in (2, 4) or len(found) != 2:
         what = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else _kind(found)
         raise UserError(
@@ -74,11 +83,6 @@ def own_backbone(
         )
     if not found.is_floating_point():
         raise UserError(f"backbone {name} gives {found.dtype}: have it return float features")
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise UserError(f"backbone {name} has no parameter that takes a gradient: unfreeze some")
-    if is_map:
-        network.register_forward_hook(_pool)
-    return network, found.shape[1]
 
 
 def _pool(module: nn.Module, inputs: Any, maps: Tensor) -> Tensor:
