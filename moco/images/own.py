@@ -73,17 +73,13 @@ def open_pair(pair: Any, data: DataConfig, column: str = "") -> tuple[ImageSourc
         source = open_own(images[0] if beside else images, data, column)
         sources.append(source)
         names.append(_labels(source, images[1] if beside else None))
-    number = {name: place for place, name in enumerate(sorted({*names[0], *names[1]}, key=_order))}
-    classes = [str(name) for name in number]
+    known = sorted({*names[0], *names[1]}, key=lambda name: (isinstance(name, str), name))
+    number, classes = {name: place for place, name in enumerate(known)}, [*map(str, known)]
     bank, queries = (
         replace(source, labels=torch.tensor([number[name] for name in found]), classes=classes)
         for source, found in zip(sources, names, strict=True)
     )
     return bank, queries
-
-
-def _order(name: Any) -> tuple[bool, Any]:
-    return isinstance(name, str), name
 
 
 def _labels(source: ImageSource, labels: Any) -> list[Any]:

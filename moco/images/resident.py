@@ -64,7 +64,9 @@ def make_resident(
         source = replace(source, images=images)
         source = without_bad(source, bad, config.max_bad_fraction, report_path)
     if wanted == "auto" and device.type == "cuda":
-        wanted = "device" if needed <= max(budget, _spare_memory(device)) else "memory"
+        # The machine holds them in memory anyway, so they may take more of a GPU than the budget.
+        spare = torch.cuda.get_device_properties(device).total_memory // 4
+        wanted = "device" if needed <= max(budget, spare) else "memory"
     if wanted != "device":
         return source, "memory"
     try:
@@ -77,11 +79,6 @@ def make_resident(
             f"data.resident is device, and {needed / 2**30:.3g} GiB of images do not fit on "
             f"{device}: set it to memory"
         ) from None
-
-
-def _spare_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU that images may take which a machine holds in memory anyway."""
-    return torch.cuda.get_device_properties(device).total_memory // 4
 
 
 def check_view_size(config: DataConfig, sizes: list[tuple[int, int]]) -> None:

@@ -69,18 +69,16 @@ def _list_files(data: DataConfig) -> Listing:
     root = expanded(data.root)
     train, test = split_folders(data)
     paths = read_list(data.files, root) if data.files else list_images(data, root)
-    is_split = train != root and test != train
-    tops = {"train": train} | ({"test": test} if test and is_split else {})
+    is_split = test is not None and train != root and test != train
+    tops = {"train": train} | ({"test": test} if is_split else {})
     found = {split: by_folder(paths, top) for split, top in tops.items()}
     labels = [next(filter(None, each), None) for each in zip(*found.values(), strict=True)]
-    splits: list[str | None] = [None] * len(paths)
-    if test and is_split:
-        splits = [_split_of(path, tops) for path in paths]
+    splits = [_split_of(path, tops) if is_split else None for path in paths]
     if data.labels:
         table = read_table(data.labels)
         labels = table.labels(paths)
         if table.has_splits:
-            unnamed = splits if test and is_split else ["train"] * len(paths)
+            unnamed = splits if is_split else ["train"] * len(paths)
             splits = [
                 (table.split(path) or "train") if table.name(path) else split
                 for path, split in zip(paths, unnamed, strict=True)
