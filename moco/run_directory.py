@@ -103,11 +103,7 @@ def sole_run(run_dir: Path, is_new: bool) -> Iterator[None]:
                 check_new(run_dir)
             yield
         finally:
-            with contextlib.suppress(OSError):
-                if made and os.listdir(run_dir) == [path.name]:
-                    path.unlink()
-                    for folder in made:
-                        folder.rmdir()
+            _remove_unused(made, path)
 
 
 def _lock(file: TextIO, run_dir: Path) -> None:
@@ -128,6 +124,15 @@ def _lock(file: TextIO, run_dir: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+
+
+def _remove_unused(made: list[Path], lock: Path) -> None:
+    """Remove directories that were made for a run where nothing but its lock lies in them."""
+    with contextlib.suppress(OSError):
+        if made and os.listdir(lock.parent) == [lock.name]:
+            lock.unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def find_run(resume: str, run_dir: str) -> tuple[Path | None, Path] | None:
