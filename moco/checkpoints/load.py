@@ -174,7 +174,7 @@ def _report(loaded: Loaded, contents: Contents, found: Match) -> str:
     side = "key" if loaded.encoder == "key" else "query"
     used = f"{side}_encoder." if loaded.head else f"{side}_encoder.backbone."
     left_out = [name for name in contents.state if not name.startswith(used)]
-    left_out += [*contents.others, *found.left_out]
+    left_out += [*contents.others, *found.left_out, *contents.beside]
     about = [
         f"{loaded.layout} layout",
         "" if loaded.epoch is None else f"epoch {loaded.epoch}",

@@ -58,11 +58,14 @@ def tensors_of(raw: dict[str, Any], path: str | Path) -> State:
     Raises:
         UserError: There is none, or a tensor is not plain numbers in memory; it names `path`.
     """
-    for _ in range(3):
-        inner = (raw.get(name) for name in ("state_dict", "model", "model_state_dict"))
-        raw = next((value for value in inner if isinstance(value, dict)), raw)
-    state = {k: v for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    raw, _ = _innermost(raw)
+    state = _tensors_in(raw)
     if not state:
+        if parts := [str(name) for name, value in raw.items() if _tensors_in(value)]:
+            raise UserError(
+                f"{path} holds tensors under {some(parts)} alone: store those that you mean, by "
+                f"torch.save(torch.load(FILE)[{parts[0]!r}], OTHER)"
+            )
         raise UserError(f"{path} holds no tensors by name, only {some(map(str, raw))}")
     for name, tensor in state.items():
         plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
@@ -72,6 +75,31 @@ def tensors_of(raw: dict[str, Any], path: str | Path) -> State:
             shape = shape_text(tensor)
             raise UserError(f"{path}: {name} claims a shape of {shape}, but less is stored")
     return state
+
+
+def tensors_beside(raw: dict[str, Any]) -> list[str]:
+    """Name the tensors of other dicts of a file, as of an average of its weights (EMA)."""
+    _, beside = _innermost(raw)
+    return [f"{part}.{name}" for part, value in beside.items() for name in _tensors_in(value)]
+
+
+def _innermost(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the dict that `tensors_of` reads, and what lies beside it and around it."""
+    beside: dict[str, Any] = {}
+    for _ in range(3):
+        names = ("state_dict", "model", "model_state_dict")
+        name = next((name for name in names if isinstance(raw.get(name), dict)), None)
+        if name is None:
+            break
+        beside |= {str(other): value for other, value in raw.items() if other != name}
+        raw = raw[name]
+    return raw, beside
+
+
+def _tensors_in(value: Any) -> State:
+    """Return the tensors of a dict by their names; empty of anything else."""
+    items = value.items() if isinstance(value, dict) else ()
+    return {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def _check_archive(path: Path) -> None:

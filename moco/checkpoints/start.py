@@ -13,7 +13,7 @@ from torch import nn
 from moco.algorithm.names import is_own
 from moco.checkpoints.architecture import attention_heads, look, named_heads
 from moco.checkpoints.layouts import Contents, read_contents
-from moco.checkpoints.matching import State, match_state, shape_text, take
+from moco.checkpoints.matching import State, groups, match_state, shape_text, take
 from moco.checkpoints.origin import translated
 from moco.config import UserError
 
@@ -61,6 +61,7 @@ def restore_pretraining(
     origin = "both encoders" if both else "query encoder, key encoder = its copy"
     notes += [f"{contents.layout} layout, backbone: {origin}, each {found.text()}", adapted]
     notes.append(_restore_heads_and_queue(contents, state))
+    notes += [f"left out: {groups(contents.beside)}"] if contents.beside else []
     return state, "; ".join(filter(None, notes))
 
 
