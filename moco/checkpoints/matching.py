@@ -21,8 +21,10 @@ from moco.log import reason_of
 
 State = dict[str, Tensor]
 ABSENT = torch.empty(0)  # stands for a missing tensor: every check of its shape fails
-# The token of masked pixels, tables that code computes by itself, and counts of a profiler.
+# The token of masked pixels, tables that code computes by itself, and counts of a profiler and of
+# torch's AveragedModel.
 _EXTRAS = ("mask_token", "relative_position_index", "attn_mask", "total_ops", "total_params")
+_EXTRAS += ("n_averaged",)
 
 
 def take(state: State, prefix: str) -> State:

@@ -33,3 +33,12 @@ def test_copies_that_have_no_usual_place_are_named_with_what_to_do(tmp_path):
     assert "\n" not in str(error.value)
     torch.save(torch.load(tmp_path / "dino.pth")["teacher"], tmp_path / "one.pth")
     assert load_encoder(tmp_path / "one.pth").model.backbone == "resnet18"
+
+
+def test_torchs_averaged_model_is_read_although_it_counts(tmp_path):
+    network = torchvision_resnet()
+    average = torch.optim.swa_utils.AveragedModel(network)
+    torch.save(average.state_dict(), tmp_path / "ema.pth")
+    loaded = load_encoder(tmp_path / "ema.pth")
+    assert distance(network, loaded.backbone, images()) == 0
+    assert loaded.report.endswith("left out: n_averaged (1)")
