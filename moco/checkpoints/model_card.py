@@ -26,7 +26,14 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
         licence: Identifier; empty if unknown.
     """
     model, config = loaded.model, loaded.config
-    tags = "".join(f"- {tag}\n" for tag in ("image-feature-extraction", "timm", "moco"))
+    is_moco = loaded.layout in _OF_MOCO
+    names = ("image-feature-extraction", "timm", *(["moco"] if is_moco else []))
+    tags = "".join(f"- {tag}\n" for tag in names)
+    how = (
+        "Self-supervised (MoCo, arXiv:1911.05722, 2003.04297 and, without a queue, 2104.02057)"
+        if is_moco
+        else "The checkpoint does not say how it was trained"
+    )
     scores = _scores(loaded, checkpoint)
     recipe = {name: config[name] for name in ("model", "optim", "trainer") if name in config}
     settings = {f"{g}.{n}": v for g, group in recipe.items() for n, v in group.items()}
@@ -35,9 +42,8 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
     lines = [
         f"---\ntags:\n{tags}library_name: timm\npipeline_tag: image-feature-extraction\n"
         f"license: {licence or 'unknown'}\n---",
-        f"# {model.backbone}, pretrained by Momentum Contrast",
-        f"Self-supervised (MoCo, arXiv:1911.05722, 2003.04297 and, without a queue, 2104.02057): "
-        f"the {loaded.encoder}"
+        f"# {model.backbone}{', pretrained by Momentum Contrast' if is_moco else ''}",
+        f"{how}: the {loaded.encoder}"
         f"{'' if loaded.encoder == 'backbone' else ' encoder'} without its projection head, "
         f"{loaded.feature_dim} features, from a checkpoint of {loaded.layout} layout"
         f"{'' if loaded.epoch is None else f' and epoch {loaded.epoch}'}.",
@@ -53,6 +59,8 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
     return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
 
 
+# Layouts whose code trains by MoCo alone; that of the others has further methods, or none.
+_OF_MOCO = ("moco", "official", "official-v3", "openselfsup", "mmpretrain")
 _DATA_ON_CARD = (
     *("dataset", "channels", "image_size", "image_size_start", "image_size_end", "batch_size"),
     *("views", "mean", "std"),

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from networks import VIT, save_ours
+import torch
+from networks import VIT, prefixed, save_ours, torchvision_resnet
 
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.matching import checksum
@@ -36,3 +37,14 @@ def test_scores_of_other_weights_are_not_listed(run):
     assert "query: top1: 50.5" in card and "head: top1: 51.5" in card
     assert "key: top1" not in card and "unsigned" not in card
     assert "key: top1: 52.5" in model_card(key, path, "")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "is_moco"), [("", False), ("backbone.", False), ("module.encoder_q.", True)]
+)
+def test_only_what_was_trained_by_moco_is_called_so(tmp_path, prefix, is_moco):
+    torch.save(prefixed(prefix, torchvision_resnet().state_dict()), tmp_path / "a.pth")
+    card = model_card(load_encoder(tmp_path / "a.pth"), tmp_path / "a.pth", "")
+    assert ("Momentum Contrast" in card) == is_moco
+    assert ("Self-supervised" in card) == is_moco and ("- moco\n" in card) == is_moco
+    assert ("does not say how it was trained" in card) != is_moco
