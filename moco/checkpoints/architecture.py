@@ -196,6 +196,16 @@ def decisions(contents: Contents) -> dict[str, Any]:
     return decided if isinstance(decided, dict) else {}
 
 
+def is_begun_from_weights(contents: Contents) -> bool:
+    """Tell whether the run of a file began from weights that were there before (`--init_from`).
+
+    Its reading of kNN stores that, also where no labels are read.
+    """
+    states = contents.raw.get("callbacks")
+    states = states.get("KNNMonitor") if isinstance(states, dict) else None
+    return isinstance(states, dict) and states.get("is_loaded") is True
+
+
 def _said(
     contents: Contents, part: State
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]] | None:

@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from moco.algorithm.encoder import TORCHVISION_RESNETS, timm_arguments
-from moco.checkpoints.architecture import Architecture, build, decisions, identify
+from moco.checkpoints.architecture import (
+    Architecture,
+    build,
+    decisions,
+    identify,
+    is_begun_from_weights,
+)
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state
 from moco.checkpoints.preparation import Preparation, preparation, pretrained_cfg
@@ -44,6 +50,7 @@ class Loaded:
         config: Settings of the run that wrote the file, or empty.
         images: What tells the images of that run from others, or empty.
         held_out: How many of them it has set aside.
+        is_begun: Whether that run began from weights that were there before.
     """
 
     backbone: nn.Module
@@ -60,6 +67,7 @@ class Loaded:
     config: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     held_out: int = 0
+    is_begun: bool = False
 
     @property
     def preparation(self) -> Preparation:
@@ -129,6 +137,7 @@ def load_encoder(
         config=contents.config,
         images=contents.raw.get("images") or {},
         held_out=decisions(contents).get("held_out") or 0,
+        is_begun=is_begun_from_weights(contents),
     )
     loaded.report = _report(loaded, contents, found)
     _tell_of_images(loaded)

@@ -47,6 +47,7 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
         f"{'' if loaded.encoder == 'backbone' else ' encoder'} without its projection head, "
         f"{loaded.feature_dim} features, from a checkpoint of {loaded.layout} layout"
         f"{'' if loaded.epoch is None else f' and epoch {loaded.epoch}'}.",
+        *([_BEGUN] if loaded.is_begun else []),
         "## Use",
         f"```python\n{loading_line(loaded, 'timm', 'PATH').replace('; ', chr(10))}\n```",
         "`pretrained=True` is needed: without it timm leaves the weights random.",
@@ -59,6 +60,11 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
     return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
 
 
+_BEGUN = (
+    "The run began from weights that were there before (`init_from`, or those of a module of its "
+    "author's): their training, their images and their licence count too, and the checkpoint does "
+    "not tell them."
+)
 # Layouts whose code trains by MoCo alone; that of the others has further methods, or none.
 _OF_MOCO = ("moco", "official", "official-v3", "openselfsup", "mmpretrain")
 _DATA_ON_CARD = (

@@ -48,3 +48,12 @@ def test_only_what_was_trained_by_moco_is_called_so(tmp_path, prefix, is_moco):
     assert ("Momentum Contrast" in card) == is_moco
     assert ("Self-supervised" in card) == is_moco and ("- moco\n" in card) == is_moco
     assert ("does not say how it was trained" in card) != is_moco
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_weights_from_before_the_run_are_told_without_their_place(run, is_begun):
+    path = run / "checkpoints" / "last.ckpt"
+    stored = torch.load(path, weights_only=True)
+    torch.save(stored | {"callbacks": {"KNNMonitor": {"is_loaded": is_begun}}}, path)
+    card = model_card(load_encoder(path), path, "mit")
+    assert ("began from weights that were there before" in card) == is_begun

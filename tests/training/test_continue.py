@@ -9,6 +9,7 @@ from runs import as_after, assert_same_end, at, load, run_tiny, trained
 import moco
 import train
 from moco.algorithm.optim import learning_rate
+from moco.checkpoints.load import load_encoder
 from moco.config import OptimConfig, TrainConfig, UserError
 from moco.training.autoconfigure import Settings, choose_length
 
@@ -76,6 +77,11 @@ def test_it_resumes_in_and_after_the_frozen_epochs(images, started, step):
     as_after(step, "whole")
     train.main(["--resume", "run"])
     assert_same_end("whole", "run")
+    assert load_encoder("run/checkpoints/last.ckpt").is_begun  # as its model card says
+
+
+def test_a_run_from_nothing_is_not_called_begun_from_weights(started):
+    assert not load_encoder(started).is_begun
 
 
 def test_images_are_normalised_as_the_weights_take_them(images, started, said):
