@@ -48,6 +48,7 @@ def model_card(loaded: Loaded, checkpoint: Path, licence: str) -> str:
         f"{loaded.feature_dim} features, from a checkpoint of {loaded.layout} layout"
         f"{'' if loaded.epoch is None else f' and epoch {loaded.epoch}'}.",
         *([_BEGUN] if loaded.is_begun else []),
+        f"What was read: {loaded.report}.",
         "## Use",
         f"```python\n{loading_line(loaded, 'timm', 'PATH').replace('; ', chr(10))}\n```",
         "`pretrained=True` is needed: without it timm leaves the weights random.",

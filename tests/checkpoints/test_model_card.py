@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks import VIT, prefixed, save_ours, torchvision_resnet
 
+from moco.checkpoints.export import export
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.matching import checksum
 from moco.checkpoints.model_card import model_card
@@ -57,3 +58,13 @@ def test_weights_from_before_the_run_are_told_without_their_place(run, is_begun)
     torch.save(stored | {"callbacks": {"KNNMonitor": {"is_loaded": is_begun}}}, path)
     card = model_card(load_encoder(path), path, "mit")
     assert ("began from weights that were there before" in card) == is_begun
+
+
+def test_what_a_partial_file_left_random_is_told(tmp_path):
+    state = dict(torchvision_resnet(width=1).state_dict())
+    del state["layer4.1.conv2.weight"]
+    torch.save(state, tmp_path / "a.pth")
+    export(tmp_path / "a.pth", "timm", tmp_path / "hub", allow_partial=True)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "matched 119 of 120; missing: layer4.1.conv2.weight" in card
+    assert str(tmp_path) not in card
