@@ -74,17 +74,20 @@ class Facts:
     def differences(self) -> list[tuple[str, Any, Any, str]]:
         """List the settings that are not at their defaults: name, value, default, and who said so.
 
-        A setting comes from the command line, from the recipe, or from a decision of the run.
+        A setting comes from a command line, as the run began or went on, from the recipe, or from a
+        decision of the run.
         """
-        words = self.starts[0].get("command", []) if self.starts else []
+        words = [word for start in self.starts for word in start.get("command", [])]
         typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         usual, own, chosen = (each.flat() for each in (TrainConfig(), self.config, self.asked))
         found = []
         for name, value in own.items():
             if value == usual[name]:
                 continue
-            by = "command line" if name in typed else "recipe"
-            found.append((name, value, usual[name], by if chosen[name] == value else "auto"))
+            is_extended = name == "trainer.max_epochs" and "extend" in typed
+            by = "command line" if name in typed or is_extended else "recipe"
+            is_asked = chosen[name] == value or is_extended
+            found.append((name, value, usual[name], by if is_asked else "auto"))
         return found
 
 

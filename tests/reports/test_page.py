@@ -273,6 +273,15 @@ def test_settings_say_who_has_set_them(run):
     assert {who for *_, who in facts.differences()} == {"recipe"}
     facts.config = facts.config.changed({"data.channels": 1})
     assert ("data.channels", 1, 3, "auto") in facts.differences()
+    # What a run was given as it went on comes from that command line.
+    facts.starts.append({"step": 2, "command": ["--resume", "run", "--run.knn_layer=head"]})
+    for settings in (facts.asked.run, facts.config.run):
+        settings.knn_layer = "head"
+    assert ("run.knn_layer", "head", "backbone", "command line") in facts.differences()
+    facts.config.trainer.max_epochs = 7
+    assert ("trainer.max_epochs", 7, 200, "auto") in facts.differences()
+    facts.starts[1]["command"] += ["--extend", "4"]
+    assert ("trainer.max_epochs", 7, 200, "command line") in facts.differences()
 
 
 def test_unreadable_files_of_a_set_in_memory_have_no_number(run, copied):
