@@ -62,7 +62,7 @@ def _no_gain(facts: Facts) -> list[str]:
         return []
     remedy = "train longer (trainer.max_epochs), and see that the views keep what matters"
     return [
-        f"kNN {curve[-1][1]:.1f} % is not above the untrained network's {curve[0][1]:.1f} %: "
+        f"kNN {curve[-1][1]:.1f} % is not above the {curve[0][1]:.1f} % before the first step: "
         f"{remedy}"
     ]
 

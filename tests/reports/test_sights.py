@@ -188,7 +188,7 @@ FEW = {"comparison": BETTER["comparison"] | {"trained": {"standard_error": 4.0}}
         (a_run([{"train/loss": 5.0, "train/chance_loss": 4.9}]), "not below that of chance"),
         (a_run([{"train/wait_share": 0.6}] * 3), "60% of the time went by waiting for images: rai"),
         (a_run(KNN), "fallen from 55.0 % at step 1 to 50.0 %: lower optim.lr"),
-        (a_run([KNN[1], KNN[0]]), "40.0 % is not above the untrained network's 55.0 %"),
+        (a_run([KNN[1], KNN[0]]), "40.0 % is not above the 55.0 % before the first step: "),
         (a_run(**{"model.queue_size": 4096}), "take model.queue_size"),
         (a_run(result={"comparison": {"is_better": False, "sentence": "Not better."}}), "Not bett"),
         (a_run(KNN[:2], BETTER), ""),
