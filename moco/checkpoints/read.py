@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from timm import is_model
 from torch import Tensor
 
 from moco.checkpoints.matching import State, shape_text, some, with_class
@@ -24,9 +25,14 @@ from moco.checkpoints.places import check_place
 from moco.config import UserError
 from moco.run_directory import is_whole
 
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm directory, the first counts
+
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """Read a file without running code from it.
+
+    Of a file of weights in a directory as timm writes it the whole directory is read, since the
+    weights do not tell their network.
 
     Returns:
         The file's dict. For safetensors and timm directories it holds `state_dict`, `format`, and
@@ -39,14 +45,22 @@ def read_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.is_dir():
-            return _read_timm_directory(path)
-        with path.open("rb") as stream:
-            start = stream.read(9)
-        if not start:
-            raise UserError(f"{path} is empty: take another copy")
-        raw = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path, start)
+            return _read_timm_directory(path, _WEIGHTS)
+        raw = _read_file(path)
+        # What the file says of itself counts more than what lies beside it.
+        if path.name in _WEIGHTS and not raw.get("moco") and _is_of_timm(path.parent):
+            return _read_timm_directory(path.parent, (path.name,))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return raw
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    if not start:
+        raise UserError(f"{path} is empty: take another copy")
+    raw = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path, start)
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a {type(raw).__name__}: a checkpoint is a dict of tensors")
     return raw
@@ -151,7 +165,16 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {"state_dict": state, "format": "safetensors", "moco": note} | epoch
 
 
-def _read_timm_directory(path: Path) -> dict[str, Any]:
+def _is_of_timm(path: Path) -> bool:
+    """Tell whether a directory names a network of timm's."""
+    try:
+        name = _read_config(path)["architecture"]
+    except (OSError, UserError):
+        return False
+    return is_model(name.partition(".")[0])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
         if file.stat().st_size > 2**20:
@@ -161,8 +184,14 @@ def _read_timm_directory(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} is no JSON: {with_class(error)}") from None
     if not isinstance(note, dict) or not isinstance(note.get("architecture"), str):
         raise UserError(f"{file} names no architecture: timm did not write it")
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    return note
+
+
+def _read_timm_directory(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Read the settings of a directory, and the first of some files of weights that is there."""
+    note = _read_config(path)
+    for name in names:
         if (path / name).is_file():
-            state = tensors_of(read_state(path / name), path / name)
+            state = tensors_of(_read_file(path / name), path / name)
             return {"state_dict": state, "format": "timm", "timm": note}
     raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin")

@@ -425,3 +425,18 @@ def test_restore_from_a_bare_backbone_copies_it_to_the_key_encoder(tmp_path):
     )
     with pytest.raises(UserError, match=r"only in part.*conv1\.weight"):
         restore_pretraining(tmp_path / "a.pth", module_state(SMALL)[0])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_the_weights_of_a_timm_directory_are_of_the_network_that_it_names(tmp_path, name):
+    arguments = {"img_size": 32, "num_heads": 6}  # which no tensor shows
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments).eval()
+    network.pretrained_cfg = network.pretrained_cfg | {"mean": [0.1, 0.2, 0.3]}
+    told = {"model_args": arguments, "safe_serialization": "both"}
+    timm.models._hub.save_for_hf(network, str(tmp_path), **told)
+    loaded = load_encoder(tmp_path / name)
+    assert distance(network, loaded.backbone, images()) < 1e-5
+    assert (loaded.layout, loaded.data["mean"]) == ("timm", [0.1, 0.2, 0.3])
+    for about in ("{", '{"architectures": ["ViTModel"]}', '{"architecture": "no_such_network"}'):
+        (tmp_path / "config.json").write_text(about)  # somebody else's
+        assert load_encoder(tmp_path / name).variant == {}
