@@ -21,7 +21,7 @@ from moco.pixels import CENTRE_SHARE, centre_box
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names of one, three and four channels
 # What a file may say of its preparation that is not as usual here.
-UNUSUAL = ("exif", "crop_pct", "interpolation", "dicom_window")
+UNUSUAL = ("exif", "crop_pct", "crop_mode", "interpolation", "dicom_window")
 # Entries of timm's `pretrained_cfg` that the network tells; the others are of timm's own weights.
 _OF_THE_NETWORK = ("architecture", "first_conv", "classifier")
 
@@ -36,6 +36,7 @@ class Preparation:
         min_value, max_value: What becomes 0 and 255 in files of more than 8 bits; empty for others.
         exif: Whether a PIL image is turned upright as its EXIF orientation says: apply or ignore.
         crop_pct: Share of the short side that the centre square keeps.
+        crop_mode: center, or squash: the same share of both sides, which become a square (timm).
         interpolation: bilinear, bicubic or nearest, antialiased.
         dicom_window: Whether DICOM files are shown through their own window, or by min_value and
             max_value.
@@ -49,6 +50,7 @@ class Preparation:
     max_value: list[float] = field(default_factory=list)
     exif: str = "apply"
     crop_pct: float = CENTRE_SHARE
+    crop_mode: str = "center"
     interpolation: str = "bilinear"
     dicom_window: bool = True
 
@@ -69,12 +71,19 @@ class Preparation:
                 f"an image is {tuple(pixels.shape)} of {pixels.dtype}: give {self.channels} x H x W"
                 f" of torch.uint8{self._range()}"
             )
-        box = centre_box(*pixels.shape[-2:], self.image_size, self.crop_pct)
-        pixels = functional.crop(functional.to_dtype(pixels, torch.float32, scale=True), *box)
+        pixels = functional.to_dtype(pixels, torch.float32, scale=True)
+        pixels = functional.crop(pixels, *self._box(*pixels.shape[-2:]))
         how = InterpolationMode(self.interpolation)
         side = [self.image_size, self.image_size]
         pixels = functional.resize(pixels, side, how, antialias=True)
         return functional.normalize(pixels, self.mean, self.std)
+
+    def _box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return top, left, height and width of the part of an image that is kept."""
+        if self.crop_mode == "center" or max(height, width) <= self.image_size:
+            return centre_box(height, width, self.image_size, self.crop_pct)
+        tall, wide = (max(1, round(side * self.crop_pct)) for side in (height, width))
+        return (height - tall) // 2, (width - wide) // 2, tall, wide
 
     def _pixels(self, image: Image.Image) -> Tensor:
         """Return a PIL image as C x H x W uint8, upright, in the mode of C channels."""
@@ -96,6 +105,8 @@ class Preparation:
     def as_note(self) -> dict[str, Any]:
         """Return the description as plain values, with the same in words under `steps`."""
         note = {name: value for name, value in asdict(self).items() if value not in ([], ())}
+        if self.crop_mode == "center":  # as in the notes of features that were made before
+            del note["crop_mode"]
         note |= {"scale": 1 / 255, "antialias": True, "whole_up_to": self.image_size}
         return note | {"steps": self.in_words()}
 
@@ -105,12 +116,15 @@ class Preparation:
         mode = f" ({MODES[self.channels]})" if self.channels in MODES else ""
         turned = ", turned upright as its EXIF says" if self.exif == "apply" else ""
         units = "" if self.dicom_window else " (DICOM in its units, not through its own window)"
+        part = f"the centre square of {self.crop_pct:g} of the short side, its side"
+        if self.crop_mode == "squash":
+            part = f"the centre of {self.crop_pct:g} of both sides, each"
         steps = [
             f"{self.channels} channel{'s'[: self.channels != 1]}{mode} of 8 bits{turned}"
             f"{self._range()}{units}",
             "times 1/255, as float",
-            f"the centre square of {self.crop_pct:g} of the short side, its side rounded and its "
-            f"corner rounded down (all of an image whose sides are {side} at most)",
+            f"{part} rounded and its corner rounded down (all of an image whose sides are {side} "
+            "at most)",
             f"resized to {side} x {side}, {self.interpolation}, antialiased",
             f"less mean {self.mean}",
             f"divided by std {self.std}",
@@ -130,6 +144,7 @@ def unusual(source: dict[str, Any]) -> dict[str, Any]:
     fits = {
         "exif": source.get("exif") == "ignore",
         "crop_pct": isinstance(share, int | float) and 0 < share <= 1,
+        "crop_mode": source.get("crop_mode") == "squash",
         "interpolation": source.get("interpolation") in ("bicubic", "nearest"),
         "dicom_window": source.get("dicom_window") is False,
     }
@@ -153,6 +168,6 @@ def pretrained_cfg(known: dict[str, Any], data: dict[str, Any], fixed: bool) -> 
     return {name: known.get(name) for name in _OF_THE_NETWORK} | {
         **{"tag": "moco", "custom_load": False, "num_classes": 0},
         **{"input_size": [how.channels, size, size], "fixed_input_size": fixed},
-        **{"interpolation": how.interpolation, "crop_pct": share, "crop_mode": "center"},
+        **{"interpolation": how.interpolation, "crop_pct": share, "crop_mode": how.crop_mode},
         **{"mean": how.mean, "std": how.std},
     }

@@ -175,3 +175,20 @@ def test_a_timm_directorys_own_preparation_stays_with_its_network(tmp_path, shar
         assert (found["interpolation"], found["mean"]) == ("bicubic", [0.1] * 3), name
         if name == "hub":
             assert found["crop_pct"] == (share if sensible else 1.0)
+
+
+@pytest.mark.parametrize("size", [(61, 90), (500, 375)])
+def test_images_that_timm_squashes_are_not_cut_to_a_square(tmp_path, size):
+    network = timm.create_model("test_vit", num_classes=0, img_size=32)
+    network.pretrained_cfg = network.pretrained_cfg | {"crop_mode": "squash", "crop_pct": 1.0}
+    told = {"model_args": {"img_size": 32}, "safe_serialization": True}
+    timm.models._hub.save_for_hf(network, str(tmp_path / "hub"), **told)
+    room.export(tmp_path / "hub", "timm", tmp_path / "again")
+    for name in ("hub", "again"):
+        loaded = load_encoder(tmp_path / name)
+        config = timm.data.resolve_model_data_config(loaded.backbone)
+        wanted = timm.data.create_transform(**config, is_training=False)(picture(*size))
+        found = loaded.backbone.transform(picture(*size))
+        assert config["crop_mode"] == "squash" and "both sides" in loaded.preparation.in_words()
+        # Pillow rounds to whole levels of 255; a square of the centre is off by far more.
+        assert (found - wanted).abs().max() < 2 / 255 / min(config["std"]), name
