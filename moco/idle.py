@@ -57,7 +57,7 @@ OF_DATA: Rules = {
     "data.root": ("digits need no files", _is("data.dataset", "digits")),
     **dict.fromkeys(
         ("data.files", "data.labels"),
-        ("this data set has no files to list", _is("data.dataset", *_ARRAYS, *_SHARDS)),
+        ("this data set has no files to list", _is("data.dataset", *_ARRAYS, *_SHARDS, "own")),
     ),
     "data.download": (
         "only cifar10, cifar100 and stl10 are fetched",
@@ -94,10 +94,14 @@ OF_DATA: Rules = {
 OF_TRAINING: Rules = OF_DATA | {
     **dict.fromkeys(
         (
-            *("data.crop_min", "data.flip", "data.jitter", "data.grey", "data.blur"),
-            *("data.solarise", "data.interpolation", "data.upscale"),
+            *("data.crop_min", "data.flip", "data.jitter", "data.blur", "data.solarise"),
+            *("data.interpolation", "data.upscale"),
         ),
         ("data.views is own", _is("data.views", "own")),
+    ),
+    "data.grey": (
+        "only images of 3 channels are turned grey, by views that are not own",
+        lambda given: given["data.views"] == "own" or given["data.channels"] not in ("auto", 3),
     ),
     "model.head_layers": ("model.head is linear", _is("model.head", "linear")),
     "model.head_hidden_dim": (

@@ -209,6 +209,21 @@ def test_an_idle_setting_of_a_search_is_said_and_one_that_works_is_not(name):
     assert SEARCH.keys() == idle.OF_SEARCH.keys() == fields - {"index", "query", "duplicates"}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "beside", "works"),
+    [
+        ("data.files", "x", {"data.dataset": "own"}, {}),
+        ("data.labels", "x", {"data.dataset": "own"}, {}),
+        ("data.grey", 0.5, {"data.channels": 1}, {"data.channels": "auto"}),
+        ("data.grey", 0.5, {"data.channels": 4}, {}),
+    ],
+)
+def test_what_images_of_python_or_without_colours_do_not_heed_is_said(name, value, beside, works):
+    config = TrainConfig().changed({name: value})
+    assert f"{name} (" in idle.idle_in_training(config.changed(beside))
+    assert name not in idle.idle_in_training(config.changed(works))
+
+
 def test_what_the_checkpoint_holds_was_not_set_here():
     judge, config = JudgeConfig(), KNNConfig(k=[1], temperature=0.2)
     line = idle.idle_in_evaluation(judge, config, DataConfig(flip=0.0), {"flip": 0.0})
