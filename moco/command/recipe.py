@@ -93,7 +93,8 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key which is given twice."""
+    """SafeLoader that refuses a key which is given twice, and to which true and false alone are
+    truth values: `on`, `off`, `yes` and `no` are choices and names of settings."""
 
 
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -106,6 +107,13 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+_UniqueKeys.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_TRUTH = re.compile("^(?:true|True|TRUE|false|False|FALSE)$")
+_UniqueKeys.add_implicit_resolver(_BOOL, _TRUTH, [*"tTfF"])
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 

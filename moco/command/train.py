@@ -21,6 +21,7 @@ from moco.run_directory import find_run, stored_groups
 
 log = logging.getLogger("moco")
 
+_FLAG: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
 EXTRAS = {
     "resume": {
         "type": str,
@@ -34,17 +35,13 @@ EXTRAS = {
         "help": "With --resume: go on for so many epochs more; from before its decay with "
         "optim.schedule stable",
     },
-    "yes": {"action": "store_true", "default": False, "help": "Extend although the rate jumps"},
+    "yes": _FLAG | {"help": "Extend although the rate jumps"},
     "init_from": {
         "type": str,
         "default": "",
         "help": "Start a new run from the weights of a checkpoint in any layout",
     },
-    "allow_partial": {
-        "action": "store_true",
-        "default": False,
-        "help": "Take a file of --init_from although it fits only in part",
-    },
+    "allow_partial": _FLAG | {"help": "Take a file of --init_from although it fits only in part"},
 }
 
 

@@ -87,6 +87,19 @@ def test_yaml_numbers_without_a_point(recipe):
     assert config.optim.weight_decay == 5e-4 and config.optim.lr == 1.0
 
 
+def test_on_off_yes_and_no_are_what_the_setting_takes(recipe):
+    """PyYAML reads them as truth values, which a choice between words is not."""
+    text = "model: {compile: on}\ndata: {resident: off}\nrun: {wandb: yes, report: no, dir: no}\n"
+    config, _ = parse("--config", recipe(text))
+    assert (config.model.compile, config.data.resident, config.run.dir) == ("on", "off", "no")
+    assert (config.run.wandb, config.run.report) == (True, False)
+    for said, is_meant in (("no", False), ("'no'", False), ("off", False), ("yes", True)):
+        _, extra = parse("--config", recipe(f"allow_partial: {said}\nyes: {said}\n"))
+        assert (extra["allow_partial"], extra["yes"]) == (is_meant, is_meant), said
+    assert "give true or false" in refusal("--config", recipe("allow_partial: nope\n"))
+    assert parse("--yes", "--allow_partial", "--run.dir", "x")[1]["allow_partial"] is True
+
+
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
