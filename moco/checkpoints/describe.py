@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def _command(loaded: Loaded, form: str, path: str | Path) -> str:
         mean, std = ([255 * x for x in loaded.data[name]] for name in ("mean", "std"))
         return (
             f"MODEL.WEIGHTS {path} INPUT.FORMAT RGB MODEL.RESNETS.STRIDE_IN_1X1 False "
+            f"{_detectron2_shape(loaded.model.backbone)}"
             f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}"
         )
     name = {timm: v3 for v3, timm in V3_VITS.items()}.get(loaded.model.backbone)
@@ -119,6 +121,19 @@ def _command(loaded: Loaded, form: str, path: str | Path) -> str:
     if steps := _first_layers(loaded, "model", loaded.data["channels"] != 3):
         script += f", after {'; '.join(steps)} where the script has built its model"
     return script
+
+
+def _detectron2_shape(name: str) -> str:
+    """Say how a ResNet differs from detectron2's usual one, of depth 50, whose other layers it
+    would leave random."""
+    depth = int(re.sub(r"\D*(\d+).*", r"\1", name))
+    cells = re.search(r"_(\d+)x(\d+)d$", name)
+    groups, width = map(int, cells.groups()) if cells else (1, 64)
+    width *= 2 if name.startswith("wide_") else 1
+    usual = {"DEPTH": 50, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "RES2_OUT_CHANNELS": 256}
+    own = (depth, groups, width, 64 if depth < 50 else 256)
+    pairs = zip(usual.items(), own, strict=True)
+    return "".join(f"MODEL.RESNETS.{key} {v} " for (key, known), v in pairs if v != known)
 
 
 def _safetensors_line(loaded: Loaded, place: str) -> str:

@@ -30,6 +30,7 @@ from torch import nn
 from torchvision import models
 
 import moco
+from moco.checkpoints import describe
 from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.matching import checksum
@@ -223,6 +224,33 @@ def test_the_words_of_other_commands_name_the_first_layers_that_they_need(export
     assert words.startswith("main_lincls.py -a vit_small --pretrained ") and "after" not in words
     words = exported("resnet18", "detectron2")[1]["load_with"]
     assert "MODEL.PIXEL_MEAN [123.675, " in words and "INPUT.FORMAT RGB" in words
+    assert "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.PIXEL_MEAN" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "groups", "width", "first_stage"),
+    [
+        ("resnet34", 34, 1, 64, 64),
+        ("resnet50", 50, 1, 64, 256),
+        ("resnet152", 152, 1, 64, 256),
+        ("resnext101_32x8d", 101, 32, 8, 256),
+        ("wide_resnet50_2", 50, 1, 128, 256),
+    ],
+)
+def test_detectron2_is_told_the_shape_of_a_network(name, depth, groups, width, first_stage):
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=0)
+    block = network.layer1[0]
+    middle = block.conv2
+    assert (middle.groups, middle.out_channels) == (groups, groups * width)
+    assert network.layer2[0].conv1.in_channels == first_stage
+    words = describe._detectron2_shape(name).split()
+    told = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    usual = {"DEPTH": 50, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "RES2_OUT_CHANNELS": 256}
+    wanted = dict(zip(usual, (depth, groups, width, first_stage), strict=True))
+    assert {**{f"MODEL.RESNETS.{key}": v for key, v in usual.items()}, **told} == {
+        f"MODEL.RESNETS.{key}": v for key, v in wanted.items()
+    }
 
 
 def test_a_safetensors_file_holds_the_line_that_fits_it(tmp_path):
