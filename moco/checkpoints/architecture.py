@@ -279,11 +279,22 @@ def _safe(arguments: dict[str, Any], part: State) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if not _NOT_SHAPE.fullmatch(name)}
 
 
+def is_named(contents: Contents) -> bool:
+    """Tell whether a file names its network, which else is found out from its tensors."""
+    said = (contents.config.get("model"), contents.raw.get("moco"), contents.raw.get("timm"))
+    return any(isinstance(each, dict) for each in said) or bool(_of_arch(contents))
+
+
+def _of_arch(contents: Contents) -> str:
+    """Return the timm name of what a file calls `arch`; empty where that is none."""
+    arch, found = contents.raw.get("arch"), ""
+    for name in (arch, f"{arch}_patch16_224"):  # the second is what v3 calls vit_small, vit_base
+        if isinstance(arch, str) and timm.is_model(name):
+            found = name
+    return found
+
+
 def _seen(contents: Contents, part: State) -> ModelConfig:
     """Describe a model by its `arch` and tensors; an empty backbone means that they do not tell."""
     shape = {"backbone": ""} | (resnet_shape(part) or vit_shape(part))
-    arch = contents.raw.get("arch")
-    for name in (arch, f"{arch}_patch16_224"):  # the second is what v3 calls vit_small, vit_base
-        if isinstance(arch, str) and timm.is_model(name):
-            shape["backbone"] = name
-    return ModelConfig(**shape)
+    return ModelConfig(**shape | ({"backbone": name} if (name := _of_arch(contents)) else {}))

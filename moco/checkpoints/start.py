@@ -11,7 +11,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from moco.algorithm.names import is_own
-from moco.checkpoints.architecture import attention_heads, look, named_heads
+from moco.checkpoints.architecture import attention_heads, is_named, look, named_heads
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import State, groups, match_state, shape_text, take
 from moco.checkpoints.origin import translated
@@ -96,7 +96,18 @@ def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool
     unclear = [f"the file does not tell its {name}" for name in questions]
     beyond = translated(model, known, contents.backbone("query"))[1] if model.backbone else {}
     unclear += [f"not kept: {name} {value}" for name, value in beyond.items()]
+    if is_named(contents) and _is_other(model.backbone, network):
+        unclear.append(f"the file says that its network is {model.backbone}")
     return "; ".join([*(f"not kept: {text}" for text in found), *unclear])
+
+
+def _is_other(name: str, network: nn.Module | None) -> bool:
+    """Tell whether a file names another network than the run's; names and shapes may be the same.
+
+    Networks of different names may also be the same one, as DeiT's and ViT's, so it is said alone.
+    """
+    own = getattr(network, "pretrained_cfg", {}).get("architecture")
+    return bool(own and name) and name.partition(".")[0] != own
 
 
 def _to_channels(part: State, network: nn.Module | None) -> tuple[State, str]:

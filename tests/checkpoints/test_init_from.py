@@ -268,3 +268,11 @@ def test_the_report_names_every_part_that_stays_behind(tmp_path, given, wanted, 
     state, _, key = module_state(replace(SMALL, **wanted), seed=7)
     _, report = restore_pretraining(tmp_path / "a.ckpt", state, key.backbone)
     assert said in report
+
+
+def test_a_network_of_another_name_and_the_same_tensors_is_told(tmp_path):
+    state = torchvision_resnet().state_dict()  # as of resnetblur18, which blurs where it pools
+    for arch, is_told in (("resnetblur18", True), ("resnet18", False), ("mine", False)):
+        torch.save({"arch": arch, "state_dict": state}, tmp_path / "a.pth")
+        _, report = start(tmp_path / "a.pth", IMAGENET)
+        assert (f"the file says that its network is {arch}; " in report) == is_told, arch
