@@ -13,9 +13,10 @@ from torch import nn
 from moco.algorithm.names import is_own
 from moco.checkpoints.architecture import attention_heads, is_named, look, named_heads
 from moco.checkpoints.layouts import Contents, read_contents
-from moco.checkpoints.matching import State, groups, match_state, shape_text, take
+from moco.checkpoints.matching import ABSENT, State, groups, match_state, shape_text, take
 from moco.checkpoints.origin import translated
-from moco.config import UserError
+from moco.checkpoints.shapes import fixed_positions
+from moco.config import ModelConfig, UserError
 
 # Layouts whose checkpoints hold heads and a queue as ours do.
 _WITH_HEADS = ("moco", "official", "official-v3", "openselfsup", "mmpretrain")
@@ -83,8 +84,16 @@ def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool
             )
     elif heads:
         known.pop("num_heads", None)
+    if _would_fix(model, contents.backbone("query"), network):
+        if not allowed:
+            raise UserError(
+                f"{contents.path} is of a ViT with learned positions, which the run would keep as "
+                "they are, since its positions are fixed: set model.positions learned, or give "
+                "--allow_partial to start from its weights all the same"
+            )
+        known["positions"] = "learned"
     reasons = {"num_heads": "{} attention heads", "stem_relu": "no ReLU after its first BatchNorm"}
-    reasons["stem_padding"] = "a stem that pads by {}"
+    reasons |= {"stem_padding": "a stem that pads by {}", "positions": "{} positions, now fixed"}
     if known.get("stem_padding") == 1:
         del known["stem_padding"]  # as in a run
     found = [text.format(known[name]) for name, text in reasons.items() if name in known]
@@ -99,6 +108,15 @@ def _refuse_variant(contents: Contents, network: nn.Module | None, allowed: bool
     if is_named(contents) and _is_other(model.backbone, network):
         unclear.append(f"the file says that its network is {model.backbone}")
     return "; ".join([*(f"not kept: {text}" for text in found), *unclear])
+
+
+def _would_fix(model: ModelConfig, part: State, network: nn.Module | None) -> bool:
+    """Tell whether learned positions of a file would come to a run whose positions are fixed."""
+    own, found = getattr(network, "pos_embed", None), part.get("pos_embed", ABSENT)
+    if own is None or own.requires_grad or not fixed_positions({"pos_embed": own.detach()}):
+        return False
+    is_learned = model.positions == "learned" and not fixed_positions(part)
+    return is_learned and found.is_floating_point() and found.ndim == 3
 
 
 def _is_other(name: str, network: nn.Module | None) -> bool:

@@ -276,3 +276,21 @@ def test_a_network_of_another_name_and_the_same_tensors_is_told(tmp_path):
         torch.save({"arch": arch, "state_dict": state}, tmp_path / "a.pth")
         _, report = start(tmp_path / "a.pth", IMAGENET)
         assert (f"the file says that its network is {arch}; " in report) == is_told, arch
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_learned_positions_are_not_taken_for_fixed_ones(tmp_path, size):
+    learned = replace(V3_VIT, positions="learned", vit_init="timm", freeze_patch_embed=False)
+    source = build_encoder(learned, 3, size).eval()
+    torch.save(source.backbone.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="learned positions.*set model.positions learned, or give"):
+        start(tmp_path / "a.pth", V3_VIT, size=8)
+    _, report = start(tmp_path / "a.pth", V3_VIT, size=8, allow_partial=True)
+    assert "not kept: learned positions, now fixed" in report
+    _, report = start(tmp_path / "a.pth", learned, size=8)
+    assert "not kept" not in report
+    fixed = build_encoder(V3_VIT, 3, size).eval()
+    torch.save(fixed.backbone.state_dict(), tmp_path / "b.pth")
+    assert "fixed" not in start(tmp_path / "b.pth", V3_VIT, size=8)[1]
+    save_ours(tmp_path / "c.ckpt", V3_VIT, size=size)
+    assert "fixed" not in start(tmp_path / "c.ckpt", V3_VIT, size=8)[1]
