@@ -45,11 +45,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.is_dir():
-            return _read_timm_directory(path, _WEIGHTS)
+            return _read_timm_directory(path)
         raw = _read_file(path)
         # What the file says of itself counts more than what lies beside it.
-        if path.name in _WEIGHTS and not raw.get("moco") and _is_of_timm(path.parent):
-            return _read_timm_directory(path.parent, (path.name,))
+        if path.name in _WEIGHTS and not raw.get("moco") and (note := _note_of_timm(path.parent)):
+            return {"state_dict": tensors_of(raw, path), "format": "timm", "timm": note}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     return raw
@@ -165,13 +165,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {"state_dict": state, "format": "safetensors", "moco": note} | epoch
 
 
-def _is_of_timm(path: Path) -> bool:
-    """Tell whether a directory names a network of timm's."""
+def _note_of_timm(path: Path) -> dict[str, Any]:
+    """Return the settings in a directory that names a network of timm's; empty for another."""
     try:
-        name = _read_config(path)["architecture"]
+        note = _read_config(path)
     except (OSError, UserError):
-        return False
-    return is_model(name.partition(".")[0])
+        return {}
+    return note if is_model(note["architecture"].partition(".")[0]) else {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -187,10 +187,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return note
 
 
-def _read_timm_directory(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Read the settings of a directory, and the first of some files of weights that is there."""
+def _read_timm_directory(path: Path) -> dict[str, Any]:
     note = _read_config(path)
-    for name in names:
+    for name in _WEIGHTS:
         if (path / name).is_file():
             state = tensors_of(_read_file(path / name), path / name)
             return {"state_dict": state, "format": "timm", "timm": note}
