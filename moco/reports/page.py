@@ -37,7 +37,8 @@ def write_report(
     """
     start = time.perf_counter()
     runs = [read_facts(path) for path in run_dirs]
-    panels = [make_panel(facts, images // len(runs), root, seed) for facts in runs]
+    share = max(images // len(runs), 1)
+    panels = [make_panel(facts, share, root, seed) for facts in runs]
     path = Path(output or run_dirs[0] / "report.html")
     text = render(panels)
     with output_file(path) as temporary:

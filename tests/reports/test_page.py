@@ -235,6 +235,7 @@ def test_several_runs_stand_side_by_side_differences_first(run, images, tmp_path
     assert "model.temperature" in table and "data.batch_size" not in table
     named = {value["run"] for value in loss_values(found)}
     assert named == {"1: run", "2: other"}
+    assert write_report([run, other], images=1)["images"] == [1, 1]  # one of each is the least
 
 
 def loss_values(found) -> list[dict]:
