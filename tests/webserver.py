@@ -19,8 +19,8 @@ class Faults:
 
     Attributes:
         asked: (method, name) of each request so far; RANGE is a GET of a part.
-        fault: Tells what befalls a request, by its number, method and name: `500`, `cut` or
-            nothing.
+        fault: Tells what befalls a request, by its number, method and name: `500`, `cut`, `whole`
+            (a web server sends no part of a file) or nothing.
         latency: Seconds that pass before each answer.
     """
 
@@ -78,6 +78,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         fault = server.meet(method, name, bool(span))
         path = server.folder / name
+        span = None if fault == "whole" else span
         if fault == "500" or not path.is_file():
             self.send_error(500 if fault == "500" else 404)
             return

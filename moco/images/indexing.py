@@ -18,7 +18,15 @@ from moco.images.formats import escaped, passed_over
 from moco.images.patterns import find_shards
 from moco.images.shard_index import Index, Known, Members, known_formats, read_parquet, read_tar
 from moco.images.shards import ShardSet
-from moco.images.stores import REQUESTS, Facts, forget_listings, look_up, look_up_all, read_file
+from moco.images.stores import (
+    REQUESTS,
+    Facts,
+    forget_listings,
+    gives_parts,
+    look_up,
+    look_up_all,
+    read_file,
+)
 from moco.log import track
 
 log = logging.getLogger("moco")
@@ -108,11 +116,12 @@ def _read_all(index: Index, cache: Cache, new: list[Shard]) -> dict[str, Known]:
 def _read(cache: Cache, shard: Shard) -> Members:
     """Read a shard; a tar of a store, of which all has to come for that, stays in the cache.
 
-    That is where there is room without others having to go.
+    That is where there is room without others having to go, or where parts cannot be asked for.
     """
     address = shard.address
     read: Callable[..., Members] = read_parquet if shard.is_parquet else read_tar
-    keeps = shard.is_cached and not shard.is_parquet and cache.make_room(shard, after=math.inf)
+    keeps = shard.is_cached and not shard.is_parquet
+    keeps = keeps and (cache.make_room(shard, after=math.inf) or not gives_parts(address))
     try:
         path = str(cache.bring(shard)) if keeps else address
         return read_file(path, lambda file: read(file, address))

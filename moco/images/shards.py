@@ -24,7 +24,7 @@ from moco.config import RunError
 from moco.images.cache import Cache, Shard
 from moco.images.formats import BadImage, Member
 from moco.images.shard_index import Index, Known, Members
-from moco.images.stores import REQUESTS, check_unchanged, is_remote, read_range
+from moco.images.stores import REQUESTS, check_unchanged, gives_parts, is_remote, read_range
 
 _OPEN, _INDEXED = 128, 512  # shards whose files and members a process holds
 _FEW = 256  # images that were looked at alone, of which a process keeps the bytes
@@ -124,7 +124,8 @@ class ShardSet(Sequence[Member]):
     @property
     def come_alone(self) -> bool:
         """Tell whether an epoch's first images are fetched alone: shards in a store are large."""
-        return lies_elsewhere(self) and self._is_large(0)
+        is_far = lies_elsewhere(self) and gives_parts(self.shards[0].address)
+        return is_far and self._is_large(0)
 
     def fetch_alone(self, rows: Sequence[int]) -> None:
         """Fetch those of some images whose shards are large and not here yet, without the shards.
@@ -186,7 +187,7 @@ class ShardSet(Sequence[Member]):
         """Tell whether a shard lies in a store and not here, so that its images can come alone."""
         shard = self.shards[number]
         is_here = number in self._files or not shard.is_cached or self.cache.has(shard)
-        return not shard.is_parquet and not is_here
+        return not (shard.is_parquet or is_here) and gives_parts(shard.address)
 
     def _is_large(self, number: int) -> bool:
         return self.shards[number].facts.size > _SMALL

@@ -26,6 +26,7 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http":
 _PACKAGES |= {"https": "aiohttp", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "Last-Modified", "mtime")
 REQUESTS = 64  # that a process makes of a store at a time
+_parts: dict[str, bool] = {}  # by folder of a web server: whether it gives parts of files
 
 
 class Facts(NamedTuple):
@@ -109,6 +110,25 @@ def look_up_all(addresses: list[str]) -> dict[str, Facts]:
         except Exception:  # then each file is asked for, which says what is wrong
             continue
     return found
+
+
+def gives_parts(address: str) -> bool:
+    """Tell whether parts of a file can be asked for; some web servers send whole files alone."""
+    folder = address.rpartition("/")[0]
+    if not folder.startswith("http"):
+        return True
+    if folder not in _parts:
+        store, path = file_system(address)
+        try:
+            with store.open(path, "rb", cache_type="none", size=2) as file:
+                file.seek(1)
+                file.read(1)
+            _parts[folder] = True
+        except ValueError:  # by fsspec, from the headers alone: nothing has come
+            _parts[folder] = False
+        except Exception:  # which is told where the file is read
+            return True
+    return _parts[folder]
 
 
 def read_range(address: str, start: int, end: int) -> bytes:

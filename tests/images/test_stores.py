@@ -306,6 +306,12 @@ def test_a_shard_replaced_while_its_images_come_alone_is_one_line(packed, own_se
     loader.close()
 
 
+@pytest.mark.parametrize("room", [100.0, 2.6e-5])  # of all shards, and of one or two
+def test_a_web_server_that_sends_no_parts_changes_no_bit(packed, server, large, room):
+    server.fault = lambda number, method, name: "whole"
+    assert same(crops(pattern(packed, server.address), cache_gib=room), crops(packed))
+
+
 # The cache
 
 
