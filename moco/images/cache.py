@@ -123,14 +123,14 @@ class Cache:
             part.unlink(missing_ok=True)
 
     def _wait_for_room(self, shard: Shard) -> None:
+        if shard.facts.size > self.limit:
+            raise RunError(
+                f"{shard.address} has {shard.facts.size} bytes, more than data.cache_gib "
+                f"{self.limit / 2**30:.3g}: raise it, or make smaller shards",
+                local=True,
+            )
         polls = itertools.count(1)
         while not self.make_room(shard):
-            if not any(path.suffix == PART for path in self._files()):
-                raise RunError(
-                    f"{shard.address} has {shard.facts.size} bytes, more than data.cache_gib "
-                    f"{self.limit / 2**30:.3g}: raise it, or make smaller shards",
-                    local=True,
-                )
             if next(polls) % _POLLS == 0:
                 self.tidy()  # one of them may have been killed
             time.sleep(_POLL_S)  # what others are fetching can make room when it has come

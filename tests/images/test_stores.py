@@ -416,6 +416,17 @@ def test_a_shard_above_the_bound_names_the_setting(server, cache):
         Cache(cache, 1000).bring(shard(server))
 
 
+def test_room_that_comes_free_while_it_is_looked_for_is_taken(server, cache, monkeypatch):
+    """What another process fetches may be whole just after there was no room beside it."""
+    made, part = Cache(cache, 21000), cache / f"{'0' * 24}-9999.part"
+    cache.mkdir()
+    part.touch()
+    answers, find = [made.make_room(shard(server))], made.make_room
+    monkeypatch.setattr(made, "make_room", lambda *a: answers.pop() if answers else find(*a))
+    part.rename(part.with_suffix(""))
+    assert answers == [False] and made.bring(shard(server)).exists()
+
+
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, packed):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MOCO_CACHE", str(tmp_path / "file"))
