@@ -48,7 +48,8 @@ WITHOUT_TORCH = (
     *("images.folders", "images.splits", "images.formats", "images.labels", "images.dicom"),
     *("reports.table", "reports.index", "reports.mapping", "reports.layout"),
     *("reports.search", "reports.select"),
-    *("images.patterns", "images.stores", "images.shard_index", "images.cache", "images.packing"),
+    *("images.patterns", "images.stores", "images.shard_index", "images.shard_headers"),
+    *("images.cache", "images.packing"),
     *("images.parquet", "images.tables"),
 )
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

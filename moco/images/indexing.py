@@ -16,7 +16,8 @@ from moco.config import DataConfig, RunError, UserError
 from moco.images.cache import Cache, Shard, cache_folder
 from moco.images.formats import escaped, passed_over
 from moco.images.patterns import find_shards
-from moco.images.shard_index import Index, Known, Members, known_formats, read_parquet, read_tar
+from moco.images.shard_headers import read_parquet, read_tar
+from moco.images.shard_index import Index, Known, Members, known_formats
 from moco.images.shards import ShardSet
 from moco.images.stores import (
     REQUESTS,
@@ -87,17 +88,24 @@ def _read_all(index: Index, cache: Cache, new: list[Shard]) -> dict[str, Known]:
     """Read shards into the index, and say which of their images are passed over."""
     known: dict[str, Known] = {}
     found: list[tuple[str, Facts, Members]] = []
-    second, foreign = 0, Counter[str]()
+    second, foreign, cut = 0, Counter[str](), []
     with ThreadPoolExecutor(_THREADS) as pool:
         read = pool.map(partial(_read, cache), new)
         for shard, members in zip(new, track(read, "index of shards", len(new)), strict=True):
             second += members.second
             foreign.update(members.foreign)
+            cut += [(shard.address, members.damaged)] if members.damaged else []
             found.append((*shard, members))
             if len(found) == _AT_A_TIME:
                 known |= index.add(found)
                 found = []
     known |= index.add(found)
+    if cut:
+        log.warning(
+            "%s cannot be read on from byte %d (%d such shards): the images behind it are missing; "
+            "make it anew (of tars one behind the other in a file the first is read)",
+            *cut[0], len(cut),
+        )  # fmt: skip
     if foreign:
         log.info("images that nothing here reads are passed over: %s", passed_over(foreign))
     if second:

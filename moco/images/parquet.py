@@ -12,7 +12,7 @@ from typing import Any
 
 from moco.config import RunError
 from moco.images.formats import escaped
-from moco.images.shard_index import image_column, parquet_package
+from moco.images.shard_headers import image_column, parquet_package
 
 
 def unpack(source: str, target: Path, name: str) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from test_formats import write_dicom
 
 from moco.config import DataConfig, RunError, UserError
-from moco.images import shard_index, sources
+from moco.images import shard_headers, shard_index, sources
 from moco.images.decode import decode
 from moco.images.labelled import open_data
 from moco.images.loader import PretrainData
@@ -392,7 +392,8 @@ def test_images_that_are_passed_over_are_said(tmp_path, said, monkeypatch):
     assert any("passed over: 1 .nef, 1 .svg" in line for line in said.messages)
     assert any(line.startswith("1 images are passed over, since") for line in said.messages)
     known = shard_index.readable()
-    monkeypatch.setattr(shard_index, "readable", lambda: known | {".nef"})
+    for room in (shard_headers, shard_index):
+        monkeypatch.setattr(room, "readable", lambda: known | {".nef"})
     assert len(sources.open_source(config, "train")) == 3, "a package has come"
 
 
