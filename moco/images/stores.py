@@ -21,6 +21,7 @@ T = TypeVar("T")
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # between the attempts
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError)  # which no attempt mends
+_LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
 _LASTING_ANSWERS = (400, 401, 403, 404, 410)  # of a web server
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
 _PACKAGES |= {"https": "aiohttp", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
@@ -209,6 +210,8 @@ def _tried(address: str, attempt: Callable[[], T]) -> T:
 def _is_lasting(error: BaseException) -> bool:
     """Tell whether no attempt mends an error; fsspec says not found of a web server's 500 too."""
     cause = error.__cause__ or error
+    if type(cause).__name__ in _LASTING_NAMES:
+        return True
     return isinstance(cause, _LASTING) or getattr(cause, "status", 0) in _LASTING_ANSWERS
 
 
