@@ -91,10 +91,13 @@ def _write_whole(checkpoint: dict[str, Any], target: Path) -> None:
 
 
 def why_not(error: Exception, folder: Path) -> str:
-    """Say why a write failed; of a full disk torch.save speaks as of a bad archive."""
+    """Say why a write failed; torch.save speaks of a bad archive, and hides the system's reason."""
     with contextlib.suppress(OSError):
         if shutil.disk_usage(folder).free < 2**20:
             return f"the disk of {folder} is full"
+    hidden = error if isinstance(error, OSError) else error.__context__
+    if isinstance(hidden, OSError) and hidden.strerror:  # as of a quota, which no disk tells
+        return f"{hidden.strerror} ({folder})"
     return reason_of(error)
 
 
