@@ -59,8 +59,10 @@ def file_system(address: str) -> tuple[Any, str]:
             # Its own limit covers a whole download, however large it is.
             options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_read=60)}
         elif scheme in ("s3", "s3a"):
-            # Its own limit is 10 connections, and files in several parts come through memory.
-            options = {"config_kwargs": {"max_pool_connections": REQUESTS}, "max_concurrency": 1}
+            # Its own limit is 10 connections, and files in several parts come through memory. It
+            # repeats each request five times, and botocore below it as often again.
+            own = {"max_pool_connections": REQUESTS, "retries": {"total_max_attempts": 1}}
+            options = {"config_kwargs": own, "max_concurrency": 1}
         return url_to_fs(address, **options)
     except ImportError:
         package = _PACKAGES.get(scheme, f"fsspec's back end for {scheme}")

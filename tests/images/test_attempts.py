@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socketserver
+import threading
+
 import pytest
 
 from moco.config import RunError
@@ -27,3 +30,23 @@ def test_missing_credentials_are_told_at_once(monkeypatch):
     assert attempts(botocore.NoCredentialsError(), monkeypatch) == 1
     assert attempts(botocore.ProfileNotFound(profile="mine"), monkeypatch) == 1
     assert attempts(botocore.ReadTimeoutError(endpoint_url="http://here"), monkeypatch) == 6
+
+
+def test_an_s3_that_stays_away_is_not_asked_for_minutes(monkeypatch):
+    pytest.importorskip("s3fs")
+    asked: list[int] = []
+
+    class Closed(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(1)
+
+    monkeypatch.setattr(stores, "WAITS_S", ())
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            monkeypatch.setenv(name, "x")
+        with pytest.raises(RunError, match=r"s3://bucket/\*.tar cannot be read"):
+            stores.listed("s3://bucket/*.tar", ".tar")
+        server.shutdown()
+    assert len(asked) <= 12  # aiohttp asks twice where a connection is closed
