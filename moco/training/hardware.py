@@ -49,8 +49,8 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if launched and trainer.devices not in (0, launched):
         raise UserError(
-            f"trainer.devices is {trainer.devices} but {launched} processes were launched: "
-            "leave it out"
+            f"trainer.devices is {trainer.devices} but {launched} of the started processes run on "
+            "this machine: give --trainer.devices 0 (of a run that goes on, config.yaml has it)"
         )
     num_nodes = int(os.environ["WORLD_SIZE"]) // launched if launched else 1
     if trainer.num_nodes not in (1, num_nodes):
@@ -66,6 +66,11 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
         )
     if devices > available:
         kind = "GPUs" if on_gpu else "CPU cores"
+        if launched:
+            raise UserError(
+                f"{launched} processes were started here and there are {available} {kind}: start "
+                "fewer (--nproc-per-node of torchrun, --ntasks-per-node of srun)"
+            )
         raise UserError(f"trainer.devices is {devices} but there are {available} {kind}: lower it")
     return devices, num_nodes
 
