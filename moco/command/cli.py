@@ -194,6 +194,8 @@ def run_main(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
     is_told = not result or _printed(result)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Python shuts down
     if signal_number:
+        if os.environ.get("RANK", "0") != "0":
+            launch.wait_for_others(CONSEQUENCE_S)  # rank 0 prints the result
         sys.exit(128 + signal_number)
     if not is_told or (result and result.get("verdict") == "diverged"):
         sys.exit(1)

@@ -109,7 +109,10 @@ def pretrain(config: TrainConfig, **asked: Any) -> dict[str, Any]:
     set_up_logging()
     rendezvous.connect(own_device(config))
     result = _pretrain(config, Request(**asked))
-    result = result if distributed.rank() == 0 else {}
+    if distributed.rank():  # which ends as the run does: torchrun takes an end with 0 for success
+        result = {name: result[name] for name in ("stopped_by",) if name in result}
+    if "stopped_by" in result:  # the first end has torchrun end the others: rank 0 has requeued
+        distributed.from_first(lambda: None)
     rendezvous.disconnect()
     is_finished = "loss" in result and "stopped_by" not in result
     return result | (write_page(config, Path(result["run_dir"])) if is_finished else {})

@@ -51,6 +51,18 @@ def test_tasks_of_srun_are_one_run_in_one_directory(images, srun):
     assert "2 cpu device(s)" in ends[0][2] and "key BatchNorm: shuffle" in ends[0][2]
 
 
+def test_a_signal_to_one_task_ends_all_with_its_code(images, srun):
+    """An end with 0 would tell torchrun that this machine has finished."""
+    tasks = srun(
+        *TINY, "--data.root", str(images), "--run.dir", "run", "--trainer.max_epochs", "99"
+    )
+    wait_for("run/checkpoints/last.ckpt", tasks[0])
+    tasks[1].send_signal(signal.SIGTERM)
+    ends = [finish(task) for task in tasks]
+    assert [code for code, _, _ in ends] == [143, 143], ends
+    assert json.loads(ends[0][1])["run_dir"] == "run" and ends[1][1] == ""
+
+
 def test_a_plan_is_told_by_one_task(images, srun):
     ends = [finish(p) for p in srun(*TINY, "--data.root", str(images), "--run.plan", "true")]
     assert [code for code, _, _ in ends] == [0, 0], ends
