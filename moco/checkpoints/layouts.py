@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco.checkpoints.matching import ABSENT, State, take
 from moco.checkpoints.read import read_state, tensors_beside, tensors_of
@@ -133,26 +133,45 @@ class Contents:
         return part
 
 
-def read_contents(path: str | Path) -> Contents:
+def read_contents(path: str | Path, own: nn.Module | None = None) -> Contents:
     """Read a file, recognise its layout and translate its names to ours.
+
+    Args:
+        own: A module of the user's own: a file that has all its names is taken as it is, since
+            such names as `net.0.weight` or `1.bias` mean something else in files of others.
 
     Raises:
         UserError: As for `read_state`; no tensors, or two of one name.
     """
     raw, state = read_state(path), {}
-    for name, tensor in tensors_of(raw, path).items():
+    kind = raw.get("format") if raw.get("format") in ("safetensors", "timm") else "torchvision"
+    contents = Contents(path, kind, {}, [], raw)
+    tensors = tensors_of(raw, path)
+    if _holds(tensors, own):
+        return _plain(contents, tensors)
+    for name, tensor in tensors.items():
         short = name.replace("_orig_mod.", "")  # torch.compile
         while short.startswith(_WRAPPERS):
             short = short.split(".", 1)[1]
         if short in state:
             raise UserError(f"{path} holds {short} twice, once as {name}: it is no single model")
         state[short] = tensor
+    if _holds(state, own):
+        return _plain(contents, state)
     if layout := _layout_of(state):
         return _rename(Contents(path, layout.name, {}, [], raw), state, layout)
-    kind = raw.get("format") if raw.get("format") in ("safetensors", "timm") else "torchvision"
-    contents = Contents(path, kind, {}, [], raw)
-    names = _plain_names(contents, state).items()
-    contents.state = {f"query_encoder.backbone.{name}": tensor for name, tensor in names}
+    return _plain(contents, _plain_names(contents, state))
+
+
+def _holds(state: State, own: nn.Module | None) -> bool:
+    """Tell whether a file has all names of a module, but for counts of batches."""
+    names = () if own is None else own.state_dict()
+    return bool(names) and {n for n in names if not n.endswith("_tracked")} <= state.keys()
+
+
+def _plain(contents: Contents, state: State) -> Contents:
+    """Take the tensors of a bare backbone as the query encoder's."""
+    contents.state = {f"query_encoder.backbone.{name}": tensor for name, tensor in state.items()}
     return contents
 
 

@@ -112,7 +112,7 @@ def load_encoder(
     Raises:
         UserError: Unreadable or unsafe file, unknown architecture, nothing or only a part matched.
     """
-    contents = read_contents(path)
+    contents = read_contents(path, backbone if isinstance(backbone, nn.Module) else None)
     part = contents.backbone(encoder)
     told = {"stem_padding": stem_padding, "num_heads": num_heads}
     architecture = identify(contents, part, backbone, image_size, told)

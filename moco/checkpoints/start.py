@@ -27,6 +27,7 @@ def restore_pretraining(
     module_state: State,
     backbone: nn.Module | None = None,
     allow_partial: bool = False,
+    own: bool = False,
 ) -> tuple[State, str]:
     """Fill a fresh MoCo module's state dict with everything in a file that fits.
 
@@ -40,6 +41,7 @@ def restore_pretraining(
         backbone: Its backbone. A ViT's positions and the RGB weights of a first convolution are
             fitted to it.
         allow_partial: Accept a file that fits only in part, or whose network a run cannot build.
+        own: The backbone is a module of the user's own.
 
     Returns:
         The filled state dict, and one line that says what came from the file and what did not.
@@ -47,7 +49,7 @@ def restore_pretraining(
     Raises:
         UserError: As for `load_encoder`.
     """
-    contents = read_contents(path)
+    contents = read_contents(path, backbone if own else None)
     notes = [_refuse_variant(contents, backbone, allow_partial)]
     both = contents.layout in _WITH_HEADS
     both = both and bool(contents.take("key_encoder.backbone."))

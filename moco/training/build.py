@@ -91,8 +91,9 @@ def build_module(
     module = MoCo(model, config.optim, data.channels, size, seed, data.chunks, own.backbone)
     allow_sizes(module, data)
     if init_from:
+        backbone, is_own = module.query_encoder.backbone, own.backbone is not None
         state, report = restore_pretraining(
-            init_from, module.state_dict(), module.query_encoder.backbone, allow_partial
+            init_from, module.state_dict(), backbone, allow_partial, is_own
         )
         module.load_state_dict(state)
         log.info("starts from %s: %s", init_from, report)

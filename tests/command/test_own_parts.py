@@ -1,5 +1,6 @@
 """Own backbones, views and pairs: runs with them train, resume to the same bits, and are judged."""
 
+import copy
 import random
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from door import PIXELS, STREAMED, TINY, assert_resumes, pretrain, pretrain_on_rank
 from pictures import write_pictures
@@ -92,6 +94,41 @@ def test_an_own_backbone_trains_resumes_loads_and_exports(kind, dim):
     with pytest.raises(moco.UserError, match="cannot hold own.*, a module of your own: take one"):
         moco.export(run, "timm", "hub", backbone=module(kind))
     assert_resumes(PIXELS, backbone=module(kind))
+
+
+class Wrapped(nn.Module):
+    """A network in a part whose name has a meaning in files of other code."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        self.add_module(name, Maps().layers)
+
+    def forward(self, images):
+        return getattr(self, self.name)(images)
+
+
+def numbered():
+    """A ResNet without its classifier, in the way that lightly's pages show."""
+    network = timm.create_model("resnet18", channels=(4, 4, 8, 8), stem_width=4)
+    return nn.Sequential(*[*network.children()][:-1])
+
+
+@pytest.mark.parametrize("name", ["net", "backbone", "model", "encoder_q", ""])
+def test_names_of_an_own_backbone_are_not_taken_for_those_of_other_code(name):
+    network = Wrapped(name) if name else numbered()
+    once = {"trainer.max_steps": 1, "optim.lr": 1e-9, "optim.weight_decay": 0}
+    run = own(backbone=network, **once)
+    moco.export(run, "safetensors", "a.safetensors", backbone=network)
+    torch.save(run.encoder.state_dict(), "a.pth")
+    for file in ("a.safetensors", "a.pth"):
+        again = moco.load_backbone(file, backbone=network)
+        assert same(again.state_dict(), run.encoder.state_dict())
+        other = copy.deepcopy(network)
+        nn.init.zeros_(next(other.parameters()))
+        started = own(f"from {file}", backbone=other, init_from=file, **once)
+        first = next(started.encoder.parameters())
+        torch.testing.assert_close(first, next(again.parameters()))
 
 
 def test_an_own_backbone_is_written_as_onnx():
