@@ -24,8 +24,9 @@ from moco.config import UserError
 from moco.images.decode import BadImage, Header, fit_bands
 from moco.images.formats import escaped
 from moco.images.readers import MODES
+from moco.images.values import sample
 
-_LOOKED_AT = 16  # items among which one must be an image
+_LOOKED_AT = 16  # items, of which one must be an image
 _NO_LABEL = object()
 
 
@@ -86,18 +87,20 @@ class Items:
         return Header(height, width, np.dtype(np.uint8), False, bands)
 
     def bands(self) -> int:
-        """Return the channels of the first item that is an image.
+        """Return the channels of some items, evenly spread: 3 where grey and colours are mixed.
 
         Raises:
-            UserError: None of the first items is.
+            UserError: None of these items is an image.
         """
-        first: BadImage | None = None
-        for index in range(min(len(self), _LOOKED_AT)):
+        found, faults = [], []
+        for index in sample(len(self), _LOOKED_AT):
             try:
-                return len(to_array(self.name(index), self.image(index), 0, False))
+                found.append(len(to_array(self.name(index), self.image(index), 0, False)))
             except BadImage as error:
-                first = first or error
-        raise UserError(f"images: {first}")
+                faults.append(error)
+        if not found:
+            raise UserError(f"images: {faults[0]}")
+        return max(found) if {*found} == {1, 3} else found[0]
 
     def labels(self) -> list[Any] | None:
         """Return the second part of each pair, or the column `label` of dictionaries; None where

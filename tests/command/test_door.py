@@ -113,6 +113,12 @@ def test_items_read_as_the_arrays_that_they_are():
     assert some.read(0).equal(array.read(7)) and some.called(0) == "item 7"
 
 
+def test_one_grey_picture_among_colours_does_not_make_all_grey():
+    pictures = [Image.fromarray(pixels) for pixels in PIXELS]
+    for mixed in ([pictures[0].convert("L"), *pictures[1:]], [PIXELS[0, :, :, 0], *PIXELS[1:]]):
+        assert open_own(mixed, DataConfig(channels="auto")).channels == 3
+
+
 def test_a_recipe_counts_before_what_is_usual_and_a_setting_before_it(in_tmp):
     given = {"recipe": "quickstart", "trainer.max_steps": 1}
     with pytest.raises(moco.UserError, match=r"has 3 channels and data\.channels is 1"):
