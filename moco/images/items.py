@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from moco.config import UserError
 from moco.images.decode import BadImage, Header, fit_bands
 from moco.images.formats import escaped
-from moco.images.readers import MODES
+from moco.images.readers import MODES, rather_last
 from moco.images.values import sample
 
 _LOOKED_AT = 16  # items, of which one must be an image
@@ -211,7 +211,7 @@ def to_array(name: str, image: Any, channels: int, turn: bool) -> np.ndarray:
 
     Args:
         channels: That a PIL image is converted to, and that tell C H W from H W C in arrays; 0:
-            its own, on the shorter of the two axes.
+            its own, on the axis that `rather_last` tells.
 
     Raises:
         BadImage: No image, or values of another type than uint8.
@@ -235,9 +235,10 @@ def to_array(name: str, image: Any, channels: int, turn: bool) -> np.ndarray:
 
 
 def bands_last(shape: tuple[int, ...], channels: int) -> bool:
-    """Tell H W C from C H W: by the channels, and where neither axis has them by the shorter."""
+    """Tell H W C from C H W: by the channels, and where neither axis has them by the shape."""
     first, last = shape[-3], shape[-1]
-    return last == channels != first or (channels not in (first, last) and last < first)
+    known = channels in (first, last)
+    return last == channels != first or (not known and rather_last(shape, False))
 
 
 def other_values(values: Any) -> str:

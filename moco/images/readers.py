@@ -103,7 +103,7 @@ class Picture:
 
 
 class ArrayFile:
-    """An array in .npy: H W, H W C or C H W; C is the axis of `channels`, else the shorter one."""
+    """An array in .npy: H W, H W C or C H W; C is the axis of `channels`, or by `rather_last`."""
 
     turned = inverted = windowed = False
     pages = 1
@@ -132,9 +132,18 @@ class ArrayFile:
         if array.ndim != 3:
             raise BadImage(self.path, f"has the shape {array.shape}: give H W, H W C or C H W")
         first, last = array.shape[0], array.shape[2]
-        if last == self.channels or (first != self.channels and last <= first):
+        if last == self.channels or (first != self.channels and rather_last(array.shape, True)):
             return array.transpose(2, 0, 1)
         return array
+
+
+def rather_last(shape: tuple[int, ...], equal: bool) -> bool:
+    """Tell H W C from C H W by the shape: a square has its bands on the third axis, whatever their
+    number, and other images on the shorter of first and last, or on the last if `equal`."""
+    first, middle, last = shape[-3:]
+    if (first == middle) != (middle == last):
+        return first == middle
+    return last < first or (equal and last == first)
 
 
 def _content(path: str) -> bytes:

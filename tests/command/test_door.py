@@ -113,6 +113,18 @@ def test_items_read_as_the_arrays_that_they_are():
     assert some.read(0).equal(array.read(7)) and some.called(0) == "item 7"
 
 
+@pytest.mark.parametrize("bands", [3, 20])
+def test_the_axis_that_differs_in_a_square_holds_its_bands(bands, tmp_path):
+    first = np.random.default_rng(0).integers(0, 256, (6, bands, 9, 9), dtype=np.uint8)
+    last, auto = np.ascontiguousarray(first.transpose(0, 2, 3, 1)), DataConfig(channels="auto")
+    for each in (first, last):
+        np.save(tmp_path / "a.npy", each[0])
+        for given in (each, list(each), [tmp_path / "a.npy"]):
+            source = open_own(given, auto)
+            assert source.channels == bands
+            assert source.read(0).equal(torch.from_numpy(first[0]))
+
+
 def test_one_grey_picture_among_colours_does_not_make_all_grey():
     pictures = [Image.fromarray(pixels) for pixels in PIXELS]
     for mixed in ([pictures[0].convert("L"), *pictures[1:]], [PIXELS[0, :, :, 0], *PIXELS[1:]]):
