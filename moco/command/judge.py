@@ -65,6 +65,8 @@ def read_settings(argv: Sequence[str], kind: type, about: str) -> Settings:
 
     def read_data(stored: dict[str, Any]) -> DataConfig:
         is_moved = config.data.root and not is_same_place(config.data.root, stored.get("root", ""))
+        if is_moved and stored.get("dataset") in ("digits", "own"):  # which lie in no directory
+            stored = stored | {"dataset": "folder"}
         return data_reader(parser, argv, LISTS if is_moved else ())(stored)
 
     run_dir = run_of(Path(judge.checkpoint))

@@ -393,6 +393,16 @@ def test_two_ranks_leave_out_torn_files_as_one_does(checkpoint, tmp_path, protoc
     assert len([line for line in said if "cannot be read" in line]) == 2, said
 
 
+@pytest.mark.parametrize("kind", ["digits", "own"])
+def test_a_root_alone_is_a_folder_where_the_run_had_none(checkpoint, tmp_path, kind):
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["config"]["data"] |= {"dataset": kind}
+    torch.save(stored, tmp_path / "last.ckpt")
+    root = folder(tmp_path / "images", {"train": BOTH, "test": BOTH})
+    arguments = ["--checkpoint", tmp_path / "last.ckpt", "--data.root", root, "--k", "[3]"]
+    assert {*inside("eval_knn", *arguments)["per_class"]} == {"a", "b"}
+
+
 def test_results_on_other_images_have_names_of_their_own(checkpoint, tmp_path):
     both = {"a": 6, "b": 5}
     roots = [folder(tmp_path / n / "images", {"train": both, "test": both}) for n in "xy"]
