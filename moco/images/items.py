@@ -150,7 +150,7 @@ def open_items(data: Any, column: str = "", turn: bool = False) -> Items:
     kind = type(data).__name__
     if isinstance(data, DataLoader):
         raise UserError("images is a DataLoader, whose items are batches: give its data set")
-    if isinstance(data, Mapping) and 0 not in data:
+    if (isinstance(data, Mapping) and 0 not in data) or hasattr(data, "iloc"):  # pandas' table
         names = ", ".join(map(repr, data))
         raise UserError(f"images is a {kind} of {names[:80]}: give what one of these holds")
     try:
@@ -224,6 +224,7 @@ def to_array(name: str, image: Any, channels: int, turn: bool) -> np.ndarray:
         values = image
     else:
         reason = f"is of type {type(image).__name__}: give PIL images, uint8 arrays or tensors"
+        reason += ", or paths alone in a list" if isinstance(image, str | os.PathLike) else ""
         raise BadImage(name, reason)
     if values.dtype != np.uint8:
         raise BadImage(name, other_values(values))

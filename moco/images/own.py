@@ -37,6 +37,7 @@ def open_own(images: Any, data: DataConfig, column: str = "") -> ImageSource:
     """
     if isinstance(images, ImageSource):
         return images
+    images = _listed(images)
     if isinstance(images, Tensor) or (
         isinstance(images, np.ndarray)
         and not isinstance(images, np.memmap)
@@ -49,6 +50,14 @@ def open_own(images: Any, data: DataConfig, column: str = "") -> ImageSource:
     channels = items.bands() if data.channels == "auto" else data.channels
     name = f"{type(images).__name__} of {len(items)} items"
     return ImageSource(name, None, [], None, [], channels, items=items)
+
+
+def _listed(images: Any) -> Any:
+    """Return a column of pandas, which is indexed by its own labels, and an array of names as a
+    list."""
+    is_column = hasattr(images, "iloc") and getattr(images, "ndim", 0) == 1
+    is_text = isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OU"
+    return images.tolist() if is_column or is_text else images
 
 
 def open_pair(pair: Any, data: DataConfig, column: str = "") -> tuple[ImageSource, ImageSource]:

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -125,6 +126,15 @@ def test_the_axis_that_differs_in_a_square_holds_its_bands(bands, tmp_path):
             assert source.read(0).equal(torch.from_numpy(first[0]))
 
 
+def test_paths_in_arrays_and_columns_are_those_in_a_list(images):
+    paths, auto = sorted(map(str, images.glob("*.jpg"))), DataConfig(channels="auto")
+    named = pd.Series(paths, index=range(100, 100 + len(paths)))
+    for given in (np.array(paths), np.array(paths, object), named, named[::-1][::-1]):
+        assert open_own(given, auto).paths == paths
+    turned = pd.Series([Image.fromarray(pixels) for pixels in PIXELS])[::-1]
+    assert open_own(turned, auto).read(0).equal(open_own(PIXELS, auto).read(len(PIXELS) - 1))
+
+
 def test_one_grey_picture_among_colours_does_not_make_all_grey():
     pictures = [Image.fromarray(pixels) for pixels in PIXELS]
     for mixed in ([pictures[0].convert("L"), *pictures[1:]], [PIXELS[0, :, :, 0], *PIXELS[1:]]):
@@ -170,6 +180,8 @@ def test_an_item_that_cannot_be_read_is_named_and_skipped_where_that_is_allowed(
         ({1, 2}, "is a set, which cannot be indexed"),
         (torch.utils.data.DataLoader(PIXELS), "is a DataLoader, .* give its data set"),
         ({"train": PIXELS}, "is a dict of 'train': give what one of these holds"),
+        (pd.DataFrame({"path": ["a"]}), "is a DataFrame of 'path': give what one of these holds"),
+        ([("a.png", 0)], "item 0: is of type str: give PIL .*, or paths alone in a list"),
         ([], "is a list of length 0"),
         (PIXELS / 255, r"holds float64 values from 0 to .*: give uint8, as \(255 \* x\)"),
         (PIXELS.astype(np.uint16), "holds uint16 values: give uint8"),
