@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def pretrain(
     loggers: Sequence[Logger] | Logger = (),
     callbacks: Sequence[Callback] | Callback = (),
     dir: str | os.PathLike[str] = "",
-    resume: str | os.PathLike[str] = "",
+    resume: str | os.PathLike[str] | Pretrained = "",
     column: str = "",
     **settings: Any,
 ) -> Pretrained:
@@ -81,8 +81,9 @@ def pretrain(
         loggers: Of Lightning; they get the metrics besides metrics.csv.
         callbacks: Of Lightning, called after the run's own.
         dir: Of the run; empty: runs/RECIPE-DATE-TIME-MICROSECONDS.
-        resume: A run directory or checkpoint that goes on exactly, or "auto". The images, and a
-            module or callables of your own, must be given again.
+        resume: A run directory or checkpoint that goes on exactly, what this function has
+            returned, or "auto". The images, and a module or callables of your own, must be given
+            again.
         column: Of the images where items are dictionaries; needed where several hold images.
         settings: Any other of `moco train`, by its dotted name: **{"optim.lr": 0.06}; and
             init_from, allow_partial, extend and yes.
@@ -92,6 +93,10 @@ def pretrain(
         RunError: What ends a run although its input is right.
         KeyboardInterrupt: After Ctrl-C; the run has saved and can be resumed.
     """
+    if isinstance(resume, Pretrained):
+        if resume.checkpoint is None:
+            raise UserError("resume is a run that has left no checkpoint: it was a plan")
+        resume = resume.checkpoint
     recipe = recipe or ("" if resume and resume != "auto" else "folder")
     own: dict[str, Any] = {"backbone": backbone, "views": views, "pairs": pairs}
     _check_once({"images": images, **own, "dir": dir or None}, settings)
@@ -110,8 +115,19 @@ def pretrain(
     return _run(arguments, images, own, loggers, callbacks, column)
 
 
-def _several(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, Sequence) else [given]
+def _several(name: str, given: Any, kind: type) -> list[Any]:
+    """Return one or several parts of Lightning's as a list.
+
+    Raises:
+        UserError: One of them is of another kind, as a class in the place of its instance.
+    """
+    several = list(given) if isinstance(given, Iterable) else [given]
+    several = [] if given is None else several
+    for part in several:
+        if not isinstance(part, kind):
+            what = f"the class {part.__name__}" if isinstance(part, type) else repr(part)[:80]
+            raise UserError(f"{name} holds {what}: give instances of Lightning's {kind.__name__}")
+    return several
 
 
 def _check_once(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -164,6 +180,8 @@ def _run(
 ) -> Pretrained:
     """Open what comes from Python, train, and open what the run has left."""
     import torch
+    from pytorch_lightning import Callback
+    from pytorch_lightning.loggers import Logger
 
     from moco.checkpoints.load import load_backbone
     from moco.images.own import open_own
@@ -179,10 +197,11 @@ def _run(
         None if isinstance(backbone, str) else backbone,
         None if views is None or isinstance(views, str) else open_views(views),
         None if isinstance(pairs, str) else pairs,
-        _several(loggers),
+        _several("loggers", loggers, Logger),
     )
+    listed = _several("callbacks", callbacks, Callback)
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
-        metrics = pretrain(**arguments, callbacks=_several(callbacks), own=part)
+        metrics = pretrain(**arguments, callbacks=listed, own=part)
     if number := metrics.get("stopped_by"):
         if number == signal.SIGINT:
             raise KeyboardInterrupt(f"go on with resume={metrics['run_dir']!r}")

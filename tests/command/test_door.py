@@ -295,6 +295,27 @@ class Stops(pl.Callback):
 
 
 @pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"loggers": True}, "loggers holds True: give instances of Lightning's Logger"),
+        ({"callbacks": EarlyStopping}, "callbacks holds the class EarlyStopping: give instances"),
+        ({"callbacks": [EarlyStopping("train/loss"), None]}, "callbacks holds None: give inst"),
+    ],
+)
+def test_parts_of_another_kind_are_refused_in_one_line(given, line, in_tmp):
+    with pytest.raises(moco.UserError, match=line):
+        pretrain(PIXELS, **given)
+    assert not Path("run").exists()
+
+
+def test_a_run_goes_on_from_what_it_has_returned(in_tmp):
+    several = (EarlyStopping("train/loss") for _ in range(1))
+    run = pretrain(PIXELS, callbacks=several, loggers=None)
+    again = moco.pretrain(PIXELS, resume=run, extend=1, yes=True)
+    assert again.metrics["run_dir"] == "run" and again.metrics["steps"] > run.metrics["steps"]
+
+
+@pytest.mark.parametrize(
     "step, hook", [(2, "on_train_batch_end"), (3, "on_train_batch_end"), (3, "on_train_epoch_end")]
 )
 def test_a_run_that_a_callback_stops_is_saved_and_goes_on(in_tmp, step, hook):
