@@ -45,6 +45,7 @@ def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) 
     device = start_process(config)
     try:
         loaded, data, _ = open_encoder(config, read_data, given)
+        data = _with_known_views(data)
         views = open_views(config, data, device, given.open_plain(data))
         found = {
             name: measure(network.to(device), views, config.views // 2)
@@ -56,6 +57,16 @@ def quality(config: QualityConfig, read_data: ReadData, given: Given = NOTHING) 
         log.info("%s", line)
     about = {"checkpoint": config.checkpoint, "images": len(views.source), "views": config.views}
     return about | {"data": views.source.name} | found
+
+
+def _with_known_views(data: DataConfig) -> DataConfig:
+    """Put a recipe's views in the place of callables, which no checkpoint holds, and say so."""
+    if data.views != "own":
+        return data
+    views = "cifar" if data.image_size < 64 else "v2"
+    log.info("the run's views are callables, which its checkpoint does not hold: those of "
+             "data.views %s are taken", views)  # fmt: skip
+    return replace(data, views=views)
 
 
 def open_views(

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from door import PIXELS, pretrain
 from pictures import write_pictures
 from runs import TINY
+from torchvision.transforms import v2
 
+import moco
 import train
 from moco.command import quality
 from moco.config import UserError
@@ -42,6 +45,13 @@ def test_backbone_head_and_untrained_network_are_measured_on_the_same_views(fold
     other = quality.main([*LAST, "--count", "100", "--views", "6", "--seed", "1"])  # the run's
     assert other["data"] == found["data"] and other["backbone"] != found["backbone"]
     assert any(line.startswith("rankme") and "higher is better" in line for line in said)
+
+
+def test_a_run_of_own_views_is_measured_by_those_of_a_recipe(said):
+    run = pretrain(PIXELS, views=v2.RandomCrop(16), **{"trainer.max_steps": 1})
+    found = moco.quality(run, PIXELS, views=2)
+    assert found["images"] == len(PIXELS) and found["backbone"].keys() == MEASURES.keys()
+    assert any("those of data.views cifar are taken" in line for line in said)
 
 
 def test_images_that_may_have_been_trained_on_are_said_and_one_alone_is_refused(folder, said):
