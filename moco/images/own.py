@@ -5,6 +5,7 @@ Shapes: N images, C channels, H W pixels.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from moco.images.formats import shown
 from moco.images.image_source import ImageSource
 from moco.images.items import bands_last, open_items, other_values
 from moco.images.values import choose_channels, settle
+
+log = logging.getLogger("moco")
 
 
 def open_own(images: Any, data: DataConfig, column: str = "") -> ImageSource:
@@ -48,6 +51,12 @@ def open_own(images: Any, data: DataConfig, column: str = "") -> ImageSource:
         return _of_paths(images, data)
     items = open_items(images, column, data.exif == "apply")
     channels = items.bands() if data.channels == "auto" else data.channels
+    if changed := items.changing(channels):
+        log.info(
+            "warning: %s is another image when it is read again, so a resumed run is not exact and "
+            "images held in memory keep one draw: leave random transforms out of the data set, and "
+            "give them as views=", changed,
+        )  # fmt: skip
     name = f"{type(images).__name__} of {len(items)} items"
     return ImageSource(name, None, [], None, [], channels, items=items)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from runs import assert_same_end, load
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.transforms import RandomCrop
 from tqdm import tqdm
 
 import moco
@@ -133,6 +134,23 @@ def test_paths_in_arrays_and_columns_are_those_in_a_list(images):
         assert open_own(given, auto).paths == paths
     turned = pd.Series([Image.fromarray(pixels) for pixels in PIXELS])[::-1]
     assert open_own(turned, auto).read(0).equal(open_own(PIXELS, auto).read(len(PIXELS) - 1))
+
+
+def test_items_that_change_are_said(in_tmp, said):
+    class Cropped(Labelled):
+        """A data set with the transforms of training, as other libraries want it."""
+
+        transform = RandomCrop(16)
+
+        def __getitem__(self, index):
+            picture, label = super().__getitem__(index)
+            return self.transform(picture), label
+
+    once = {"trainer.max_steps": 1}
+    pretrain(Labelled(), **once)
+    assert not any("when it is read again" in line for line in said)
+    pretrain(Cropped(), "cropped", **once)
+    assert any("another image when it is read again" in line for line in said)
 
 
 def test_one_grey_picture_among_colours_does_not_make_all_grey():
