@@ -177,7 +177,8 @@ def _open_folder(
     table = read_table(data.labels) if data.labels else None
     if table:
         if train is None:
-            table.say_unused(paths)
+            apart = split_folders(data)[1]
+            table.say_unused(paths, "" if apart in (None, top) else apart)
         paths = table.part(paths, held_out=train is not None)
         if train is None and not paths:
             raise UserError(

@@ -106,13 +106,20 @@ class Table:
             return []
         return [path for path in paths if self.split(path) == wanted]
 
-    def say_unused(self, paths: Sequence[str]) -> None:
-        """Tell of images of a split that is neither trained on nor held out."""
-        held_out = self.held_out(paths)
+    def say_unused(self, paths: Sequence[str], folder: str = "") -> None:
+        """Tell of images of a split that is neither trained on nor held out.
+
+        Args:
+            paths: Of the train split.
+            folder: The directory that is held out, where it is another one than theirs.
+        """
+        held_out = "" if folder else self.held_out(paths)
         words = Counter(word for path in paths if (word := self.split(path)) and word != held_out)
         if words:
             unused = ", ".join(f"{count} images of {word}" for word, count in words.items())
-            log.info("data.labels %r: held out is %s; not used: %s", self.path, held_out, unused)
+            remedy = ": to hold these out, let data.root be their folder" if folder else ""
+            log.info("data.labels %r: held out is %s; not used: %s%s", self.path,
+                     shown(folder) or held_out, unused, remedy)  # fmt: skip
 
     def say(self, paths: Sequence[str], labels: Sequence[str | None]) -> None:
         """Tell how many images have a label, and of which column.

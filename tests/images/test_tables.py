@@ -79,6 +79,16 @@ def test_a_table_with_splits_holds_images_out(tmp_path, lines):
     assert queries.labels.tolist() == [1, 0, 1]
 
 
+def test_images_that_a_table_holds_out_beside_a_test_folder_are_said(tmp_path, lines):
+    """As of sets whose test folder has no labels, where the table splits the train folder."""
+    rows = [f"{n}.png,{'ab'[n % 2]},{'val' if n > 4 else 'train'}\n" for n in range(8)]
+    places = [*(f"train/{n}.png" for n in range(8)), "test/x.png", "test/y.png"]
+    data = tabled(tmp_path, HEADED + "".join(rows), *places)
+    assert len(sources.open_source(data, "train")) == 5
+    (line,) = [line for line in lines.messages if "not used" in line]
+    assert "test; not used: 3 images of val: to hold these out, let data.root be their" in line
+
+
 @pytest.mark.parametrize(
     "content, trained, held_out, line",
     [
