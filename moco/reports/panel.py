@@ -64,6 +64,8 @@ def make_panel(facts: Facts, images: int, root: str, seed: int) -> Panel:
     """
     panel = Panel(facts)
     data = replace(facts.config.data, root=root) if root else facts.config.data
+    if root and data.dataset == "own":
+        data = replace(data, dataset="folder")
     log.info("looking at %s", facts.path)
     source, is_own = _part(panel, "its images", lambda: _open(facts, data)) or (None, False)
     network = _part(panel, "its network", lambda: _load(facts))
@@ -115,6 +117,11 @@ def _open(facts: Facts, data: DataConfig) -> tuple[ImageSource, bool]:
     """
     if (undecided := facts.config.undecided()) and undecided[0].startswith("data."):
         raise UserError(f"the run has not decided {undecided[0]}")
+    if data.dataset == "own":
+        raise UserError(
+            "the run got them from Python, which no page can ask for them: --root FOLDER shows "
+            "images in their place, and moco.embed(run, images, DIR, map=True) makes their map"
+        )
     source = sources.open_source(data, "train")
     found = sources.identify(source, data.root)
     stored = (read_state(facts.checkpoint) if facts.checkpoint else {}).get("images") or found

@@ -252,6 +252,17 @@ def test_views_of_callables_from_python_are_said_to_be_missing(run):
     assert found.ids() >= PARTS - {"pairs"} and "pairs" not in found.ids()
 
 
+def test_images_from_python_are_said_to_be_missing_and_others_shown_in_their_place(run, images):
+    settings = (run / "config.yaml").read_text()
+    own = re.sub(r"\n  dataset: \w+\n", "\n  dataset: own\n", settings)
+    assert own != settings
+    (run / "config.yaml").write_text(own)
+    found = read(write_report([run], 16)["report"])
+    assert "The page lacks its images: the run got them from Python" in found.said
+    told = command.main([str(run), "--images", "8", "--root", str(images)])
+    assert told["images"] == [8]
+
+
 def test_resumes_are_marked_where_the_run_went_on(run):
     note = json.loads((run / "run.json").read_text())
     for step in (2, 4, 3):  # the last one repeats step 4
