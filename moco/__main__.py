@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from moco import __version__
 from moco.command import cli
 from moco.config import UserError
 
@@ -36,7 +37,10 @@ def main() -> None:
     if name in ("-h", "--help"):
         lines = [f"  {command:8} {about}" for command, (_, about) in COMMANDS.items()]
         print(f"usage: {program} COMMAND [--OPTION VALUE ...]", *lines, sep="\n")
-        print(f"What a command takes: {program} COMMAND --help")
+        print(f"What a command takes: {program} COMMAND --help; the version: {program} --version")
+        return
+    if name == "--version":
+        print(f"moco {__version__}")
         return
     sys.argv = [f"{program} {name}", *sys.argv[2:]]
     cli.run_main(lambda argv: _run(name, argv))

@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 from processes import ROOT
 
+import moco
 from moco import __main__ as program
 
 SCRIPTS = {"train": "train", "knn": "eval_knn", "linear": "eval_linear", "export": "export"}
@@ -55,6 +56,12 @@ def test_an_unknown_command_is_one_line(monkeypatch, capsys, words, hint):
     assert run(monkeypatch, *words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and hint in err
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["moco", "--version"])
+    program.main()
+    assert capsys.readouterr().out == f"moco {moco.__version__}\n"
 
 
 def test_wrong_settings_of_a_command_are_one_line(monkeypatch, capsys):
