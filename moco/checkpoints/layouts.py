@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.checkpoints.matching import ABSENT, State, take
-from moco.checkpoints.read import read_state, tensors_beside, tensors_of
+from moco.checkpoints.read import read_state, tensors_of
 from moco.config import UserError
 
 _WRAPPERS = ("module.", "model.", "_forward_module.")
@@ -89,11 +89,6 @@ class Contents:
     others: list[str]
     raw: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def beside(self) -> list[str]:
-        """Name the tensors in other dicts of the file, as of an average of its weights (EMA)."""
-        return tensors_beside(self.raw)
 
     @property
     def plain(self) -> bool:

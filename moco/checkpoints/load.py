@@ -25,6 +25,7 @@ from moco.checkpoints.architecture import (
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import Match, State, groups, match_state
 from moco.checkpoints.preparation import Preparation, preparation, pretrained_cfg
+from moco.checkpoints.read import tensors_beside
 from moco.checkpoints.shapes import head_shape
 from moco.config import ModelConfig, UserError
 
@@ -183,7 +184,7 @@ def _report(loaded: Loaded, contents: Contents, found: Match) -> str:
     side = "key" if loaded.encoder == "key" else "query"
     used = f"{side}_encoder." if loaded.head else f"{side}_encoder.backbone."
     left_out = [name for name in contents.state if not name.startswith(used)]
-    left_out += [*contents.others, *found.left_out, *contents.beside]
+    left_out += [*contents.others, *found.left_out, *tensors_beside(contents.raw)]
     about = [
         f"{loaded.layout} layout",
         "" if loaded.epoch is None else f"epoch {loaded.epoch}",

@@ -15,6 +15,7 @@ from moco.checkpoints.architecture import attention_heads, is_named, look, named
 from moco.checkpoints.layouts import Contents, read_contents
 from moco.checkpoints.matching import ABSENT, State, groups, match_state, shape_text, take
 from moco.checkpoints.origin import translated
+from moco.checkpoints.read import tensors_beside
 from moco.checkpoints.shapes import fixed_positions
 from moco.config import ModelConfig, UserError
 
@@ -64,7 +65,8 @@ def restore_pretraining(
     origin = "both encoders" if both else "query encoder, key encoder = its copy"
     notes += [f"{contents.layout} layout, backbone: {origin}, each {found.text()}", adapted]
     notes.append(_restore_heads_and_queue(contents, state))
-    notes += [f"left out: {groups(contents.beside)}"] if contents.beside else []
+    beside = tensors_beside(contents.raw)
+    notes += [f"left out: {groups(beside)}"] if beside else []
     return state, "; ".join(filter(None, notes))
 
 

@@ -21,11 +21,12 @@ from moco import distributed
 from moco.checkpoints.matching import checksum
 from moco.evaluation.features import feature_shape
 from moco.evaluation.labels import check_labels, few_labels
+from moco.evaluation.opening import ReadData
 from moco.evaluation.own import NOTHING, Given
 from moco.evaluation.probe import SWEEP
 from moco.evaluation.protocols import PROTOCOLS, fitting, knn
 from moco.evaluation.references import add_references, describe
-from moco.evaluation.subject import ReadData, Subject, open_subject, output_path
+from moco.evaluation.subject import Subject, open_subject, output_path
 from moco.evaluation.verdict import RAW_PIXELS, REFERENCE, UNTRAINED, Comparison, compare
 from moco.judge_config import JudgeConfig, KNNConfig, LinearConfig
 from moco.pixels import normalisation

@@ -19,8 +19,8 @@ from moco.config import DataConfig, UserError
 from moco.distributed import gather_ragged
 from moco.evaluation.features import check_finite, evaluating
 from moco.evaluation.measures import MEASURES
+from moco.evaluation.opening import ReadData, open_encoder, start_process
 from moco.evaluation.own import NOTHING, Given
-from moco.evaluation.subject import ReadData, open_encoder, start_process
 from moco.images import sources
 from moco.images.image_source import ImageSource
 from moco.images.loader import PretrainData

@@ -26,8 +26,9 @@ from moco.checkpoints.matching import checksum
 from moco.checkpoints.preparation import preparation
 from moco.config import DataConfig, UserError
 from moco.evaluation.features import feature_shape
+from moco.evaluation.opening import ReadData, open_encoder, start_process
 from moco.evaluation.own import NOTHING, Given
-from moco.evaluation.subject import Layer, ReadData, open_encoder, start_process
+from moco.evaluation.subject import Layer
 from moco.idle import idle_in_embedding
 from moco.images.bad_files import BadFiles
 from moco.images.dicom import split_frame

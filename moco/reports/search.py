@@ -82,7 +82,7 @@ def embed_query(features: Features, config: SearchConfig) -> np.ndarray:
     import torch
 
     from moco.evaluation.features import extract_features
-    from moco.evaluation.subject import load, start_process
+    from moco.evaluation.opening import load, start_process
     from moco.images.labelled import LabelledData
     from moco.reports.embed import checksums_of, network_of
 

@@ -16,7 +16,7 @@ from moco.checkpoints import export as room
 from moco.checkpoints.load import load_encoder
 from moco.checkpoints.preparation import Preparation
 from moco.config import DataConfig, UserError
-from moco.evaluation.subject import data_settings
+from moco.evaluation.opening import data_settings
 from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
 

@@ -10,7 +10,7 @@ from sklearn.metrics import recall_score, top_k_accuracy_score
 from moco.checkpoints.export import export
 from moco.checkpoints.load import load_encoder
 from moco.config import DataConfig, UserError
-from moco.evaluation import subject
+from moco.evaluation import opening, subject
 from moco.evaluation.scores import accuracies
 from moco.judge_config import JudgeConfig
 
@@ -95,7 +95,7 @@ def test_settings_of_pretraining_are_refused_for_every_layout(tmp_path, changes,
         return replace(DataConfig(**stored), dataset="digits", **changes)
 
     with pytest.raises(UserError, match=rf"data\.{next(iter(changes))} is a setting of pretrain"):
-        subject.data_settings(loaded, read)
+        opening.data_settings(loaded, read)
 
 
 def test_a_run_whose_views_grew_is_judged_at_any_size(tmp_path):
@@ -106,4 +106,4 @@ def test_a_run_whose_views_grew_is_judged_at_any_size(tmp_path):
     def read(stored):
         return replace(DataConfig(**stored), image_size=8)
 
-    assert subject.data_settings(loaded, read).image_size == 8
+    assert opening.data_settings(loaded, read).image_size == 8
