@@ -44,6 +44,7 @@ def read_tar(file: Any, address: str) -> Members:
         if not item.isfile() or not visible(base):
             continue
         stem, _, kind = base.partition(".")
+        kind = kind.lower()
         key = f"{folder}/{stem}" if folder else stem
         ending = extension(base)
         if ending in endings:

@@ -23,7 +23,7 @@ from moco.images.formats import readable
 from moco.images.stores import Facts
 
 log = logging.getLogger("moco")
-_READING = "2"  # changes with what is made of the same headers, which are then read again
+_READING = "3"  # changes with what is made of the same headers, which are then read again
 _MAKE = """create table if not exists indexed (address text primary key, size integer, tag text,
     count integer, checksum integer, formats integer, members blob)"""
 

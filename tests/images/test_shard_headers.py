@@ -72,6 +72,12 @@ def test_a_class_has_one_name_whatever_a_table_makes_of_it(value, label, tmp_pat
         assert read_parquet(file, "x.parquet").labels == [label]
 
 
+def test_labels_count_whatever_the_case_of_their_ending():
+    members = {"1.JPG": b"x", "1.CLS": b"cat", "2.JPG": b"x", "2.Json": b'{"label": "dog"}'}
+    found = read_tar(io.BytesIO(as_tar(members)), "x.tar")
+    assert (found.names, found.labels) == (["1.JPG", "2.JPG"], ["cat", "dog"])
+
+
 def test_a_class_in_another_unicode_form_is_the_same_class():
     other = unicodedata.normalize("NFD", "Bär")
     members = {"1.png": b"x", "1.cls": other.encode(), "2.png": b"x"}
