@@ -88,11 +88,12 @@ def _read_all(index: Index, cache: Cache, new: list[Shard]) -> dict[str, Known]:
     """Read shards into the index, and say which of their images are passed over."""
     known: dict[str, Known] = {}
     found: list[tuple[str, Facts, Members]] = []
-    second, foreign, cut = 0, Counter[str](), []
+    second, links, foreign, cut = 0, 0, Counter[str](), []
     with ThreadPoolExecutor(_THREADS) as pool:
         read = pool.map(partial(_read, cache), new)
         for shard, members in zip(new, track(read, "index of shards", len(new)), strict=True):
             second += members.second
+            links += members.links
             foreign.update(members.foreign)
             cut += [(shard.address, members.damaged)] if members.damaged else []
             found.append((*shard, members))
@@ -112,6 +113,11 @@ def _read_all(index: Index, cache: Cache, new: list[Shard]) -> dict[str, Known]:
         log.info(
             "%d images are passed over, since an image before them in their shard has the same "
             "key: the name up to its first dot", second,
+        )  # fmt: skip
+    if links:
+        log.warning(
+            "%d images or labels are passed over, since a shard holds a link in the place of each: "
+            "make it with the files themselves (tar --dereference --hard-dereference)", links,
         )  # fmt: skip
     if nameless := sum(not shard.facts.tag for shard in new):
         log.warning(

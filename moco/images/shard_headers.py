@@ -36,17 +36,18 @@ def read_tar(file: Any, address: str) -> Members:
     """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, dict[str, str]] = {"cls": {}, "json": {}}
-    foreign, second, starts, endings = Counter[str](), 0, 0, readable()
+    foreign, second, links, starts, endings = Counter[str](), 0, 0, 0, readable()
     end = 0
     for tar, item in _members(file, address):
         end = tar.offset
         folder, _, base = item.name.rpartition("/")
-        if not item.isfile() or not visible(base):
-            continue
         stem, _, kind = base.partition(".")
-        kind = kind.lower()
+        kind, ending = kind.lower(), extension(base)
+        if not item.isfile() or not visible(base):
+            is_link = visible(base) and (item.issym() or item.islnk())
+            links += is_link and (ending in endings or looks_like_image(ending) or kind in labels)
+            continue
         key = f"{folder}/{stem}" if folder else stem
-        ending = extension(base)
         if ending in endings:
             file.seek(item.offset_data)
             starts = zlib.crc32(file.read(min(_START, item.size)), starts)
@@ -62,7 +63,8 @@ def read_tar(file: Any, address: str) -> Members:
     names, offsets, sizes = ([image[part] for image in found] for part in range(3))
     named = labels["json"] | labels["cls"]
     told = [named.get(key) for key in images]
-    return Members(names, offsets, sizes, told, starts, second, dict(foreign), _damage(file, end))
+    passed_over = second, dict(foreign), _damage(file, end), links
+    return Members(names, offsets, sizes, told, starts, *passed_over)
 
 
 def _members(file: Any, address: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

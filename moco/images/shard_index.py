@@ -40,6 +40,7 @@ class Members:
         second: Images that are passed over, since another one has their key.
         foreign: By ending, the images that are passed over, since nothing here reads them.
         damaged: Where a tar cannot be read on although there is more of it; 0: nowhere.
+        links: Images and labels that are passed over, since they are links to other files.
     """
 
     names: list[str]
@@ -50,6 +51,7 @@ class Members:
     second: int = 0
     foreign: dict[str, int] = field(default_factory=dict)
     damaged: int = 0
+    links: int = 0
 
     def checksum(self) -> int:
         """Return what tells this content from another."""

@@ -85,6 +85,21 @@ def test_a_class_in_another_unicode_form_is_the_same_class():
     assert read_tar(io.BytesIO(as_tar(members)), "x.tar").labels == ["Bär", "Bär"]
 
 
+def test_links_that_are_passed_over_are_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MOCO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.tar").write_bytes(WHOLE)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        kinds = {"5.png": tarfile.LNKTYPE, "6.png": tarfile.SYMTYPE, "1.cls": tarfile.SYMTYPE}
+        for name, kind in (kinds | {"README": tarfile.SYMTYPE, ".7.png": tarfile.LNKTYPE}).items():
+            item = tarfile.TarInfo(name)
+            item.type, item.linkname = kind, "1.png"
+            tar.addfile(item)
+    with caplog.at_level("INFO", "moco"):
+        found = indexing.open_shards(DataConfig(dataset="shards", root=str(tmp_path)))
+    assert len(found) == 4
+    assert "3 images or labels are passed over, since a shard holds a link" in caplog.text
+
+
 def test_an_index_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*args):
         raise sqlite3.OperationalError("database or disk is full")
