@@ -26,6 +26,7 @@ _LASTING_ANSWERS = (400, 401, 403, 404, 410)  # of a web server
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
 _PACKAGES |= {"https": "aiohttp", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "Last-Modified", "mtime")
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "az")  # schemes whose addresses begin with one
 REQUESTS = 64  # that a process makes of a store at a time
 _parts: dict[str, bool] = {}  # by folder of a web server: whether it gives parts of files
 
@@ -72,11 +73,33 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def listed(pattern: str, ending: str) -> list[str]:
-    """Return the sorted addresses of a remote pattern with stars, or of a remote folder's files."""
+    """Return the sorted addresses of a remote pattern with stars, or of a remote folder's files.
+
+    Raises:
+        UserError: The store has no such bucket.
+    """
     store, path = file_system(pattern)
     path = path if "*" in path else f"{path.rstrip('/')}/*{ending}"
     names = _tried(pattern, lambda: store.glob(path))
+    if not names:
+        _check_bucket(pattern, store, path)
     return sorted(store.unstrip_protocol(name) for name in names)
+
+
+def _check_bucket(pattern: str, store: Any, path: str) -> None:
+    """Raise UserError where the store says that it has no bucket of the name in a pattern."""
+    scheme, bucket = pattern.partition("://")[0], path.partition("/")[0]
+    if scheme not in _BUCKETS or "*" in bucket:
+        return
+    try:
+        store.ls(bucket)
+    except FileNotFoundError:
+        raise UserError(
+            f"data.root {pattern!r}: the store has no bucket {bucket}: mend its name, or what the "
+            "environment says of the store (for S3 AWS_ENDPOINT_URL, AWS_PROFILE)"
+        ) from None
+    except Exception:  # as where only a part of the bucket may be listed
+        return
 
 
 def forget_listings(address: str) -> None:
