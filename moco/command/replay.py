@@ -8,6 +8,7 @@ from typing import Any
 
 from moco.command.early import check_file
 from moco.command.judge import read_own
+from moco.config import TrainConfig, UserError
 from moco.judge_config import ReplayConfig
 from moco.log import log_to_stderr
 
@@ -20,9 +21,24 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     run = Path(given["run"])
     from moco.reports.facts import read_facts
 
-    read_facts(run)
+    _check_given(read_facts(run).config, run)
     check_file("--output", config.output or run / "replay.png", ".png")
     log_to_stderr()
     from moco.training.replay import replay  # imports torch, so it waits for the settings
 
     return replay(run, **vars(config))
+
+
+def _check_given(config: TrainConfig, run: Path) -> None:
+    """Raise UserError where Python gave a run what no directory holds."""
+    parts = {
+        "images": config.data.dataset == "own",
+        "views": config.data.views == "own",
+        "pairs": config.data.pairs == "own",
+        "backbone": config.model.backbone.startswith("own:"),
+    }
+    if given := [name for name, is_given in parts.items() if is_given]:
+        raise UserError(
+            f"{run} was given its {' and '.join(given)} in Python, which replay cannot ask for: it "
+            "replays runs that settings alone describe, as of images in a folder (data.root)"
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from door import PIXELS, pretrain
 from PIL import Image
 from runs import STREAMED, TINY, at, run_tiny, trained
 
@@ -101,6 +102,12 @@ def test_what_cannot_be_replayed_is_said(images, tmp_path):
     shutil.rmtree("run/checkpoints")
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         command.main(["run", "--step", "2"])
+
+
+def test_a_run_of_what_python_gave_is_refused_by_what_holds_for_replay():
+    pretrain(PIXELS, pairs=lambda row: row // 2, **{"trainer.max_steps": 1})
+    with pytest.raises(UserError, match=r"^run was given its images and pairs in Python.*folder"):
+        command.main(["run", "--step", "1"])
 
 
 def test_a_loss_that_is_no_number_is_told_as_null(images):
