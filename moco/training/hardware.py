@@ -37,14 +37,7 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
     trainer = config.trainer
     gpus = count_gpus(trainer.accelerator)
     on_gpu = accelerator(config) == "cuda"
-    if trainer.accelerator == "gpu" and not gpus:
-        if sys.platform == "darwin":
-            raise UserError(
-                "trainer.accelerator is gpu, but Apple's (MPS) is not supported: use cpu"
-            )
-        raise UserError(
-            "trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver"
-        )
+    _check_gpu(trainer.accelerator, gpus)
     available = gpus if on_gpu else (os.cpu_count() or 1)
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if launched and trainer.devices not in (0, launched):
@@ -73,6 +66,17 @@ def choose_devices(config: TrainConfig) -> tuple[int, int]:
             )
         raise UserError(f"trainer.devices is {devices} but there are {available} {kind}: lower it")
     return devices, num_nodes
+
+
+def _check_gpu(wanted: str, gpus: int) -> None:
+    """Raise UserError where a GPU is asked for by name and there is none."""
+    if wanted != "gpu" or gpus:
+        return
+    if sys.platform == "darwin":
+        raise UserError("trainer.accelerator is gpu, but Apple's (MPS) is not supported: use cpu")
+    raise UserError(
+        "trainer.accelerator is gpu but torch sees none: use cpu or auto, or mend the driver"
+    )
 
 
 def choose_compile(config: TrainConfig, steps: int) -> tuple[str, str]:
@@ -115,10 +119,11 @@ def choose_precision(config: TrainConfig) -> tuple[str, str]:
     on the GPUs before, which have tensor cores for that alone (V100, T4).
 
     Raises:
-        UserError: fp16 on a CPU.
+        UserError: fp16 on a CPU, or in the place of a GPU that is asked for and not there.
     """
     precision, on_gpu = config.trainer.precision, accelerator(config) == "cuda"
     if precision == "16-mixed" and not on_gpu:
+        _check_gpu(config.trainer.accelerator, 0)
         raise UserError(
             "trainer.precision is 16-mixed on a CPU, which has no fp16: use bf16-mixed or 32-true"
         )

@@ -101,6 +101,16 @@ def test_apples_gpu_is_refused_by_name(monkeypatch):
         hardware.choose_devices(config)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "reason"), [("gpu", "gpu but torch sees none"), ("auto", "16-mixed on a CPU")]
+)
+def test_a_gpu_that_is_missing_is_named_before_what_follows_from_it(wanted, reason, monkeypatch):
+    monkeypatch.setattr(hardware, "accelerator", lambda config: "cpu")
+    config = TrainConfig().changed({"trainer.accelerator": wanted, "trainer.precision": "16-mixed"})
+    with pytest.raises(UserError, match=reason):
+        hardware.choose_precision(config)
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_a_resume_on_a_machine_with_other_defaults_ends_in_the_same_bits(
     images, monkeypatch, said, here
