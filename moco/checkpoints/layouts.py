@@ -160,7 +160,7 @@ def read_contents(path: str | Path, own: nn.Module | None = None) -> Contents:
 
 def _holds(state: State, own: nn.Module | None) -> bool:
     """Tell whether a file has all names of a module, but for counts of batches."""
-    names = () if own is None else own.state_dict()
+    names = own.state_dict() if isinstance(own, nn.Module) else ()
     return bool(names) and {n for n in names if not n.endswith("_tracked")} <= state.keys()
 
 

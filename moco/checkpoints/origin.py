@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from torch import nn
 
 from moco.algorithm.names import is_own
 from moco.algorithm.vit import is_vit, published_width
@@ -65,13 +66,17 @@ class Origin:
         return found
 
 
-def describe(path: str | Path) -> Origin:
+def describe(path: str | Path, own: nn.Module | None = None) -> Origin:
     """Say what network a file's weights are of, and how its images are to be normalised.
+
+    Args:
+        path: Of the file.
+        own: The module of the user's own that gets its weights; it says which names are its.
 
     Raises:
         UserError: As for `moco.checkpoints.load.load_encoder`.
     """
-    contents = read_contents(path)
+    contents = read_contents(path, own)
     part = contents.backbone("query")
     model, said, known, questions = look(contents, part)
     for name in NETWORK:

@@ -59,7 +59,7 @@ def settle(
         size, end = config.data.image_size, config.data.image_size_end
         if own.views and size == "auto" and end in (0, "auto"):
             found = *found, view_size(own.views, source)
-        given = _as_weights(config, channels, init_from) if init_from else {}
+        given = _as_weights(config, channels, init_from, own) if init_from else {}
         settings = autoconfigure(config, Facts(*found), given)
     check(settings.config)
     check_queue(settings.config, len(source))
@@ -68,15 +68,18 @@ def settle(
     return settings
 
 
-def _as_weights(config: TrainConfig, channels: int, init_from: str) -> dict[str, Any]:
+def _as_weights(
+    config: TrainConfig, channels: int, init_from: str, own: Own = NOTHING
+) -> dict[str, Any]:
     """Return settings that follow from the file that a run starts from: what the user leaves open.
 
     Args:
         config: Settings as they were asked for.
         channels: Of the images.
         init_from: The file.
+        own: Its backbone tells which names in the file are the module's.
     """
-    origin, data = describe(init_from), config.data
+    origin, data = describe(init_from, own.backbone), config.data
     found = origin.settings(config.model)
     usual = dict(zip(("mean", "std"), normalisation(replace(data, channels=channels)), strict=True))
     for name, values in origin.pixels.items():

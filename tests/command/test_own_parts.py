@@ -114,7 +114,7 @@ def numbered():
     return nn.Sequential(*[*network.children()][:-1])
 
 
-@pytest.mark.parametrize("name", ["net", "backbone", "model", "encoder_q", ""])
+@pytest.mark.parametrize("name", ["net", "backbone", "model", "encoder_q", "momentum_encoder", ""])
 def test_names_of_an_own_backbone_are_not_taken_for_those_of_other_code(name):
     network = Wrapped(name) if name else numbered()
     once = {"trainer.max_steps": 1, "optim.lr": 1e-9, "optim.weight_decay": 0}
