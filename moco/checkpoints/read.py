@@ -26,6 +26,8 @@ from moco.config import UserError
 from moco.run_directory import is_whole
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm directory, the first counts
+_OF_EXPORT = ("/archive_format", "serialized_exported_program.json")  # records of torch.export
+_ONNX = re.compile(rb"\x08.\x12", re.DOTALL)  # its version, then the name of the program's maker
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -121,13 +123,24 @@ def _check_archive(path: Path) -> None:
 
     torch stores its records uncompressed, and it does not compare their checksums.
     """
-    size, claimed = path.stat().st_size, 0
+    size, claimed, names = path.stat().st_size, 0, []
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # `is_whole` judges it
         claimed = sum(record.file_size for record in archive.infolist())
+        names = archive.namelist()
     if claimed > 2 * size + 2**20:
         raise UserError(f"{path} of {size} bytes would inflate to {claimed}: take another copy")
+    if any(name.endswith(_OF_EXPORT) for name in names):
+        raise _graph(path, "torch.export", "torch.export.load(FILE).module()")
     if not is_whole(path):
         raise UserError(f"{path} is damaged or cut short: take another copy")
+
+
+def _graph(path: Path, kind: str, loading: str) -> UserError:
+    """Say that a file holds a network as a graph, which other programs load."""
+    return UserError(
+        f"{path} is a network as a graph of {kind}, which {loading} loads and nothing here "
+        "reads: give the checkpoint that it was made of, or that one's export to safetensors"
+    )
 
 
 def _read_torch(path: Path, start: bytes) -> Any:
@@ -151,6 +164,8 @@ def _read_torch(path: Path, start: bytes) -> Any:
         )
     if start[:2] == b"PK" or "unexpected EOF" in text:
         raise UserError(f"{path} is damaged or cut short: take another copy")
+    if _ONNX.match(start) or (path.suffix == ".onnx" and start[:1] == b"\x08"):
+        raise _graph(path, "ONNX", "onnxruntime.InferenceSession(FILE)")
     raise UserError(f"{path} is no checkpoint: give .ckpt, .pth, .pth.tar, .pt or .safetensors")
 
 

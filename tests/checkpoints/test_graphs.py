@@ -1,5 +1,6 @@
 """Choices of the graph formats: operator set, 16 bits, images of any size."""
 
+import re
 from types import SimpleNamespace
 
 import onnx
@@ -9,6 +10,7 @@ import torch
 from networks import V3_VIT, images, save_ours
 
 from moco.checkpoints import export as room
+from moco.checkpoints.load import load_encoder
 from moco.checkpoints.places import GraphOptions
 from moco.config import ModelConfig, UserError
 
@@ -70,3 +72,14 @@ def test_an_opset_that_torch_cannot_give_is_said(source, tmp_path, monkeypatch):
 def test_choices_that_a_format_does_not_have_are_refused(source, tmp_path, form, graph, words):
     with pytest.raises(UserError, match=words):
         room.export(source[0], form, tmp_path / "b", graph=graph)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loading"),
+    [("torch-export", "torch.export.load(FILE).module()"), ("onnx", "InferenceSession(FILE)")],
+)
+def test_a_graph_in_the_place_of_a_checkpoint_is_called_what_it_is(source, tmp_path, kind, loading):
+    room.export(source[0], kind, tmp_path / "graph")
+    with pytest.raises(UserError, match=re.escape(loading)) as caught:
+        load_encoder(tmp_path / "graph")
+    assert "give the checkpoint that it was made of" in str(caught.value)
