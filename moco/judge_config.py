@@ -99,7 +99,11 @@ class LinearConfig:
 class KNNConfig:
     """What `eval_knn.py` takes besides."""
 
-    k: list[int] = setting([10, 20, 100, 200], "Numbers of neighbours that vote", at_most=MOST_ROWS)
+    k: list[int] = setting(
+        [10, 20, 100, 200],
+        "Numbers of neighbours that vote, as [10,20] or one alone",
+        at_most=MOST_ROWS,
+    )
     temperature: float = setting(
         0.1, "Each neighbour votes exp(similarity / temperature)", above=0, at_most=100
     )

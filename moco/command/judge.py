@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from moco.checks import check_ranges
 from moco.command import cli
@@ -183,6 +183,9 @@ def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
                 option["required"] = True
             if hints[item.name] == list[str]:  # words that follow
                 option |= {"type": str, "nargs": "+"}
+            elif get_origin(hints[item.name]) is list:  # or one number, see `take`
+                each = get_args(hints[item.name])[0]
+                option |= {"type": list[each] | each, "metavar": "N or [N,...]"}
             if hints[item.name] is bool:  # its name alone means true
                 option |= {"nargs": "?", "const": True}
             options[item.name] = option
@@ -190,5 +193,10 @@ def flat_options(*kinds: type) -> dict[str, dict[str, Any]]:
 
 
 def take(kind: type, values: dict[str, Any]) -> Any:
-    """Build a dataclass from those entries of `values` that are its fields."""
-    return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+    """Build a dataclass from those entries of `values` that are its fields; a number alone in the
+    place of several is a list of one."""
+    hints, given = get_type_hints(kind), {}
+    for item in dataclasses.fields(kind):
+        value, is_list = values[item.name], get_origin(hints[item.name]) is list
+        given[item.name] = [value] if is_list and isinstance(value, int | float) else value
+    return kind(**given)

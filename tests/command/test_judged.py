@@ -8,7 +8,9 @@ from PIL import Image
 from torch import nn
 
 import moco
+from moco.command.judge import read_settings
 from moco.images.items import open_items
+from moco.judge_config import KNNConfig
 
 FEW = {"k": [3], "shots": [1], "gallery": False, "baselines": False}
 LABELS = np.arange(48) % 3
@@ -89,6 +91,22 @@ def test_a_module_of_the_users_own_is_judged_beside_the_untrained_one(tmp_path):
     assert set(score["baselines"]) == {"untrained", "raw_pixels"}
     with pytest.raises(moco.UserError, match="a module of the user's own: give it in Python"):
         moco.knn(run, pair, **FEW)
+
+
+LABELLED = (PIXELS, LABELS)
+
+
+def test_a_number_alone_in_the_place_of_several_is_a_list_of_one(run, tmp_path):
+    (tmp_path / "own.yaml").write_text("k: 3\nshots: 1\n")
+    words = ["--checkpoint", str(run.checkpoint), "--config", str(tmp_path / "own.yaml")]
+    assert read_settings(words, KNNConfig, "")[1] == KNNConfig(k=[3], shots=[1])
+    assert read_settings([*words, "--k", "5"], KNNConfig, "")[1].k == [5]
+    score = moco.knn(run, (LABELLED, LABELLED), output=tmp_path, **FEW | {"k": 5})
+    assert score == moco.knn(run, (LABELLED, LABELLED), output=tmp_path, **FEW | {"k": [5]})
+    with pytest.raises(moco.UserError, match=r"k is 'five': give a list such as"):
+        moco.knn(run, k="five")
+    with pytest.raises(moco.UserError, match=r"k is \[0\]: give whole numbers from 1 up"):
+        moco.knn(run, k=0)
 
 
 @pytest.mark.parametrize(
