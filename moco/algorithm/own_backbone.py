@@ -15,6 +15,8 @@ from moco.algorithm.names import OWN
 from moco.config import ModelConfig, UserError
 from moco.log import reason_of
 
+_CLASSIFIERS = ("fc", "classifier", "head", "heads")  # names of torchvision's and of others
+
 
 def own_name(module: nn.Module) -> str:
     """Return what stands in `model.backbone` for a module of the user's own."""
@@ -71,6 +73,45 @@ def own_backbone(
     if found.ndim == 4:
         network.register_forward_hook(_pool)
     return network, found.shape[1]
+
+
+def warn_of_classifier(network: nn.Module, feature_dim: int) -> str:
+    """Return a warning where a backbone still seems to have its classifier, or an empty text.
+
+    Args:
+        network: From images to features.
+        feature_dim: D.
+    """
+    if type(network).__module__.startswith("timm."):
+        last = getattr(network, "get_classifier", lambda: None)()
+        name = "its classifier" if _is_linear(last, feature_dim) else ""
+        remedy = "build it with num_classes=0, or call its reset_classifier(0)"
+    else:
+        name = _classifier_of(network, feature_dim)
+        remedy = f"set its {name} to torch.nn.Identity()"
+    if not name:
+        return ""
+    return (
+        f"warning: the features of the backbone {type(network).__name__} are the {feature_dim} "
+        f"outputs of {name}, a linear layer: where these stand for classes, {remedy}, so that what "
+        "lies before it is trained and judged"
+    )
+
+
+def _classifier_of(network: nn.Module, feature_dim: int) -> str:
+    """Return the name of the part that ends in a linear layer to D, if it is called as one."""
+    parts = {n: m for n, m in network.named_modules() if [*m.parameters(recurse=False)]}
+    for name, part in parts.items():
+        steps = name.split(".")
+        place = next((i for i, step in enumerate(steps) if step in _CLASSIFIERS), -1)
+        is_end = place == 0 or name == [*parts][-1]  # inside of a wrapper the order tells
+        if place >= 0 and is_end and _is_linear(part, feature_dim):
+            return ".".join(steps[: place + 1])
+    return ""
+
+
+def _is_linear(part: Any, width: int) -> bool:
+    return isinstance(part, nn.Linear) and part.out_features == width
 
 
 def _check_features(name: str, found: Any) -> None:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moco.algorithm.names import is_own
+from moco.algorithm.own_backbone import warn_of_classifier
 from moco.algorithm.pretrain import MoCo
 from moco.config import ModelConfig, TrainConfig
 from moco.evaluation.findings import findings
@@ -87,6 +89,11 @@ def say_what_was_decided(
 
 def _say_network(model: ModelConfig, module: MoCo) -> None:
     """Log what is trained, and by which contrast."""
+    encoder = module.query_encoder
+    if is_own(model.backbone) and (
+        warning := warn_of_classifier(encoder.backbone, encoder.feature_dim)
+    ):
+        log.warning("%s", warning)
     millions = sum(p.numel() for p in module.query_encoder.parameters()) / 1e6
     log.info(
         "%s, %.2f M parameters; head %s%s%s, %s, temperature %g, key momentum %g",

@@ -131,6 +131,11 @@ def test_names_of_an_own_backbone_are_not_taken_for_those_of_other_code(name):
         torch.testing.assert_close(first, next(again.parameters()))
 
 
+def test_a_run_says_that_a_backbone_still_has_its_classifier(said):
+    own(backbone=Flat(), **{"trainer.max_steps": 1})
+    assert sum("Flat are the 10 outputs of fc, a linear layer" in line for line in said) == 1
+
+
 def test_an_own_backbone_is_written_as_onnx():
     pytest.importorskip("onnxscript")
     run = own(backbone=Maps())
