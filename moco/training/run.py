@@ -39,6 +39,7 @@ from moco.training.autoconfigure import Settings, choose_length
 from moco.training.build import Run, assemble, build_data, build_module
 from moco.training.decide import Decided, check_held
 from moco.training.explain import fit
+from moco.training.followed import check_followed
 from moco.training.hardware import free_memory, name_device, own_device
 from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
@@ -156,6 +157,8 @@ def _pretrain(config: TrainConfig, request: Request) -> dict[str, Any]:
             run = assemble(
                 *parts, images, place.run_dir, start_step, request.callbacks, own, held_out
             )
+            has_labels, has_views = run.monitor.data is not None, run.quality.views is not None
+            check_followed(request.callbacks, settings.config.run, has_labels, has_views)
             say_what_was_decided(*parts, place.run_dir)
             run.monitor.is_loaded = bool(request.init_from) or own.backbone is not None
             if run.trainer.is_global_zero:
