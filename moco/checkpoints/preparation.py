@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -17,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from moco.config import UserError
-from moco.pixels import CENTRE_SHARE, centre_box
+from moco.pixels import CENTRE_SHARE, centre_box, scaled
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names of one, three and four channels
 # What a file may say of its preparation that is not as usual here.
@@ -28,12 +29,14 @@ _OF_THE_NETWORK = ("architecture", "first_conv", "classifier")
 
 @dataclass(frozen=True)
 class Preparation:
-    """Turn a PIL image, or a C x H x W uint8 tensor, into a C x S x S float tensor.
+    """Turn a PIL image, or a C x H x W tensor, into a C x S x S float tensor.
+
+    Values of more than 8 bits are scaled as those of the training images were.
 
     Attributes:
         channels, image_size: C and S.
         mean, std: C each, on a 0-1 scale.
-        min_value, max_value: What becomes 0 and 255 in files of more than 8 bits; empty for others.
+        min_value, max_value: What becomes 0 and 255 in values of more than 8 bits, or empty.
         exif: Whether a PIL image is turned upright as its EXIF orientation says: apply or ignore.
         crop_pct: Share of the short side that the centre square keeps.
         crop_mode: center, or squash: the same share of both sides, which become a square (timm).
@@ -58,14 +61,15 @@ class Preparation:
         """Prepare one image; a tensor may also hold a batch, N x C x H x W.
 
         Raises:
-            UserError: Neither of these, other channels than C, or values of more than 8 bits.
+            UserError: Neither of these, other channels than C, or values of more than 8 bits where
+                no range of them is known.
         """
         if not isinstance(image, Image.Image | Tensor):
             raise UserError(
                 f"an image is of type {type(image).__name__}: give a PIL image, or a tensor "
                 f"{self.channels} x H x W of torch.uint8{self._range()}"
             )
-        pixels = image if isinstance(image, Tensor) else self._pixels(image)
+        pixels = self._levels(image) if isinstance(image, Tensor) else self._pixels(image)
         if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != self.channels:
             raise UserError(
                 f"an image is {tuple(pixels.shape)} of {pixels.dtype}: give {self.channels} x H x W"
@@ -88,14 +92,35 @@ class Preparation:
     def _pixels(self, image: Image.Image) -> Tensor:
         """Return a PIL image as C x H x W uint8, upright, in the mode of C channels."""
         if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip them at 255
-            raise UserError(
-                f"a picture of mode {image.mode} has more than 8 bits: give a tensor of "
-                f"torch.uint8{self._range()}"
-            )
+            if not self.max_value:
+                raise UserError(
+                    f"a picture of mode {image.mode} has more than 8 bits: give a tensor of "
+                    "torch.uint8"
+                )
+            image = ImageOps.exif_transpose(image) if self.exif == "apply" else image
+            levels = torch.from_numpy(self._scaled(np.asarray(image)[None]))
+            if len(levels) == 1 and self.channels in (3, 4):  # grey, as a file's
+                opaque = [torch.full_like(levels, 255)] if self.channels == 4 else []
+                levels = torch.cat([levels] * 3 + opaque)
+            return levels
         if self.exif == "apply":
             image = ImageOps.exif_transpose(image)
         mode = MODES.get(self.channels, image.mode)
         return functional.pil_to_tensor(image if image.mode == mode else image.convert(mode))
+
+    def _levels(self, values: Tensor) -> Tensor:
+        """Scale values of more than 8 bits to uint8, where their range is known."""
+        if not self.max_value or values.dtype in (torch.uint8, torch.bool) or values.is_complex():
+            return values
+        wide = values.detach().cpu()
+        wide = wide.double() if wide.is_floating_point() else wide
+        if wide.ndim < 3 or wide.shape[-3] != self.channels:
+            return values
+        return torch.from_numpy(self._scaled(wide.numpy())).to(values.device)
+
+    def _scaled(self, values: np.ndarray) -> np.ndarray:
+        low, high = tuple(self.min_value or [0.0]), tuple(self.max_value)
+        return scaled(values, self.channels, low, high)
 
     def _range(self) -> str:
         if not self.max_value:

@@ -32,7 +32,7 @@ class Pretrained:
 
     Attributes:
         encoder: The backbone in eval mode, from normalised images N x C x S x S to features N x D;
-            its `transform` takes a PIL image, or a uint8 tensor, to such an image. None after
+            its `transform` takes a PIL image, or a tensor C x H x W, to such an image. None after
             run.plan.
         metrics: The results, as `moco train` prints them in JSON.
         checkpoint: Path of the last checkpoint; None after run.plan.
@@ -67,9 +67,9 @@ def pretrain(
     """Pretrain an encoder without labels, as `moco train` does.
 
     Args:
-        images: A directory; a list of paths; a uint8 array or tensor N x C x H x W, N x H x W x C
+        images: A directory; a list of paths; an array or tensor N x C x H x W, N x H x W x C
             or N x H x W; or anything with a length that is indexed by number, as a list, a torch
-            Dataset or a Hugging Face one, of PIL images, uint8 arrays or tensors, of pairs (image,
+            Dataset or a Hugging Face one, of PIL images, arrays or tensors, of pairs (image,
             label), or of dictionaries. None: as `data.dataset` and `data.root` say.
         recipe: Name of a recipe (`moco recipes`) or path of one; folder unless a run is resumed.
         backbone: timm name, or a module from N x C x S x S to N x D or to maps N x D x H x W, which

@@ -16,7 +16,7 @@ from torch import Tensor
 from moco.config import DataConfig, UserError
 from moco.images.folders import expanded
 from moco.images.formats import escaped, shown
-from moco.images.scaling import to_uint8
+from moco.pixels import to_uint8
 
 ARRAYS = ("digits", "cifar10", "cifar100", "stl10")
 

@@ -32,8 +32,9 @@ from moco.images.formats import (
     pillow_formats,
 )
 from moco.images.readers import ArrayFile, Picture
-from moco.images.scaling import PLAIN, Reading, to_uint8
+from moco.images.scaling import PLAIN, Reading
 from moco.images.tiff import TiffImage, pillow_reads_it
+from moco.pixels import scaled
 
 # The limit of pixels is our own, and is checked before pixels are read.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -102,18 +103,15 @@ def decode_reduced(
             The decoder then computes fewer pixels, which is several times faster.
     """
     with _opened(path, channels, reading, whole=True) as image:
-        _check_bands(path, image.bands, channels)
+        check_bands(path, image.bands, channels)
         height, width, by = image.height, image.width, 1
         if reduction and isinstance(image, Picture) and image.image.format == "JPEG":
             by = image.reduce(reduction(height, width))
         values = image.read()
-        several = len(reading.low) > 1 or len(reading.high) > 1
-        if several and len(values) == 1 and values.dtype != np.uint8:
-            values = np.repeat(values, channels, axis=0)  # each channel has a range of its own
-        levels = to_uint8(values, reading.low, reading.high)
+        levels = scaled(values, channels, reading.low, reading.high)
         if image.inverted:
             levels = 255 - levels
-            levels[values != values] = 0  # NaN, as elsewhere
+            levels[np.broadcast_to(values != values, levels.shape)] = 0  # NaN, as elsewhere
         pixels = fit_bands(path, levels, channels)
         # The one copy: writable, and H W C in memory, as decoders deliver and cuts are fastest.
         copy = torch.from_numpy(np.array(pixels.transpose(1, 2, 0), order="C"))
@@ -123,7 +121,7 @@ def decode_reduced(
 def read_values(path: str, channels: int, reading: Reading = PLAIN) -> np.ndarray:
     """Return a file's values before they are scaled, bands x H x W; raises as `decode`."""
     with _opened(path, channels, reading) as image:
-        _check_bands(path, image.bands, channels)
+        check_bands(path, image.bands, channels)
         return image.read()
 
 
@@ -135,7 +133,7 @@ def read_header(path: str, channels: int = 3, reading: Reading = PLAIN) -> Heade
     """
     with _opened(path, channels, reading) as image:
         if channels:
-            _check_bands(path, image.bands, channels)
+            check_bands(path, image.bands, channels)
         size, more = (image.height, image.width), (image.windowed, image.pages)
         return Header(*size, image.dtype, image.turned, image.bands, *more)
 
@@ -217,7 +215,7 @@ def _other_bands(path: str, bands: int) -> BadImage:
     return BadImage(path, f"has {bands} band{'s'[: bands != 1]}: set --data.channels {bands}")
 
 
-def _check_bands(path: str, bands: int, channels: int) -> None:
+def check_bands(path: str, bands: int, channels: int) -> None:
     """Refuse several bands that neither are `channels` nor become grey, RGB or RGBA."""
     if 1 < bands != channels and (bands > 4 or channels not in (1, 3, 4)):
         raise _other_bands(path, bands)

@@ -29,6 +29,7 @@ class ImageSource:
         classes: Class names in the order of the labels; empty when unlabelled.
         channels: C of every image.
         items: What the images are read from where they are neither held nor files, else None.
+        reading: Which values become 0 and 255, where files or items have more than 8 bits.
         places: Which images of the array or the items these are, in their order; None: all.
     """
 
@@ -68,7 +69,7 @@ class ImageSource:
     def header(self, index: int) -> Header:
         """Return what an image that is not held says of itself; raise BadImage as `decode` does."""
         if self.items is not None:
-            return self.items.header(self.place(index), self.channels)
+            return self.items.header(self.place(index), self.channels, self.reading)
         return read_header(self.paths[index], self.channels, self.reading)
 
     def read(self, index: int) -> Tensor:
@@ -80,9 +81,14 @@ class ImageSource:
         if self.images is not None:
             return Decoded(self.images[index].cpu(), *self.images.shape[2:], 1)
         if self.items is not None:
-            image = self.items.read(self.place(index), self.channels)
+            image = self.items.read(self.place(index), self.channels, self.reading)
             return Decoded(image, *image.shape[1:], 1)
         return decode_reduced(self.paths[index], self.channels, self.reading, reduction)
+
+    def content(self, index: int) -> bytes:
+        """Return what tells an item from others, in whatever range it is read."""
+        assert self.items is not None
+        return self.items.content(self.place(index), self.channels)
 
     @property
     def is_sharded(self) -> bool:

@@ -1,6 +1,6 @@
 """Items: images that Python gives one by one, from anything that has a length and can be indexed.
 
-An item is a PIL image, a uint8 array or tensor, a pair of such an image and its label, or a
+An item is a PIL image, an array or a tensor, a pair of such an image and its label, or a
 dictionary with the image in one of its columns. What does not become an image raises `BadImage`.
 Shapes: C channels, H W pixels.
 """
@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco.config import UserError
-from moco.images.decode import BadImage, Header, fit_bands
+from moco.images.array_like import to_array
+from moco.images.decode import BadImage, Header, check_bands, fit_bands
 from moco.images.formats import escaped
-from moco.images.readers import MODES, rather_last
+from moco.images.scaling import PLAIN, Reading
 from moco.images.values import sample
+from moco.pixels import scaled
 
 _LOOKED_AT = 16  # items, of which one must be an image
 _READ_TWICE = 4  # items that tell whether all stay the same: a coin shows in 15 of 16 sets
@@ -40,18 +42,20 @@ class Items:
         data: What is indexed by 0, 1, 2 and so on.
         column: Of the image where items are dictionaries, else empty.
         turn: Whether PIL images are turned upright as their EXIF orientation says.
+        noun: What one is called.
     """
 
     data: Any
     column: str = ""
     turn: bool = False
+    noun: str = "item"
 
     def __len__(self) -> int:
         return len(self.data)
 
     def name(self, index: int) -> str:
         """Name an image for people."""
-        return f"item {index}"
+        return f"{self.noun} {index}"
 
     def item(self, index: int) -> Any:
         """Return an item as the data gives it; whatever it raises becomes BadImage."""
@@ -73,19 +77,42 @@ class Items:
             return item[self.column]
         return item[0] if isinstance(item, tuple | list) and len(item) else item
 
-    def read(self, index: int, channels: int) -> Tensor:
-        """Return an image, C H W uint8, H W C in memory, brought to its channels as files are.
+    def values(self, index: int, channels: int) -> np.ndarray:
+        """Return an image's values as they are, bands x H x W; raise BadImage as `read` does."""
+        name = self.name(index)
+        values = to_array(name, self.image(index), channels, self.turn)
+        check_bands(name, len(values), channels)
+        return values
+
+    def read(self, index: int, channels: int, reading: Reading = PLAIN) -> Tensor:
+        """Return an image, C H W uint8, H W C in memory, scaled and brought to its channels as
+        files are.
 
         Raises:
-            BadImage: No image, values of another type, or other channels.
+            BadImage: No image, no range for values of more than 8 bits, or other channels.
         """
-        name, image = self.name(index), self.image(index)
-        pixels = fit_bands(name, to_array(name, image, channels, self.turn), channels)
+        name, values = self.name(index), self.values(index, channels)
+        full = (reading.low, reading.high) == (PLAIN.low, PLAIN.high)
+        if values.dtype != np.uint8 and full and not reading.reason:
+            reason = f"holds {values.dtype} values, and the images looked at hold 8 bits: give all"
+            raise BadImage(name, f"{reason} of one type, or set data.min_value and data.max_value")
+        try:
+            levels = scaled(values, channels, reading.low, reading.high)
+        except ValueError as error:
+            raise BadImage(name, str(error)) from None
+        pixels = fit_bands(name, levels, channels)
         return torch.from_numpy(np.array(pixels.transpose(1, 2, 0), order="C")).permute(2, 0, 1)
 
-    def header(self, index: int, channels: int) -> Header:
+    def content(self, index: int, channels: int) -> bytes:
+        """Return what tells an image from others, in whatever range it is read."""
+        values = self.values(index, channels)
+        if values.dtype == np.uint8:
+            values = fit_bands(self.name(index), values, channels)
+        return values.tobytes()
+
+    def header(self, index: int, channels: int, reading: Reading = PLAIN) -> Header:
         """Read an item for its height, width and bands: items have no header of their own."""
-        bands, height, width = self.read(index, channels).shape
+        bands, height, width = self.read(index, channels, reading).shape
         return Header(height, width, np.dtype(np.uint8), False, bands)
 
     def bands(self) -> int:
@@ -108,8 +135,8 @@ class Items:
         """Name one of some items that is another image when it is read again; empty: none is."""
         for index in sample(len(self), _READ_TWICE):
             with contextlib.suppress(BadImage):
-                first, again = (self.read(index, channels) for _ in range(2))
-                if not torch.equal(first, again):
+                first, again = (self.values(index, channels) for _ in range(2))
+                if not np.array_equal(first, again, equal_nan=True):
                     return self.name(index)
         return ""
 
@@ -215,67 +242,6 @@ def check_pickles(name: str, part: Any) -> None:
             f"{name} cannot be pickled for worker processes ({reason}): define it in a module and "
             "open its files in __getitem__, or set data.num_workers 0"
         ) from None
-
-
-def to_array(name: str, image: Any, channels: int, turn: bool) -> np.ndarray:
-    """Return an image's values, bands x H x W uint8.
-
-    Args:
-        channels: That a PIL image is converted to, and that tell C H W from H W C in arrays; 0:
-            its own, on the axis that `rather_last` tells.
-
-    Raises:
-        BadImage: No image, or values of another type than uint8.
-    """
-    if isinstance(image, Image.Image):
-        values = _of_picture(image, channels, turn)
-    elif isinstance(image, Tensor):
-        values = image.detach().cpu().numpy()
-    elif isinstance(image, np.ndarray):
-        values = image
-    else:
-        reason = f"is of type {type(image).__name__}: give PIL images, uint8 arrays or tensors"
-        reason += ", or paths alone in a list" if isinstance(image, str | os.PathLike) else ""
-        raise BadImage(name, reason)
-    if values.dtype != np.uint8:
-        raise BadImage(name, other_values(values))
-    if values.ndim == 2:
-        return values[None]
-    if values.ndim != 3 or not values.size:
-        raise BadImage(name, f"has the shape {tuple(values.shape)}: give H W, H W C or C H W")
-    return values.transpose(2, 0, 1) if bands_last(values.shape, channels) else values
-
-
-def bands_last(shape: tuple[int, ...], channels: int) -> bool:
-    """Tell H W C from C H W: by the channels, and where neither axis has them by the shape."""
-    first, last = shape[-3], shape[-1]
-    known = channels in (first, last)
-    return last == channels != first or (not known and rather_last(shape, False))
-
-
-def other_values(values: Any) -> str:
-    """Say of what type values are, and how they become uint8."""
-    kind = str(values.dtype).removeprefix("torch.")
-    if values.dtype.kind == "f" if isinstance(values, np.ndarray) else values.is_floating_point():
-        low, high = float(values.min()), float(values.max())
-        how = "(255 * x).round()" if 0 <= low <= high <= 1 else "x scaled to 0..255"
-        return f"holds {kind} values from {low:.3g} to {high:.3g}: give uint8, as {how} in uint8"
-    return f"holds {kind} values: give uint8, scaled to 0..255"
-
-
-def _of_picture(image: Image.Image, channels: int, turn: bool) -> np.ndarray:
-    """Return the values of a PIL image, H W C or H W, in the wanted channels."""
-    if turn and image.getexif().get(0x0112, 1) != 1:
-        from PIL import ImageOps
-
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        return np.asarray(image)
-    if channels == 0:
-        channels = 1 if image.mode in ("1", "L", "LA", "La") else 3
-    if channels in (1, 3, 4) and image.mode != MODES[channels]:
-        image = image.convert(MODES[channels])
-    return np.asarray(image)
 
 
 def _is_image(value: Any) -> bool:

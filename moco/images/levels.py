@@ -11,7 +11,8 @@ import math
 import numpy as np
 
 from moco.config import UserError
-from moco.images.scaling import Reading, numbers, to_uint8
+from moco.images.scaling import Reading, numbers
+from moco.pixels import scaled
 
 log = logging.getLogger("moco")
 OUTLIERS = 0.1  # percent of a file's values at each end that may be noise, dead or hot
@@ -63,18 +64,18 @@ def check_levels(values: list[np.ndarray], ends: tuple[float, float], reading: R
     """
     deep = [v for v in values if v.dtype != np.uint8]
     (bottom, top), (low, high) = ends, (reading.low, reading.high)
-    scaled = [_scaled(v, low, high) for v in deep]
-    levels = len(np.unique(np.concatenate([v.ravel() for v in scaled])))
+    shown = [scaled(v, max(len(low), len(high)), low, high) for v in deep]
+    levels = len(np.unique(np.concatenate([v.ravel() for v in shown])))
     names = f"data.min_value {numbers(low)} and data.max_value {numbers(high)}"
     better = choose_range(bottom, top)
     remedy = f"set data.min_value {better[0]:.10g} and data.max_value {better[1]:.10g}"
     is_best = (low, high) == ((better[0],), (better[1],))
-    files = f"{len(deep)} files looked at"
+    files = f"{len(deep)} images looked at"
     if levels == 1:
         closer = f"set data.min_value {bottom:.10g} and data.max_value {top:.10g}"
         cure = "give images that differ" if bottom == top else closer if is_best else remedy
         raise UserError(
-            f"with {names} every value of the {files} becomes {scaled[0].flat[0]}: {cure}"
+            f"with {names} every value of the {files} becomes {shown[0].flat[0]}: {cure}"
         )
     marks = _of_marks(deep, high[0] - low[0]) if is_best else ""
     if marks:
@@ -103,7 +104,7 @@ def _cure(deep: list[np.ndarray], width: float) -> str:
     some = [v[np.isfinite(v)][:: max(1, v.size // PIXELS_PER_FILE)] for v in deep]
     found = np.unique(np.concatenate(some).astype(np.float64))
     if len(found) < FEW_LEVELS:
-        return "the files hold no more"
+        return "the images hold no more"
     rare = max(1, len(found) // 1000)
     low, high = found[rare], found[-1 - rare]
     step = 10.0 ** math.floor(math.log10(high - low))
@@ -129,8 +130,3 @@ def _of_marks(values: list[np.ndarray], span: float) -> str:
                 f"data.min_value {low:.10g} and data.max_value {high:.10g}"
             )
     return ""
-
-
-def _scaled(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
-    several = max(len(low), len(high))
-    return to_uint8(np.repeat(values, several, 0) if len(values) == 1 else values, low, high)

@@ -16,24 +16,29 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
+from moco.images.array_like import bands_last, no_values, to_numpy
 from moco.images.decode import BadImage
 from moco.images.dicom import split_frame, with_frames
 from moco.images.folders import expanded
 from moco.images.formats import shown
 from moco.images.image_source import ImageSource
-from moco.images.items import bands_last, open_items, other_values
-from moco.images.values import choose_channels, settle
+from moco.images.items import Items, open_items
+from moco.images.scaling import Reading
+from moco.images.values import choose_channels, say_idle, settle
 
 log = logging.getLogger("moco")
 
 
-def open_own(images: Any, data: DataConfig, column: str = "") -> ImageSource:
+def open_own(
+    images: Any, data: DataConfig, column: str = "", reading: Reading | None = None
+) -> ImageSource:
     """Make a source of paths, of an array of images, or of the items of a data set.
 
     Args:
-        images: Paths; N x C x H x W, N x H x W x C or N x H x W uint8; or what `open_items` takes.
+        images: Paths; N x C x H x W, N x H x W x C or N x H x W; or what `open_items` takes.
         data: Settings; channels may be auto.
         column: Of the images where items are dictionaries.
+        reading: Of the training images, where these are test images.
 
     Raises:
         UserError: They are not what is asked for, said in one line with the remedy.
@@ -46,9 +51,9 @@ def open_own(images: Any, data: DataConfig, column: str = "") -> ImageSource:
         and not isinstance(images, np.memmap)
         and images.dtype != object  # of PIL images, say, which are items
     ):
-        return _of_array(images, data)
+        return _of_array(images, data, reading)
     if isinstance(images, Sequence) and images and isinstance(images[0], str | os.PathLike):
-        return _of_paths(images, data)
+        return _of_paths(images, data, reading)
     items = open_items(images, column, data.exif == "apply")
     channels = items.bands() if data.channels == "auto" else data.channels
     if changed := items.changing(channels):
@@ -58,7 +63,16 @@ def open_own(images: Any, data: DataConfig, column: str = "") -> ImageSource:
             "give them as views=", changed,
         )  # fmt: skip
     name = f"{type(images).__name__} of {len(items)} items"
-    return ImageSource(name, None, [], None, [], channels, items=items)
+    return _of_items(name, items, channels, data, reading)
+
+
+def _of_items(
+    name: str, items: Items, channels: int, data: DataConfig, reading: Reading | None
+) -> ImageSource:
+    """Make a source of items, of whose values a sample tells the range as that of files does."""
+    if reading is None:
+        reading = settle(range(len(items)), replace(data, channels=channels), items.values)
+    return ImageSource(name, None, [], None, [], channels, reading, items)
 
 
 def _listed(images: Any) -> Any:
@@ -84,12 +98,13 @@ def open_pair(pair: Any, data: DataConfig, column: str = "") -> tuple[ImageSourc
             f"images is a {type(pair).__name__}: give training and test images as a pair, each "
             "with labels, as in (train, test)"
         )
-    sources, names = [], []
+    sources, names, reading = [], [], None
     for images in pair:
         beside = isinstance(images, tuple | list) and len(images) == 2
         beside = beside and isinstance(images[0], np.ndarray | Tensor) and images[0].ndim > 2
-        source = open_own(images[0] if beside else images, data, column)
+        source = open_own(images[0] if beside else images, data, column, reading)
         sources.append(source)
+        reading = source.reading
         names.append(_labels(source, images[1] if beside else None))
     known = sorted({*names[0], *names[1]}, key=lambda name: (isinstance(name, str), name))
     number, classes = {name: place for place, name in enumerate(known)}, [*map(str, known)]
@@ -139,43 +154,67 @@ def _plain(label: Any, place: int, whose: str) -> Hashable:
     )
 
 
-def _of_array(images: Tensor | np.ndarray, data: DataConfig) -> ImageSource:
+def _of_array(
+    images: Tensor | np.ndarray, data: DataConfig, reading: Reading | None
+) -> ImageSource:
+    """Hold an array of 8 bits as it is; the images of any other are scaled when they are read."""
+    is_bytes = images.dtype in (torch.uint8, np.uint8)
     if isinstance(images, np.ndarray):
-        if min(images.strides, default=0) < 0:  # as bgr[..., ::-1] has them, and torch has not
+        if is_bytes and min(images.strides, default=0) < 0:  # as bgr[..., ::-1], which torch lacks
             images = images.copy()
-        array = torch.from_numpy(images)
+        array = torch.from_numpy(images) if is_bytes else images
     else:
-        array = images.detach()
-    if array.dtype != torch.uint8:
-        raise UserError(f"images {other_values(images)}")
-    if array.ndim == 3 and array.shape[-1] in (3, 4):
+        array = images.detach() if is_bytes else to_numpy(images)
+    if isinstance(array, np.ndarray) and array.dtype.kind not in "uif":
+        raise UserError(f"images {no_values(array)}")
+    array, channels = _laid_out(array, data)
+    name = f"array of {len(array)} images"
+    if isinstance(array, np.ndarray):
+        # Without an axis of bands no other is taken for it.
+        items = Items(array[:, 0] if array.shape[1] == 1 else array, noun="image")
+        return _of_items(name, items, channels, data, reading)
+    if reading is None:
+        say_idle(data)
+    array = array.expand(-1, channels, -1, -1).contiguous()
+    return ImageSource(name, array, [], None, [], channels)
+
+
+def _laid_out(array: Any, data: DataConfig) -> tuple[Any, int]:
+    """Return an array or a tensor as N C H W, and the channels of its images: grey may become RGB.
+
+    Raises:
+        UserError: It has no such shape, or other channels than the settings say.
+    """
+    shape = tuple(array.shape)
+    if array.ndim == 3 and shape[-1] in (3, 4):
         raise UserError(
-            f"images has the shape {tuple(images.shape)}, which is one image H x W x C: give many, "
-            "N x H x W x C"
+            f"images has the shape {shape}, which is one image H x W x C: give many, N x H x W x C"
         )
     if array.ndim == 3:
         array = array[:, None]
-    if array.ndim != 4 or not array.numel():
+    if array.ndim != 4 or 0 in shape:
         raise UserError(
-            f"images has the shape {tuple(images.shape)}: give N x C x H x W, N x H x W x C or "
-            "N x H x W"
+            f"images has the shape {shape}: give N x C x H x W, N x H x W x C or N x H x W"
         )
     wanted = 0 if data.channels == "auto" else data.channels
     if bands_last(tuple(array.shape), wanted):
-        array = array.permute(0, 3, 1, 2)
+        last_first = (0, 3, 1, 2)
+        is_tensor = isinstance(array, Tensor)
+        array = array.permute(last_first) if is_tensor else array.transpose(last_first)
     channels = array.shape[1]
     if (channels, wanted) == (1, 3):
-        array = array.expand(-1, 3, -1, -1)
-    elif wanted not in (0, channels):
+        return array, 3
+    if wanted not in (0, channels):
         raise UserError(
             f"images has {channels} channels and data.channels is {wanted}: set data.channels "
             f"{channels}, or leave it out"
         )
-    name = f"array of {len(array)} images"
-    return ImageSource(name, array.contiguous(), [], None, [], array.shape[1])
+    return array, channels
 
 
-def _of_paths(images: Sequence[Any], data: DataConfig) -> ImageSource:
+def _of_paths(
+    images: Sequence[Any], data: DataConfig, reading: Reading | None = None
+) -> ImageSource:
     paths = with_frames([expanded(os.fspath(path)) for path in images])
     if missing := [path for path in paths[:1000] if not os.path.lexists(split_frame(path)[0])]:
         raise UserError(f"images: {shown(missing[0])} does not exist: give paths of images")
@@ -184,5 +223,5 @@ def _of_paths(images: Sequence[Any], data: DataConfig) -> ImageSource:
             f"images: {shown(folders[0])} is a directory: give its path alone, or those of files"
         )
     channels = choose_channels(paths, data) if data.channels == "auto" else data.channels
-    reading = settle(paths, replace(data, channels=channels))
+    reading = reading or settle(paths, replace(data, channels=channels))
     return ImageSource(f"{len(paths)} files", None, paths, None, [], channels, reading)

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
+from moco.images.array_like import bands_last
 from moco.images.decode import BadImage, fit_bands
 from moco.images.formats import escaped
 from moco.images.image_source import ImageSource
-from moco.images.items import bands_last
 from moco.images.views import normalise
 from moco.random import combine, stream_id, uniform
 

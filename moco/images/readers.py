@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from moco.images.formats import BadImage, Member
-from moco.images.scaling import Reading, to_uint8, upright
+from moco.images.scaling import Reading, upright
 from moco.images.tiff import is_inverted
+from moco.pixels import to_uint8
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 BYTE, SHORT, FLOAT = np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32)

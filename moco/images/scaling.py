@@ -44,28 +44,6 @@ def numbers(ends: Sequence[float]) -> str:
     return words[0] if len(words) == 1 else f"[{','.join(words)}]"
 
 
-def to_uint8(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
-    """Scale low..high to 0..255, rounded and clipped; NaN, a usual mark of no data, gives 0.
-
-    Args:
-        values: C H W. Those of 8 bits stay as they are, and true becomes 255.
-        low, high: One number for all bands, or C.
-    """
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind not in "buif":
-        raise ValueError(f"holds values of type {values.dtype}")
-    if values.dtype.kind == "b":
-        return values.astype(np.uint8) * 255
-    bottom, top = (np.array(ends, dtype=np.float64)[:, None, None] for ends in (low, high))
-    if not {len(low), len(high)} <= {1, len(values)}:
-        raise ValueError(f"has {len(values)} bands, data.min_value and data.max_value have others")
-    wide = values.astype(np.float64)
-    if values.dtype.kind == "f":
-        wide = np.where(np.isnan(wide), bottom, wide)
-    return np.rint((np.clip(wide, bottom, top) - bottom) * (255 / (top - bottom))).astype(np.uint8)
-
-
 def upright(values: np.ndarray, orientation: int) -> np.ndarray:
     """Turn C H W as a tag of TIFF or EXIF says, 1 to 8."""
     if orientation > 4:

@@ -149,7 +149,7 @@ def _checksum(source: ImageSource) -> int:
     found = 0
     for index in range(0, len(source), max(1, len(source) // _SUMMED)):
         with contextlib.suppress(BadImage):
-            found = crc32(source.read(index).numpy().tobytes(), crc32(b"%d" % index, found))
+            found = crc32(source.content(index), crc32(b"%d" % index, found))
     return found
 
 

@@ -1,7 +1,8 @@
-"""Values: which range of a set's values becomes 0 to 255, from a bounded sample of its files.
+"""Values: which range of a set's values becomes 0 to 255, from a bounded sample of it.
 
 The sample is the same on every rank, and its cost does not grow with the set. Headers come first:
-where all files hold 8 bits, nothing is left to decide and no pixel is read.
+where all files hold 8 bits, nothing is left to decide and no pixel is read. Images that Python
+gives have no headers: they are read in their place.
 Shapes: C channels, H W pixels.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from moco.images.scaling import Reading, numbers
 
 log = logging.getLogger("moco")
 FILES, VALUES = 64, 2**24  # files whose headers are read, and values in all that are looked at
+ReadValues = Callable[[Any, int], np.ndarray]  # an image and its channels to C H W as they are
 _UNCUT = 65_536.0  # a top with which Pillow's cut of 16-bit colours to 8 bits is not enough
 
 
@@ -54,13 +57,23 @@ class Seen:
         return float(min(low for low, _ in found)), float(max(high for _, high in found))
 
 
-def look(paths: Sequence[str], channels: int, reading: Reading, with_values: bool = True) -> Seen:
-    """Read the headers of some files, evenly spread, and values of those of more than 8 bits."""
+def look(
+    paths: Sequence[Any],
+    channels: int,
+    reading: Reading,
+    with_values: bool = True,
+    read: ReadValues | None = None,
+) -> Seen:
+    """Read the headers of some files, evenly spread, and values of those of more than 8 bits.
+
+    Args:
+        read: Reads images that are no files, given what stands for them in `paths`.
+    """
     some = [paths[row] for row in sample(len(paths))]
     seen, deep = Seen([], [], []), []
     for path in some:
         try:
-            header = read_header(path, channels, reading)
+            header = _header(read(path, channels)) if read else read_header(path, channels, reading)
         except BadImage as error:
             seen.bad.append(error)
             continue
@@ -74,7 +87,7 @@ def look(paths: Sequence[str], channels: int, reading: Reading, with_values: boo
             continue
         budget -= size
         try:
-            values = read_values(path, channels, reading)
+            values = read(path, channels) if read else read_values(path, channels, reading)
         except BadImage as error:
             seen.bad.append(error)
             continue
@@ -82,6 +95,11 @@ def look(paths: Sequence[str], channels: int, reading: Reading, with_values: boo
             native = values.dtype.newbyteorder("=")
             seen.values.append(_thinned(values).astype(native, copy=False))
     return seen
+
+
+def _header(values: np.ndarray) -> Header:
+    bands, height, width = values.shape
+    return Header(height, width, values.dtype, False, bands)
 
 
 def sample(total: int, most: int = FILES) -> list[int]:
@@ -112,8 +130,11 @@ def choose_channels(paths: Sequence[str], data: DataConfig) -> int:
     return max(bands) if len(bands) == 1 or max(bands) > 3 else 3
 
 
-def settle(paths: Sequence[str], data: DataConfig) -> Reading:
+def settle(paths: Sequence[Any], data: DataConfig, read: ReadValues | None = None) -> Reading:
     """Decide how the files of a set are read, and check on a sample that this leaves an image.
+
+    Args:
+        read: As of `look`.
 
     Raises:
         UserError: The sample is one value after scaling, or of types that share no range; or there
@@ -128,7 +149,7 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
                 f"data.{name} has {len(ends)} values for data.channels {data.channels}: give one "
                 "for all of them, or one for each"
             )
-    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(_UNCUT,)))
+    seen = look(paths, data.channels, replace(reading, low=(0.0,), high=(_UNCUT,)), read=read)
     _say_turned(seen, reading)
     _say_pages(seen)
     if windowed := sum(header.windowed for header in seen.headers):
@@ -139,10 +160,10 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     if not seen.kinds:
         if seen.bad and any(header.dtype != np.uint8 for header in seen.headers):
             log.info("warning: no range was chosen, and 65535 becomes 255: %s", seen.bad[-1])
-        elif seen.headers and (data.min_value, data.max_value) != ("auto", "auto"):
-            log.info("data.min_value and data.max_value do nothing here: the files looked at have "
-                     "8 bits, and are taken as they are")  # fmt: skip
-        _check_cut(paths, data.channels, reading, seen)
+        elif seen.headers:
+            say_idle(data)
+        if not read:
+            _check_cut(paths, data.channels, reading, seen)
         return reading
     (bottom, top), kinds = seen.ends, seen.kinds
     if auto:
@@ -153,13 +174,20 @@ def settle(paths: Sequence[str], data: DataConfig) -> Reading:
     if not all(b < t for b, t in zip(*_matched(low, high), strict=True)):
         raise UserError(
             f"data.min_value {numbers(low)} is not below data.max_value {numbers(high)}, where "
-            f"the files hold {bottom:g} to {top:g}: set both"
+            f"the images hold {bottom:g} to {top:g}: set both"
         )
     how = "auto" if auto else "as set"
-    held = f"{', '.join(kinds)} files, {len(seen.values)} of which hold {bottom:g} to {top:g}"
+    held = f"{', '.join(kinds)} images, {len(seen.values)} of which hold {bottom:g} to {top:g}"
     reading = replace(reading, low=low, high=high, reason=f"{how}: {held}")
     check_levels(seen.values, seen.ends, reading)
     return reading
+
+
+def say_idle(data: DataConfig) -> None:
+    """Say that a range is set for images of 8 bits, if it is."""
+    if (data.min_value, data.max_value) != ("auto", "auto"):
+        log.info("data.min_value and data.max_value do nothing here: the images looked at have "
+                 "8 bits, and are taken as they are")  # fmt: skip
 
 
 def as_told(data: DataConfig) -> Reading:
@@ -184,7 +212,7 @@ def _check_kinds(kinds: list[str]) -> None:
     floats = [kind for kind in kinds if kind.startswith("float")]
     if floats and len(floats) < len(kinds):
         raise UserError(
-            f"data.max_value is auto but the files hold {' and '.join(kinds)}: convert them to "
+            f"data.max_value is auto but the images hold {' and '.join(kinds)}: convert them to "
             "one type, or set data.min_value and data.max_value"
         )
 

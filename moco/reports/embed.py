@@ -151,7 +151,7 @@ def _describe(
     told |= {"mean": mean, "std": std, "exif": data.exif, "dicom_window": data.dicom_window}
     if reading.reason:  # files of more than 8 bits
         told |= {"min_value": list(reading.low), "max_value": list(reading.high)}
-    if listing.source.paths:  # for what looks at a few of them later
+    if listing.source.paths or reading.reason:  # for what looks at a few of them later
         data = replace(data, min_value=list(reading.low), max_value=list(reading.high))
     options = asdict(config)
     for name in ("checkpoint", "output", "index", "map", "overwrite", "accelerator", "devices"):

@@ -19,6 +19,7 @@ from moco.config import DataConfig, UserError
 from moco.evaluation.opening import data_settings
 from moco.images.image_source import ImageSource
 from moco.images.labelled import LabelledData
+from moco.pixels import to_uint8
 
 RGB = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
 SIZES = [(61, 90), (90, 61), (32, 32), (20, 31), (33, 32), (500, 375)]
@@ -60,9 +61,9 @@ def test_pictures_become_the_networks_channels():
 @pytest.mark.parametrize(
     "image",
     [
-        torch.zeros(3, 20, 20),
+        torch.zeros(3, 20, 20, dtype=torch.bool),
         torch.zeros(20, 20, 3, dtype=torch.uint8),
-        Image.new("I;16", (9, 9)),
+        torch.zeros(20, 20, 3),
         np.zeros((20, 20, 3), np.uint8),
     ],
 )
@@ -70,6 +71,32 @@ def test_what_would_be_prepared_wrongly_is_refused_with_what_to_give(image):
     prepare = Preparation(3, 16, **RGB, min_value=[-5.0], max_value=[4095.0])
     with pytest.raises(UserError, match=r"torch.uint8, with \[-5.0\] scaled to 0 and \[4095.0\]"):
         prepare(image)
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 20, 20), Image.new("I;16", (9, 9))])
+def test_values_of_more_than_8_bits_need_a_range(image):
+    with pytest.raises(UserError, match="torch.uint8$"):
+        Preparation(3, 16, **RGB)(image)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_values_of_more_than_8_bits_are_scaled_by_the_range(kind):
+    values = np.random.default_rng(0).integers(0, 5000, (20, 18)).astype(kind)
+    levels = torch.from_numpy(to_uint8(values[None], (100.0,), (4095.0,)))
+    ends = {"min_value": [100.0], "max_value": [4095.0]}
+    grey = Preparation(1, 16, [0.5], [0.25], **ends)
+    for given in (torch.from_numpy(values)[None], Image.fromarray(values)):
+        assert torch.equal(grey(given), grey(levels))
+    several = torch.from_numpy(values).expand(5, 1, 20, 18)
+    assert torch.equal(grey(several), grey(levels.expand(5, 1, 20, 18)))
+    colours = Preparation(3, 16, **RGB, **ends)
+    assert torch.equal(colours(Image.fromarray(values)), colours(levels.expand(3, 20, 18)))
+    alpha = Preparation(4, 16, [0.5] * 4, [0.25] * 4, **ends)
+    whole = torch.cat([levels.expand(3, 20, 18), torch.full_like(levels, 255)])
+    assert torch.equal(alpha(Image.fromarray(values)), alpha(whole))
+    each = Preparation(3, 16, **RGB, min_value=[100.0], max_value=[9.0e2, 2e3, 4e3])
+    bands = to_uint8(values[None].repeat(3, 0), (100.0,), (9.0e2, 2e3, 4e3))
+    assert torch.equal(each(Image.fromarray(values)), each(torch.from_numpy(bands)))
 
 
 @pytest.mark.parametrize("exif", ["apply", "ignore"])

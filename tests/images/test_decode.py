@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageOps
 
 from moco.images.decode import BadImage, decode, read_header
-from moco.images.scaling import Reading, to_uint8
+from moco.images.scaling import Reading
+from moco.pixels import to_uint8
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # H W C

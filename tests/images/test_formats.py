@@ -12,7 +12,8 @@ from moco.config import DataConfig, UserError
 from moco.images import formats, sources, values
 from moco.images.decode import BadImage, decode, read_header
 from moco.images.own import open_own
-from moco.images.scaling import PLAIN, Reading, to_uint8
+from moco.images.scaling import PLAIN, Reading
+from moco.pixels import to_uint8
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (16, 24, 3), dtype=np.uint8)

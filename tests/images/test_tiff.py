@@ -11,8 +11,9 @@ from PIL import Image, ImageOps
 
 from moco.config import DataConfig
 from moco.images.decode import BadImage, decode, read_header, read_values
-from moco.images.scaling import Reading, to_uint8
+from moco.images.scaling import Reading
 from moco.images.values import choose_channels, settle
+from moco.pixels import to_uint8
 
 BANDS, TYPES, SIZE = (1, 2, 3, 4, 5), ("u1", "u2", "i2", "f4"), (18, 35)
 COMPRESSIONS = ("none", "lzw", "deflate")

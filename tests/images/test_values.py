@@ -21,7 +21,8 @@ from moco.checks import check
 from moco.config import DataConfig, TrainConfig, UserError
 from moco.images import levels, sources, values
 from moco.images.decode import BadImage
-from moco.images.scaling import Reading, to_uint8
+from moco.images.scaling import Reading
+from moco.pixels import to_uint8
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 RNG = np.random.default_rng(0)
@@ -123,7 +124,7 @@ def test_a_range_for_files_of_8_bits_is_said_to_do_nothing(tmp_path, caplog):
     write_pictures(tmp_path, ["0.png", "1.png"], np.random.default_rng(0))
     for settings, is_said in (({}, False), ({"min_value": 10.0}, True)):
         sources.open_source(folder(tmp_path, **settings), "train")
-        assert ("do nothing here: the files looked at have 8 bits" in caplog.text) == is_said
+        assert ("do nothing here: the images looked at have 8 bits" in caplog.text) == is_said
 
 
 def test_the_sample_is_bounded_in_values(tmp_path, monkeypatch):
@@ -211,7 +212,7 @@ def test_files_of_few_values_are_said_to_hold_no_more(tmp_path, said, caplog):
     data = folder(tmp_path, channels=1)
     sources.open_source(data, "train")
     assert any("set data.min_value 0 and data.max_value 15" in line for line in said)
-    assert any("use 16 of 256 levels: the files hold no more" in line for line in said)
+    assert any("use 16 of 256 levels: the images hold no more" in line for line in said)
 
 
 def test_colours_of_16_bits_are_looked_at_whole(tmp_path, said, caplog, monkeypatch):
@@ -270,7 +271,7 @@ def test_the_order_of_bytes_is_no_type_of_its_own(tmp_path):
     for number, order in enumerate("<><>"):
         np.save(tmp_path / f"{number}.npy", smooth(0, 1).astype(f"{order}f4"))
     reading = sources.open_source(folder(tmp_path, channels=1), "train").reading
-    assert reading.high == (1,) and "(auto: float32 files" in str(reading)
+    assert reading.high == (1,) and "(auto: float32 images" in str(reading)
     write_set(tmp_path / "b", 0, 4095, ">u2", "npy", count=3)
     with pytest.raises(UserError, match=r"hold float32 and uint16: convert them to one type"):
         sources.open_source(folder(tmp_path, channels=1), "train")
@@ -305,7 +306,7 @@ RUN = ["--data.channels", "1", "--data.image_size", "16", "--trainer.max_epochs"
 def test_auto_is_said_pinned_and_kept_by_a_resumed_run(tmp_path, said, monkeypatch):
     root = write_set(tmp_path / "images", 0, 3000, "u2", count=48)
     run_tiny(root, *RUN)
-    line = "values: 0 becomes 0 and 4095 becomes 255 (auto: uint16 files"
+    line = "values: 0 becomes 0 and 4095 becomes 255 (auto: uint16 images"
     assert sum(line in text for text in said) == 1
     stored = yaml.safe_load(Path("run/config.yaml").read_text())
     assert stored["data"]["max_value"] == "auto" and stored["decided"]["max_value"] == [4095.0]
