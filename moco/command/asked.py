@@ -16,12 +16,12 @@ from moco.config import UserError
 Place = str | os.PathLike[str]
 
 
-def search(index: Place, query: Place = "", **settings: Any) -> dict[str, Any]:
+def search(index: Place, query: Any = "", **settings: Any) -> dict[str, Any]:
     """Find images like one, or with duplicates=True pairs that are alike, as `moco search` does.
 
     Args:
         index: Directory that `embed` has written.
-        query: Path of an image.
+        query: Path of an image; or a PIL image, an array or a tensor, H x W x C or C x H x W.
         settings: Others of `moco search`, such as k=5 or picture="found.png".
 
     Returns:
@@ -32,10 +32,15 @@ def search(index: Place, query: Place = "", **settings: Any) -> dict[str, Any]:
     """
     from moco.command.search import main
 
-    if not isinstance(query, str | os.PathLike):
-        raise UserError(f"query is a {type(query).__name__}: give the path of an image")
-    given = {"index": os.fspath(index), "query": os.fspath(query)}
-    return main(words_of({**given, **settings}))
+    given, is_place = {"index": os.fspath(index)}, isinstance(query, str | os.PathLike)
+    if is_place:
+        given |= {"query": os.fspath(query)}
+    elif not hasattr(query, "__array_interface__") and not hasattr(query, "__array__"):
+        raise UserError(
+            f"query is a {type(query).__name__}: give the path of an image, a PIL image, an array "
+            "or a tensor"
+        )
+    return main(words_of({**given, **settings}), None if is_place else query)
 
 
 def select(index: Place, count: int, **settings: Any) -> dict[str, Any]:

@@ -35,8 +35,12 @@ log = logging.getLogger("moco")
 _SAID, _DRAWN = 10, 12  # pairs in the log, neighbours in the picture
 
 
-def search(config: SearchConfig) -> dict[str, Any]:
+def search(config: SearchConfig, image: Any = None) -> dict[str, Any]:
     """Answer one question about features.
+
+    Args:
+        config: The question.
+        image: What Python gives in the place of the file `config.query`.
 
     Returns:
         Plain values: the neighbours of an image, or the file that lists near-duplicates.
@@ -48,12 +52,13 @@ def search(config: SearchConfig) -> dict[str, Any]:
     if idle := idle_in_search(config):
         log.info("%s", idle)
     features = open_features(config.index)
-    return _duplicates(features, config) if config.duplicates else _like(features, config)
+    return _duplicates(features, config) if config.duplicates else _like(features, config, image)
 
 
-def _like(features: Features, config: SearchConfig) -> dict[str, Any]:
+def _like(features: Features, config: SearchConfig, image: Any) -> dict[str, Any]:
     """Find, say and draw the neighbours of an image."""
-    vector = embed_query(features, config)
+    source = _open_query(features, config, image)
+    vector = embed_query(features, config, source)
     cosines, ids = (each[0] for each in neighbours(open_index(features), vector, config.k))
     cosines, ids = cosines[ids >= 0].tolist(), ids[ids >= 0].tolist()
     paths, labels = features.column("path"), features.column("label")
@@ -68,12 +73,12 @@ def _like(features: Features, config: SearchConfig) -> dict[str, Any]:
         label = f"  {name:{width}}" if width else ""
         log.info("%8.4f%s  %s", row["similarity"], label, shown(row["path"]))
     if config.picture:
-        result["picture"] = _draw(features, config, found[:_DRAWN])
+        result["picture"] = _draw(features, config, source, found[:_DRAWN])
         log.info("drawn in %s", config.picture)
     return result
 
 
-def embed_query(features: Features, config: SearchConfig) -> np.ndarray:
+def embed_query(features: Features, config: SearchConfig, source: Any) -> np.ndarray:
     """Return the features of the query, 1 x D, by the encoder that made the others.
 
     Raises:
@@ -96,7 +101,6 @@ def embed_query(features: Features, config: SearchConfig) -> np.ndarray:
     if any(about.get(name, "") != each for name, each in checksums_of(own, loaded).items()):
         raise UserError(f"{own.checkpoint} is not the encoder that made these features: give it "
                         "with --checkpoint, or embed anew")  # fmt: skip
-    source = open_files(features, [config.query])
     _read(source, 0)
     with torch.inference_mode():
         found, _ = extract_features(network, LabelledData(source, data).batches(device))
@@ -106,6 +110,19 @@ def embed_query(features: Features, config: SearchConfig) -> np.ndarray:
 def stored_data(features: Features) -> DataConfig:
     """Return the settings of the images, as they were read when the features were made."""
     return replace(DataConfig(**features.about["data"]), num_workers=0)
+
+
+def _open_query(features: Features, config: SearchConfig, image: Any) -> Any:
+    """Open the image of the question, read as those of the features were."""
+    if image is None:
+        return open_files(features, [config.query])
+    from moco.images.own import open_own
+    from moco.images.values import as_told
+
+    data, reading = stored_data(features), None
+    if "auto" not in (data.min_value, data.max_value):
+        reading = replace(as_told(data), reason="as the features were made")
+    return open_own([image], data, reading=reading)
 
 
 def open_files(features: Features, paths: list[str]) -> Any:
@@ -124,10 +141,10 @@ def _read(source: Any, row: int) -> Any:
     try:
         return source.read(row)
     except BadImage as error:
-        raise UserError(f"{shown(source.paths[row])} cannot be read: {error.reason}") from None
+        raise UserError(f"{shown(source.called(row))} cannot be read: {error.reason}") from None
 
 
-def _draw(features: Features, config: SearchConfig, found: list[dict[str, Any]]) -> str:
+def _draw(features: Features, config: SearchConfig, query: Any, found: list[dict[str, Any]]) -> str:
     """Draw the query beside its neighbours; in the place of one that is gone stands a grey cell."""
     from PIL import Image
 
@@ -135,8 +152,7 @@ def _draw(features: Features, config: SearchConfig, found: list[dict[str, Any]])
     from moco.reports.listing import list_images_of
 
     data, ids = stored_data(features), [row["id"] for row in found]
-    source = open_files(features, [config.query])
-    line = [Cell(as_seen(_read(source, 0), data.image_size), "query")]
+    line = [Cell(as_seen(_read(query, 0), data.image_size), "query")]
     if features.about["files"]:
         source, rows = open_files(features, features.files(ids)), range(len(ids))
     else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from door import PIXELS, TINY, pretrain
 from pictures import write_pictures
+from PIL import Image
 from torch import nn
 
 import moco
@@ -60,6 +61,37 @@ def test_features_are_written_searched_and_chosen_from(made, tmp_path):
     json.dumps([told, found, pairs, chosen])  # plain values
 
 
+def test_an_image_of_python_finds_what_its_file_finds(made, tmp_path, said):
+    folder, run = made
+    moco.embed(run, folder / "images", tmp_path / "set", index=True, **CPU)
+    path = folder / "images" / "07.png"
+    wanted = moco.search(tmp_path / "set", path, k=3, picture=tmp_path / "a.png", **CPU)
+    picture = Image.open(path)
+    array = np.asarray(picture)
+    for given in (picture, array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+        found = moco.search(tmp_path / "set", given, k=3, picture=tmp_path / "b.png", **CPU)
+        assert found["neighbours"] == wanted["neighbours"] and found["query"] == "own"
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert not any("do nothing here" in line for line in said)
+    with pytest.raises(moco.UserError, match=r"item 0 cannot be read: has the shape \(2"):
+        moco.search(tmp_path / "set", np.stack([array] * 2), **CPU)
+
+
+def test_values_of_python_find_what_their_file_finds_in_the_range_of_the_features(made, tmp_path):
+    values = PIXELS.astype(np.float32) * 16
+    (tmp_path / "files").mkdir()
+    np.save(tmp_path / "files" / "a.npy", values[3] / 8)
+    run = pretrain(values, tmp_path / "run", **{"trainer.max_steps": 1})
+    for checkpoint, name in ((run, "own"), (made[1], "auto")):  # the other knows no range
+        moco.embed(checkpoint, values, tmp_path / name, index=True, **CPU)
+        wanted = moco.search(tmp_path / name, tmp_path / "files" / "a.npy", k=3, **CPU)
+        for given in (values[3] / 8, torch.from_numpy(values[3] / 8)):
+            found = moco.search(tmp_path / name, given, k=3, **CPU)
+            assert found["neighbours"] == wanted["neighbours"]
+        itself = moco.search(tmp_path / name, values[3], k=1, **CPU)["neighbours"][0]
+        assert itself["path"] == "own/000003" and itself["similarity"] > 0.999
+
+
 def test_images_and_a_module_of_python_are_embedded_and_measured(made, tmp_path):
     run = made[1]
     told = moco.embed(run, PIXELS, tmp_path / "pixels", **CPU)
@@ -79,7 +111,10 @@ def test_images_and_a_module_of_python_are_embedded_and_measured(made, tmp_path)
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda run, at: moco.search(at, PIXELS[0]), "query is a ndarray: give the path of an"),
+        (
+            lambda run, at: moco.search(at, [PIXELS[0]]),
+            "query is a list: give the path of an .*, a PIL",
+        ),
         (lambda run, at: moco.search(at), "give one of --query IMAGE"),
         (lambda run, at: moco.select(at, 0), "count is 0: it must be at least 1"),
         (lambda run, at: moco.embed(run, PIXELS, at, dtyp="float16"), "unknown option --dtyp"),
