@@ -204,7 +204,8 @@ def _run(
         metrics = pretrain(**arguments, callbacks=listed, own=part)
     if number := metrics.get("stopped_by"):
         if number == signal.SIGINT:
-            raise KeyboardInterrupt(f"go on with resume={metrics['run_dir']!r}")
+            where = metrics.get("run_dir")  # which rank 0 alone is told
+            raise KeyboardInterrupt(*([f"go on with resume={where!r}"] if where else []))
         sys.exit(128 + number)
     checkpoint = metrics.get("checkpoint")
     encoder = None

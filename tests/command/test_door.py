@@ -301,6 +301,14 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(in_tmp):
     assert_same_end("whole", "run")
 
 
+def test_ctrl_c_is_told_by_every_rank(in_tmp, monkeypatch):
+    """Rank 0 alone is told where the run lies."""
+    monkeypatch.setattr("moco.training.run.pretrain", lambda **_: {"stopped_by": signal.SIGINT})
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        pretrain(PIXELS)
+    assert not stopped.value.args
+
+
 class Stops(pl.Callback):
     """Stop after a step, or at the end of its epoch, as EarlyStopping and Timer do."""
 
