@@ -43,6 +43,7 @@ from moco.training.followed import check_followed
 from moco.training.hardware import free_memory, name_device, own_device
 from moco.training.own import NOTHING, Own
 from moco.training.rehearsal import Pace, rehearse, tell_plan
+from moco.training.saving import end_together
 from moco.training.settling import decide_how, expected_steps, settle
 from moco.training.stored import (
     Stored,
@@ -112,8 +113,8 @@ def pretrain(config: TrainConfig, **asked: Any) -> dict[str, Any]:
     result = _pretrain(config, Request(**asked))
     if distributed.rank():  # which ends as the run does: torchrun takes an end with 0 for success
         result = {name: result[name] for name in ("stopped_by",) if name in result}
-    if "stopped_by" in result:  # the first end has torchrun end the others: rank 0 has requeued
-        distributed.from_first(lambda: None)
+    if "stopped_by" in result:
+        end_together()
     rendezvous.disconnect()
     is_finished = "loss" in result and "stopped_by" not in result
     return result | (write_page(config, Path(result["run_dir"])) if is_finished else {})

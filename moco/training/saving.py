@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from moco import slurm
+from moco import distributed, slurm
 from moco.config import RunConfig, RunError, TrainConfig, UserError
 from moco.run_directory import BEFORE_DECAY, BEST
 from moco.training.agreement import Agreement
@@ -247,6 +248,19 @@ class Checkpoints(pl.Callback):
         checkpoint.update(self.extras)
         loop = checkpoint["loops"]["fit_loop"]
         checkpoint["epoch"] = set_counters(loop, trainer.num_training_batches)
+
+
+def end_together() -> None:
+    """Wait after a signal until rank 0 has saved: the first end has torchrun end the other ranks.
+
+    A further signal ends none of those that wait, and one that has gone keeps no result back.
+    """
+    waits = distributed.rank() > 0 and threading.current_thread() is threading.main_thread()
+    ignored = {n: signal.signal(n, signal.SIG_IGN) for n in STOPPING[2:]} if waits else {}
+    with contextlib.suppress(RuntimeError):  # torch's, where a rank was killed
+        distributed.from_first(lambda: None)
+    for number, handler in ignored.items():
+        signal.signal(number, handler or signal.SIG_DFL)
 
 
 def set_counters(loop: dict[str, Any], batches: int) -> int:

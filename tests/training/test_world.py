@@ -63,6 +63,43 @@ def test_a_signal_to_one_task_ends_all_with_its_code(images, srun):
     assert json.loads(ends[0][1])["run_dir"] == "run" and ends[1][1] == ""
 
 
+TWICE = """
+import os, signal
+from moco import distributed
+from moco.command import cli
+from moco.training import run
+import train
+pretrain, from_first = run._pretrain, distributed.from_first
+def warned(make):
+    if os.environ["RANK"] == "1":
+        LAST
+    return from_first(make)
+def stopped(*arguments):
+    result = pretrain(*arguments)
+    distributed.from_first = warned
+    return result
+run._pretrain = stopped
+cli.run_main(train.main)
+"""
+
+
+@pytest.mark.parametrize("last", ["signal.raise_signal(signal.SIGTERM)", "os._exit(9)"])
+def test_what_befalls_a_task_that_waits_after_a_signal_keeps_no_result_back(
+    images, tmp_path, srun, last
+):
+    """It waits for rank 0, which may take long to save: SLURM sends a second signal meanwhile."""
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE.replace("LAST", last))
+    words = ("--data.root", str(images), "--run.dir", "run", "--trainer.max_epochs", "99")
+    tasks = srun(*TINY, *words, script=script)
+    wait_for("run/checkpoints/last.ckpt", tasks[0])
+    tasks[0].send_signal(signal.SIGUSR1)
+    code, out, err = finish(tasks[0])
+    assert code == 128 + signal.SIGUSR1, err
+    assert json.loads(out)["run_dir"] == "run" and "Traceback" not in err
+    assert finish(tasks[1])[0] == (9 if "exit" in last else code)
+
+
 def test_a_plan_is_told_by_one_task(images, srun):
     ends = [finish(p) for p in srun(*TINY, "--data.root", str(images), "--run.plan", "true")]
     assert [code for code, _, _ in ends] == [0, 0], ends
