@@ -35,14 +35,15 @@ def read_tar(file: Any, address: str) -> Members:
         UserError: It is no tar, or a compressed one.
     """
     images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, dict[str, str]] = {"cls": {}, "json": {}}
+    labels: dict[str, dict[str, Any]] = {"cls": {}, "json": {}}
     foreign, second, links, starts, endings = Counter[str](), 0, 0, 0, readable()
+    late = set[str]()  # keys whose labels an earlier version did not read, in capitals
     end = 0
     for tar, item in _members(file, address):
         end = tar.offset
         folder, _, base = item.name.rpartition("/")
-        stem, _, kind = base.partition(".")
-        kind, ending = kind.lower(), extension(base)
+        stem, _, rest = base.partition(".")
+        kind, ending = rest.lower(), extension(base)
         if not item.isfile() or not visible(base):
             is_link = visible(base) and (item.issym() or item.islnk())
             links += is_link and (ending in endings or looks_like_image(ending) or kind in labels)
@@ -56,15 +57,19 @@ def read_tar(file: Any, address: str) -> Members:
         elif looks_like_image(ending):
             foreign[ending] += 1
         elif kind in labels and item.size <= _MOST_BYTES:
-            name = _label(kind, tar.extractfile(item).read())
-            if name is not None:
-                labels[kind].setdefault(key, name)
+            value = _label(kind, tar.extractfile(item).read())
+            if _spelt(value) is not None:
+                labels[kind].setdefault(key, value)
+                late |= {key} if rest != kind else set()
     found = images.values()
     names, offsets, sizes = ([image[part] for image in found] for part in range(3))
     named = labels["json"] | labels["cls"]
     told = [named.get(key) for key in images]
+    before = [None if key in late else value for key, value in zip(images, told, strict=True)]
+    once = [str(value) if isinstance(value, str | int) else None for value in before]
+    about = names, offsets, sizes, [_spelt(value) for value in told]
     passed_over = second, dict(foreign), _damage(file, end), links
-    return Members(names, offsets, sizes, told, starts, *passed_over)
+    return Members(*about, starts, *passed_over, once)
 
 
 def _members(file: Any, address: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
@@ -96,18 +101,17 @@ def _damage(file: Any, end: int) -> int:
     return 0
 
 
-def _label(kind: str, content: bytes) -> str | None:
-    """Return the label that a .cls or .json file holds."""
+def _label(kind: str, content: bytes) -> Any:
+    """Return the label that a .cls or .json file holds, as it stands there."""
     text = content.decode("utf-8", "replace").strip()
     if kind == "cls":
-        return one_form(text) or None
+        return text or None
     try:
         values = json.loads(text)
     except ValueError:
         return None
     told = values if isinstance(values, dict) else {}
-    found = [told[name] for name in LABELS if told.get(name) is not None]
-    return _spelt(found[0]) if found else None
+    return next((told[name] for name in LABELS if told.get(name) is not None), None)
 
 
 def _spelt(value: Any) -> str | None:
@@ -136,11 +140,12 @@ def read_parquet(file: Any, address: str) -> Members:
     if has_path:
         names = [row and row.get("path") for row in read.column(image[:-6]).to_pylist()]
     names = [f"{row}/{os.path.basename(n)}" if n else str(row) for row, n in enumerate(names)]
-    labels: list[str | None] = [None] * count
+    labels: list[Any] = [None] * count
     if label:
         told = _class_names(schema, label)
         labels = [_named(value, told) for value in read.column(label).to_pylist()]
-    return Members(names, [], [], labels, starts)
+    once = [None if value is None else str(value) for value in labels]
+    return Members(names, [], [], [_spelt(value) for value in labels], starts, once=once)
 
 
 def parquet_package() -> Any:
@@ -185,9 +190,8 @@ def _class_names(schema: Any, label: str) -> list[str]:
         return []
 
 
-def _named(value: Any, names: list[str]) -> str | None:
-    """Return the name of a label; -1 stands for none in Hugging Face's sets."""
+def _named(value: Any, names: list[str]) -> Any:
+    """Return a label, by its name if it has one; -1 stands for none in Hugging Face's sets."""
     if value is None or value == -1:
         return None
-    is_number = isinstance(value, int) and 0 <= value < len(names)
-    return _spelt(names[value] if is_number else value)
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

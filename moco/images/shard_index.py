@@ -24,6 +24,7 @@ from moco.images.stores import Facts
 
 log = logging.getLogger("moco")
 _READING = "3"  # changes with what is made of the same headers, which are then read again
+_TOLD = ("damaged", "links", "once")  # once, and unknown to processes of an older version
 _MAKE = """create table if not exists indexed (address text primary key, size integer, tag text,
     count integer, checksum integer, formats integer, members blob)"""
 
@@ -41,6 +42,8 @@ class Members:
         foreign: By ending, the images that are passed over, since nothing here reads them.
         damaged: Where a tar cannot be read on although there is more of it; 0: nowhere.
         links: Images and labels that are passed over, since they are links to other files.
+        once: The labels as they were spelt before 2.0 was class 2, of which runs of then have the
+            checksum; empty: alike. This, `damaged` and `links` are not kept in the index.
     """
 
     names: list[str]
@@ -52,10 +55,11 @@ class Members:
     foreign: dict[str, int] = field(default_factory=dict)
     damaged: int = 0
     links: int = 0
+    once: list[str | None] = field(default_factory=list)
 
     def checksum(self) -> int:
         """Return what tells this content from another."""
-        text = json.dumps([self.names, self.sizes, self.labels])
+        text = json.dumps([self.names, self.sizes, self.once or self.labels])
         return zlib.crc32(text.encode(), self.starts)
 
 
@@ -120,7 +124,8 @@ class Index:
         """
         formats, rows, known = known_formats(), [], {}
         for address, facts, members in found:
-            rest = zlib.compress(json.dumps(asdict(members)).encode())
+            kept = {k: v for k, v in asdict(members).items() if k not in _TOLD}
+            rest = zlib.compress(json.dumps(kept).encode())
             known[address] = Known(facts, len(members.names), members.checksum(), formats)
             rows.append((address, *facts, *known[address][1:], rest))
         insert = "insert or replace into indexed values (?, ?, ?, ?, ?, ?, ?)"

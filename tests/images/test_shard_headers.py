@@ -7,6 +7,7 @@ import json
 import sqlite3
 import tarfile
 import unicodedata
+import zlib
 
 import pytest
 
@@ -24,6 +25,10 @@ def as_tar(members: dict[str, bytes]) -> bytes:
             item.size = len(content)
             tar.addfile(item, io.BytesIO(content))
     return file.getvalue()
+
+
+def one_labelled(value: object) -> bytes:
+    return as_tar({"1.png": b"x", "1.json": json.dumps({"label": value}).encode()})
 
 
 IMAGES = {f"{number}.png": bytes([number]) * 600 for number in range(1, 5)}  # 1536 bytes of a tar
@@ -60,8 +65,7 @@ def test_images_behind_a_damaged_header_are_missed_aloud(tmp_path, monkeypatch, 
     [(2, "2"), (2.0, "2"), (2.5, "2.5"), (float("nan"), None), ([1], None), ("a", "a")],
 )
 def test_a_class_has_one_name_whatever_a_table_makes_of_it(value, label, tmp_path):
-    members = {"1.png": b"x", "1.json": json.dumps({"label": value}).encode()}
-    assert read_tar(io.BytesIO(as_tar(members)), "x.tar").labels == [label]
+    assert read_tar(io.BytesIO(one_labelled(value)), "x.tar").labels == [label]
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -76,6 +80,42 @@ def test_labels_count_whatever_the_case_of_their_ending():
     members = {"1.JPG": b"x", "1.CLS": b"cat", "2.JPG": b"x", "2.Json": b'{"label": "dog"}'}
     found = read_tar(io.BytesIO(as_tar(members)), "x.tar")
     assert (found.names, found.labels) == (["1.JPG", "2.JPG"], ["cat", "dog"])
+    without = read_tar(io.BytesIO(as_tar({"1.JPG": b"x", "2.JPG": b"x"})), "x.tar")
+    assert found.checksum() == without.checksum(), "runs of a version that did not read them go on"
+
+
+@pytest.mark.parametrize(
+    ("value", "in_tar", "in_parquet"),
+    [(2, "2", "2"), (2.0, None, "2.0"), (float("nan"), None, "nan"), ([1], None, "[1]")],
+)
+def test_a_run_of_an_older_version_finds_its_shards_again(value, in_tar, in_parquet, tmp_path):
+    """What tells them from others counts labels as that version spelt them."""
+
+    def checksum(found, label):
+        return zlib.crc32(json.dumps([found.names, found.sizes, [label]]).encode(), found.starts)
+
+    found = read_tar(io.BytesIO(one_labelled(value)), "x.tar")
+    assert found.checksum() == checksum(found, in_tar)
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from moco.images.shard_headers import read_parquet
+
+    parquet.write_table(pa.table({"image": [b"x"], "label": [value]}), tmp_path / "x.parquet")
+    with open(tmp_path / "x.parquet", "rb") as file:
+        found = read_parquet(file, "x.parquet")
+    assert found.checksum() == checksum(found, in_parquet)
+
+
+def test_a_process_of_an_older_version_can_read_the_index_on(tmp_path):
+    """It runs while another one, of this version, writes into the index that both share."""
+    index = Index(tmp_path / "index.sqlite")
+    index.add([("x.tar", indexing.Facts(1, ""), read_tar(io.BytesIO(WHOLE), "x.tar"))])
+    with index._open() as connection:
+        ((kept,),) = connection.execute("select members from indexed").fetchall()
+    known = {"names", "offsets", "sizes", "labels", "starts", "second", "foreign"}
+    assert json.loads(zlib.decompress(kept)).keys() == known
+    assert index.members("x.tar").names == [*IMAGES]
 
 
 def test_a_class_in_another_unicode_form_is_the_same_class():
