@@ -99,11 +99,12 @@ def _what_was_read(error: Exception) -> str:
 
 
 def _full_in_reading(trainer: pl.Trainer, what: str) -> RunError:
+    judge = {"kNN": "eval_knn.py", "quality": "moco quality, which needs no labels"}[what]
     return RunError(
         f"out of memory on {trainer.strategy.root_device} while {what} was read after step "
         f"{trainer.global_step}: set data.resident memory or off if the images lie on the "
         "device, or run.knn_every 0 (a resumed run may change both) and judge the checkpoint "
-        "with eval_knn.py",
+        f"with {judge}",
         local=True,
     )
 

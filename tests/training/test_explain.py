@@ -214,6 +214,7 @@ def test_memory_that_ran_out_in_a_reading_of_knn_is_no_matter_of_the_batch(
     words = f"out of memory on cpu while {what} was read after step 0: set data.res"
     assert words in str(said.value)
     assert "run.knn_every 0" in str(said.value) and "batch" not in str(said.value)
+    assert ("eval_knn" in str(said.value)) == (what == "kNN"), "which needs labels"
 
 
 def test_other_errors_stay_what_they_are():
