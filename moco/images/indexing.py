@@ -134,6 +134,11 @@ def _read(cache: Cache, shard: Shard) -> Members:
     """
     address = shard.address
     read: Callable[..., Members] = read_parquet if shard.is_parquet else read_tar
+    if shard.is_parquet and not gives_parts(address):
+        raise UserError(
+            f"{address}: its web server sends no parts of files, in which Parquet is read: take "
+            "one that does (nginx), a copy on this machine, or tars"
+        )
     keeps = shard.is_cached and not shard.is_parquet
     keeps = keeps and (cache.make_room(shard, after=math.inf) or not gives_parts(address))
     try:

@@ -6,9 +6,10 @@ import socketserver
 import threading
 
 import pytest
+from webserver import WebServer
 
-from moco.config import RunError
-from moco.images import stores
+from moco.config import DataConfig, RunError, UserError
+from moco.images import indexing, stores
 
 
 def attempts(error: Exception, monkeypatch) -> int:
@@ -50,3 +51,17 @@ def test_an_s3_that_stays_away_is_not_asked_for_minutes(monkeypatch):
             stores.listed("s3://bucket/*.tar", ".tar")
         server.shutdown()
     assert len(asked) <= 12  # aiohttp asks twice where a connection is closed
+
+
+def test_parquet_of_a_web_server_that_sends_no_parts_is_told_at_once(tmp_path, monkeypatch):
+    """It has its index at its end; what is tried again fails for the same reason."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("MOCO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "0.parquet").write_bytes(b"PAR1" * 100)
+    with WebServer(tmp_path / "set") as server:
+        server.fault = lambda number, method, name: "whole"
+        root = f"{server.address}/{{0..0}}.parquet"
+        with pytest.raises(UserError, match=r"0.parquet: its web server sends no parts .* tars"):
+            indexing.open_shards(DataConfig(dataset="parquet", root=root))
+    assert len(server.asked) < 4
