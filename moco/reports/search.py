@@ -33,6 +33,7 @@ from moco.whole_files import output_file
 
 log = logging.getLogger("moco")
 _SAID, _DRAWN = 10, 12  # pairs in the log, neighbours in the picture
+_CUT = 0.01  # share of a query's values outside of the range that is worth a warning
 
 
 def search(config: SearchConfig, image: Any = None) -> dict[str, Any]:
@@ -113,16 +114,50 @@ def stored_data(features: Features) -> DataConfig:
 
 
 def _open_query(features: Features, config: SearchConfig, image: Any) -> Any:
-    """Open the image of the question, read as those of the features were."""
+    """Open the image of the question, read as those of the features were.
+
+    Where these held 8 bits there is no range to share, and the image's values tell one.
+    """
     if image is None:
         return open_files(features, [config.query])
     from moco.images.own import open_own
+    from moco.images.scaling import PLAIN
     from moco.images.values import as_told
 
-    data, reading = stored_data(features), None
-    if "auto" not in (data.min_value, data.max_value):
-        reading = replace(as_told(data), reason="as the features were made")
-    return open_own([image], data, reading=reading)
+    data, has_range = stored_data(features), "max_value" in features.about["preparation"]
+    told = as_told(data)
+    if not has_range and (told.low, told.high) == (PLAIN.low, PLAIN.high):
+        source = open_own([image], replace(data, min_value="auto", max_value="auto"))
+        if source.reading.reason:
+            log.info("%s", source.reading)
+        return source
+    source = open_own([image], data, reading=replace(told, reason="as the features were made"))
+    _check_range(source)
+    return source
+
+
+def _check_range(source: Any) -> None:
+    """Refuse a query of which the range of the features leaves no picture; warn where it is cut.
+
+    Raises:
+        UserError: It becomes black, white, or these two alone, and is not so itself.
+    """
+    from moco.images.scaling import numbers
+
+    shown_levels = np.unique(_read(source, 0).numpy())
+    values = source.items.values(0, source.channels)
+    if values.dtype == np.uint8:
+        return
+    (low, high), found = (source.reading.low, source.reading.high), values[np.isfinite(values)]
+    if not found.size:
+        raise UserError(f"query holds no number among its {values.dtype} values: give an image")
+    held = f"query holds {values.dtype} values of {found.min():g} to {found.max():g}"
+    ends = f"{numbers(low)} to {numbers(high)}, the range of the features"
+    if len(shown_levels) < min(3, len(np.unique(found))):
+        levels = " and ".join(map(str, shown_levels))
+        raise UserError(f"{held}, of which {ends}, leaves {levels} alone: scale it as their images")
+    if (cut := float(((found < min(low)) | (found > max(high))).mean())) > _CUT:
+        log.info("warning: %s, %.0f %% of which lie outside of %s", held, 100 * cut, ends)
 
 
 def open_files(features: Features, paths: list[str]) -> Any:

@@ -92,6 +92,35 @@ def test_values_of_python_find_what_their_file_finds_in_the_range_of_the_feature
         assert itself["path"] == "own/000003" and itself["similarity"] > 0.999
 
 
+def test_a_query_of_another_range_than_the_features_is_told(made, tmp_path, said):
+    deep = PIXELS.astype(np.float32) * 16
+    run = pretrain(deep, tmp_path / "run", **{"trainer.max_steps": 1})
+    moco.embed(run, deep, tmp_path / "deep", index=True, **CPU)
+    for line, given in {
+        "float64 values of 0 to 0.99.*, of which 0 to 4095, .* leaves 0 alone": PIXELS[3] / 255,
+        "of -.* leaves 0 and 255 alone: scale it": (deep[3] - 1000) * 1e6,
+        "query holds no number among its float32 values": deep[3] * np.nan,
+    }.items():
+        with pytest.raises(moco.UserError, match=line):
+            moco.search(tmp_path / "deep", given, **CPU)
+    found = moco.search(tmp_path / "deep", PIXELS[3], k=1, **CPU)["neighbours"][0]
+    assert found["path"] == "own/000003"
+    moco.search(tmp_path / "deep", deep[3] * 2, **CPU)
+    assert any("% of which lie outside of 0 to 4095, the range of the" in line for line in said)
+    assert moco.search(tmp_path / "deep", deep[3] * 0 + 9, k=1, **CPU)["neighbours"]  # blank
+
+
+def test_floats_find_what_their_bytes_find_among_files_of_8_bits(made, tmp_path, said):
+    folder, run = made
+    moco.embed(run, folder / "images", tmp_path / "set", index=True, **CPU)
+    array = np.asarray(Image.open(folder / "images" / "07.png"))
+    wanted = moco.search(tmp_path / "set", array, k=3, **CPU)
+    said.clear()
+    found = moco.search(tmp_path / "set", torch.from_numpy(array / 255), k=3, **CPU)
+    assert found["neighbours"] == wanted["neighbours"]
+    assert sum(line.startswith("values: 0 becomes 0 and 1 becomes 255 (auto") for line in said) == 1
+
+
 def test_images_and_a_module_of_python_are_embedded_and_measured(made, tmp_path):
     run = made[1]
     told = moco.embed(run, PIXELS, tmp_path / "pixels", **CPU)
