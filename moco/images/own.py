@@ -24,7 +24,7 @@ from moco.images.formats import shown
 from moco.images.image_source import ImageSource
 from moco.images.items import Items, open_items
 from moco.images.scaling import Reading
-from moco.images.values import choose_channels, say_idle, settle
+from moco.images.values import as_told, choose_channels, say_idle, settle
 
 log = logging.getLogger("moco")
 
@@ -175,8 +175,9 @@ def _of_array(
         return _of_items(name, items, channels, data, reading)
     if reading is None:
         say_idle(data)
+        reading = as_told(data)  # by which test images of more bits are read
     array = array.expand(-1, channels, -1, -1).contiguous()
-    return ImageSource(name, array, [], None, [], channels)
+    return ImageSource(name, array, [], None, [], channels, reading)
 
 
 def _laid_out(array: Any, data: DataConfig) -> tuple[Any, int]:

@@ -152,6 +152,16 @@ def test_test_images_have_the_range_of_the_training_images():
         assert 25 < queries.read(0).max() < 40
 
 
+def test_test_images_of_floats_have_the_range_that_is_set_beside_training_images_of_bytes():
+    train, labels = RNG.integers(0, 255, (20, 12, 10, 3), dtype=np.uint8), [0, 1] * 10
+    for bank in ((train, labels), [*zip(train, labels, strict=True)]):
+        pair = bank, (train / 255, labels)
+        images, queries = open_pair(pair, DataConfig(min_value=0.0, max_value=1.0))
+        assert queries.read(3).equal(images.read(3))
+        with pytest.raises(BadImage, match="hold 8 bits: give all of one type, or set data.min"):
+            open_pair(pair, DataConfig())[1].read(3)
+
+
 def test_values_without_a_range_are_no_images():
     images = [*RNG.integers(0, 255, (200, 12, 10, 3), dtype=np.uint8)]
     whole, images[1] = images[1], images[1] / 255
