@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from moco.config import UserError
 from moco.images.decode import BadImage
 from moco.images.readers import MODES, rather_last
 
@@ -30,9 +31,12 @@ def to_array(name: str, image: Any, channels: int, turn: bool) -> np.ndarray:
     if isinstance(image, Image.Image):
         values = _of_picture(image, channels, turn)
     elif isinstance(image, Tensor):
-        values = to_numpy(image)
+        try:
+            values = to_numpy(image)
+        except UserError as error:
+            raise BadImage(name, str(error)) from None
     elif isinstance(image, np.ndarray):
-        values = image
+        values = unmasked(image)
     else:
         reason = f"is of type {type(image).__name__}: give PIL images, arrays or tensors"
         reason += ", or paths alone in a list" if isinstance(image, str | os.PathLike) else ""
@@ -54,12 +58,26 @@ def bands_last(shape: tuple[int, ...], channels: int) -> bool:
 
 
 def to_numpy(image: Tensor) -> np.ndarray:
-    """Return a tensor's values, those of floats that NumPy lacks as float32, which holds them."""
-    image = image.detach().cpu()
+    """Return a tensor's values, those of floats that NumPy lacks as float32, which holds them.
+
+    Raises:
+        UserError: It is sparse, quantised or without values.
+    """
     known = (torch.float16, torch.float32, torch.float64)
-    return (
-        image if image.dtype in known or not image.is_floating_point() else image.float()
-    ).numpy()
+    try:
+        image = image.detach().cpu()
+        is_other = image.is_floating_point() and image.dtype not in known
+        return (image.float() if is_other else image).numpy()
+    except (TypeError, NotImplementedError):
+        kind = f"{str(image.layout).removeprefix('torch.')} {image.dtype} on {image.device}"
+        raise UserError(f"is a tensor that NumPy lacks, {kind}: give a dense one") from None
+
+
+def unmasked(values: np.ndarray) -> np.ndarray:
+    """Return an array without its mask: masked floats are NaN, no data; integers what they hide."""
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    return values.filled(np.nan) if values.dtype.kind == "f" else values.data
 
 
 def no_values(values: np.ndarray) -> str:

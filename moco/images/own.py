@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig, UserError
-from moco.images.array_like import bands_last, no_values, to_numpy
+from moco.images.array_like import bands_last, no_values, to_numpy, unmasked
 from moco.images.decode import BadImage
 from moco.images.dicom import split_frame, with_frames
 from moco.images.folders import expanded
@@ -160,11 +160,15 @@ def _of_array(
     """Hold an array of 8 bits as it is; the images of any other are scaled when they are read."""
     is_bytes = images.dtype in (torch.uint8, np.uint8)
     if isinstance(images, np.ndarray):
+        images = unmasked(images)
         if is_bytes and min(images.strides, default=0) < 0:  # as bgr[..., ::-1], which torch lacks
             images = images.copy()
         array = torch.from_numpy(images) if is_bytes else images
     else:
-        array = images.detach() if is_bytes else to_numpy(images)
+        try:
+            array = images.detach() if is_bytes else to_numpy(images)
+        except UserError as error:
+            raise UserError(f"images {error}") from None
     if isinstance(array, np.ndarray) and array.dtype.kind not in "uif":
         raise UserError(f"images {no_values(array)}")
     array, channels = _laid_out(array, data)

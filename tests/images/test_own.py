@@ -201,6 +201,27 @@ def test_floats_that_numpy_lacks_are_read_as_they_are():
     assert_alike(open_own(values.float().requires_grad_(), DataConfig()), wanted)
 
 
+def test_masked_floats_are_no_data_and_other_masks_hide_nothing():
+    values = deep(0, 1, "f4")
+    hidden = np.ma.masked_array(np.where(values < 0.2, 1e20, values), values < 0.2)
+    wanted = open_own(np.where(values < 0.2, np.nan, values), DataConfig())
+    for given in (hidden, [*hidden]):
+        assert_alike(open_own(given, DataConfig()), wanted)
+    whole = RNG.integers(0, 255, (8, 12, 10, 3), dtype=np.uint8)
+    assert_alike(
+        open_own(np.ma.masked_array(whole, whole < 9), DataConfig()), open_own(whole, DataConfig())
+    )
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda x: x.to("meta")])
+def test_tensors_that_numpy_lacks_are_refused(change):
+    images = change(torch.from_numpy(deep(0, 1, "f4")))
+    with pytest.raises(UserError, match="^images is a tensor that NumPy lacks, .*: give a dense"):
+        open_own(images, DataConfig())
+    with pytest.raises(UserError, match="^images: item 0: is a tensor that NumPy lacks, "):
+        open_own([images[0]], DataConfig(channels="auto"))
+
+
 def test_what_tells_images_from_others_does_not_depend_on_their_range():
     images = deep(0, 4095, "u2")
     found = [
