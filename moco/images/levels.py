@@ -74,6 +74,8 @@ def check_levels(values: list[np.ndarray], ends: tuple[float, float], reading: R
     if levels == 1:
         closer = f"set data.min_value {bottom:.10g} and data.max_value {top:.10g}"
         cure = "give images that differ" if bottom == top else closer if is_best else remedy
+        if not any(np.isfinite(v).any() for v in deep):
+            cure = "none of them is a finite number, give images that have some"
         raise UserError(
             f"with {names} every value of the {files} becomes {shown[0].flat[0]}: {cure}"
         )
@@ -87,9 +89,12 @@ def check_levels(values: list[np.ndarray], ends: tuple[float, float], reading: R
     bounds = [np.array(ends)[:, None, None] for ends in (low, high)]
     outside = [((v < bounds[0]) | (v > bounds[1])).mean() for v in deep]
     if (share := float(np.mean(outside))) > _CLIPPED:
-        log.info(
-            "warning: with %s %.0f %% of the values are clipped: %s", names, 100 * share, remedy
-        )
+        endless = float(np.mean([np.isinf(v).mean() for v in deep]))
+        all_of_them = min(bottom, low[0]), max(top, high[0])
+        wider = "set data.min_value {:.10g} and data.max_value {:.10g}".format(*all_of_them)
+        cure = wider if is_best else remedy
+        cure = "infinite ones are, which NaN would mark as no data" if endless > share / 2 else cure
+        log.info("warning: with %s %.0f %% of the values are clipped: %s", names, 100 * share, cure)
 
 
 def _cure(deep: list[np.ndarray], width: float) -> str:

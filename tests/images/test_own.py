@@ -184,6 +184,7 @@ def test_values_without_a_range_are_no_images():
         (deep(0, 9, "f4") * 1j, "images holds complex64 values: give integers or floats"),
         ([*deep(0, 1, "f4"), *deep(0, 9, "u2")], "auto but the images hold float32 and uint16"),
         (np.full((9, 8, 8), 7, "f4"), "every value of the 9 images looked at becomes"),
+        (np.full((9, 8, 8), np.nan), "none of them is a finite number, give images"),
         (np.full((9, 8, 3), 7, "f4"), "is one image H x W x C: give many"),
         (deep(0, 1, "f4")[0, 0, 0], "has the shape"),
     ],
@@ -220,6 +221,19 @@ def test_tensors_that_numpy_lacks_are_refused(change):
         open_own(images, DataConfig())
     with pytest.raises(UserError, match="^images: item 0: is a tensor that NumPy lacks, "):
         open_own([images[0]], DataConfig(channels="auto"))
+
+
+def test_what_is_clipped_by_the_range_that_fits_best_has_another_remedy(caplog):
+    caplog.set_level("INFO", logger="moco")
+    images = deep(0, 1, "f4")
+    images[:, :2] = np.inf
+    open_own(images, DataConfig())
+    assert "% of the values are clipped: infinite ones are, which NaN would mark" in caplog.text
+    caplog.clear()
+    open_own(deep(0, 1, "f4") * 1.4, DataConfig())  # taken for a little more than 1
+    assert (
+        "% of the values are clipped: set data.min_value 0 and data.max_value 1.39" in caplog.text
+    )
 
 
 def test_what_tells_images_from_others_does_not_depend_on_their_range():
