@@ -20,7 +20,8 @@ def check_followed(
 ) -> None:
     """Raise UserError where a callback follows a metric that the run never has.
 
-    Beside a callback of any other class nothing is refused, since that one may log the metric.
+    Beside a callback of any other class nothing is refused, since that one may log the metric, nor
+    is an EarlyStopping that says strict=False, which goes on without its metric.
 
     Args:
         callbacks: Of the user's.
@@ -37,7 +38,7 @@ def check_followed(
     for each in callbacks:
         name = getattr(each, "monitor", None)
         known = [*there, *(("epoch", "step") if isinstance(each, ModelCheckpoint) else ())]
-        if name is None or name in known:
+        if name is None or name in known or not getattr(each, "strict", True):
             continue
         who = f"the callback {type(each).__name__} follows {name!r}"
         if name in never:

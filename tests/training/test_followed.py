@@ -38,6 +38,7 @@ def test_metrics_that_come_are_followed():
     stops = [EarlyStopping(name) for name in ("train/loss", "val/knn_top1", "train/lr")]
     keeps = [ModelCheckpoint("own", monitor=name) for name in (None, "epoch", "step")]
     check_followed([*stops, *keeps], EVERY, True, True)
+    check_followed([EarlyStopping("zzz", strict=False)], EVERY, True, True)
 
 
 def test_a_run_is_refused_before_its_first_step(in_tmp, tmp_path):
