@@ -67,13 +67,13 @@ class Preparation:
         if not isinstance(image, Image.Image | Tensor):
             raise UserError(
                 f"an image is of type {type(image).__name__}: give a PIL image, or a tensor "
-                f"{self.channels} x H x W of torch.uint8{self._range()}"
+                f"{self.channels} x H x W of torch.uint8{self._others()}"
             )
         pixels = self._levels(image) if isinstance(image, Tensor) else self._pixels(image)
         if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != self.channels:
             raise UserError(
                 f"an image is {tuple(pixels.shape)} of {pixels.dtype}: give {self.channels} x H x W"
-                f" of torch.uint8{self._range()}"
+                f" of torch.uint8{self._others()}"
             )
         pixels = functional.to_dtype(pixels, torch.float32, scale=True)
         pixels = functional.crop(pixels, *self._box(*pixels.shape[-2:]))
@@ -121,6 +121,10 @@ class Preparation:
     def _scaled(self, values: np.ndarray) -> np.ndarray:
         low, high = tuple(self.min_value or [0.0]), tuple(self.max_value)
         return scaled(values, self.channels, low, high)
+
+    def _others(self) -> str:
+        """Say which values are taken beside those of 8 bits."""
+        return f", or of other numbers{self._range()}" if self.max_value else ""
 
     def _range(self) -> str:
         if not self.max_value:

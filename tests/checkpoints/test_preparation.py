@@ -69,7 +69,8 @@ def test_pictures_become_the_networks_channels():
 )
 def test_what_would_be_prepared_wrongly_is_refused_with_what_to_give(image):
     prepare = Preparation(3, 16, **RGB, min_value=[-5.0], max_value=[4095.0])
-    with pytest.raises(UserError, match=r"torch.uint8, with \[-5.0\] scaled to 0 and \[4095.0\]"):
+    line = r"torch.uint8, or of other numbers, with \[-5.0\] scaled to 0 and \[4095.0\]"
+    with pytest.raises(UserError, match=line):
         prepare(image)
 
 
