@@ -104,7 +104,8 @@ def _classifier_of(network: nn.Module, feature_dim: int) -> str:
     for name, part in parts.items():
         steps = name.split(".")
         place = next((i for i, step in enumerate(steps) if step in _CLASSIFIERS), -1)
-        is_end = place == 0 or name == [*parts][-1]  # inside of a wrapper the order tells
+        # Inside of a wrapper and in a sequence the order tells.
+        is_end = name == [*parts][-1] or (place == 0 and not isinstance(network, nn.Sequential))
         if place >= 0 and is_end and _is_linear(part, feature_dim):
             return ".".join(steps[: place + 1])
     return ""

@@ -1,5 +1,7 @@
 """A backbone of the user's own that still has its classifier is warned of, and no other."""
 
+from collections import OrderedDict
+
 import pytest
 import timm
 import torchvision
@@ -38,6 +40,9 @@ NONE = {
     "timm": lambda: timm.create_model("test_resnet", num_classes=0),
     "projecting": Projecting,
     "maps": lambda: nn.Conv2d(3, 8, 3),
+    "sequence": lambda: nn.Sequential(
+        OrderedDict(flat=nn.Flatten(), fc=nn.Linear(3072, 6), more=nn.Linear(6, 6))
+    ),
 }
 
 
