@@ -80,10 +80,20 @@ def listed(pattern: str, ending: str) -> list[str]:
     """
     store, path = file_system(pattern)
     path = path if "*" in path else f"{path.rstrip('/')}/*{ending}"
-    names = _tried(pattern, lambda: store.glob(path))
+    names = _tried(pattern, lambda: _glob(pattern, store, path))
     if not names:
         _check_bucket(pattern, store, path)
     return sorted(store.unstrip_protocol(name) for name in names)
+
+
+def _glob(pattern: str, store: Any, path: str) -> list[str]:
+    """Return a store's names by a pattern; of an empty bucket older releases of s3fs raise."""
+    try:
+        return store.glob(path)
+    except FileNotFoundError:
+        if pattern.partition("://")[0] not in _BUCKETS:
+            raise
+        return []
 
 
 def _check_bucket(pattern: str, store: Any, path: str) -> None:
