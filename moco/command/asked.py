@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moco.command.door import Pretrained
 from moco.command.words import words_of
 from moco.config import UserError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 Place = str | os.PathLike[str]
 
 
-def search(index: Place, query: Any = "", **settings: Any) -> dict[str, Any]:
+def search(
+    index: Place, query: Any = "", *, backbone: nn.Module | None = None, **settings: Any
+) -> dict[str, Any]:
     """Find images like one, or with duplicates=True pairs that are alike, as `moco search` does.
 
     Args:
         index: Directory that `embed` has written.
         query: Path of an image; or a PIL image, an array or a tensor, H x W x C or C x H x W.
+        backbone: The module of your own whose features these are, to take those of the query.
         settings: Others of `moco search`, such as k=5 or picture="found.png".
 
     Returns:
@@ -40,7 +46,9 @@ def search(index: Place, query: Any = "", **settings: Any) -> dict[str, Any]:
             f"query is a {type(query).__name__}: give the path of an image, a PIL image, an array "
             "or a tensor"
         )
-    return main(words_of({**given, **settings}), None if is_place else query)
+    if isinstance(backbone, str):
+        raise UserError(f"backbone is {backbone!r}: the features know it; give a module or nothing")
+    return main(words_of({**given, **settings}), None if is_place else query, backbone)
 
 
 def select(index: Place, count: int, **settings: Any) -> dict[str, Any]:

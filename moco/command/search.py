@@ -15,12 +15,13 @@ from moco.judge_config import SearchConfig
 OWN = "own"  # what the result calls an image that Python gives
 
 
-def main(argv: Sequence[str], image: Any = None) -> dict[str, Any]:
+def main(argv: Sequence[str], image: Any = None, backbone: Any = None) -> dict[str, Any]:
     """Parse the command line, search, and return what was found.
 
     Args:
         argv: Words.
         image: What Python gives in the place of a path, as an item of its images.
+        backbone: The module of the user's own whose weights the features' checkpoint holds.
     """
     about = "Find images like one, or pairs of images that are nearly the same."
     usage = "--index DIR (--query IMAGE | --duplicates)"
@@ -42,4 +43,4 @@ def main(argv: Sequence[str], image: Any = None) -> dict[str, Any]:
         check_file("--output", config.output, ".csv", ".json")
     from moco.reports.search import search  # imports torch only where an image is encoded
 
-    return search(config, image)
+    return search(config, image, backbone)

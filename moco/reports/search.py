@@ -36,12 +36,13 @@ _SAID, _DRAWN = 10, 12  # pairs in the log, neighbours in the picture
 _CUT = 0.01  # share of a query's values outside of the range that is worth a warning
 
 
-def search(config: SearchConfig, image: Any = None) -> dict[str, Any]:
+def search(config: SearchConfig, image: Any = None, backbone: Any = None) -> dict[str, Any]:
     """Answer one question about features.
 
     Args:
         config: The question.
         image: What Python gives in the place of the file `config.query`.
+        backbone: The module of the user's own whose weights the checkpoint holds.
 
     Returns:
         Plain values: the neighbours of an image, or the file that lists near-duplicates.
@@ -53,13 +54,15 @@ def search(config: SearchConfig, image: Any = None) -> dict[str, Any]:
     if idle := idle_in_search(config):
         log.info("%s", idle)
     features = open_features(config.index)
-    return _duplicates(features, config) if config.duplicates else _like(features, config, image)
+    if config.duplicates:
+        return _duplicates(features, config)
+    return _like(features, config, image, backbone)
 
 
-def _like(features: Features, config: SearchConfig, image: Any) -> dict[str, Any]:
+def _like(features: Features, config: SearchConfig, image: Any, backbone: Any) -> dict[str, Any]:
     """Find, say and draw the neighbours of an image."""
     source = _open_query(features, config, image)
-    vector = embed_query(features, config, source)
+    vector = embed_query(features, config, source, backbone)
     cosines, ids = (each[0] for each in neighbours(open_index(features), vector, config.k))
     cosines, ids = cosines[ids >= 0].tolist(), ids[ids >= 0].tolist()
     paths, labels = features.column("path"), features.column("label")
@@ -79,7 +82,9 @@ def _like(features: Features, config: SearchConfig, image: Any) -> dict[str, Any
     return result
 
 
-def embed_query(features: Features, config: SearchConfig, source: Any) -> np.ndarray:
+def embed_query(
+    features: Features, config: SearchConfig, source: Any, backbone: Any = None
+) -> np.ndarray:
     """Return the features of the query, 1 x D, by the encoder that made the others.
 
     Raises:
@@ -89,6 +94,7 @@ def embed_query(features: Features, config: SearchConfig, source: Any) -> np.nda
 
     from moco.evaluation.features import extract_features
     from moco.evaluation.opening import load, start_process
+    from moco.evaluation.own import Given
     from moco.images.labelled import LabelledData
     from moco.reports.embed import checksums_of, network_of
 
@@ -98,7 +104,8 @@ def embed_query(features: Features, config: SearchConfig, source: Any) -> np.nda
     device = start_process(own)
     if not Path(own.checkpoint).exists():
         raise UserError(f"{own.checkpoint} made the features and is gone: give --checkpoint")
-    network = network_of(own, loaded := load(own, data.image_size)).to(device)
+    loaded = load(own, data.image_size, Given(backbone=backbone))
+    network = network_of(own, loaded).to(device)
     if any(about.get(name, "") != each for name, each in checksums_of(own, loaded).items()):
         raise UserError(f"{own.checkpoint} is not the encoder that made these features: give it "
                         "with --checkpoint, or embed anew")  # fmt: skip

@@ -133,6 +133,11 @@ def test_images_and_a_module_of_python_are_embedded_and_measured(made, tmp_path)
     other = moco.pretrain(PIXELS, backbone=Rows(), dir=tmp_path / "own", **own)
     told = moco.embed(other, PIXELS, tmp_path / "rows", backbone=Rows(), **CPU)
     assert told["shape"] == [48]
+    with pytest.raises(moco.UserError, match="backbone=module"):
+        moco.search(tmp_path / "rows", PIXELS[5], **CPU)
+    found = moco.search(tmp_path / "rows", PIXELS[5], backbone=Rows(), k=1, **CPU)
+    (nearest,) = found["neighbours"]
+    assert nearest["id"] == 5 and nearest["similarity"] > 0.999
     found = moco.quality(other, PIXELS, backbone=Rows(), count=40, views=2, **CPU)
     assert found["images"] == 40 and found["backbone"]["rankme"] >= 1
 
