@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from moco.command.paths import find_recipe
 from moco.config import UserError
+from moco.config.setting import nearest_name
 
 
 def with_contents(argv: Sequence[str], names: list[str]) -> list[str]:
@@ -81,15 +81,8 @@ def _check_settings(content: dict[Any, Any], names: list[str], path: str) -> Non
 
 def nearest(name: str, names: list[str]) -> str:
     """Name the option that is spelt most like `name`, with or without its group."""
-    leaves: dict[str, str] = {}
-    for full in names:
-        leaves.setdefault(full.rsplit(".", 1)[-1], full)
-    leaf = name.rsplit(".", 1)[-1]
-    same = [leaves[leaf]] if leaf in leaves else []
-    near = same or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    if not near:
-        near = [leaves[each] for each in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f": did you mean --{near[0]}?" if near else ": see --help"
+    near = nearest_name(name, names, ".")
+    return f": did you mean --{near}?" if near else ": see --help"
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -31,11 +31,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def _check_given(config: TrainConfig, run: Path) -> None:
     """Raise UserError where Python gave a run what no directory holds."""
+    from moco.algorithm.names import is_own
+
     parts = {
         "images": config.data.dataset == "own",
         "views": config.data.views == "own",
         "pairs": config.data.pairs == "own",
-        "backbone": config.model.backbone.startswith("own:"),
+        "backbone": is_own(config.model.backbone),
     }
     if given := [name for name, is_given in parts.items() if is_given]:
         raise UserError(

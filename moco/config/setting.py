@@ -1,7 +1,9 @@
-"""How a setting is declared, the two errors that a person reads, and bounds that settings share."""
+"""How a setting is declared, both errors that a person reads, shared bounds, and misspelt names."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, Literal
 
@@ -28,6 +30,19 @@ Auto = Literal["auto"]  # left to `moco.training.autoconfigure`
 MOST_EPOCHS, MOST_STEPS, MOST_ROWS = 1_000_000, 1_000_000_000, 1_000_000
 MOST_VALUE = 1e39  # of a pixel: beyond all 32-bit floats
 LEAST_VIEW = 4  # pixels a side
+
+
+def nearest_name(name: str, names: Sequence[str], separator: str) -> str:
+    """Return the name that is spelt most like another, with or without its group; or nothing."""
+    leaves: dict[str, str] = {}
+    for full in names:
+        leaves.setdefault(full.rpartition(separator)[2], full)
+    leaf = name.rpartition(separator)[2]
+    if leaf in leaves:
+        return leaves[leaf]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    near = near or [leaves[each] for each in difflib.get_close_matches(leaf, leaves, n=1)]
+    return near[0] if near else ""
 
 
 def setting(

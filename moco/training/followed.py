@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from moco.config import RunConfig, UserError
+from moco.config.setting import nearest_name
 from moco.evaluation.measures import MEASURES
 from moco.training.tracking import COLUMNS
 
@@ -48,14 +48,6 @@ def check_followed(
                 f"{who}, which is never read here, since {why}: mend that, or follow one of "
                 f"{', '.join(there)}"
             )
-        near = _nearest(str(name), there)
+        near = nearest_name(str(name), there, "/")
         hint = f"did you mean {near!r}? There" if near else "there"
         raise UserError(f"{who}, which no run has: {hint} are {', '.join(there)}")
-
-
-def _nearest(name: str, there: list[str]) -> str:
-    """Return the metric that is spelt most like a name, with or without its group, or nothing."""
-    leaves = {full.rpartition("/")[2]: full for full in there}
-    near = difflib.get_close_matches(name, there, n=1, cutoff=0.75)
-    leaf = difflib.get_close_matches(name.rpartition("/")[2], leaves, n=1)
-    return (near or [leaves[each] for each in leaf] or [""])[0]

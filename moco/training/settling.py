@@ -107,13 +107,13 @@ def decide_how(settings: Settings, steps: int, stored: Stored | None) -> Decided
     """
     before = (stored.decided, stored.asked) if stored else ()
     decided = decide(settings.config, steps, *before)
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if started and decided.world != distributed.world_size():
-        raise UserError(
-            f"{started} of {distributed.world_size()} processes were started on this machine, so "
-            "machines have different numbers of them: start as many on each (--nproc-per-node)"
-        )
     if decided.world != distributed.world_size():
+        if started := os.environ.get("LOCAL_WORLD_SIZE"):
+            raise UserError(
+                f"{started} of {distributed.world_size()} processes were started on this machine, "
+                "so machines have different numbers of them: start as many on each "
+                "(--nproc-per-node)"
+            )
         raise UserError(
             f"the settings ask for {decided.world} devices and {distributed.world_size()} process "
             "runs: start train.py, which starts one per device, or take trainer.devices 1"

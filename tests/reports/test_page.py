@@ -242,21 +242,23 @@ def loss_values(found) -> list[dict]:
     return [row for layer in found.specs["curve-1"]["layer"] for row in layer["data"]["values"]]
 
 
-def test_views_of_callables_from_python_are_said_to_be_missing(run):
+def say_own(run, field: str) -> None:
+    """Write into a run's settings that Python gave something."""
     text = (run / "config.yaml").read_text()
-    own = re.sub(r"\n  views: \w+\n", "\n  views: own\n", text)
+    own = re.sub(rf"\n  {field}: \w+\n", f"\n  {field}: own\n", text)
     assert own != text
     (run / "config.yaml").write_text(own)
+
+
+def test_views_of_callables_from_python_are_said_to_be_missing(run):
+    say_own(run, "views")
     found = read(write_report([run], 16)["report"])
     assert "The page lacks the views: data.views is own" in found.said
     assert found.ids() >= PARTS - {"pairs"} and "pairs" not in found.ids()
 
 
 def test_images_from_python_are_said_to_be_missing_and_others_shown_in_their_place(run, images):
-    settings = (run / "config.yaml").read_text()
-    own = re.sub(r"\n  dataset: \w+\n", "\n  dataset: own\n", settings)
-    assert own != settings
-    (run / "config.yaml").write_text(own)
+    say_own(run, "dataset")
     found = read(write_report([run], 16)["report"])
     assert "The page lacks its images: the run got them from Python" in found.said
     told = command.main([str(run), "--images", "8", "--root", str(images)])
